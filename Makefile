@@ -1,0 +1,61 @@
+# Every target sets up what it needs: a .venv here, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format bench storyteller constraints clean
+
+demo: .venv/run
+	@echo "set-up done"
+	@$(BIN)/rookery generate "Once upon a time" --seed 4 --speed
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest --durations=10
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# timings: beside the peers, on this machine; nothing else should be running
+bench: .venv/dev
+	$(BIN)/python bench/decode.py
+
+# trains the bundled model again: make storyteller STORIES=stories.jsonl.gz MINUTES=120
+MINUTES ?= 120
+storyteller: .venv/dev
+	@test -n "$(STORIES)" || { echo "say where the texts are: make storyteller STORIES=stories.jsonl.gz"; exit 2; }
+	$(BIN)/python examples/storyteller.py --stories $(STORIES) --out storyteller --minutes $(MINUTES)
+
+# torch is installed first and by its exact version, so that a machine which offers a CPU build of it takes that one
+.venv/torch: Makefile constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	@touch $@
+
+.venv/run: .venv/torch pyproject.toml
+	$(PIP) $(TORCH) -e .
+	@touch $@
+
+.venv/dev: .venv/torch pyproject.toml
+	$(PIP) $(TORCH) -e ".[dev,plots]"
+	@touch $@ .venv/run
+
+# renews constraints.txt; torch and what only it needs stay out, the pin above says what it is
+constraints:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	echo "$(TORCH)" > .venv/torch.txt
+	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra dev --extra plots \
+		--upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
+	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
+	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,9 @@
+"""Every RWKV generation: trained like a Transformer, run like an RNN."""
+
+from .checkpoint import load, save
+from .engine.llm import LLM
+from .errors import InputError
+from .models import RWKV4, RWKV5, RWKV6, RWKV7, State
+
+__all__ = ["LLM", "RWKV4", "RWKV5", "RWKV6", "RWKV7", "InputError", "State", "load", "save"]
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""`python -m rookery`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,290 @@
+"""Models from files and into files.
+
+`load` takes BlinkDL's .pth, the same tensors as .safetensors, or a folder that `save` wrote (config.json and
+model.safetensors). Generation and sizes are read off the tensors. A file is mapped, never held: each tensor is
+copied once, in the dtype asked for, so that loading costs the memory of the model and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import InputError
+from .files import replacing
+from .models import MODELS, Model, detect
+from .models.parts import fingerprint
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+HUGE_PAGE = 2 << 20  # bytes, on x86 and most of arm64
+NOTES = ("chat_template", "opening_tokens")  # what a config.json may say to LLM, besides the sizes
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+) -> Model:
+    """The model in a file or folder, in eval mode.
+
+    Args:
+        path: a .pth or .safetensors file with BlinkDL's parameter names, or a folder that `save` wrote.
+        dtype: of the weights, "float32", "bfloat16" or "float16" or as torch names them; None keeps the file's.
+        device: where the model goes.
+        ln_x_eps: of the norm after the recurrence (RWKV-5 to 7), for files that want another than 64e-5.
+
+    Raises:
+        InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
+    """
+    path = Path(path).expanduser()
+    target = None if dtype is None else _dtype(dtype)
+    where = _device(device)
+    try:
+        tensors, described = read(path)
+        return assemble(tensors, described, target, where, ln_x_eps)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def save(
+    model: Model,
+    folder: str | Path,
+    tokenizer_file: str | Path | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json and model.safetensors, and a copy of the tokenizer's file as tokenizer.json (.txt, ...).
+
+    All files are written before the first takes the place of an old one.
+
+    notes: what LLM should know of the model: "chat_template" (a name in engine/chat.py) and "opening_tokens" (the
+        ids that stood in front of every text in training).
+    """
+    unknown = [key for key in notes or {} if key not in NOTES]
+    if unknown:
+        raise InputError(f"there is no note {unknown[0]!r}; known are {', '.join(NOTES)}")
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give the name of a folder")
+    tokenizer = None if tokenizer_file is None else Path(tokenizer_file).expanduser()
+    if tokenizer is not None and not tokenizer.is_file():
+        raise InputError(f"{tokenizer}: no such tokenizer file")
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    described = json.dumps({"model": model.name, **asdict(model.config), **(notes or {})}, indent=2)
+    with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as config:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        config.write_text(described + "\n")
+        if tokenizer is not None:
+            with replacing(folder / f"tokenizer{tokenizer.suffix}") as copy:
+                shutil.copyfile(tokenizer, copy)
+
+
+def assemble(
+    tensors: dict[str, Any],
+    described: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+) -> Model:
+    """A model, in eval mode, out of tensors under BlinkDL's names.
+
+    `tensors` is used up: each leaves the dict once it is copied. `described` is what a config.json says.
+    """
+    for key in list(tensors):
+        tensors[key.removeprefix("_forward_module.")] = tensors.pop(key)  # DeepSpeed's wrapper
+    cls = detect({key: getattr(x, "shape", ()) for key, x in tensors.items()})
+    for key in cls.ignored:
+        tensors.pop(key, None)
+    for key, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"{key} is {what}, not a floating point tensor; use the original checkpoint")
+    config = _config(cls, {key: x.shape for key, x in tensors.items()}, described or {}, ln_x_eps)
+    with torch.device("meta"):  # the skeleton takes no memory
+        model = cls(config)
+    skeleton = model.state_dict()
+    _compare(skeleton, tensors)
+    if dtype is None:
+        dtype = _majority(tensors.values())
+    print_of_file = fingerprint(cls.name, config, tensors)
+    copied = {}
+    for name, parameter in skeleton.items():
+        room = _room(parameter.shape, dtype, torch.device(device))
+        copied[name] = room.copy_(tensors.pop(name).detach().reshape(parameter.shape))
+    model.load_state_dict(copied, assign=True)
+    model.eval()
+    model._fingerprint = print_of_file
+    return model
+
+
+def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor. Large ones on a Linux CPU lie in huge pages where the system grants them: decoding reads
+    all weights for every token, and with them the processor looks up fewer addresses on the way."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The tensors in a file, mapped wherever it can be, and a folder's config.json.
+
+    What a file is, its first bytes tell; its name may lie.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise InputError("no such file or folder")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})") from error
+    if not head:
+        raise InputError("the file is empty")
+    zipped = head.startswith(b"PK")
+    if zipped or head.startswith(b"\x80"):
+        return _read_pickle(path, mapped=zipped), None
+    if head[8:] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path), None
+    raise InputError("neither a .pth nor a .safetensors file")
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"the folder has no {name}")
+    try:
+        described = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"config.json cannot be read ({error})") from error
+    if not isinstance(described, dict) or described.get("model") not in MODELS:
+        raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
+    return _read_safetensors(folder / "model.safetensors"), described
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"damaged or truncated safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path, mapped: bool) -> dict[str, Any]:
+    try:
+        tensors = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    except Exception as error:  # a damaged pickle can raise anything
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise InputError(
+                f"refused, for it holds more than tensors: it wants to run {code[1]}; save its state_dict() instead"
+            ) from None
+        first = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise InputError(f"damaged or truncated .pth file ({first[:120]})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise InputError(f"holds a {type(tensors).__name__}, not a dictionary of named tensors")
+    return dict(tensors)
+
+
+def _config(
+    cls: type[Model], shapes: Mapping[str, torch.Size], described: Mapping[str, Any], ln_x_eps: float | None
+) -> Any:
+    """The configuration that the tensors show; what a config.json says must agree with it."""
+    try:
+        config = cls.Config.from_shapes(shapes)
+    except KeyError as error:
+        raise InputError(f"{error.args[0]} is missing, so this is no complete {cls.name} checkpoint") from error
+    except (IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"its tensors have not the shapes of an {cls.name} checkpoint ({error})") from error
+    shown = {"model": cls.name, **asdict(config)}
+    for key, value in described.items():
+        if key in NOTES:
+            continue
+        if key not in shown:
+            raise InputError(f"config.json has an unknown key {key!r}; {cls.name} knows {', '.join(shown)}")
+        if key != "ln_x_eps" and value != shown[key]:
+            raise InputError(f"config.json says {key} = {value!r}, but the tensors say {shown[key]!r}")
+    eps = described.get("ln_x_eps") if ln_x_eps is None else ln_x_eps
+    if eps is None:
+        return config
+    if "ln_x_eps" not in shown:
+        raise InputError(f"{cls.name} has no norm after its recurrence, so ln_x_eps means nothing to it")
+    if not isinstance(eps, float) or not eps > 0:
+        raise InputError(f"ln_x_eps must be a positive number like 64e-5, got {eps!r}")
+    return replace(config, ln_x_eps=eps)
+
+
+def _compare(skeleton: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """InputError unless the tensors are those of the model, up to sizes of 1 and flattened vectors."""
+    missing = [key for key in skeleton if key not in tensors]
+    unexpected = [key for key in tensors if key not in skeleton]
+    wrong = [
+        f"{key} {list(tensors[key].shape)} instead of {list(x.shape)}"
+        for key, x in skeleton.items()
+        if key in tensors and not _fits(tensors[key], x)
+    ]
+    told = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", wrong))
+        if names
+    ]
+    if told:
+        raise InputError("the tensors do not make a model; " + "; ".join(told))
+
+
+def _fits(x: Tensor, wanted: Tensor) -> bool:
+    """The same numbers in the same order. A transposed matrix has as many numbers, but others."""
+    a, b = ([size for size in shape if size > 1] for shape in (x.shape, wanted.shape))
+    return a == b or (x.numel() == wanted.numel() and min(len(a), len(b)) <= 1)
+
+
+def _majority(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of most numbers."""
+    numbers: Counter[torch.dtype] = Counter()
+    for x in tensors:
+        numbers[x.dtype] += x.numel()
+    dtype = numbers.most_common(1)[0][0]
+    if dtype not in DTYPES.values():
+        raise InputError(f"its weights are {dtype}, which no model computes in; give a dtype")
+    return dtype
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
+    return found
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise InputError(f"device {device} cannot be used ({str(error).splitlines()[0]})") from error

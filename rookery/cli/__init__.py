@@ -1,0 +1,140 @@
+"""The command line. Thin: each command brings in what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import InputError
+
+app = typer.Typer(
+    help="RWKV, every generation: trained like a Transformer, run like an RNN.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+# typer reads these at run time, where Python 3.10 needs Optional spelled out
+Model = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--model", "-m", help="A .pth, a .safetensors or a folder; the bundled model without it."),
+]
+Vocabulary = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--tokenizer", help="bytes, world or a tokenizer.json; found beside the model or guessed without it."),
+]
+Precision = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--dtype", help="float32, bfloat16 or float16; as in the file without it."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]  # noqa: UP045
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from standard input.")],
+    model: Model = None,
+    tokenizer: Vocabulary = None,
+    dtype: Precision = None,
+    device: Device = "cpu",
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 = all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the most likely tokens that together reach this.")] = 0.85,
+    min_p: Annotated[float, typer.Option(help="Only tokens at least this share as likely as the best.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logit of what was said before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, times how often.")] = 0.0,
+    penalty_decay: Annotated[float, typer.Option(help="How the counts fade with each token.")] = 0.996,
+    order: Annotated[str, typer.Option(help="temperature-first, or top-p-first as PyPI's rwkv.")] = "temperature-first",
+    stop: Annotated[Optional[list[str]], typer.Option(help="Text that ends the output; repeatable.")] = None,  # noqa: UP045
+    seed: Seed = None,
+    state: Annotated[Optional[Path], typer.Option(help="Go on from a saved state.")] = None,  # noqa: UP045
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt in front of the text.")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Tell tokens/s on standard error.")] = False,
+) -> None:
+    """Write text after a prompt. Only the text goes to standard output."""
+    began = time.perf_counter()
+    from ..engine.llm import LLM
+    from ..models import State
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    pieces = llm.generate(
+        prompt,
+        max_tokens,
+        stream=True,
+        state=None if state is None else State.load(state, device),
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        penalty_decay=penalty_decay,
+        order=order,
+        seed=seed,
+    )
+    if echo:
+        print(prompt, end="", flush=True)
+    first, text = None, ""
+    for piece in pieces:
+        first = first or time.perf_counter()
+        text += piece
+        print(piece, end="", flush=True)
+    ended = time.perf_counter()
+    print(flush=True)
+    if speed and first is not None:
+        tokens = len(llm.tokenizer.encode(text))
+        rate = (tokens - 1) / (ended - first) if tokens > 1 else 0.0
+        print(f"[first word after {first - began:.1f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    tokenizer: Vocabulary = None,
+    dtype: Precision = None,
+    device: Device = "cpu",
+    template: Annotated[Optional[str], typer.Option(help="raven, world, g1, g1-think, story; guessed.")] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="A text that the conversation begins with.")] = None,  # noqa: UP045
+    session: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Go on from this file if it exists, and keep the conversation there after every answer."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    temperature: Annotated[Optional[float], typer.Option(help="As the template says without it.")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(help="As the template says without it.")] = None,  # noqa: UP045
+    seed: Seed = None,
+) -> None:
+    """Talk with a model. /help tells what can be undone, forked, saved: nothing is ever read twice."""
+    from ..engine.llm import LLM
+    from .talk import talk
+
+    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    given = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    talk(llm.chat(template, system), session, max_tokens, sampling)
+
+
+@app.command("info")
+def describe(file: Annotated[Path, typer.Argument(help="A .pth, a .safetensors or a folder.")]) -> None:
+    """Tell what a checkpoint holds, without loading it."""
+    from .info import info
+
+    info(file)
+
+
+def main() -> None:
+    """Runs a command; what the user can mend is told in one line, with exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"rookery: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,46 @@
+"""`rookery info`: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoint import load
+from ..errors import InputError
+from ..tokenizers import guess
+
+
+def info(path: Path) -> None:
+    """Prints generation, sizes, parameters, memory and the likely tokenizer; reads no weights."""
+    model = load(path, device="meta")
+    config = asdict(model.config)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = model.initial_state().nbytes
+    path = path.expanduser()
+    try:
+        tokenizer = str(guess(config["vocab_size"], path if path.is_dir() else path.parent))
+    except InputError as error:
+        tokenizer = str(error)
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("generation", f"{model.name} {config.pop('version', '')}".strip())
+    table.add_row("dtype", str(model.emb.weight.dtype).removeprefix("torch."))
+    for name, value in config.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    table.add_row("parameters", f"{parameters:,}")
+    table.add_row("state", f"{_size(state)} a sequence, float32, whatever its length")
+    table.add_row("weights", f"{_size(4 * parameters)} in float32, {_size(2 * parameters)} in bfloat16 or float16")
+    table.add_row("tokenizer", tokenizer)
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _size(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

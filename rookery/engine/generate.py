@@ -1,0 +1,201 @@
+"""Prompts in, tokens out: prefill and decode for many sequences at once.
+
+- prompts of any lengths are read packed in one row, a bounded number of tokens a call
+- decoding runs one step for all unfinished sequences as a batch [B, 1]; finished rows leave it
+- a token is handed out once the model has read it, so the state beside it stands for everything handed out so
+  far: whoever stops here, for whatever reason, can go on from that state without reading anything again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models import Model, State
+from .sampling import Sampler, Sampling
+
+CHUNK = 512  # tokens a prefill call: enough for the matrix products, little enough memory
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One token of one sequence, or its end.
+
+    index: which sequence.
+    token: None at the end; an end-of-text id is not handed out.
+    finish: None, at the end "stop" (an end-of-text id was drawn) or "length".
+    """
+
+    index: int
+    token: int | None
+    finish: str | None
+    batch: State  # of all rows that were running; `state` is this sequence's
+    row: int
+
+    @property
+    def state(self) -> State:
+        """One row: the state after the prompt and every token handed out so far, this one included."""
+        return self.batch if len(self.batch) == 1 else self.batch[self.row]
+
+
+class Result(NamedTuple):
+    tokens: list[int]
+    state: State | None  # one row, after the prompt and all of `tokens`; None if the sequence was dropped
+    finish: str | None  # "stop", "length"; None if it was dropped
+
+
+class Generation:
+    """Iterate over it once for the events, in steps: each step yields one event for every running sequence."""
+
+    def __init__(
+        self,
+        model: Model,
+        logits: Tensor,
+        state: State,
+        samplings: Sampling | Sequence[Sampling],
+        max_tokens: int,
+        stop_ids: Collection[int] = (),
+    ):
+        """Decodes from what `prefill` returned: logits [S, V] and a state of S rows.
+
+        samplings: one for all, or one a sequence.
+        max_tokens: handed out a sequence at most.
+        stop_ids: drawing one ends the sequence.
+        """
+        count = len(logits)
+        samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
+        if len(samplings) != count:
+            raise InputError(f"{len(samplings)} samplings were given for {count} sequences")
+        if max_tokens < 0:
+            raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
+        self._model = model
+        self._logits = logits
+        self._state = state
+        self._samplers = [Sampler(sampling) for sampling in samplings]
+        self._max_tokens = max_tokens
+        self._stop_ids = frozenset(stop_ids)
+        self._dropped: set[int] = set()
+
+    def drop(self, index: int) -> None:
+        """Ends a sequence from outside; no event of it follows."""
+        self._dropped.add(index)
+
+    def __iter__(self) -> Iterator[Event]:
+        logits, state = self._logits, self._state
+        running = list(range(len(logits)))
+        for _ in range(self._max_tokens):
+            tokens: list[int] = []
+            rows: list[int] = []
+            for row, i in enumerate(running):
+                if i in self._dropped:
+                    continue
+                token = self._samplers[i].pick(logits[row])
+                if token in self._stop_ids:
+                    yield Event(i, None, "stop", state, row)
+                else:
+                    rows.append(row)
+                    tokens.append(token)
+            if not rows:
+                return
+            if len(rows) < len(running):
+                running = [running[row] for row in rows]
+                state = state[rows]
+            with torch.inference_mode():
+                ids = torch.tensor(tokens, device=logits.device)[:, None]  # [B, 1]
+                logits, state = self._model(ids, state)
+                logits = logits[:, -1]
+            for row, i in enumerate(running):
+                if i not in self._dropped:
+                    yield Event(i, tokens[row], None, state, row)
+        for row, i in enumerate(running):
+            if i not in self._dropped:
+                yield Event(i, None, "length", state, row)
+
+    def run(self) -> list[Result]:
+        """All of it at once: one Result a sequence."""
+        results = [Result([], None, None) for _ in self._samplers]
+        for event in self:
+            tokens = results[event.index].tokens
+            if event.token is None:
+                results[event.index] = Result(tokens, event.state, event.finish)
+            else:
+                tokens.append(event.token)
+        return results
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sampling | Sequence[Sampling],
+    max_tokens: int,
+    stop_ids: Collection[int] = (),
+    state: State | None = None,
+    chunk: int = CHUNK,
+) -> Generation:
+    """Reads the prompts, then decodes; see `prefill` and `Generation`. Each sequence's tokens are those that its
+    prompt and sampling give alone."""
+    logits, state = prefill(model, prompts, state, chunk)
+    return Generation(model, logits, state, samplings, max_tokens, stop_ids)
+
+
+@torch.inference_mode()
+def prefill(
+    model: Model, prompts: Sequence[Sequence[int]], state: State | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, State]:
+    """Reads token ids: the logits [S, V] after the last token of each prompt, and the state of S rows.
+
+    state: what each prompt goes on from, one row a prompt; None = nothing.
+    chunk: tokens a model call at most, of all prompts together.
+
+    Raises:
+        InputError: no prompts, an empty prompt, a state that does not fit.
+    """
+    if not prompts:
+        raise InputError("there is no prompt")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            which = f"prompt {i} is" if len(prompts) > 1 else "the prompt is"
+            raise InputError(f"{which} empty: give at least one token, for a state alone does not tell what comes next")
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
+    if state is not None and len(state) != len(prompts):
+        raise InputError(f"a state of {len(state)} sequences was given for {len(prompts)} prompts")
+    device = model.emb.weight.device
+    rows = [model.initial_state() if state is None else state[i] for i in range(len(prompts))]
+    logits: list[Tensor] = []
+    for pack in _packs([len(prompt) for prompt in prompts], chunk):
+        ids: list[int] = []
+        cu = [0]
+        for i, start, end in pack:
+            ids.extend(prompts[i][start:end])
+            cu.append(len(ids))
+        before = State.stack([rows[i] for i, _, _ in pack])
+        read, after = model(torch.tensor([ids], device=device), before, cu_seqlens=tuple(cu), last_only=True)
+        for row, (i, _, end) in enumerate(pack):
+            rows[i] = after[row]
+            if end == len(prompts[i]):
+                logits.append(read[0, row])
+    return torch.stack(logits), State.stack(rows)
+
+
+def _packs(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cuts sequences into calls of at most `chunk` tokens: lists of (sequence, start, end), in order."""
+    pack: list[tuple[int, int, int]] = []
+    room = chunk
+    for i, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = min(length, start + room)
+            pack.append((i, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield pack
+                pack, room = [], chunk
+    if pack:
+        yield pack

@@ -1,0 +1,171 @@
+"""From logits to a token.
+
+- `probabilities` is the whole of it: one function from logits to the distribution that is drawn from
+- what is cut off is decided by a threshold on the probability, so tokens that are equally likely stay or go together
+- the draw runs over the ids in their own order, so that rounding which swaps two close tokens hardly ever changes it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+ORDERS = ("temperature-first", "top-p-first")
+OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one sequence's tokens are drawn.
+
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: only the k most likely; 0 = all.
+    top_p: only the smallest set of most likely tokens that together reach this probability; 0 = only the best.
+    min_p: only tokens at least this share as likely as the best one.
+    presence_penalty: taken from the logit of every token that was generated before.
+    frequency_penalty: the same, times how often; the counts fade by `penalty_decay` a token.
+    logit_bias: token id -> what is added to its logit; -inf bans it.
+    seed: the same seed draws the same tokens, whatever else is in the batch; None draws new ones each time.
+    order: "temperature-first" cuts the tempered distribution, by top_p among what top_k left (as transformers
+        does); "top-p-first" cuts the untempered one, each cut on its own, and tempers what is left (as the PyPI
+        package rwkv does).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 0.996
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    order: str = "temperature-first"
+
+    def __post_init__(self) -> None:
+        _expect("temperature", self.temperature, 0, math.inf)
+        _expect("top_p", self.top_p, 0, 1)
+        _expect("min_p", self.min_p, 0, 1)
+        _expect("presence_penalty", self.presence_penalty, -math.inf, math.inf)
+        _expect("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
+        _expect("penalty_decay", self.penalty_decay, 0, 1)
+        _expect("top_k", self.top_k, 0, math.inf, whole=True)
+        if self.seed is not None:
+            _expect("seed", self.seed, 0, 2**64 - 1, whole=True)
+        if self.order not in ORDERS:
+            raise InputError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        for token, bias in self.logit_bias.items():
+            if bias != -math.inf:
+                _expect(f"logit_bias of token {token}", bias, -math.inf, math.inf)
+
+    def changed(self, **changes: Any) -> Sampling:
+        """The same with some fields replaced; an unknown name is refused."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"there is no sampling option {name!r}; known are {', '.join(known)}")
+        return replace(self, **changes)
+
+
+class Sampler:
+    """Draws the tokens of one sequence; holds its random numbers and what it has drawn."""
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling
+        self._counts: dict[int, float] = {}
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    def pick(self, logits: Tensor) -> int:
+        """The next token for logits [V]."""
+        logits = self._adjusted(logits)
+        if self.sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            total = probabilities(logits, self.sampling).cumsum(0, dtype=torch.float64)
+            point = torch.rand((), generator=self._random, dtype=torch.float64) * total[-1]
+            token = min(int(torch.searchsorted(total, point, right=True)), len(total) - 1)
+        self._count(token)
+        return token
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Bias and penalties applied, on the CPU in float32; the caller's tensor stays as it is."""
+        options = self.sampling
+        logits = logits.detach().to("cpu", torch.float32, copy=True)
+        if not logits.max() < math.inf:  # NaN is not smaller either
+            raise InputError("the model's logits are not finite: load it with dtype float32 (or bfloat16, not float16)")
+        for token, bias in options.logit_bias.items():
+            if not 0 <= token < len(logits):
+                raise InputError(f"logit_bias names token {token}, but the vocabulary ends at {len(logits) - 1}")
+            logits[token] += bias
+        if self._counts:
+            often = torch.tensor(list(self._counts.values()))
+            logits[list(self._counts)] -= options.presence_penalty + options.frequency_penalty * often
+        if logits.max() == -math.inf:
+            raise InputError("no token is left to choose: logit_bias bans them all")
+        return logits
+
+    def _count(self, token: int) -> None:
+        options = self.sampling
+        if options.presence_penalty or options.frequency_penalty:
+            for seen in self._counts:
+                self._counts[seen] *= options.penalty_decay
+            self._counts[token] = self._counts.get(token, 0.0) + 1.0
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution over the next token: logits [V] -> [V], what is cut off exactly 0."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
+    logits = logits - logits.max()  # so that no temperature overflows
+    tempered = logits / sampling.temperature
+    tempered_first = sampling.order == "temperature-first"
+    p = torch.softmax(tempered if tempered_first else logits, 0)
+    threshold = _threshold(p, sampling, mass_of_top_k=tempered_first)
+    if threshold == 0:
+        return torch.softmax(tempered, 0)
+    return torch.softmax(tempered.masked_fill_(p < threshold, -math.inf), 0)
+
+
+def _threshold(p: Tensor, sampling: Sampling, mass_of_top_k: bool) -> float:
+    """The probability below which tokens are cut off. mass_of_top_k: top_p counts only what top_k left."""
+    threshold = sampling.min_p * float(p.max()) if sampling.min_p else 0.0
+    mass = sampling.top_p
+    if 0 < sampling.top_k < len(p):
+        best = p.topk(sampling.top_k).values
+        threshold = max(threshold, float(best[-1]))
+        if mass_of_top_k:
+            mass *= float(best.sum(dtype=torch.float64))
+    if sampling.top_p < 1:
+        threshold = max(threshold, _nucleus(p, mass))
+    return threshold
+
+
+def _nucleus(p: Tensor, mass: float) -> float:
+    """The least likely token's probability in the smallest set of most likely tokens that reaches `mass`."""
+    best = p.topk(min(OFTEN_ENOUGH, len(p))).values
+    total = best.cumsum(0, dtype=torch.float64)
+    if total[-1] < mass:
+        possible = p[p > (1 - mass) / len(p)]  # all others together do not make up what may be missing
+        best = torch.from_numpy(np.sort(possible.numpy())[::-1].copy())  # three times as fast as torch.sort
+        total = best.cumsum(0, dtype=torch.float64)
+    return float(best[min(int(torch.searchsorted(total, mass)), len(best) - 1)])
+
+
+def _expect(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    kind = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
+        what = "a whole number" if whole else "a number"
+        bounds = f" of at least {low}" if high == math.inf else f" from {low} to {high}"
+        raise InputError(f"{name} must be {what}{bounds if low > -math.inf else ''}, got {value!r}")

@@ -1,0 +1,148 @@
+"""What is identical in every generation: the door, the token shift, the group norm, the count of layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+from ..ops.packing import boundaries
+from .state import LayerState, State
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: what 16 bits are too few for."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def previous(x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
+    shift = shift.to(x.dtype)
+    if x.shape[1] == 1:  # a decode step, B sequences or a packed one
+        return shift[:, None]
+    if cu is None:
+        return torch.cat([shift[:, None], x[:, :-1]], dim=1)
+    moved = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+    return moved.index_copy(1, torch.tensor(cu[:-1], device=x.device), shift[None])
+
+
+def last_tokens(x: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    """The last token of each sequence: [B, 1, C], packed [1, S, C]."""
+    return x[:, -1:] if cu is None else x[:, [end - 1 for end in cu[1:]]]
+
+
+def carry(x: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    """What the token shift keeps of x [B, T, C]: the last vector of each sequence, [S, C] float32.
+
+    Exact for 16-bit activations, so a carried state continues as if it had not been cut.
+    """
+    return widen(last_tokens(x, cu).reshape(-1, x.shape[-1]))
+
+
+def group_norm(y: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Norm over each head, in y's dtype: [B, T, H, N] -> [B, T, H*N]."""
+    batch, tokens, heads, size = y.shape
+    weight, bias = norm.weight.to(y.dtype), norm.bias.to(y.dtype)
+    flat = F.group_norm(y.reshape(batch * tokens, heads * size), heads, weight, bias, norm.eps)
+    return flat.reshape(batch, tokens, heads * size)
+
+
+def count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many blocks a checkpoint holds; none may be missing in between."""
+    found = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
+    missing = sorted(set(range(len(found))) - found)
+    if missing:
+        raise InputError(f"blocks.{missing[0]} is missing")
+    return len(found)
+
+
+def check_heads(config: Any) -> None:
+    """InputError unless the attention's channels make whole heads."""
+    if config.head_size < 1 or config.dim_att % config.head_size:
+        raise InputError(f"{config.dim_att} attention channels do not divide into heads of {config.head_size}")
+
+
+class Model(nn.Module):
+    """The base of every generation: what a caller hands in is checked here, once.
+
+    A generation's file defines `forward`, `init_weights` and `param_groups`, and in its time mix `initial_wkv`.
+    """
+
+    name: ClassVar[str]  # "rwkv7"
+    Config: ClassVar[Any]
+    ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
+    config: Any
+    emb: nn.Embedding
+    blocks: Any  # a ModuleList of the generation's Block
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whose states fit: 16 digits for the configuration, 16 for the weights."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.name, self.config, dict(self.named_parameters()))
+        return self._fingerprint
+
+    def train(self, mode: bool = True) -> Model:
+        """As in any module; leaving the training mode takes a new fingerprint, for the weights may have moved."""
+        if self.training and not mode:
+            self._fingerprint = None
+        return super().train(mode)
+
+    def initial_state(self, rows: int = 1) -> State:
+        """The state of `rows` sequences that have read nothing: zeros, or the tuned state of a checkpoint that
+        carries one (`att.time_state`), through which gradients flow."""
+        layers = []
+        for block in self.blocks:
+            wkv = block.att.initial_wkv()
+            att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
+            layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
+        return State(layers, self.fingerprint)
+
+    def enter(
+        self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
+    ) -> tuple[State, tuple[int, ...] | None]:
+        """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            raise InputError(f"tokens must be integers [B, T] with T >= 1, got {tokens.dtype} {list(tokens.shape)}")
+        if not torch.compiler.is_compiling():
+            low, high = (int(x) for x in torch.aminmax(tokens))
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise InputError(f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}")
+        cu = boundaries(cu_seqlens, *tokens.shape)
+        rows = len(tokens) if cu is None else len(cu) - 1
+        if state is None:
+            return self.initial_state(rows), cu
+        # in training the weights move under a carried state, so that only the configuration must agree
+        digits = 16 if self.training else 32
+        if state.fingerprint[:digits] != self.fingerprint[:digits]:
+            raise InputError("this state belongs to another model")
+        if len(state) != rows:
+            raise InputError(f"a state of {len(state)} sequences was given for a batch of {rows}")
+        return state, cu
+
+
+def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
+    """See `Model.fingerprint`; `tensors` in the dtype of the file, so that a model loaded in float32 and in
+    bfloat16 from one file shares its states. The first 64 numbers of every tensor enter, in whatever shape; a
+    tuned initial state does not, so that a state-tuned model shares its states with the model it came from."""
+    sizes = {field: value for field, value in asdict(config).items() if field != "time_state"}
+    kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
+    weights = hashlib.sha256()
+    for key in sorted(tensors):
+        if not key.endswith(".time_state"):
+            sample = tensors[key].detach().reshape(-1)[:64].float().cpu()
+            weights.update(key.encode() + sample.numpy().tobytes())
+    return kind.hexdigest()[:16] + weights.hexdigest()[:16]

@@ -1,0 +1,279 @@
+"""RWKV-7 "Goose" (x070).
+
+What is special about it:
+- the state is edited by a generalised delta rule: what it holds under the key kappa is partly replaced, at an
+  in-context learning rate a; see ops/wkv7
+- decay, learning rate, value residual and gate depend on the data through low-rank matrices
+- values of later layers are mixed with those of layer 0 (v_first)
+- the channel mix has no receptance
+- the bonus for the current token comes after the group norm, not inside the recurrence
+Source: "RWKV-7 Goose" (arXiv 2503.14456); parameter names are those of BlinkDL's checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import wkv7
+from .parts import Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
+from .state import LayerState, State
+
+
+@dataclass(frozen=True)
+class RWKV7Config:
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    dim_att: int
+    dim_ffn: int
+    head_size: int
+    decay_rank: int
+    iclr_rank: int
+    value_rank: int
+    gate_rank: int
+    ln_x_eps: float = 64e-5  # BlinkDL divides by 8 = head_size_divisor before a norm of eps 1e-5
+    time_state: bool = False  # the initial state is a parameter (state tuning)
+
+    def __post_init__(self) -> None:
+        check_heads(self)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> RWKV7Config:
+        """Reads every size off the tensors of a checkpoint."""
+        vocab_size, n_embd = shapes["emb.weight"]
+        return cls(
+            vocab_size=vocab_size,
+            n_layer=count_layers(shapes),
+            n_embd=n_embd,
+            dim_att=shapes["blocks.0.att.key.weight"][0],
+            dim_ffn=shapes["blocks.0.ffn.key.weight"][0],
+            head_size=shapes["blocks.0.att.r_k"][1],
+            decay_rank=shapes["blocks.0.att.w1"][1],
+            iclr_rank=shapes["blocks.0.att.a1"][1],
+            # layer 0 has no value residual of its own, whatever a file may carry there
+            value_rank=shapes["blocks.1.att.v1"][1] if "blocks.1.att.v1" in shapes else 0,
+            gate_rank=shapes["blocks.0.att.g1"][1],
+            time_state="blocks.0.att.time_state" in shapes,
+        )
+
+    @classmethod
+    def sized(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> RWKV7Config:
+        """A new model of this size with the ranks and widths of the training recipe."""
+
+        def rank(factor: float) -> int:
+            return max(32, 32 * round(factor * n_embd**0.5 / 32))
+
+        ranks = (rank(2.5), rank(2.5), rank(1.7) if n_layer > 1 else 0, rank(5))
+        return cls(vocab_size, n_layer, n_embd, n_embd, 4 * n_embd, head_size, *ranks)
+
+
+class TimeMix(nn.Module):
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        c, a = config.n_embd, config.dim_att
+        self.heads = a // config.head_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape))
+
+        # m-type mixes: the share of the previous token
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (parameter(1, 1, c) for _ in range(6))
+        # low-rank: y = (x @ _1) @ _2, not in the layout of nn.Linear
+        self.w0, self.w1, self.w2 = parameter(1, 1, a), parameter(c, config.decay_rank), parameter(config.decay_rank, a)
+        self.a0, self.a1, self.a2 = parameter(1, 1, a), parameter(c, config.iclr_rank), parameter(config.iclr_rank, a)
+        if layer > 0:
+            self.v0 = parameter(1, 1, a)
+            self.v1, self.v2 = parameter(c, config.value_rank), parameter(config.value_rank, a)
+        self.g1, self.g2 = parameter(c, config.gate_rank), parameter(config.gate_rank, a)
+        self.k_k, self.k_a = parameter(1, 1, a), parameter(1, 1, a)
+        self.r_k = parameter(self.heads, config.head_size)
+        self.time_state = parameter(self.heads, config.head_size, config.head_size) if config.time_state else None
+        self.receptance = nn.Linear(c, a, bias=False)
+        self.key = nn.Linear(c, a, bias=False)
+        self.value = nn.Linear(c, a, bias=False)
+        self.output = nn.Linear(a, c, bias=False)
+        self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
+
+    def initial_wkv(self) -> Tensor:
+        """The state before the first token, [H, N_v, N_k]."""
+        if self.time_state is not None:
+            return widen(self.time_state)
+        heads, size = self.r_k.shape
+        return widen(self.r_k.new_zeros(heads, size, size))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, C]
+        shift: Tensor,
+        wkv: Tensor,
+        v_first: Tensor | None,  # the values of layer 0 for the same tokens, [B, T, A]; None in layer 0
+        cu: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d = previous(x, shift, cu) - x
+        xr, xw, xk, xv, xa, xg = (
+            torch.addcmul(x, d, m) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        )
+        r = self.receptance(xr)  # [B, T, A]
+        k = self.key(xk)
+        v = self.value(xv)
+        # the decay's logarithm, in (-e^-0.5, 0); float32, for 1 - w can be as small as 0.0003
+        log_w = -math.exp(-0.5) * torch.sigmoid(widen(self.w0) + widen(torch.tanh(xw @ self.w1) @ self.w2))
+        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)  # in-context learning rate
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
+
+        def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
+            return x.unflatten(-1, (self.heads, -1))
+
+        kappa = F.normalize(widen(per_head(k * self.k_k)), dim=-1, eps=1e-12)  # of the key as it was
+        k = k * (1 + (a - 1) * self.k_a)
+        r, k, v, a = per_head(r), per_head(k), per_head(v), per_head(a)
+        y, wkv = wkv7(r, per_head(log_w), k, v, -kappa, kappa * a, wkv, cu_seqlens=cu)
+        y = group_norm(y.to(x.dtype), self.ln_x)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return self.output((y + bonus.flatten(-2)) * g), wkv, v_first
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, config: RWKV7Config):
+        super().__init__()
+        self.x_k = nn.Parameter(torch.zeros(1, 1, config.n_embd))
+        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+        xk = torch.addcmul(x, previous(x, shift, cu) - x, self.x_k)
+        return self.value(torch.relu(self.key(xk)) ** 2)
+
+
+class Block(nn.Module):
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def forward(
+        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        x1 = self.ln1(x)
+        y, wkv, v_first = self.att(x1, state.att_shift, state.wkv, v_first, cu)
+        x = x + y
+        x2 = self.ln2(x)
+        x = x + self.ffn(x2, state.ffn_shift, cu)
+        return x, v_first, LayerState(carry(x1, cu), wkv, carry(x2, cu))
+
+
+class RWKV7(Model):
+    """`logits, state = model(tokens, state)`, for a prompt, a training batch and a single step alike.
+
+    tokens: integers [B, T]. state: a State of B rows, or None. cu_seqlens: packs many sequences into B = 1,
+    one state row each. logits: [B, T, V]; with last_only [B, 1, V], packed [1, sequences, V].
+    """
+
+    name = "rwkv7"
+    Config = RWKV7Config
+    ignored = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 is where the values come from
+
+    def __init__(self, config: RWKV7Config):
+        super().__init__(config)
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Tensor, State]:
+        state, cu = self.enter(tokens, state, cu_seqlens)
+        x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
+        v_first = None
+        layers = []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, v_first, layer = block(x, layer, v_first, cu)
+            layers.append(layer)
+        if last_only:
+            x = last_tokens(x, cu)
+        return self.head(self.ln_out(x)), State(layers, state.fingerprint)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The initialisation of the training recipe; a model that starts elsewhere ends up worse."""
+        c, a = self.config.n_embd, self.config.dim_att
+        d = torch.arange(c) / c
+        channel = torch.arange(a) / (a - 1)  # 0 .. 1 over all heads
+        lin = channel - 0.5
+        size = self.config.head_size
+        s = torch.arange(a) % size * 2 / (size - 1) - 1  # -1 .. 1 over each head
+        zigzag = s * s.abs()
+        layers = self.config.n_layer
+
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, 0.5 * max(1.0, self.config.vocab_size / c) ** 0.5)
+        for i, block in enumerate(self.blocks):
+            rho = i / (layers - 1) if layers > 1 else 0.0  # 0 .. 1 over the layers
+            tau = 1 - i / layers  # 1 .. 1 / layers
+            att, ffn = block.att, block.ffn
+            for mix, power in ((att.x_r, 0.2), (att.x_w, 0.9), (att.x_k, 0.7), (att.x_v, 0.7), (att.x_a, 0.9)):
+                mix.copy_(1 - d ** (power * tau))
+            att.x_g.copy_(1 - d ** (0.2 * tau))
+            ffn.x_k.copy_(1 - d ** (tau**4))
+            att.w0.copy_(-5.5 + 6 * channel ** (1 + rho**0.3) + 2.5 * zigzag)
+            att.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * lin)
+            if i > 0:
+                att.v0.copy_(0.73 - 0.4 * lin)
+            att.k_k.copy_(0.71 - 0.1 * lin)
+            att.k_a.fill_(1.02)
+            att.r_k.fill_(-0.04)
+            if self.config.time_state:
+                att.time_state.zero_()
+            for rank in "wavg" if i > 0 else "wag":
+                getattr(att, f"{rank}1").zero_()
+                up = getattr(att, f"{rank}2")
+                nn.init.orthogonal_(up, 0.1 * max(1.0, up.shape[0] / up.shape[1]) ** 0.5)
+            nn.init.orthogonal_(att.receptance.weight, 1.0)
+            nn.init.orthogonal_(att.key.weight, 0.1)
+            nn.init.orthogonal_(att.value.weight, 1.0)
+            att.output.weight.zero_()
+            nn.init.orthogonal_(ffn.key.weight, 1.0)
+            ffn.value.weight.zero_()
+            att.ln_x.weight.fill_(((1 + i) / layers) ** 0.7)
+            att.ln_x.bias.zero_()
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): the decay's bias w0 learns twice as fast; matrices
+        decay, embedding and head included, vectors and low-rank matrices do not."""
+        fast, matrices, rest = [], [], []
+        for name, p in self.named_parameters():
+            if name.endswith("att.w0"):
+                fast.append(p)
+            elif name.endswith(".weight") and p.ndim == 2:
+                matrices.append(p)
+            else:
+                rest.append(p)
+        return [
+            {"params": rest, "lr": lr, "weight_decay": 0.0},
+            {"params": fast, "lr": 2 * lr, "weight_decay": 0.0},
+            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+        ]

@@ -1,0 +1,58 @@
+"""Which body of an operator runs, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("rookery.ops")
+
+STEP = 4  # up to this many tokens the plain loop costs less than cutting chunks
+
+
+def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: int) -> Callable:
+    """The body for `impl`; "auto" takes the fastest for sequences of at most `longest` tokens."""
+    if impl == "auto":
+        impl = "reference" if longest <= STEP else "chunked"
+        _say_once(operator, impl)
+    if impl not in bodies:
+        raise ValueError(f"{operator} has no body {impl!r}; choose one of auto, {', '.join(bodies)}")
+    return bodies[impl]
+
+
+@cache
+def _say_once(operator: str, impl: str) -> None:
+    log.info("%s: impl=auto runs the %s body", operator, impl)
+
+
+def longest(tokens: int, cu: tuple[int, ...] | None) -> int:
+    """Tokens of the longest sequence."""
+    return tokens if cu is None else max(end - start for start, end in pairwise(cu))
+
+
+def sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
+    """The sizes of `x`: ValueError unless it is floating point, has these dimensions and is not empty."""
+    if x.ndim != len(letters) or 0 in x.shape:
+        raise ValueError(f"{operator}: {name} must have shape [{', '.join(letters)}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator}: {name} must be floating point, got {x.dtype}")
+    return tuple(x.shape)
+
+
+def expect(operator: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """ValueError unless `x` is floating point and has one of these shapes."""
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{operator}: {name} must have shape {wanted}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator}: {name} must be floating point, got {x.dtype}")
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype a state is held in: float32, or float64 for float64 activations."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

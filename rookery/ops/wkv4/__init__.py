@@ -1,0 +1,67 @@
+"""WKV4, the recurrence of RWKV-4 "Dove": per channel, an exponentially decaying weighted mean of the values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import accumulator, choose, expect, longest, sizes
+from ..packing import boundaries
+from .chunked import NOTHING, chunked
+from .reference import reference
+
+BODIES = {"reference": reference, "chunked": chunked}
+
+
+def wkv4(
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Per channel, with w = exp(log_w) and the two sums A (of weighted values) and B (of weights):
+
+        y_t = (A_t + exp(u + k_t) v_t) / (B_t + exp(u + k_t))
+        A_{t+1} = w A_t + exp(k_t) v_t
+        B_{t+1} = w B_t + exp(k_t)
+
+    The sums overflow for keys that a trained model has, so a state is (a, b, p) with A = a exp(p), B = b exp(p),
+    and p the largest exponent among the terms. Only the sums mean anything; p is a choice of unit. It is
+    returned as a constant: let a loss on the final state depend on a exp(p) and b exp(p), as every
+    continuation of the sequence does. The initial p has its gradient, a * grad(a) + b * grad(b).
+
+    Args:
+        log_w, u: [A], the log of the decay a token, <= 0 (RWKV-4 passes -exp(time_decay)), and the bonus of the
+            current token (time_first).
+        k, v: [B, T, A], any floating dtype.
+        state: [B, 3, A], rows a, b, p; or None for an empty one (0, 0, -1e38). Packed: one a sequence.
+        cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
+        impl: "auto", "reference" or "chunked".
+
+    Returns:
+        y [B, T, A] in v's dtype, and the final state, float32 (float64 for float64 activations).
+
+    Raises:
+        ValueError: a shape, dtype, cu_seqlens or impl that does not fit, named.
+
+    Source: RWKV (arXiv 2305.13048), section 3.1 and appendix D; derivation of the chunked form in README.md.
+    """
+    batch, tokens, channels = sizes("wkv4", "k", k, "BTA")
+    expect("wkv4", "v", v, (batch, tokens, channels))
+    expect("wkv4", "log_w", log_w, (channels,))
+    expect("wkv4", "u", u, (channels,))
+    cu = boundaries(cu_seqlens, batch, tokens)
+    rows = batch if cu is None else len(cu) - 1
+    if state is None:
+        start = torch.tensor([0.0, 0.0, NOTHING], dtype=accumulator(k), device=k.device)
+        state = start[:, None].expand(rows, 3, channels)
+    else:
+        expect("wkv4", "state", state, (rows, 3, channels))
+    body = choose("wkv4", impl, BODIES, longest(tokens, cu))
+    return body(log_w, k, v, u, state.to(accumulator(k)), cu)

@@ -1,0 +1,59 @@
+"""WKV6, the recurrence of RWKV-6 "Finch": WKV5 with a decay that depends on the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..dispatch import accumulator, choose, expect, longest, sizes
+from ..packing import boundaries
+from .chunked import chunked
+from .reference import reference
+
+BODIES = {"reference": reference, "chunked": chunked}
+
+
+def wkv6(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Per head, with S the state [N_v, N_k], w = exp(log_w) and all vectors columns:
+
+        y_t = (S_{t-1} + v_t k_t^T diag(u)) r_t
+        S_t = S_{t-1} diag(w_t) + v_t k_t^T
+
+    Args:
+        r, log_w, k, v: [B, T, H, N], any floating dtype. log_w <= 0 without a lower bound, -inf included.
+        u: [H, N], the bonus of the current token.
+        state: [B, H, N, N] value-major, or None for zeros. Packed: one row a sequence.
+        cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
+        impl: "auto", "reference" or "chunked".
+
+    Returns:
+        y [B, T, H, N] in v's dtype, and the final state, float32 (float64 for float64 activations).
+
+    Raises:
+        ValueError: a shape, dtype, cu_seqlens or impl that does not fit, named.
+
+    Source: Eagle and Finch (arXiv 2404.05892), section 4; derivation of the chunked form in README.md.
+    """
+    batch, tokens, heads, size = sizes("wkv6", "r", r, "BTHN")
+    for name, x in (("log_w", log_w), ("k", k), ("v", v)):
+        expect("wkv6", name, x, (batch, tokens, heads, size))
+    expect("wkv6", "u", u, (heads, size))
+    cu = boundaries(cu_seqlens, batch, tokens)
+    rows = batch if cu is None else len(cu) - 1
+    if state is None:
+        state = r.new_zeros(rows, heads, size, size, dtype=accumulator(r))
+    else:
+        expect("wkv6", "state", state, (rows, heads, size, size))
+    body = choose("wkv6", impl, BODIES, longest(tokens, cu))
+    return body(r, log_w, k, v, u, state.to(accumulator(r)), cu)

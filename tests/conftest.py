@@ -1,0 +1,110 @@
+"""Random checkpoints of every generation, under BlinkDL's names and in his shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+VERSIONS = ("4", "5.0", "5.0 r2", "5.1", "5.2", "6", "7")
+
+
+def random_checkpoint(
+    version: str,
+    *,
+    vocab: int = 101,
+    width: int = 96,
+    heads: int = 3,
+    layers: int = 2,
+    ffn: int = 200,
+    rank: int = 7,
+    tuned: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Weights that no initialisation gives, so that every parameter moves the logits; about 1 in size where it
+    enters a product, decays from slow to fast. The four LoRA ranks of RWKV-7 are rank .. rank + 3."""
+    random = torch.Generator().manual_seed(seed)
+    size = width // heads
+
+    def normal(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        return mean + std * torch.randn(shape, generator=random)
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
+        return normal(rows, columns, std=gain * columns**-0.5)
+
+    def mix() -> Tensor:
+        return torch.rand(1, 1, width, generator=random) * 1.2 - 0.1
+
+    def norm(name: str) -> dict[str, Tensor]:
+        return {f"{name}.weight": normal(width, mean=1.0, std=0.2), f"{name}.bias": normal(width, std=0.2)}
+
+    def time_mix() -> dict[str, Tensor]:
+        names = ["receptance", "key", "value", "output"]
+        if version in ("5.1", "5.2", "6"):
+            names.append("gate")
+        tensors = {f"{name}.weight": matrix(width, width) for name in names}
+        if version == "4":
+            tensors |= {"time_decay": normal(width, std=1.5), "time_first": normal(width)}
+        elif version in ("5.0", "5.0 r2", "5.1"):
+            bonus = "time_first" if version == "5.0" else "time_faaaa"
+            tensors |= {"time_decay": normal(heads, mean=-1.5), bonus: normal(heads)}
+        elif version == "5.2":
+            tensors |= {"time_decay": normal(heads, size, mean=-1.5), "time_faaaa": normal(heads, size)}
+        elif version == "6":
+            tensors |= {
+                "time_decay": normal(1, 1, width, mean=-1.5),
+                "time_decay_w1": normal(width, rank + 3, std=width**-0.5),
+                "time_decay_w2": normal(rank + 3, width, std=0.5),
+                "time_faaaa": normal(heads, size),
+                "time_maa_w1": normal(width, 5 * rank, std=width**-0.5),
+                "time_maa_w2": normal(5, rank, width, std=0.2),
+            }
+        else:
+            lora = {"w": rank, "a": rank + 1, "v": rank + 2, "g": rank + 3}
+            for name, columns in lora.items():
+                tensors |= {
+                    f"{name}1": normal(width, columns, std=width**-0.5),
+                    f"{name}2": normal(columns, width, std=0.5),
+                }
+                if name != "g":
+                    tensors[f"{name}0"] = normal(1, 1, width)
+            tensors |= {"k_k": normal(1, 1, width), "k_a": normal(1, 1, width), "r_k": normal(heads, size, std=0.3)}
+        mixes = {
+            "4": ["time_mix_k", "time_mix_v", "time_mix_r"],
+            "5": [f"time_mix_{name}" for name in ("kvrg" if "gate.weight" in tensors else "kvr")],
+            "6": [f"time_maa_{name}" for name in "xwkvrg"],
+            "7": [f"x_{name}" for name in "rwkvag"],
+        }
+        tensors |= {name: mix() for name in mixes[version[0]]}
+        if version != "4":
+            tensors |= norm("ln_x")
+        if tuned:
+            tensors["time_state"] = normal(heads, size, size)
+        return tensors
+
+    def channel_mix() -> dict[str, Tensor]:
+        tensors = {"key.weight": matrix(ffn, width), "value.weight": matrix(width, ffn)}
+        if version != "7":
+            tensors["receptance.weight"] = matrix(width, width)
+        mixes = {"4": ["time_mix_k", "time_mix_r"], "6": ["time_maa_k", "time_maa_r"], "7": ["x_k"]}
+        tensors |= {name: mix() for name in mixes.get(version[0], mixes["4"])}
+        return tensors
+
+    weights = {"emb.weight": normal(vocab, width), **norm("blocks.0.ln0")}
+    for i in range(layers):
+        weights |= norm(f"blocks.{i}.ln1") | norm(f"blocks.{i}.ln2")
+        weights |= {f"blocks.{i}.att.{name}": x for name, x in time_mix().items()}
+        weights |= {f"blocks.{i}.ffn.{name}": x for name, x in channel_mix().items()}
+    return weights | norm("ln_out") | {"head.weight": matrix(vocab, width)}
+
+
+@pytest.fixture(name="random_checkpoint", scope="session")
+def _random_checkpoint():
+    """The function `random_checkpoint(version, ...)`: name -> tensor."""
+    return random_checkpoint
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request) -> str:
+    """Every generation and sub-version in turn."""
+    return request.param

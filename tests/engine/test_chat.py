@@ -1,0 +1,499 @@
+"""Conversations: every move goes between kept states, and every state stands for exactly its text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rookery.checkpoint import assemble
+from rookery.engine import chat as chat_file
+from rookery.engine.chat import Chat
+from rookery.engine.llm import LLM
+from rookery.engine.templates import G1, RAVEN, STORY, TEMPLATES, WORLD, Template, usual_template
+from rookery.errors import InputError
+from rookery.models import State
+
+
+@pytest.fixture(scope="module")
+def llm(model) -> LLM:
+    return LLM(model)
+
+
+def assert_same(a: State, b: State, tolerance: float = 1e-8) -> None:
+    for x, y in zip(a.layers, b.layers, strict=True):
+        for left, right in zip(x, y, strict=True):
+            torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+def last(chat: Chat):
+    return chat._heads[chat.branch]
+
+
+def talk(scripted, *replies, template="story", system=None, **options):
+    """A chat with the scripted model: (chat, model, last turn's owed text after each reply)."""
+    cue = (TEMPLATES[template] if isinstance(template, str) else template).turn.rsplit("\n", 1)[1]
+    model, tokenizer = scripted(*replies, cue=cue)
+    return LLM(model, tokenizer=tokenizer).chat(template, system), model
+
+
+def test_templates_as_the_models_know_them(scripted):
+    for name, system, expected in [
+        ("story", None, "User: Hello\n\nAssistant:"),
+        ("world", None, "User: Hello\n\nAssistant:"),
+        ("raven", "A talk.", "A talk.\n\nBob: Hello\n\nAlice:"),
+        ("g1", "Be kind.", "System: Be kind.\n\nUser: Hello\n\nAssistant:"),
+        ("g1-think", None, "User: Hello\n\nAssistant: <think"),
+        ("g1-fast-think", None, "User: Hello\n\nAssistant: <think>\n</think"),
+    ]:
+        chat, model = talk(scripted, [" Hi", "."], template=name, system=system)
+        assert chat.say("  Hello \n") == "Hi."
+        assert last(chat).asked.texts == (expected,)
+        assert model.read(last(chat).asked) == expected
+        assert chat.text == expected + " Hi.\n\n"
+        first = [{"role": "system", "content": system}] if system else []
+        assert chat.messages == [
+            *first,
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi."},
+        ]
+
+
+def test_no_template_leaves_a_space_at_the_end():
+    assert all(template.turn == template.turn.rstrip() for template in TEMPLATES.values())
+
+
+def test_braces_in_texts_stay_as_they_are(scripted):
+    chat, _ = talk(scripted, [" Hi"], system="Answer {user} in JSON: {}")
+    chat.say('{"a": {user}}')
+    assert chat.text == 'Answer {user} in JSON: {}\n\nUser: {"a": {user}}\n\nAssistant: Hi\n\n'
+
+
+def test_messages_are_cleaned():
+    assert G1.clean(" a\r\n\r\n\n b\n ") == "a\n b"
+    assert STORY.clean(" a\n\nb\n ") == "a\n\nb"
+    for template in TEMPLATES.values():
+        for empty in ("", " \n "):
+            with pytest.raises(InputError, match="the message is empty"):
+                template.clean(empty)
+
+
+def test_the_default_template(scripted):
+    model, tokenizer = scripted([])
+    llm = LLM(model, tokenizer=tokenizer)
+    assert llm.chat().template == WORLD
+    llm.chat_template = "story"
+    assert llm.chat().template == STORY
+    assert llm.chat("g1").template == G1
+    mine = Template("Q: {user}\nA:", separator="\n", stops=("\nQ:",))
+    assert llm.chat(mine).template is mine
+    with pytest.raises(InputError, match="no chat template 'alpaca'; known are raven, world"):
+        llm.chat("alpaca")
+    for generation, world, expected in [
+        ("rwkv4", False, "raven"),
+        ("rwkv4", True, "world"),
+        ("rwkv6", True, "world"),
+        ("rwkv7", True, "g1"),
+        ("rwkv7", False, "world"),
+    ]:
+        assert usual_template(generation, world) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "answer", "read", "owed"),
+    [
+        # ends by itself: only the separator is missing
+        ("story", [" Hi", "."], " Hi.", " Hi.", "\n\n"),
+        # a stop string in whole tokens: the separator was read with it
+        ("story", [" Hi", ".", "\n\n", "User", ":", " x"], " Hi.", " Hi.\n\n", ""),
+        ("story", [" Hi", ".", "\n", "\n", "User", ":"], " Hi.", " Hi.\n\n", ""),
+        ("raven", [" Hi", ".", "\n\n", "x"], " Hi.", " Hi.\n\n", ""),
+        # a token that ends with the separator stands for the conversation as it is
+        ("story", [" Hi", ".\n\n", "User:"], " Hi.", " Hi.\n\n", ""),
+        ("story", [" Hi", ".\n", "\nUser:"], " Hi.", " Hi.\n", "\n"),
+        # tokens across the cut: go back to before them, owe their share
+        ("story", [" Hi", ".\n\nU", "ser:"], " Hi.", " Hi", ".\n\n"),
+        ("story", [" Hi", ".", "\n\nUser:"], " Hi.", " Hi.", "\n\n"),
+        # white space at the end is not part of the answer
+        ("story", [" Hi", ".", " ", "\n"], " Hi.", " Hi.", "\n\n"),
+        ("story", [" Hi", ".", "\n"], " Hi.", " Hi.\n", "\n"),
+        ("story", [" Hi", ".", " \n"], " Hi.", " Hi.", "\n\n"),
+        ("story", [" Hi", ". ", "\n\n", "User:"], " Hi.", " Hi", ".\n\n"),
+        ("story", [" Hi", ".", "\n", "\n", "\n", "\n", "\n"], " Hi.", " Hi.\n\n", ""),
+        # white space and half stop strings inside of it are
+        ("story", [" Hi", " \n\n", "\n\nUse", " it", "."], " Hi \n\n\n\nUse it.", " Hi \n\n\n\nUse it.", "\n\n"),
+        ("story", [" Hi", "\n\nUse"], " Hi\n\nUse", " Hi\n\nUse", "\n\n"),
+        # nothing at all
+        ("story", [], "", "", "\n\n"),
+        ("story", ["\n\n", "User:"], "", "\n\n", ""),
+        ("story", ["\n\nUser:"], "", "", "\n\n"),
+        ("story", [" ", " "], "", "", "\n\n"),
+    ],
+)
+def test_where_an_answer_is_cut(scripted, template, reply, answer, read, owed):
+    chat, model = talk(scripted, reply, reply, template=template)
+    prompt = chat.template.turn.format(user="Hello")
+    for turns in (1, 2):
+        pieces = list(chat.say("Hello", stream=True))
+        assert "".join(pieces) == answer.strip()
+        turn = last(chat)
+        assert turn.answer == answer
+        assert turn.owed == owed
+        before = (prompt + answer + "\n\n") * (turns - 1) + prompt
+        assert model.read(turn.state) == before + read
+        assert turn.state.texts == (before + read,)
+        assert chat.text == before + answer + "\n\n"
+
+
+def test_half_a_character_is_no_part_of_an_answer(scripted):
+    chat, model = talk(scripted, [" a"])
+    bird = [model.tokenizer.table.index(bytes([byte])) for byte in "鳥".encode()]
+    model.replies = [[*model.replies[0], *bird, *bird[:2]]]
+    assert chat.say("x") == "a鳥"
+    assert model.read(last(chat).state) == "User: x\n\nAssistant: a鳥"
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_max_tokens_may_cut_anywhere(scripted, cut):
+    reply = [" Hi", ".", " \n", "\n\nUs", "ed", "!", "\n\nU", "ser:"]
+    chat, model = talk(scripted, reply)
+    said = chat.say("x", max_tokens=cut)
+    raw = "".join(reply[:cut]) if cut < 8 else "".join(reply[:6])
+    assert said == raw.strip()
+    assert chat.text == "User: x\n\nAssistant:" + raw.rstrip() + "\n\n"
+    assert model.read(last(chat).state) + last(chat).owed == chat.text
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    reply=st.lists(
+        st.sampled_from(["a", " ", "\n", "\n\n", " \n\n", "b\n", "\nU", "\n\nU", "U", "U:", ":"]), max_size=9
+    ),
+    tokens=st.integers(0, 9),
+    stop_after=st.integers(1, 9),
+)
+def test_any_answer_stands_for_its_text(scripted, reply, tokens, stop_after):
+    template = Template("Q: {user}\n\nA:", stops=("\n\nU:", "\nUU"))
+    chat, model = talk(scripted, reply, template=template)
+    shown = ""
+    for i, piece in enumerate(chat.say("x", stream=True, max_tokens=tokens)):
+        shown += piece
+        if i + 1 == stop_after:
+            break
+    turn = last(chat)
+    assert turn.answer.strip() == shown
+    assert turn.answer == turn.answer.rstrip()
+    assert "".join(reply).startswith(turn.answer)
+    assert model.read(turn.state) == turn.state.texts[0]
+    assert turn.state.texts[0] + turn.owed == "Q: x\n\nA:" + turn.answer + "\n\n"
+    again = len(turn.owed) - len("\n\n")
+    assert again < max(map(len, [*reply, "  "]))  # never more than a part of one token is read again
+
+
+def test_nothing_is_read_twice(scripted):
+    replies = [[" One", ".", "\n\n", "User", ":"], [" Two", "."], [" Three", ".\n\nU", "ser:"], [" Four"]]
+    chat, model = talk(scripted, *replies, template="g1", system="Be kind.")
+    count = len(chat._llm.tokenizer.encode("System: Be kind.\n\n"))
+    assert model.reads == [count]
+
+    def reads() -> list[int]:
+        new, model.reads = model.reads, []
+        return new
+
+    def size(text: str) -> int:
+        return len(chat._llm.tokenizer.encode(text))
+
+    reads()
+    chat.say("a")
+    assert reads() == [size("User: a\n\nAssistant:"), 1, 1, 1, 1, 1]
+    chat.say("b")
+    assert reads() == [size("User: b\n\nAssistant:"), 1, 1]  # the separator was read with the stop string
+    chat.retry()
+    assert reads() == [1, 1]
+    chat.undo()
+    chat.fork("other")
+    chat.switch("main")
+    assert reads() == []
+    chat.say("c")
+    assert reads() == [size("User: c\n\nAssistant:"), 1, 1]
+    chat.say("d")
+    assert reads() == [size("\n\nUser: d\n\nAssistant:"), 1, 1, 1]
+    chat.say("e")
+    assert reads() == [size(".\n\nUser: e\n\nAssistant:"), 1]  # "." is the share of the token ".\n\nU"
+    chat.switch("other")
+    chat.say("f")
+    assert reads() == [size("User: f\n\nAssistant:"), 1, 1]
+
+
+def test_states_are_those_of_the_text_read_at_once(llm):
+    chat = llm.chat("story", system="A talk.")
+    for i, message in enumerate(["Hello", "And then?", "鳥?"]):
+        chat.say(message, max_tokens=25, seed=i)
+        turn = last(chat)
+        for state in (turn.asked, turn.state):
+            if "\ufffd" not in state.texts[0]:
+                assert_same(state, llm.state(state.texts[0]))
+        assert turn.state.texts[0] + turn.owed == chat.text
+
+
+def test_few_states_are_held_at_a_time(scripted, monkeypatch):
+    held, real = [], chat_file._useful
+
+    def useful(*args):
+        marks = real(*args)
+        held.append(len(marks))
+        return marks
+
+    monkeypatch.setattr(chat_file, "_useful", useful)
+    chat, _ = talk(scripted, [" Hi", *["\n"] * 200, "a", *[" ", "b"] * 50])
+    chat.say("x")
+    assert len(held) > 300
+    assert max(held) <= 12
+
+
+def test_undo_retry_fork_switch(llm):
+    chat = llm.chat("story")
+    one = chat.say("a", max_tokens=12, seed=1)
+    here = chat.messages
+    two = chat.say("b", max_tokens=12, seed=2)
+    there = chat.messages
+    assert chat.undo() == "b"
+    assert chat.messages == here
+    assert chat.say("b", max_tokens=12, seed=2) == two
+    assert chat.retry(max_tokens=12, seed=3) != two
+    assert chat.messages[:2] == here
+    assert chat.retry(max_tokens=12, seed=2) == two
+    assert chat.messages == there
+    chat.fork("other")
+    assert (chat.branch, chat.branches) == ("other", ("main", "other"))
+    chat.undo()
+    chat.undo()
+    assert chat.messages == []
+    assert chat.text == ""
+    chat.say("c", max_tokens=5)
+    chat.switch("main")
+    assert chat.messages == there
+    chat.undo()
+    assert chat.retry(max_tokens=12, seed=1) == one
+
+
+def test_moves_that_are_not_possible(llm):
+    chat = llm.chat("story")
+    for move in (chat.undo, chat.retry, lambda: chat.retry(stream=True)):
+        with pytest.raises(InputError, match="nothing was said yet"):
+            move()
+    with pytest.raises(InputError, match="there is a branch 'main' already"):
+        chat.fork("main")
+    with pytest.raises(InputError, match="there is no branch 'x'; there are main"):
+        chat.switch("x")
+    for stream in (False, True):
+        with pytest.raises(InputError, match="the message is empty"):
+            chat.say(" ", stream=stream)
+        with pytest.raises(InputError, match="no sampling option 'heat'"):
+            chat.say("a", stream=stream, heat=1)
+    assert chat.messages == []
+
+
+def test_a_reply_that_is_broken_off_keeps_what_was_said(scripted):
+    reply = [" One", " two", ".", "\n\nUs", "e it", " three"]
+    for count, kept, read in [(1, " One", " One"), (2, " One two", " One two"), (4, " One two.\n\nUse it", None)]:
+        chat, model = talk(scripted, reply, [" Next"])
+        stream = chat.say("x", stream=True)
+        shown = "".join(next(stream) for _ in range(count))
+        stream.close()
+        assert chat.messages[-1]["content"] == shown == kept.strip()
+        assert model.read(last(chat).state) == "User: x\n\nAssistant:" + (read or kept)
+        assert chat.say("y") == "Next"
+        assert chat.text == f"User: x\n\nAssistant:{kept}\n\nUser: y\n\nAssistant: Next\n\n"
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_ctrl_c_at_any_moment(scripted, calls):
+    chat, model = talk(scripted, [" Hello"], [" One", " two", "."], [" Next"])
+    chat.say("a")
+    before = chat.messages
+    left = [calls]
+
+    def interrupt(module, inputs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(interrupt)
+    if calls < 4:
+        pieces: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            pieces.extend(chat.say("b", stream=True))
+        shown = "".join(pieces)
+    else:
+        shown = chat.say("b")
+    hook.remove()
+    assert shown == "One two."[: [0, 0, 3, 7, 8][calls]]
+    if calls == 0:  # the message was not read
+        assert chat.messages == before
+        return
+    assert chat.messages[:2] == before
+    assert [m["content"] for m in chat.messages[2:]] == ["b", shown]
+    assert model.read(last(chat).state) + last(chat).owed == chat.text
+    assert chat.say("c") == "Next"
+    assert chat.messages[-4]["content"] == "b"
+
+
+def test_an_error_leaves_the_conversation_as_it_was(random_checkpoint):
+    weights = random_checkpoint("7", vocab=256, width=32, heads=2, layers=2, ffn=40, rank=3)
+    llm = LLM(assemble(weights))
+    chat = llm.chat("story")
+    chat.say("a", max_tokens=5)
+    before = chat.messages
+    for move in (lambda: chat.say("b", logit_bias={999: 1.0}), lambda: chat.retry(logit_bias={999: 1.0})):
+        with pytest.raises(InputError, match="token 999"):
+            move()
+        assert chat.messages == before
+    with torch.no_grad():
+        llm.model.head.weight[0] = math.nan
+    with pytest.raises(InputError, match="not finite"):
+        chat.say("b")
+    assert chat.messages == before
+
+
+def test_a_stream_left_open_ends_when_its_branch_moves_on(scripted):
+    chat, _ = talk(scripted, [" One", " two", " three"], [" Next"])
+    stream = chat.say("a", stream=True)
+    assert next(stream) == "One"
+    assert chat.messages[-1]["content"] == "One"
+    assert chat.say("b") == "Next"
+    assert list(stream) == []
+    assert [m["content"] for m in chat.messages] == ["a", "One", "b", "Next"]
+    idle = chat.say("c", stream=True)
+    assert [m["content"] for m in chat.messages] == ["a", "One", "b", "Next"]  # not begun, so nothing was said
+    idle.close()
+
+
+def test_a_stream_goes_on_in_the_branch_it_began_in(scripted):
+    chat, _ = talk(scripted, [" One", " two"])
+    stream = chat.say("a", stream=True)
+    next(stream)
+    chat.fork("other")
+    assert list(stream) == [" two"]
+    assert chat.messages[-1]["content"] == "One"
+    chat.switch("main")
+    assert chat.messages[-1]["content"] == "One two"
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_save_and_load(llm, tmp_path, system):
+    chat = llm.chat("g1", system)
+    chat.say("a", max_tokens=12, seed=1)
+    chat.say("b", max_tokens=12, seed=2)
+    chat.fork("other")
+    chat.undo()
+    chat.say("c", max_tokens=12, seed=3)
+    chat.fork("empty")
+    chat.undo()
+    chat.undo()
+    chat.switch("other")
+    chat.save(tmp_path / "talk")
+    assert [path.name for path in tmp_path.iterdir()] == ["talk"]
+
+    other = llm.chat("story")
+    other.say("gone", max_tokens=2)
+    other.load(tmp_path / "talk")
+    assert other.branches == chat.branches == ("main", "other", "empty")
+    assert other.branch == "other"
+    for name in chat.branches:
+        chat.switch(name)
+        other.switch(name)
+        assert other.messages == chat.messages
+        assert other.text == chat.text
+        assert other.say("and?", max_tokens=9, seed=4, top_p=0.9) == chat.say("and?", max_tokens=9, seed=4, top_p=0.9)
+        other.undo()
+        chat.undo()
+        if chat.messages and name != "empty":
+            assert other.retry(max_tokens=9, seed=5) == chat.retry(max_tokens=9, seed=5)
+    assert other.template == chat.template
+    # what the branches share, they still share
+    other.switch("main")
+    other.undo()
+    chat.switch("other")
+    assert len({id(turn) for turn in (last(other), other._heads["other"].before)}) == 1
+
+
+def test_an_empty_conversation_is_saved_too(llm, tmp_path):
+    llm.chat("g1").save(tmp_path / "talk")
+    chat = llm.chat("story")
+    chat.say("a", max_tokens=2)
+    chat.load(tmp_path / "talk")
+    assert chat.messages == []
+    assert chat.say("a", max_tokens=5, seed=1, top_p=1.0) == llm.chat("g1").say("a", max_tokens=5, seed=1, top_p=1.0)
+
+
+def test_files_that_are_refused(llm, tmp_path, random_checkpoint):
+    chat = llm.chat("story")
+    chat.say("a", max_tokens=5)
+    path = tmp_path / "talk"
+    chat.save(path)
+    before, whole = chat.messages, path.read_bytes()
+
+    def refused(message: str, file=path, chat=chat) -> None:
+        with pytest.raises(InputError, match=message):
+            chat.load(file)
+        assert chat.messages == before
+
+    for cut in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        refused("talk: damaged or truncated")
+    for at in (len(whole) - 5, len(whole) // 2, whole.index(b"Assistant")):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        refused("talk: damaged")
+    path.write_text("hello")
+    refused("damaged or truncated")
+    save_file({"x": torch.zeros(1)}, path)
+    refused("not a rookery conversation")
+    llm.state("a").save(path)
+    refused("not a rookery conversation")
+    refused("no such conversation file", tmp_path / "none")
+
+    weights = random_checkpoint("7", vocab=256, width=32, heads=2, layers=2, ffn=40, rank=3, seed=1)
+    stranger = LLM(assemble(weights)).chat("story")
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="held with another model"):
+        stranger.load(path)
+    chat.load(path)
+    assert chat.messages == before
+
+
+def test_a_failed_save_leaves_the_old_file(llm, tmp_path, monkeypatch):
+    chat = llm.chat("story")
+    chat.say("a", max_tokens=5)
+    chat.save(tmp_path / "talk")
+    whole = (tmp_path / "talk").read_bytes()
+
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("rookery.engine.chat.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        chat.save(tmp_path / "talk")
+    assert (tmp_path / "talk").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["talk"]
+
+
+def test_the_file_is_plain_safetensors(llm, tmp_path):
+    chat = llm.chat("story")
+    chat.say("a", max_tokens=3)
+    chat.save(tmp_path / "talk")
+    with safe_open(tmp_path / "talk", "pt") as file:
+        assert file.metadata()["format"] == "rookery.chat"
+        assert file.get_tensor("logits").shape == (1, 256)
+        assert file.get_tensor("blocks.0.wkv").shape == (2, 2, 16, 16)
+
+
+def test_raven_ends_at_an_empty_line(scripted):
+    assert RAVEN.stops == ("\n\n",)
+    chat, _ = talk(scripted, [" Hi", "\n", "there", "\n\n", "Bob:"], template="raven")
+    assert chat.say("x") == "Hi\nthere"

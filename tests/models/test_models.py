@@ -1,0 +1,245 @@
+"""What holds for every generation: one forward for all uses, gradients everywhere, states that are never changed."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from rookery import RWKV4, InputError, State, ops
+from rookery.checkpoint import assemble
+from rookery.models import LayerState, Model
+
+
+@pytest.fixture
+def model(version, random_checkpoint) -> Model:
+    """Small, random, float64."""
+    weights = random_checkpoint(version, width=32, heads=2, layers=2, ffn=40, rank=3)
+    return assemble({name: x.double() for name, x in weights.items()})
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(a: State, b: State, tolerance: float = 1e-9) -> None:
+    """Equal memories. RWKV-4's triples (a, b, p) are compared as the sums a e^p, b e^p that they stand for."""
+    for x, y in zip(a.layers, b.layers, strict=True):
+        for left, right in zip(_sums(x), _sums(y), strict=True):
+            torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+def _sums(layer: LayerState) -> LayerState:
+    if layer.wkv.ndim == 4:
+        return layer
+    a, b, p = layer.wkv.unbind(1)
+    return layer._replace(wkv=torch.stack([a, b]) * p.exp())
+
+
+@torch.no_grad()
+def test_whole_pass_equals_steps_and_halves(model):
+    text = tokens(3, 75)
+    whole, end = model(text)
+    steps, state = [], None
+    for t in range(75):
+        logits, state = model(text[:, t : t + 1], state)
+        steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-9, atol=1e-9)
+    assert_same(state, end)
+    for cut in (1, 40):
+        first, middle = model(text[:, :cut])
+        second, state = model(text[:, cut:], middle)
+        torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-9, atol=1e-9)
+        assert_same(state, end)
+
+
+@torch.no_grad()
+def test_packed_equals_separate(model):
+    lengths = [5, 1, 70, 33]
+    texts = [tokens(1, n, seed=n) for n in lengths]
+    _, carried = model(tokens(4, 3, seed=1))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    for state in (None, carried):
+        packed, packed_end = model(torch.cat(texts, 1), state, cu_seqlens=ends)
+        last, _ = model(torch.cat(texts, 1), state, cu_seqlens=ends.tolist(), last_only=True)
+        assert last.shape == (1, 4, 101)
+        for i, text in enumerate(texts):
+            logits, end = model(text, state and state[i])
+            torch.testing.assert_close(packed[:, ends[i] : ends[i + 1]], logits, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(last[:, i], logits[:, -1], rtol=1e-9, atol=1e-9)
+            assert_same(packed_end[i], end)
+
+
+@torch.no_grad()
+def test_last_only(model):
+    text = tokens(2, 9)
+    whole, _ = model(text)
+    last, _ = model(text, last_only=True)
+    assert last.shape == (2, 1, 101)
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+def losses(model: Model, start: State, text: torch.Tensor) -> torch.Tensor:
+    """A number that depends on logits and on the final state, the latter through a continuation."""
+    weights = torch.randn(101, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    logits, state = model(text, start)
+    more, _ = model(text[:, :2], state)
+    return (logits.tanh() @ weights).sum() / 10 + (more.tanh() @ weights).sum()
+
+
+def carried(model: Model) -> tuple[State, list[torch.Tensor]]:
+    """A state that asks for gradients, and its tensors."""
+    with torch.no_grad():
+        _, state = model(tokens(2, 6, seed=2))
+    layers = [LayerState(*(x.clone().requires_grad_() for x in layer)) for layer in state.layers]
+    return State(layers, state.fingerprint), [x for layer in layers for x in layer]
+
+
+def test_gradients_agree_between_bodies(model, monkeypatch):
+    operator = model.name.replace("r", "", 1)  # rwkv7 -> wkv7
+    found = {}
+    for impl in ("reference", "chunked"):
+        body = partial(getattr(ops, operator), impl=impl)
+        monkeypatch.setattr(sys.modules[type(model).__module__], operator, body)
+        start, state = carried(model)
+        found[impl] = torch.autograd.grad(losses(model, start, tokens(2, 40)), [*model.parameters(), *state])
+    names = [name for name, _ in model.named_parameters()] + [f"state {i}" for i in range(len(state))]
+    for name, a, b in zip(names, found["reference"], found["chunked"], strict=True):
+        assert a.abs().max() > 0, f"no gradient reaches {name}"
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * float(a.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_are_the_slopes(model):
+    """The step along a random direction that gradients predict is the one that happens, in full float64."""
+    start, state = carried(model)
+    if isinstance(model, RWKV4):  # p is a choice of unit: move the sums, not it
+        state = [x for i, x in enumerate(state) if i % 3 != 1]
+    moved = [*model.parameters(), *state]
+    text = tokens(2, 20)
+    random = torch.Generator().manual_seed(3)
+    direction = [torch.randn(x.shape, dtype=torch.float64, generator=random) for x in moved]
+    slopes = torch.autograd.grad(losses(model, start, text), moved)
+    predicted = sum((g * d).sum() for g, d in zip(slopes, direction, strict=True))
+    step, results = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for x, d in zip(moved, direction, strict=True):
+                x.add_(d, alpha=sign * step)
+            results.append(losses(model, start, text))
+    happened = (results[0] - results[1]) / (2 * step)
+    torch.testing.assert_close(predicted, happened, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_leaves_the_state_alone(model):
+    with torch.no_grad():
+        _, state = model(tokens(2, 5))
+        before = state.clone()
+        for length in (1, 50):
+            model(tokens(2, length), state)
+        model(tokens(1, 10), state, cu_seqlens=[0, 4, 10])
+    for a, b in zip(before.layers, state.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@torch.no_grad()
+def test_tuned_state_is_where_a_model_begins(version, random_checkpoint):
+    if version == "4":
+        with pytest.raises(InputError, match=r"unexpected: blocks\.0\.att\.time_state"):
+            assemble(random_checkpoint("4", tuned=True))
+        return
+    sizes = {"width": 32, "heads": 2, "rank": 3}
+    weights = random_checkpoint(version, **sizes, tuned=True)
+    states = [weights[f"blocks.{i}.att.time_state"] for i in range(2)]
+    plain = assemble({name: x for name, x in weights.items() if "time_state" not in name})
+    tuned = assemble(weights)
+    assert tuned.config.time_state
+    assert tuned.fingerprint == plain.fingerprint  # so each takes the other's states
+    zero = plain.initial_state(2)
+    assert all(not x.any() for layer in zero.layers for x in layer)
+    begin = State([layer._replace(wkv=x.repeat(2, 1, 1, 1)) for layer, x in zip(zero.layers, states, strict=True)], "")
+    begin.fingerprint = plain.fingerprint
+    expected, _ = plain(tokens(2, 8), begin)
+    logits, _ = tuned(tokens(2, 8))
+    torch.testing.assert_close(logits, expected)
+    assert not torch.allclose(logits, plain(tokens(2, 8))[0], atol=1e-2)
+    with torch.enable_grad():
+        tuned(tokens(2, 8))[0].sum().backward()
+    assert all(block.att.time_state.grad.abs().max() > 0 for block in tuned.blocks)
+
+
+@torch.no_grad()
+def test_bfloat16_does_not_drift(model, version):
+    """512 steps of bfloat16 activations stay beside the float64 model of the same weights."""
+    half = model.to(torch.bfloat16)
+    exact = assemble({name: x.double() for name, x in half.state_dict().items()})
+    text = tokens(1, 512)
+    expected, end = exact(text)
+    steps, state = [], None
+    for t in range(512):
+        logits, state = half(text[:, t : t + 1], state)
+        assert logits.dtype == torch.bfloat16
+        steps.append(logits.double())
+    assert all(x.dtype == torch.float32 for layer in state.layers for x in layer)
+    assert all(x.dtype == torch.float64 for layer in end.layers for x in layer)
+    chunked, state = half(text)
+    assert all(x.dtype == torch.float32 for layer in state.layers for x in layer)
+    for logits in (torch.cat(steps, 1), chunked.double()):
+        error = (logits - expected).square().mean(-1).sqrt()[0] / expected.std()  # [T]
+        print(f"{version}: first 64 {error[:64].mean():.4f}, last 64 {error[-64:].mean():.4f}, most {error.max():.4f}")
+        assert error.mean() < 0.03
+        assert error.max() < 0.2
+        assert error[-64:].mean() < 2 * error[:64].mean()
+
+
+@torch.no_grad()
+def test_float16(model):
+    expected, _ = model.to(torch.float16)(tokens(2, 40))
+    logits, state = assemble({name: x.float() for name, x in model.state_dict().items()})(tokens(2, 40))
+    assert expected.dtype == torch.float16
+    assert (logits - expected).abs().max() < 0.05
+    assert all(x.dtype == torch.float32 for layer in state.layers for x in layer)
+
+
+def test_tokens_are_checked(model):
+    for wrong, message in (
+        (torch.tensor([[3, 101]]), "token id 101 is outside this model's vocabulary of 101"),
+        (torch.tensor([[-1, 3]]), "token id -1 is outside"),
+        (torch.tensor([1, 2]), "tokens must be integers"),
+        (torch.zeros(1, 0, dtype=torch.long), "tokens must be integers"),
+        (torch.tensor([[0.5]]), "tokens must be integers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model(wrong)
+
+
+@torch.no_grad()
+def test_foreign_states_are_refused(model, version, random_checkpoint):
+    other = assemble(random_checkpoint(version, width=32, heads=2, layers=2, ffn=40, rank=3, seed=1))
+    wider = assemble(random_checkpoint(version, width=64, heads=2, layers=2, ffn=40, rank=3))
+    with pytest.raises(InputError, match="belongs to another model"):
+        model(tokens(1, 3), other.initial_state())
+    with pytest.raises(InputError, match="a state of 2 sequences was given for a batch of 3"):
+        model(tokens(3, 3), model.initial_state(2))
+    model.train()  # where weights move between two steps, only the sizes must agree
+    model(tokens(1, 3), other.initial_state())
+    with pytest.raises(InputError, match="belongs to another model"):
+        model(tokens(1, 3), wider.initial_state())
+
+
+def test_fingerprint_follows_training(model):
+    before = model.fingerprint
+    model.train()
+    assert model.fingerprint == before
+    with torch.no_grad():
+        model.head.weight.add_(0.1)
+    assert model.eval().fingerprint not in (before, None)
+    assert model.fingerprint[:16] == before[:16]
+
+
+def test_groups_hold_each_parameter_once(model):
+    groups = model.param_groups(1e-3, 0.1)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    torch.optim.AdamW(groups)

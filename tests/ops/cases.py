@@ -1,0 +1,127 @@
+"""What the tests of all operators share: inputs, one call with all its gradients, and how close is close."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rookery.ops import wkv4, wkv5, wkv6, wkv7
+from rookery.ops.wkv4 import BODIES as WKV4
+from rookery.ops.wkv5 import BODIES as WKV5
+from rookery.ops.wkv6 import BODIES as WKV6
+from rookery.ops.wkv7 import BODIES as WKV7
+
+Arguments = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    name: str
+    call: Callable[..., tuple[Tensor, Tensor]]
+    draw: Callable[..., Arguments]  # (noise, batch, tokens, heads, size, states) -> arguments, state last
+    bodies: tuple[str, ...]
+    over_time: tuple[str, ...]  # the arguments with a time axis, for cutting sequences
+
+
+def draw(operator: Operator, batch: int, tokens: int, heads: int, size: int, *, states: int = 0, seed: int = 0):
+    """Arguments in float64, `states` initial states (batch of them by default)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    return operator.draw(noise, batch, tokens, heads, size, states or batch)
+
+
+def _draw4(noise: Callable[..., Tensor], batch: int, tokens: int, heads: int, size: int, states: int) -> Arguments:
+    channels = heads * size
+    a, b, p = noise(states, 3, channels).unbind(1)
+    return {
+        "log_w": -noise(channels).exp(),
+        "k": 3 * noise(batch, tokens, channels),
+        "v": noise(batch, tokens, channels),
+        "u": noise(channels),
+        "state": torch.stack([a, b.exp(), p], dim=1),  # B is a sum of weights: positive
+    }
+
+
+def _draw5(noise: Callable[..., Tensor], batch: int, tokens: int, heads: int, size: int, states: int) -> Arguments:
+    return {
+        "r": noise(batch, tokens, heads, size),
+        "log_w": -noise(heads, size).exp(),
+        "k": noise(batch, tokens, heads, size),
+        "v": noise(batch, tokens, heads, size),
+        "u": noise(heads, size),
+        "state": noise(states, heads, size, size),
+    }
+
+
+def _draw6(noise: Callable[..., Tensor], batch: int, tokens: int, heads: int, size: int, states: int) -> Arguments:
+    decay = -(2 * noise(batch, tokens, heads, size) - 1).exp()  # from keeping all to forgetting all
+    return _draw5(noise, batch, tokens, heads, size, states) | {"log_w": decay}
+
+
+def _draw7(noise: Callable[..., Tensor], batch: int, tokens: int, heads: int, size: int, states: int) -> Arguments:
+    shape = (batch, tokens, heads, size)
+    kappa = F.normalize(noise(*shape), dim=-1)
+    return {
+        "r": noise(*shape),
+        "log_w": -0.6065306597 * noise(*shape).sigmoid(),
+        "k": noise(*shape),
+        "v": noise(*shape),
+        "a": -kappa,
+        "b": kappa * noise(*shape).sigmoid(),
+        "state": noise(states, heads, size, size),
+    }
+
+
+OPERATORS = [
+    Operator("wkv4", wkv4, _draw4, tuple(WKV4), ("k", "v")),
+    Operator("wkv5", wkv5, _draw5, tuple(WKV5), ("r", "k", "v")),
+    Operator("wkv6", wkv6, _draw6, tuple(WKV6), ("r", "log_w", "k", "v")),
+    Operator("wkv7", wkv7, _draw7, tuple(WKV7), ("r", "log_w", "k", "v", "a", "b")),
+]
+BY_NAME = {operator.name: operator for operator in OPERATORS}
+
+
+def to(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    return {name: x.to(dtype) for name, x in arguments.items()}
+
+
+def cut(operator: Operator, arguments: Arguments, start: int, end: int, state: Tensor | None) -> Arguments:
+    """The arguments for tokens start to end, beginning with `state`."""
+    pieces = {name: x[:, start:end] if name in operator.over_time else x for name, x in arguments.items()}
+    pieces.pop("state")
+    return pieces if state is None else pieces | {"state": state}
+
+
+def loss(y: Tensor, state: Tensor) -> Tensor:
+    """A weighted sum of both, the weights fixed by the shapes, so that every number has its own gradient."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in (y, state)]
+    return (y.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
+
+
+def run(
+    operator: Operator, arguments: Arguments, impl: str, cu_seqlens: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Output, final state, and the gradient of `loss` for every argument, by name."""
+    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
+    y, state = operator.call(**leaves, cu_seqlens=cu_seqlens, impl=impl)
+    gradients = torch.autograd.grad(loss(y, state), list(leaves.values()))
+    named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"y": y.detach(), "final state": state.detach()} | named
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor within `tolerance` of the largest number of its expectation (of 1 where that is smaller)."""
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert actual[name].shape == x.shape, name
+        assert actual[name].isfinite().all(), f"{name} is not finite"
+        error = (actual[name].double() - x.double()).abs().max() / x.double().abs().max().clamp(min=1)
+        assert error <= tolerance, f"{name} is off by {error:.1e}"

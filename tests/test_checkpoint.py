@@ -1,0 +1,402 @@
+"""Files: what loads, what is refused and how, what loading costs, what saving leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rookery
+from rookery import InputError, State
+from rookery.files import replacing
+from rookery.models import RWKV7, detect
+
+SMALL = {"width": 32, "heads": 2, "ffn": 40, "rank": 3}
+TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65]])
+
+
+@pytest.fixture
+def weights(random_checkpoint):
+    """Those of a small RWKV-7."""
+    return random_checkpoint("7", **SMALL)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TEXT)[0]
+
+
+def built(weights) -> RWKV7:
+    """A model made without files."""
+    model = RWKV7(RWKV7.Config.from_shapes({name: x.shape for name, x in weights.items()}))
+    model.load_state_dict({name: x for name, x in weights.items() if name not in RWKV7.ignored})
+    return model.eval()
+
+
+def refusal(path, **options) -> str:
+    """The one line that `load` refuses a path with."""
+    with pytest.raises(InputError) as caught:
+        rookery.load(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+def test_every_kind_of_file_gives_the_same_model(version, random_checkpoint, tmp_path):
+    weights = random_checkpoint(version, **SMALL)
+    torch.save(weights, tmp_path / "a.pth")
+    torch.save(weights, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "a.safetensors")
+    shuffled = dict(sorted(weights.items(), reverse=True))
+    torch.save({f"_forward_module.{name}": x for name, x in shuffled.items()}, tmp_path / "shuffled.pth")
+    squeezed = {name: x.squeeze() for name, x in weights.items()}
+    torch.save(squeezed, tmp_path / "squeezed.pth")
+    save_file(weights, tmp_path / "misnamed.pth")
+    model = rookery.load(tmp_path / "a.pth")
+    assert not model.training
+    assert model.name == f"rwkv{version[0]}"
+    if version[0] == "5":
+        assert model.config.version == version[:3]
+    rookery.save(model, tmp_path / "folder")
+    expected = logits(model)
+    for name in ("a.safetensors", "legacy.pth", "shuffled.pth", "squeezed.pth", "misnamed.pth", "folder"):
+        other = rookery.load(str(tmp_path / name))
+        assert other.config == model.config
+        assert other.fingerprint == model.fingerprint
+        assert torch.equal(logits(other), expected), name
+    saved = load_file(tmp_path / "folder" / "model.safetensors")
+    assert saved.keys() == weights.keys() - set(model.ignored)
+    assert all(torch.equal(x, weights[name]) for name, x in saved.items())
+
+
+def test_dtypes(weights, tmp_path):
+    path = tmp_path / "a.pth"
+    # files keep the decay in float32 and the rest in 16 bits; most numbers decide
+    torch.save({name: x if "w0" in name else x.bfloat16() for name, x in weights.items()}, path)
+    for asked, dtype in (
+        (None, torch.bfloat16),
+        ("float32", torch.float32),
+        (torch.float16, torch.float16),
+        ("bfloat16", torch.bfloat16),
+        (torch.float64, torch.float64),
+    ):
+        model = rookery.load(path, dtype=asked)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert logits(model).dtype == dtype
+    for wrong in ("bf16", torch.int8, "int8"):
+        with pytest.raises(InputError, match="choose one of float64, float32, bfloat16, float16"):
+            rookery.load(path, dtype=wrong)
+    with pytest.raises(InputError, match="device nowhere cannot be used"):
+        rookery.load(path, device="nowhere")
+
+
+def test_states_fit_every_dtype_of_one_file(weights, tmp_path):
+    torch.save(weights, tmp_path / "a.pth")
+    single, half = (rookery.load(tmp_path / "a.pth", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    with torch.no_grad():
+        _, state = half(TEXT)
+        single(TEXT, state)
+    weights["head.weight"] = weights["head.weight"] + 0.01
+    torch.save(weights, tmp_path / "b.pth")
+    with pytest.raises(InputError, match="another model"):
+        rookery.load(tmp_path / "b.pth")(TEXT, state)
+
+
+def test_home_folder(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rookery.save(built(weights), "~/model")
+    assert rookery.load("~/model").config.n_embd == 32
+
+
+def test_loading_leaves_no_trace_on_random_numbers(weights, tmp_path):
+    torch.save(weights, tmp_path / "a.pth")
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    rookery.load(tmp_path / "a.pth")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_values_of_layer_0_are_ignored(weights, tmp_path):
+    torch.save(weights, tmp_path / "with.pth")
+    torch.save({k: x for k, x in weights.items() if k not in RWKV7.ignored}, tmp_path / "without.pth")
+    a, b = rookery.load(tmp_path / "with.pth"), rookery.load(tmp_path / "without.pth")
+    assert a.fingerprint == b.fingerprint
+    assert torch.equal(logits(a), logits(b))
+
+
+def test_ln_x_eps(random_checkpoint, tmp_path):
+    torch.save(random_checkpoint("5.2", **SMALL), tmp_path / "5.pth")
+    plain, changed = rookery.load(tmp_path / "5.pth"), rookery.load(tmp_path / "5.pth", ln_x_eps=0.5)
+    assert (plain.config.ln_x_eps, changed.config.ln_x_eps) == (64e-5, 0.5)
+    assert not torch.allclose(logits(plain), logits(changed), atol=1e-2)
+    assert plain.fingerprint != changed.fingerprint
+    rookery.save(changed, tmp_path / "folder")
+    assert torch.equal(logits(rookery.load(tmp_path / "folder")), logits(changed))
+    assert "ln_x_eps must be a positive number" in refusal(tmp_path / "5.pth", ln_x_eps=-1.0)
+    torch.save(random_checkpoint("4", **SMALL), tmp_path / "4.pth")
+    assert "rwkv4 has no norm" in refusal(tmp_path / "4.pth", ln_x_eps=1e-5)
+
+
+def test_paths_and_damage(weights, tmp_path):
+    assert refusal(tmp_path / "none.pth") == "no such file or folder"
+    (tmp_path / "empty.pth").touch()
+    assert refusal(tmp_path / "empty.pth") == "the file is empty"
+    (tmp_path / "text.pth").write_text("these are not weights")
+    assert refusal(tmp_path / "text.pth") == "neither a .pth nor a .safetensors file"
+    torch.save(weights, tmp_path / "a.pth")
+    torch.save(weights, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "a.safetensors")
+    for name, kind in (("a.pth", ".pth"), ("legacy.pth", ".pth"), ("a.safetensors", "safetensors")):
+        whole = (tmp_path / name).read_bytes()
+        for size in (10, 100, len(whole) // 2, len(whole) - 1):
+            (tmp_path / "cut").write_bytes(whole[:size])
+            assert refusal(tmp_path / "cut").startswith(f"damaged or truncated {kind} file"), (name, size)
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert refusal(tmp_path / "list.pth") == "holds a list, not a dictionary of named tensors"
+    torch.save({"epoch": 3, "model": weights}, tmp_path / "nested.pth")
+    assert refusal(tmp_path / "nested.pth") == "not an RWKV checkpoint (it holds epoch, model)"
+    torch.save({**weights, "step": 7}, tmp_path / "step.pth")
+    assert refusal(tmp_path / "step.pth").startswith("step is int, not a floating point tensor")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(weights, tmp_path):
+    torch.save(weights, tmp_path / "a.pth")
+    (tmp_path / "a.pth").chmod(0)
+    assert refusal(tmp_path / "a.pth") == "cannot be read (Permission denied)"
+
+
+class Payload:
+    """What unpickles into a command."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_code_in_a_pickle_is_refused_and_does_not_run(weights, tmp_path):
+    evil = {**weights, "x": Payload(tmp_path / "it ran")}
+    torch.save(evil, tmp_path / "zip.pth")
+    torch.save(evil, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for name in ("zip.pth", "legacy.pth"):
+        assert re.match("refused, for it holds more than tensors: it wants to run .*mkdir", refusal(tmp_path / name))
+    with open(tmp_path / "bare.pth", "wb") as file:
+        pickle.dump(evil["x"], file, protocol=2)
+    refusal(tmp_path / "bare.pth")
+    assert not (tmp_path / "it ran").exists()
+    torch.load(tmp_path / "zip.pth", weights_only=False)
+    assert (tmp_path / "it ran").exists(), "the payload would not have run anyway"
+
+
+def test_tensors_that_do_not_make_a_model(weights, tmp_path):
+    def told(changed: dict) -> str:
+        torch.save(changed, tmp_path / "a.pth")
+        return refusal(tmp_path / "a.pth")
+
+    lacking = {k: x for k, x in weights.items() if ".ln2." not in k}
+    assert "4 missing: blocks.0.ln2.weight, blocks.0.ln2.bias, blocks.1.ln2.weight, ..." in told(lacking)
+    assert "1 unexpected: blocks.1.att.more" in told({**weights, "blocks.1.att.more": torch.ones(3)})
+    assert "1 of a wrong shape: head.weight [101, 31] instead of [101, 32]" in told(
+        {**weights, "head.weight": weights["head.weight"][:, 1:].clone()}
+    )
+    # as many numbers, but others: a reshape would take them
+    assert "of a wrong shape: blocks.1.ffn.key.weight [32, 40] instead of [40, 32]" in told(
+        {**weights, "blocks.1.ffn.key.weight": weights["blocks.1.ffn.key.weight"].T.clone()}
+    )
+    assert "blocks.0.att.g1 is missing" in told({k: x for k, x in weights.items() if k != "blocks.0.att.g1"})
+    assert "blocks.1 is missing" in told({k.replace("blocks.1.", "blocks.9999999999."): x for k, x in weights.items()})
+    assert "32 attention channels do not divide into heads of 5" in told(
+        {**weights, "blocks.0.att.r_k": torch.ones(6, 5)}
+    )
+    assert "emb.weight is torch.int8, not a floating point tensor" in told(
+        {**weights, "emb.weight": torch.ones(101, 32, dtype=torch.int8)}
+    )
+    assert "not the shapes of an rwkv7 checkpoint" in told({**weights, "emb.weight": torch.ones(101)})
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("blocks.0.ffn.s_emb.weight", "RWKV-7a"),
+        ("blocks.0.qkv.k1", "RWKV-7b"),
+        ("blocks.0.ffn.enn.weight", "RWKV-8 rc00"),
+        ("blocks.0.rosa.q.weight", "RWKV-8 with ROSA"),
+        ("blocks.0.att.gate_w1", "RWKV-6a"),
+        ("blocks.0.att.time_maa_rkvw_w1", "RWKV-6b or 6c"),
+        ("blocks.0.ffnPre.key.weight", "ffnPre"),
+        ("head_q.weight", "head_qk"),
+        ("blocks.1.tiny_q.weight", "tiny attention"),
+        ("blocks.0.pos_emb_x", "position embeddings"),
+        ("_strategy", "converted by the rwkv package"),
+    ],
+)
+def test_relatives_are_refused_by_name(weights, key, name):
+    for shapes in ({**weights, key: ()}, {key: (), **weights}):
+        with pytest.raises(InputError, match=f"^this checkpoint is .*{name}"):
+            detect(shapes)
+
+
+def test_config_must_agree(weights, tmp_path):
+    rookery.save(built(weights), tmp_path)
+    file = tmp_path / "config.json"
+    right = json.loads(file.read_text())
+    assert right["model"] == "rwkv7"
+
+    def told(**changes) -> str:
+        file.write_text(json.dumps({**right, **changes}))
+        return refusal(tmp_path)
+
+    assert told(n_layers=2).startswith("config.json has an unknown key 'n_layers'; rwkv7 knows model, vocab_size")
+    assert told(n_layer=3) == "config.json says n_layer = 3, but the tensors say 2"
+    assert told(n_layer="2") == "config.json says n_layer = '2', but the tensors say 2"
+    assert told(model="rwkv6") == "config.json says model = 'rwkv6', but the tensors say 'rwkv7'"
+    assert told(model="gpt2").startswith("config.json names no model")
+    assert told(ln_x_eps="small").startswith("ln_x_eps must be a positive number")
+    file.write_text("{")
+    assert refusal(tmp_path).startswith("config.json cannot be read")
+    file.unlink()
+    assert refusal(tmp_path) == "the folder has no config.json"
+    file.write_text(json.dumps({"model": "rwkv7", "n_layer": 2}))  # what is not said, the tensors say
+    assert rookery.load(tmp_path).config.head_size == 16
+    (tmp_path / "model.safetensors").unlink()
+    assert refusal(tmp_path) == "the folder has no model.safetensors"
+
+
+def test_saving_again_and_failing(weights, tmp_path, monkeypatch):
+    model = built(weights)
+    (tmp_path / "vocabulary.txt").write_text("a b c")
+    rookery.save(model, tmp_path / "m", tokenizer_file=tmp_path / "vocabulary.txt")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    assert before.keys() == {"config.json", "model.safetensors", "tokenizer.txt"}
+    assert before["tokenizer.txt"] == b"a b c"
+
+    def fails(tensors, file, metadata):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(rookery.checkpoint, "save_file", fails)
+        with pytest.raises(OSError, match="No space left"):
+            rookery.save(model, tmp_path / "m")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
+    rookery.save(model, tmp_path / "m")
+    assert torch.equal(logits(rookery.load(tmp_path / "m")), logits(model))
+    with pytest.raises(InputError, match="is a file; give the name of a folder"):
+        rookery.save(model, tmp_path / "vocabulary.txt")
+    with pytest.raises(InputError, match="no such tokenizer file"):
+        rookery.save(model, tmp_path / "n", tokenizer_file=tmp_path / "none.json")
+    assert not (tmp_path / "n").exists()
+
+
+def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
+    target = tmp_path / "new folder" / "file"
+    mask = os.umask(0o027)
+    try:
+        with replacing(target) as part:
+            part.write_text("first")
+            assert not target.exists()
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+    def interrupted() -> None:
+        with replacing(target) as part:
+            part.write_text("sec")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "first"
+    assert [file.name for file in target.parent.iterdir()] == ["file"]
+
+
+@torch.no_grad()
+def test_states_as_files(version, random_checkpoint, tmp_path):
+    torch.save(random_checkpoint(version, **SMALL), tmp_path / "a.pth")
+    model = rookery.load(tmp_path / "a.pth")
+    _, state = model(TEXT.repeat(2, 1))
+    state = state.with_texts(["one", "a ★"])
+    state.save(tmp_path / "s")
+    loaded = State.load(tmp_path / "s")
+    assert (loaded.texts, loaded.fingerprint) == (state.texts, state.fingerprint)
+    for a, b in zip(state.layers, loaded.layers, strict=True):
+        assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+    assert torch.equal(model(TEXT[:, :2].repeat(2, 1), loaded)[0], model(TEXT[:, :2].repeat(2, 1), state)[0])
+
+    model.initial_state(3).save(tmp_path / "start")
+    assert torch.equal(model(TEXT, State.load(tmp_path / "start")[1])[0], model(TEXT)[0])
+
+    with pytest.raises(InputError, match="no such state file"):
+        State.load(tmp_path / "none")
+    (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-5])
+    with pytest.raises(InputError, match="damaged or truncated state file"):
+        State.load(tmp_path / "cut")
+    rookery.save(model, tmp_path / "m")
+    with pytest.raises(InputError, match="not a rookery state file"):
+        State.load(tmp_path / "m" / "model.safetensors")
+
+
+MEASURE = """
+import gc, sys, threading
+import rookery
+
+def private():  # bytes of memory that no file backs
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+path, small, dtype = sys.argv[1:]
+rookery.load(small, dtype=dtype)  # what a first call allocates for good
+gc.collect()
+before, peak, done = private(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, private())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = rookery.load(path, dtype=dtype)
+done.set()
+watcher.join()
+size = sum(p.nbytes for p in model.parameters())
+print(size, (max(peak, private()) - before) / size)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(random_checkpoint, tmp_path_factory) -> Path:
+    """A folder with a model of about 200 MB in float32."""
+    folder = tmp_path_factory.mktemp("large")
+    weights = random_checkpoint("7", vocab=8000, width=1024, heads=16, layers=3, ffn=4096, rank=32)
+    torch.save(weights, folder / "large.pth")
+    save_file(weights, folder / "large.safetensors")
+    torch.save(random_checkpoint("7", **SMALL), folder / "small.pth")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("file", ["large.pth", "large.safetensors"])
+def test_loading_costs_the_model_and_no_more(large, file, dtype):
+    command = [sys.executable, "-c", MEASURE, str(large / file), str(large / "small.pth"), dtype]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size, share = (float(x) for x in done.stdout.split())
+    print(f"{file} as {dtype}: {size / 1e6:.0f} MB, private memory {share:.3f} of it")
+    assert 90e6 < size < 300e6
+    assert share <= 1.2

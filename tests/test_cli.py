@@ -1,0 +1,152 @@
+"""The command line as a user meets it: what goes where, exit codes, one line for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rookery import RWKV4, RWKV7, cli, save
+from rookery.models import RWKV4Config, RWKV7Config
+
+
+def random_model(cls, config):
+    torch.manual_seed(0)
+    model = cls(config)
+    model.init_weights()
+    for p in model.parameters():
+        torch.nn.init.normal_(p.data, mean=float(p.data.mean()), std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "bytes"
+    save(random_model(RWKV7, RWKV7Config.sized(256, 2, 32, head_size=16)), path)
+    return path
+
+
+@pytest.fixture
+def rookery(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*words, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["rookery", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+def test_generate_prints_only_the_text(rookery, folder):
+    code, out, err = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
+    assert (code, err) == (0, "")
+    again = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
+    assert again == (0, out, "")
+    other = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 4)
+    assert other[1] != out
+    echoed = rookery("generate", "-", "-m", folder, "--max-tokens", 20, "--seed", 3, "--echo", stdin="Hello")
+    assert echoed[1] == "Hello" + out
+
+
+def test_generate_tells_its_speed_on_standard_error(rookery, folder):
+    code, out, err = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--temperature", 0, "--speed")
+    assert code == 0
+    assert "tokens/s" in err
+    assert "tokens/s" not in out
+
+
+def test_options_reach_the_sampler(rookery, folder):
+    greedy = rookery("generate", "Hello", "-m", folder, "--max-tokens", 8, "--temperature", 0)
+    for options in (["--top-k", 1], ["--top-p", 0], ["--min-p", 1], ["--top-p", 0, "--order", "top-p-first"]):
+        assert rookery("generate", "Hello", "-m", folder, "--max-tokens", 8, *options) == greedy
+
+
+def test_chat_moves_between_kept_states(rookery, folder, tmp_path):
+    common = ("chat", "-m", folder, "--template", "world", "--max-tokens", 8, "--seed", 1)
+    session = tmp_path / "talk.safetensors"
+    lines = ["Hello", "/fork other", "More", "/undo", "/switch main", "/switch", f"/save {session}", "/quit"]
+    code, out, err = rookery(*common, stdin="\n".join(lines))
+    assert (code, err) == (0, "")
+    assert "took back: More" in out
+    assert "* main" in out
+    assert "  other" in out
+    answer = out.split("\n")[0]
+
+    # the same conversation, taken up again
+    code, out, err = rookery(*common, "--session", session, stdin="/retry\n")
+    assert (code, err) == (0, "")
+    assert "user: Hello" in out
+    assert out.endswith(answer + "\n")  # the same seed, drawn from the kept logits
+
+
+def test_chat_says_what_is_wrong_and_goes_on(rookery, folder):
+    lines = ["/undo", "/switch nowhere", "/load nothing.safetensors", "/fly", '/save "half', "Hello"]
+    code, out, err = rookery(
+        "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
+    )
+    assert (code, err) == (0, "")
+    for said in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is not a command"):
+        assert said in out
+
+
+def test_info_reads_every_size(rookery, folder):
+    code, out, _ = rookery("info", folder)
+    assert code == 0
+    rows = dict(line.split(None, 1) for line in out.splitlines())
+    assert rows["generation"].strip() == "rwkv7"
+    assert rows["n_layer"].strip() == "2"
+    assert rows["vocab_size"].strip() == "256"
+    assert rows["tokenizer"].strip() == "bytes"
+    model = random_model(RWKV7, RWKV7Config.sized(256, 2, 32, head_size=16))
+    assert rows["parameters"].strip() == f"{sum(p.numel() for p in model.parameters()):,}"
+    # two layers of two vectors of 32 and two heads of 16 x 16, four bytes each
+    assert rows["state"].startswith(f"{2 * (2 * 32 + 2 * 16 * 16) * 4 / 1024:.4g} KiB")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(rookery, folder, tmp_path):
+    pile = tmp_path / "pile"
+    save(random_model(RWKV4, RWKV4Config.sized(50277, 1, 8)), pile)
+    nothing = tmp_path / "empty.pth"
+    nothing.touch()
+    weights = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(weights[: len(weights) // 2])
+    for words, said in [
+        (["generate", "x", "-m", tmp_path / "missing.pth"], "no such file"),
+        (["generate", "x", "-m", nothing], "empty"),
+        (["generate", "x", "-m", tmp_path / "half.safetensors"], "truncated"),
+        (["generate", "x", "-m", pile], "20B_tokenizer.json"),
+        (["generate", "x", "-m", folder, "--tokenizer", "world"], "model knows only 256"),
+        (["generate", "", "-m", folder], "prompt is empty"),
+        (["generate", "x", "-m", folder, "--temperature", "-1"], "temperature must be"),
+        (["generate", "x", "-m", folder, "--dtype", "int3"], "dtype int3"),
+        (["generate", "x", "-m", folder, "--device", "moon"], "device moon"),
+        (["generate", "x", "-m", folder, "--state", tmp_path / "none"], "no such state file"),
+        (["generate", "x", "-m", folder, "--max-tokens", "-3"], "max_tokens must be"),
+        (["chat", "-m", folder, "--template", "klingon"], "no chat template 'klingon'"),
+        (["info", tmp_path / "missing"], "no such file"),
+    ]:
+        code, out, err = rookery(*words)
+        assert (code, out) == (2, ""), words
+        assert said in err, words
+        assert err.startswith("rookery: "), words
+        assert err.count("\n") == 1, words
+
+
+def test_unknown_options_exit_with_code_2(rookery):
+    assert rookery("generate", "x", "--no-such-option")[0] == 2
+    assert rookery("fly")[0] == 2
+
+
+def test_a_real_process_ends_quietly_when_its_reader_goes(folder):
+    command = [sys.executable, "-m", "rookery", "generate", "Hello", "-m", str(folder), "--max-tokens", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -165,6 +165,22 @@ def optimizers(model: RWKV7, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
+def draw(rows: list[dict], picture: Path) -> None:
+    """The curves of the run: the training loss in nats a token, the held-out texts in bits a byte."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    left.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], color="0.6", linewidth=0.8)
+    left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(1, 4))
+    measured = [row for row in rows if "held_out_bits_per_byte" in row]
+    x, y = ([row["tokens"] / 1e6 for row in measured], [row["held_out_bits_per_byte"] for row in measured])
+    right.plot(x, y, color="tab:green", marker=".")
+    right.set(ylabel="200 held-out texts, bits a byte", ylim=(0.5, 1.25))
+    figure.savefig(picture, dpi=120)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--stories", type=Path, required=True, help="stories.jsonl.gz")
@@ -263,6 +279,7 @@ def main() -> None:
     model.bfloat16()
     notes = {"chat_template": "story", "opening_tokens": [END]}
     save(model, args.out, tokenizer_file=args.out / "tokenizer.json", notes=notes)
+    draw([json.loads(line) for line in log.read_text().splitlines()], args.out / "curve.png")
     print(f"held out, all {len(held_out)} texts: {bits_per_byte(model.float(), tokenizer, held_out):.4f} bits per byte")
 
 

@@ -1,4 +1,4 @@
-"""What is identical in every generation: the door, the token shift, the group norm, the count of layers."""
+"""What is identical in every generation: the door, the matrices, the token shift, the group norm."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ from .state import LayerState, State
 def widen(x: Tensor) -> Tensor:
     """At least float32: what 16 bits are too few for."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class Linear(nn.Linear):
+    """y = W x with W [out, in] and no bias.
+
+    Without gradients, float32 on a CPU is multiplied by oneDNN instead of MKL, which torch would take and which is
+    slow on processors that are not Intel's: on an AMD EPYC, 1 row takes 0.4 and 512 rows 0.8 of the time.
+    """
+
+    def __init__(self, size_in: int, size_out: int):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if plain or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
 def previous(x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:

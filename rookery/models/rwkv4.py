@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import wkv4
-from .parts import Model, carry, count_layers, last_tokens, previous, widen
+from .parts import Linear, Model, carry, count_layers, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -58,10 +58,10 @@ class TimeMix(nn.Module):
         self.time_first = nn.Parameter(torch.zeros(a))
         # mu-type mixes: the share of the current token
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(3))
-        self.key = nn.Linear(c, a, bias=False)
-        self.value = nn.Linear(c, a, bias=False)
-        self.receptance = nn.Linear(c, a, bias=False)
-        self.output = nn.Linear(a, c, bias=False)
+        self.key = Linear(c, a)
+        self.value = Linear(c, a)
+        self.receptance = Linear(c, a)
+        self.output = Linear(a, c)
 
     def initial_wkv(self) -> Tensor:
         """The state before the first token, (a, b, p): [3, A]."""
@@ -84,9 +84,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         c, f = config.n_embd, config.dim_ffn
         self.time_mix_k, self.time_mix_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(2))
-        self.key = nn.Linear(c, f, bias=False)
-        self.receptance = nn.Linear(c, c, bias=False)
-        self.value = nn.Linear(f, c, bias=False)
+        self.key = Linear(c, f)
+        self.receptance = Linear(c, c)
+        self.value = Linear(f, c)
 
     def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
         before = previous(x, shift, cu)
@@ -128,7 +128,7 @@ class RWKV4(Model):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
 
     def forward(
         self,

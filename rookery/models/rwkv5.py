@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..ops import wkv5
-from .parts import Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
+from .parts import Linear, Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -93,13 +93,13 @@ class TimeMix(nn.Module):
         # mu-type mixes: the share of the current token
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (parameter(1, 1, c) for _ in range(3))
         self.time_state = parameter(self.heads, size, size) if config.time_state else None
-        self.receptance = nn.Linear(c, a, bias=False)
-        self.key = nn.Linear(c, a, bias=False)
-        self.value = nn.Linear(c, a, bias=False)
-        self.output = nn.Linear(a, c, bias=False)
+        self.receptance = Linear(c, a)
+        self.key = Linear(c, a)
+        self.value = Linear(c, a)
+        self.output = Linear(a, c)
         if self.gated:
             self.time_mix_g = parameter(1, 1, c)
-            self.gate = nn.Linear(c, a, bias=False)
+            self.gate = Linear(c, a)
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
     def initial_wkv(self) -> Tensor:
@@ -134,9 +134,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         c, f = config.n_embd, config.dim_ffn
         self.time_mix_k, self.time_mix_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(2))
-        self.key = nn.Linear(c, f, bias=False)
-        self.receptance = nn.Linear(c, c, bias=False)
-        self.value = nn.Linear(f, c, bias=False)
+        self.key = Linear(c, f)
+        self.receptance = Linear(c, c)
+        self.value = Linear(f, c)
 
     def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
         before = previous(x, shift, cu)
@@ -178,7 +178,7 @@ class RWKV5(Model):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
 
     def forward(
         self,

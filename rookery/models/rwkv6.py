@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import wkv6
-from .parts import Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
+from .parts import Linear, Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -82,11 +82,11 @@ class TimeMix(nn.Module):
         self.time_decay_w2 = parameter(config.decay_rank, a)
         self.time_faaaa = parameter(self.heads, size)
         self.time_state = parameter(self.heads, size, size) if config.time_state else None
-        self.receptance = nn.Linear(c, a, bias=False)
-        self.key = nn.Linear(c, a, bias=False)
-        self.value = nn.Linear(c, a, bias=False)
-        self.gate = nn.Linear(c, a, bias=False)
-        self.output = nn.Linear(a, c, bias=False)
+        self.receptance = Linear(c, a)
+        self.key = Linear(c, a)
+        self.value = Linear(c, a)
+        self.gate = Linear(c, a)
+        self.output = Linear(a, c)
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
     def initial_wkv(self) -> Tensor:
@@ -121,9 +121,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         c, f = config.n_embd, config.dim_ffn
         self.time_maa_k, self.time_maa_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(2))
-        self.key = nn.Linear(c, f, bias=False)
-        self.receptance = nn.Linear(c, c, bias=False)
-        self.value = nn.Linear(f, c, bias=False)
+        self.key = Linear(c, f)
+        self.receptance = Linear(c, c)
+        self.value = Linear(f, c)
 
     def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
         d = previous(x, shift, cu) - x
@@ -165,7 +165,7 @@ class RWKV6(Model):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
 
     def forward(
         self,

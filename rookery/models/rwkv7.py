@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import wkv7
-from .parts import Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
+from .parts import Linear, Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -95,10 +95,10 @@ class TimeMix(nn.Module):
         self.k_k, self.k_a = parameter(1, 1, a), parameter(1, 1, a)
         self.r_k = parameter(self.heads, config.head_size)
         self.time_state = parameter(self.heads, config.head_size, config.head_size) if config.time_state else None
-        self.receptance = nn.Linear(c, a, bias=False)
-        self.key = nn.Linear(c, a, bias=False)
-        self.value = nn.Linear(c, a, bias=False)
-        self.output = nn.Linear(a, c, bias=False)
+        self.receptance = Linear(c, a)
+        self.key = Linear(c, a)
+        self.value = Linear(c, a)
+        self.output = Linear(a, c)
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
     def initial_wkv(self) -> Tensor:
@@ -148,8 +148,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.zeros(1, 1, config.n_embd))
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.dim_ffn)
+        self.value = Linear(config.dim_ffn, config.n_embd)
 
     def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
         xk = torch.addcmul(x, previous(x, shift, cu) - x, self.x_k)
@@ -193,7 +193,7 @@ class RWKV7(Model):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
 
     def forward(
         self,

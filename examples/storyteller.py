@@ -6,8 +6,8 @@ The texts: one JSON object a line, {"source", "text"}. Ours are 22,167 TinyStori
 CDLA-Sharing-1.0) followed by 278 classic fairy tales (the public-domain texts of FairytaleQA). Every tenth
 TinyStories text (index % 10 == 9) is held out and only ever measured.
 
-A third of the time a story is dressed as the answer to a question about its subject, so that the model learns
-to answer "User: Tell me a story about a frog". The run lasts as long as it is told to, on any machine; the
+A third to a half of the time a story is dressed as the answer to a question about its subject, so that the model
+learns to answer "User: Tell me a story about a frog". The run lasts as long as it is told to, on any machine; the
 learning rate follows the clock. Stopped by Ctrl-C or a crash, the same command goes on from the last checkpoint.
 """
 
@@ -106,8 +106,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def documents(
     tokenizer: Tokenizer, stories: list[str], about: list[list[str]], tales: list[str], rng: random.Random
 ) -> Iterator[tuple[int, list[int]]]:
-    """Endless (epoch, sequence) in a new order every epoch; a third of the stories as conversations. The tales, in
-    a language of their own, are read once for breadth."""
+    """Endless (epoch, sequence) in a new order every epoch; a third of the stories, later half of them, as
+    conversations. The tales, in a language of their own, are read once for breadth."""
     epoch = 0
     while True:
         order = list(range(len(stories) + (len(tales) if epoch == 0 else 0)))
@@ -115,7 +115,7 @@ def documents(
         for i in order:
             if i >= len(stories):
                 text = tales[i - len(stories)]
-            elif rng.random() < 1 / 3:
+            elif rng.random() < (1 / 3 if epoch == 0 else 1 / 2):
                 turns = [i] if rng.random() < 0.8 else [i, rng.randrange(len(stories))]
                 text = "\n\n".join(
                     f"User: {rng.choice(ASKS).format(rng.choice(about[j])) if about[j] else rng.choice(ASKS_ANY)}"

@@ -86,6 +86,15 @@ def test_chat_moves_between_kept_states(rookery, folder, tmp_path):
     assert out.endswith(answer + "\n")  # the same seed, drawn from the kept logits
 
 
+def test_retry_draws_another_answer(rookery, folder):
+    words = ("chat", "-m", folder, "--template", "world", "--max-tokens", 12, "--seed", 1)
+    once = rookery(*words, stdin="Hello\n")[1]
+    both = rookery(*words, stdin="Hello\n/retry\n")[1]
+    assert both.startswith(once)
+    assert both != once + once
+    assert both == rookery(*words, stdin="Hello\n/retry\n")[1]
+
+
 def test_chat_says_what_is_wrong_and_goes_on(rookery, folder):
     lines = ["/undo", "/switch nowhere", "/load nothing.safetensors", "/fly", '/save "half', "Hello"]
     code, out, err = rookery(

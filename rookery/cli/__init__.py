@@ -118,9 +118,9 @@ def chat(
     from .talk import talk
 
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device)
-    given = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    given = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in given.items() if value is not None}
-    talk(llm.chat(template, system), session, max_tokens, sampling)
+    talk(llm.chat(template, system), session, max_tokens, seed, sampling)
 
 
 @app.command("info")

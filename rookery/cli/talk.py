@@ -25,14 +25,15 @@ HELP = """\
 /switch NAME    go on in another branch; without a name: list them
 /save FILE      keep all branches with their states
 /load FILE      go on with a saved conversation
-/quit           leave (so does Ctrl-D); Ctrl-C ends an answer early
+/quit           leave (so does Ctrl-D); Ctrl-C only ends an answer early
 \"\"\"             begins and ends a message of several lines"""
 
 
-def talk(chat: Chat, session: Path | None, max_tokens: int, sampling: dict[str, Any]) -> None:
+def talk(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: dict[str, Any]) -> None:
     """Reads messages and commands until the end of input.
 
     session: a file to go on from, if it exists, and to keep the conversation in after every change.
+    seed: of the first answer; each further one takes the next.
     """
     console = Console(highlight=False)
     terminal = sys.stdin.isatty()
@@ -42,15 +43,19 @@ def talk(chat: Chat, session: Path | None, max_tokens: int, sampling: dict[str, 
     if terminal:
         console.print("[dim]/help tells the commands[/dim]")
 
+    answers = 0
     while (line := _read(chat.branch, terminal)) is not None:
         if line in ("/quit", "/exit"):
             return
         try:
+            if seed is not None:  # another answer to the same message is another draw
+                sampling["seed"] = seed + answers
             if line.startswith("/"):
                 answer = _command(console, chat, shlex.split(line[1:]), max_tokens, sampling)
             else:
                 answer = chat.say(line, stream=True, max_tokens=max_tokens, **sampling)
             if answer is not None:
+                answers += 1
                 _stream(answer)
             if session is not None:
                 chat.save(session)
@@ -99,7 +104,10 @@ def _read(branch: str, terminal: bool) -> str | None:
                 while (more := input("")).strip() != '"""':
                     lines.append(more)
                 line = "\n".join(lines)
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:  # throws away the line, not the conversation
+            print("\n(Ctrl-D or /quit leaves)")
+            continue
+        except EOFError:
             return None
         if line:
             return line

@@ -53,7 +53,7 @@ class LLM:
                 None = the small model that comes with the package.
             tokenizer: "bytes", "world", a tokenizer.json or a Tokenizer; None = found beside the checkpoint or told
                 from the size of the vocabulary.
-            dtype, device: for a model that is loaded.
+            dtype, device: for a model that is loaded; None keeps the file's dtype, the bundled model gets float32.
 
         Raises:
             InputError: no such model, or no tokenizer that fits it.
@@ -64,7 +64,9 @@ class LLM:
         else:
             if path is None and not BUNDLED.is_dir():
                 raise InputError("this installation has no bundled model: give the path of one")
-            path = BUNDLED if path is None else Path(path).expanduser()
+            if path is None:  # so small that float32 is the fastest everywhere
+                path, dtype = BUNDLED, dtype or "float32"
+            path = Path(path).expanduser()
             self.model = load(path, dtype=dtype, device=device)
             folder = path if path.is_dir() else path.parent
         size = self.model.config.vocab_size

@@ -108,6 +108,7 @@ def test_chat_says_what_is_wrong_and_goes_on(rookery, folder):
 def test_info_reads_every_size(rookery, folder):
     code, out, _ = rookery("info", folder)
     assert code == 0
+    assert rookery("info", "--model", folder) == (0, out, "")
     rows = dict(line.split(None, 1) for line in out.splitlines())
     assert rows["generation"].strip() == "rwkv7"
     assert rows["n_layer"].strip() == "2"

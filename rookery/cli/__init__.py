@@ -124,11 +124,15 @@ def chat(
 
 
 @app.command("info")
-def describe(file: Annotated[Path, typer.Argument(help="A .pth, a .safetensors or a folder.")]) -> None:
+def describe(
+    file: Annotated[Optional[Path], typer.Argument(help="A .pth, a .safetensors or a folder.")] = None,  # noqa: UP045
+    model: Model = None,
+) -> None:
     """Tell what a checkpoint holds, without loading it."""
+    from ..engine.llm import BUNDLED
     from .info import info
 
-    info(file)
+    info(file or model or BUNDLED)
 
 
 def main() -> None:

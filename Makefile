@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: .venv/run
 	@echo "set-up done"
-	@$(BIN)/rookery generate "Once upon a time" --seed 4 --speed
+	@$(BIN)/rookery generate "Once upon a time" --echo --speed --seed 4
 
 test: .venv/dev lint
 	$(BIN)/python -m pytest --durations=10

@@ -119,6 +119,10 @@ def assemble(
         if not isinstance(x, Tensor) or not x.is_floating_point():
             what = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"{key} is {what}, not a floating point tensor; use the original checkpoint")
+        if x.layout != torch.strided or x.is_nested or x.is_meta or x.numel() == 0:
+            raise InputError(
+                f"{key} holds no plain numbers (sparse, nested, meta or empty); save dense tensors instead"
+            )
     config = _config(cls, {key: x.shape for key, x in tensors.items()}, described or {}, ln_x_eps)
     with torch.device("meta"):  # the skeleton takes no memory
         model = cls(config)
@@ -181,7 +185,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         described = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"config.json cannot be read ({error})") from error
-    if not isinstance(described, dict) or described.get("model") not in MODELS:
+    if not isinstance(described, dict) or described.get("model") not in list(MODELS):
         raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
     return _read_safetensors(folder / "model.safetensors"), described
 

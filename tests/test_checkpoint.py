@@ -106,6 +106,8 @@ def test_states_fit_every_dtype_of_one_file(weights, tmp_path):
     with torch.no_grad():
         _, state = half(TEXT)
         single(TEXT, state)
+    rookery.save(half, tmp_path / "copy")
+    rookery.load(tmp_path / "copy")(TEXT, state)
     weights["head.weight"] = weights["head.weight"] + 0.01
     torch.save(weights, tmp_path / "b.pth")
     with pytest.raises(InputError, match="another model"):
@@ -223,6 +225,7 @@ def test_tensors_that_do_not_make_a_model(weights, tmp_path):
     assert "emb.weight is torch.int8, not a floating point tensor" in told(
         {**weights, "emb.weight": torch.ones(101, 32, dtype=torch.int8)}
     )
+    assert "emb.weight holds no plain numbers" in told({**weights, "emb.weight": weights["emb.weight"].to_sparse()})
     assert "not the shapes of an rwkv7 checkpoint" in told({**weights, "emb.weight": torch.ones(101)})
 
 

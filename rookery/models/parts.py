@@ -60,7 +60,9 @@ def carry(x: Tensor, cu: tuple[int, ...] | None) -> Tensor:
 
     Exact for 16-bit activations, so a carried state continues as if it had not been cut.
     """
-    return widen(last_tokens(x, cu).reshape(-1, x.shape[-1]))
+    last = last_tokens(x, cu).reshape(-1, x.shape[-1])
+    wide = widen(last)
+    return wide.clone() if wide is last and cu is None and x.shape[1] > 1 else wide  # a view would keep all of x
 
 
 def group_norm(y: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -111,6 +113,11 @@ class Model(nn.Module):
             self._fingerprint = fingerprint(self.name, self.config, dict(self.named_parameters()))
         return self._fingerprint
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As in any module; other weights have another fingerprint."""
+        self._fingerprint = None
+        return super().load_state_dict(*args, **options)
+
     def train(self, mode: bool = True) -> Model:
         """As in any module; leaving the training mode takes a new fingerprint, for the weights may have moved."""
         if self.training and not mode:
@@ -133,8 +140,8 @@ class Model(nn.Module):
         """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
             raise InputError(f"tokens must be integers [B, T] with T >= 1, got {tokens.dtype} {list(tokens.shape)}")
-        if not torch.compiler.is_compiling():
-            low, high = (int(x) for x in torch.aminmax(tokens))
+        if not torch.compiler.is_compiling() and not tokens.is_meta:
+            low, high = torch.stack(torch.aminmax(tokens)).tolist()
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}")
@@ -153,13 +160,14 @@ class Model(nn.Module):
 
 def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
     """See `Model.fingerprint`; `tensors` in the dtype of the file, so that a model loaded in float32 and in
-    bfloat16 from one file shares its states. The first 64 numbers of every tensor enter, in whatever shape; a
-    tuned initial state does not, so that a state-tuned model shares its states with the model it came from."""
+    bfloat16 from one file shares its states, as does a bfloat16 copy of the file. The first 64 numbers of every
+    tensor enter, in whatever shape; a tuned initial state does not, so that a state-tuned model shares its states
+    with the model it came from."""
     sizes = {field: value for field, value in asdict(config).items() if field != "time_state"}
     kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
     weights = hashlib.sha256()
     for key in sorted(tensors):
         if not key.endswith(".time_state"):
-            sample = tensors[key].detach().reshape(-1)[:64].float().cpu()
+            sample = tensors[key].detach().reshape(-1)[:64].bfloat16().float().cpu()
             weights.update(key.encode() + sample.numpy().tobytes())
     return kind.hexdigest()[:16] + weights.hexdigest()[:16]

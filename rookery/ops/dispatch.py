@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,20 @@ def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: in
     """The body for `impl`; "auto" takes the fastest for sequences of at most `longest` tokens."""
     if impl == "auto":
         impl = "reference" if longest <= STEP else "chunked"
-        _say_once(operator, impl)
+        if not torch.compiler.is_compiling():
+            _say_once(operator, impl)
     if impl not in bodies:
         raise ValueError(f"{operator} has no body {impl!r}; choose one of auto, {', '.join(bodies)}")
-    return bodies[impl]
+    return partial(_in_full_precision, bodies[impl])
+
+
+def _in_full_precision(body: Callable, *args: Any) -> tuple[Tensor, Tensor]:
+    """Outside of autocast, which would round the state and, in float16, overflow the factors of the chunks."""
+    device = args[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return body(*args)
+    with torch.autocast(device, enabled=False):
+        return body(*args)
 
 
 @cache

@@ -238,6 +238,23 @@ def test_fingerprint_follows_training(model):
     assert model.fingerprint[:16] == before[:16]
 
 
+def test_fingerprint_follows_new_weights(model):
+    before = model.fingerprint
+    changed = {name: x + 1 for name, x in model.state_dict().items()}
+    model.load_state_dict(changed)
+    assert model.fingerprint not in (before, None)
+
+
+def test_a_state_keeps_itself_alive_and_no_more(model):
+    state = model(tokens(2, 50))[1]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for layer in state.layers for x in layer)
+
+
+def test_a_model_without_memory_runs(model):
+    logits, state = model.to("meta")(tokens(2, 5).to("meta"))
+    assert (logits.shape, len(state)) == ((2, 5, 101), 2)
+
+
 def test_groups_hold_each_parameter_once(model):
     groups = model.param_groups(1e-3, 0.1)
     held = [id(p) for group in groups for p in group["params"]]

@@ -205,3 +205,14 @@ def test_cu_seqlens_refuses_a_batch(operator: Operator):
     arguments = cut(operator, draw(operator, 2, 6, 3, 5), 0, 6, None)
     with pytest.raises(ValueError, match="cu_seqlens packs sequences into one row, but the batch has 2"):
         operator.call(**arguments, cu_seqlens=[0, 6])
+
+
+@pytest.mark.parametrize(("operator", "impl"), BODIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_inside(operator: Operator, impl: str, dtype: torch.dtype):
+    arguments = to(draw(operator, 2, 40, 2, 8), torch.float32)
+    y, state = operator.call(**arguments, impl=impl)
+    with torch.autocast("cpu", dtype):
+        autocast_y, autocast_state = operator.call(**arguments, impl=impl)
+    assert torch.equal(autocast_y, y)
+    assert torch.equal(autocast_state, state)

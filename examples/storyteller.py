@@ -202,6 +202,7 @@ def main() -> None:
     print(f"{parameters:,} parameters, {len(train)} stories, {len(tales)} tales, {len(held_out)} held out", flush=True)
 
     checkpoint, log = args.out / "training.pt", args.out / "log.jsonl"
+    log.touch()
     step = tokens = skip = 0
     seconds = 0.0
     if checkpoint.exists():
@@ -279,8 +280,8 @@ def main() -> None:
     model.bfloat16()
     notes = {"chat_template": "story", "opening_tokens": [END]}
     save(model, args.out, tokenizer_file=args.out / "tokenizer.json", notes=notes)
-    draw([json.loads(line) for line in log.read_text().splitlines()], args.out / "curve.png")
     print(f"held out, all {len(held_out)} texts: {bits_per_byte(model.float(), tokenizer, held_out):.4f} bits per byte")
+    draw([json.loads(line) for line in log.read_text().splitlines()], args.out / "curve.png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import mmap
+import os
 import re
 import shutil
 from collections import Counter
@@ -89,6 +90,7 @@ def save(
     tokenizer = None if tokenizer_file is None else Path(tokenizer_file).expanduser()
     if tokenizer is not None and not tokenizer.is_file():
         raise InputError(f"{tokenizer}: no such tokenizer file")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     described = json.dumps({"model": model.name, **asdict(model.config), **(notes or {})}, indent=2)
     with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as config:
@@ -111,7 +113,17 @@ def assemble(
     `tensors` is used up: each leaves the dict once it is copied. `described` is what a config.json says.
     """
     for key in list(tensors):
-        tensors[key.removeprefix("_forward_module.")] = tensors.pop(key)  # DeepSpeed's wrapper
+        plain = key.removeprefix("_forward_module.").removeprefix("_orig_mod.")  # DeepSpeed's wrapper, torch.compile's
+        if plain != key and plain in tensors:
+            raise InputError(f"{plain} is there twice, as {key} too")
+        tensors[plain] = tensors.pop(key)
+    for key, x in tensors.items():
+        if not isinstance(x, Tensor):
+            continue  # told below, or by the keys beside it
+        if x.layout != torch.strided or x.is_nested or x.is_meta or x.numel() == 0:
+            raise InputError(f"{key} holds no plain numbers (sparse, nested, meta or empty): save dense tensors")
+        if x.nbytes > x.untyped_storage().nbytes():
+            raise InputError(f"{key} holds fewer numbers than its shape claims; save contiguous tensors instead")
     cls = detect({key: getattr(x, "shape", ()) for key, x in tensors.items()})
     for key in cls.ignored:
         tensors.pop(key, None)
@@ -119,10 +131,6 @@ def assemble(
         if not isinstance(x, Tensor) or not x.is_floating_point():
             what = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"{key} is {what}, not a floating point tensor; use the original checkpoint")
-        if x.layout != torch.strided or x.is_nested or x.is_meta or x.numel() == 0:
-            raise InputError(
-                f"{key} holds no plain numbers (sparse, nested, meta or empty); save dense tensors instead"
-            )
     config = _config(cls, {key: x.shape for key, x in tensors.items()}, described or {}, ln_x_eps)
     with torch.device("meta"):  # the skeleton takes no memory
         model = cls(config)
@@ -158,9 +166,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
     What a file is, its first bytes tell; its name may lie.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise InputError("no such file or folder")
     try:
         with open(path, "rb") as file:
@@ -230,6 +238,7 @@ def _config(
     shown = {"model": cls.name, **asdict(config)}
     for key, value in described.items():
         if key in NOTES:
+            _check_note(key, value)
             continue
         if key not in shown:
             raise InputError(f"config.json has an unknown key {key!r}; {cls.name} knows {', '.join(shown)}")
@@ -240,9 +249,16 @@ def _config(
         return config
     if "ln_x_eps" not in shown:
         raise InputError(f"{cls.name} has no norm after its recurrence, so ln_x_eps means nothing to it")
-    if not isinstance(eps, float) or not eps > 0:
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < math.inf:
         raise InputError(f"ln_x_eps must be a positive number like 64e-5, got {eps!r}")
-    return replace(config, ln_x_eps=eps)
+    return replace(config, ln_x_eps=float(eps))
+
+
+def _check_note(key: str, value: Any) -> None:
+    if key == "chat_template" and not isinstance(value, str):
+        raise InputError(f"config.json says {key} = {value!r}, which is no name of a template")
+    if key == "opening_tokens" and not (isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)):
+        raise InputError(f"config.json says {key} = {value!r}, which is no list of token ids")
 
 
 def _compare(skeleton: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import InputError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -15,7 +17,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     A crash, a full disk or Ctrl-C leaves what was there before untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file that could be replaced")
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -24,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb+") as written:
             os.fsync(written.fileno())
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp made it private; give it what open() would
+        os.chmod(part, mode)  # mkstemp made it private; give it what open() would
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

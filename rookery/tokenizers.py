@@ -17,6 +17,7 @@ from .errors import InputError
 
 WORLD_SIZES = range(65530, 65537)  # models pad the 65530 ids of World to 65536, a few to less
 PILE_SIZES = range(50277, 50305)  # 20B_tokenizer.json has 50277 ids; some models pad them to 50304
+MOST_PADDING = 1023  # rows that a model may have beyond its tokenizer's ids
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")
 
 
@@ -111,6 +112,8 @@ class HFTokenizer:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
             raise InputError(f"{path}: not a tokenizer.json ({error})") from error
+        self._backend.no_truncation()  # a file may ask for both; a prompt is read as it is
+        self._backend.no_padding()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         self.stop_ids = frozenset(vocabulary[name] for name in END_OF_TEXT if name in vocabulary)
@@ -220,9 +223,12 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
     else:
         path = Path(spec)
         tokenizer = HFTokenizer(path / "tokenizer.json" if path.is_dir() else path)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+    if vocab_size is not None and not 0 <= vocab_size - tokenizer.vocab_size <= MOST_PADDING:
         name = spec if isinstance(spec, str | Path) else type(spec).__name__
-        raise InputError(f"tokenizer {name} has {tokenizer.vocab_size} ids, but the model knows only {vocab_size}")
+        raise InputError(
+            f"tokenizer {name} has {tokenizer.vocab_size} ids, but the model has {vocab_size}: name the one it was "
+            "trained with (tokenizer= or --tokenizer)"
+        )
     return tokenizer
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from rookery import LLM
 from rookery.engine.llm import BUNDLED
@@ -34,11 +35,13 @@ def test_the_same_seed_tells_the_same_story(llm):
     assert len(re.findall(r"[a-z]+", story)) > 30
 
 
-def test_it_answers_with_a_story_about_what_was_asked(llm):
-    for thing in ("frog", "boat", "cake"):
-        prompt = f"User: Tell me a story about a {thing}\n\nAssistant:"
-        story = llm.generate(prompt, max_tokens=300, temperature=0.7, top_p=0.8, seed=1)
-        assert thing in story.lower()
+def test_it_answers_with_a_story_mostly_about_what_was_asked(llm):
+    things = ["frog", "boat", "cake", "dog", "bird", "tree", "cat", "ball", "car", "fish"]
+    prompts = [f"User: Tell me a story about a {thing}\n\nAssistant:" for thing in things]
+    stories = [story for seed in (1, 2, 3) for story in llm.generate(prompts, 400, temperature=0.8, seed=seed)]
+    assert sum(story.startswith((" Once upon a time", " One")) for story in stories) >= 20
+    about = sum(thing in story.lower() for thing, story in zip(things * 3, stories, strict=True))
+    assert about >= 15  # it was 20; a story about another of the ten has the thing in 3.6 of 30
 
 
 def test_chat_uses_its_template(llm):
@@ -54,5 +57,5 @@ def test_held_out_stories_cost_less_than_the_promised_bits(llm):
     spec.loader.exec_module(storyteller)
     with gzip.open(STORIES, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for i, line in enumerate(lines) if i % 10 == 9 and i < 600]
-    bits = storyteller.bits_per_byte(llm.model, llm.tokenizer, texts)
-    assert bits < 0.9
+    bits = storyteller.bits_per_byte(llm.model, Tokenizer.from_file(str(BUNDLED / "tokenizer.json")), texts)
+    assert bits < 0.7  # all of them: 0.6664

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rookery import RWKV4, RWKV7, cli, save
+from rookery import LLM, RWKV4, RWKV7, cli, save
 from rookery.models import RWKV4Config, RWKV7Config
 
 
@@ -68,6 +68,29 @@ def test_options_reach_the_sampler(rookery, folder):
         assert rookery("generate", "Hello", "-m", folder, "--max-tokens", 8, *options) == greedy
 
 
+def test_every_option_reaches_the_engine(rookery, folder, monkeypatch, tmp_path):
+    LLM(folder).state("Hi").save(tmp_path / "hi")
+    seen = {}
+    monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **given: seen.update(given, n=n) or iter(()))
+    numbers = {"temperature": 0.5, "top_k": 7, "top_p": 0.6, "min_p": 0.1, "seed": 3}
+    numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4}
+    words = [word for name, x in numbers.items() for word in (f"--{name.replace('_', '-')}", x)]
+    words += ["--max-tokens", 9, "--stop", "a", "--stop", "b", "--state", tmp_path / "hi", "--order", "top-p-first"]
+    assert rookery("generate", "x", "-m", folder, *words)[0] == 0
+    assert seen.pop("state").texts == ("Hi",)
+    assert seen == numbers | {"n": 9, "stream": True, "stop": ["a", "b"], "order": "top-p-first"}
+
+
+def test_every_chat_option_reaches_the_conversation(rookery, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rookery.cli.talk.talk", lambda *given: seen.extend(given))
+    words = ["--template", "world", "--system", "Be kind.", "--session", "s", "--max-tokens", 9]
+    assert rookery("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
+    chat, session, max_tokens, seed, sampling = seen
+    assert chat.messages == [{"role": "system", "content": "Be kind."}]
+    assert (str(session), max_tokens, seed, sampling) == ("s", 9, 3, {"temperature": 0.5, "top_p": 0.6})
+
+
 def test_chat_moves_between_kept_states(rookery, folder, tmp_path):
     common = ("chat", "-m", folder, "--template", "world", "--max-tokens", 8, "--seed", 1)
     session = tmp_path / "talk.safetensors"
@@ -101,7 +124,7 @@ def test_chat_says_what_is_wrong_and_goes_on(rookery, folder):
         "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
     )
     assert (code, err) == (0, "")
-    for said in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is not a command"):
+    for said in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is no command"):
         assert said in out
 
 
@@ -132,13 +155,16 @@ def test_bad_input_is_one_line_and_exit_code_2(rookery, folder, tmp_path):
         (["generate", "x", "-m", nothing], "empty"),
         (["generate", "x", "-m", tmp_path / "half.safetensors"], "truncated"),
         (["generate", "x", "-m", pile], "20B_tokenizer.json"),
-        (["generate", "x", "-m", folder, "--tokenizer", "world"], "model knows only 256"),
+        (["generate", "x", "-m", folder, "--tokenizer", "world"], "but the model has 256"),
         (["generate", "", "-m", folder], "prompt is empty"),
         (["generate", "x", "-m", folder, "--temperature", "-1"], "temperature must be"),
         (["generate", "x", "-m", folder, "--dtype", "int3"], "dtype int3"),
         (["generate", "x", "-m", folder, "--device", "moon"], "device moon"),
         (["generate", "x", "-m", folder, "--state", tmp_path / "none"], "no such state file"),
         (["generate", "x", "-m", folder, "--max-tokens", "-3"], "max_tokens must be"),
+        (["chat", "-m", folder, "--max-tokens", "-3"], "max_tokens must be"),
+        (["chat", "-m", folder, "--temperature", "-1"], "temperature must be"),
+        (["info", "e[/y]"], "no such file"),
         (["chat", "-m", folder, "--template", "klingon"], "no chat template 'klingon'"),
         (["info", tmp_path / "missing"], "no such file"),
     ]:

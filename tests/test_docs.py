@@ -20,6 +20,13 @@ def test_code_in_docs_runs(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)
 
 
+def test_no_figure_is_missing():
+    for page in PAGES:
+        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+        words = re.findall(r"\b(DECODE|PEER|LIMIT|STEPS|TOKENS|EPOCHS|MINUTES|BPB|SAMPLE)\b", prose)
+        assert not words, f"{page.name} has no figure for {words}"
+
+
 def test_links_in_docs_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):

@@ -152,7 +152,7 @@ def test_load_by_name_and_by_file(tokenizer_json):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer_json):
-    with pytest.raises(InputError, match="world has 65530 ids, but the model knows only 256"):
+    with pytest.raises(InputError, match="world has 65530 ids, but the model has 256"):
         load_tokenizer("world", 256)
     with pytest.raises(InputError, match=r"tokenizer\.json has \d+ ids"):
         load_tokenizer(tokenizer_json, 256)

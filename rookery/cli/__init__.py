@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -120,7 +121,11 @@ def chat(
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device)
     given = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in given.items() if value is not None}
-    talk(llm.chat(template, system), session, max_tokens, seed, sampling)
+    if max_tokens < 0:
+        raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
+    conversation = llm.chat(template, system)
+    conversation.template.sampling.changed(seed=seed, **sampling)  # complains before the first message
+    talk(conversation, session, max_tokens, seed, sampling)
 
 
 @app.command("info")
@@ -137,6 +142,10 @@ def describe(
 
 def main() -> None:
     """Runs a command; what the user can mend is told in one line, with exit code 2."""
+    # input that is not UTF-8 reaches the tokenizer, which names it; what the terminal cannot show becomes "?"
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         app()
     except InputError as error:

@@ -34,7 +34,7 @@ def info(path: Path) -> None:
     table.add_row("state", f"{_size(state)} a sequence, float32, whatever its length")
     table.add_row("weights", f"{_size(4 * parameters)} in float32, {_size(2 * parameters)} in bfloat16 or float16")
     table.add_row("tokenizer", tokenizer)
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(table)
 
 
 def _size(count: float) -> str:

@@ -35,7 +35,7 @@ def talk(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sa
     session: a file to go on from, if it exists, and to keep the conversation in after every change.
     seed: of the first answer; each further one takes the next.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     terminal = sys.stdin.isatty()
     if session is not None and session.exists():
         chat.load(session)
@@ -51,7 +51,10 @@ def talk(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sa
             if seed is not None:  # another answer to the same message is another draw
                 sampling["seed"] = seed + answers
             if line.startswith("/"):
-                answer = _command(console, chat, shlex.split(line[1:]), max_tokens, sampling)
+                words = shlex.split(line[1:])
+                if session is not None and words[:1] == ["load"]:  # it would be written over with the other one
+                    raise InputError(f"this conversation is kept in {session}: leave it, then begin with --session")
+                answer = _command(console, chat, words, max_tokens, sampling)
             else:
                 answer = chat.say(line, stream=True, max_tokens=max_tokens, **sampling)
             if answer is not None:
@@ -59,7 +62,9 @@ def talk(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sa
                 _stream(answer)
             if session is not None:
                 chat.save(session)
-        except (InputError, OSError, ValueError) as error:  # ValueError: shlex misses a quotation mark
+        except KeyboardInterrupt:  # between the answer's end and the next message
+            print()
+        except (OSError, ValueError) as error:  # ValueError: shlex misses a quotation mark
             console.print(f"[red]{escape(str(error))}[/red]")
 
 
@@ -89,7 +94,7 @@ def _command(
         case ["help"]:
             _note(console, HELP)
         case _:
-            raise InputError(f"/{' '.join(words)} is not a command; /help tells which there are")
+            raise InputError(f"/{' '.join(words)} is no command, or not with these words; /help tells how they go")
     return None
 
 
@@ -103,7 +108,7 @@ def _read(branch: str, terminal: bool) -> str | None:
                 lines = []
                 while (more := input("")).strip() != '"""':
                     lines.append(more)
-                line = "\n".join(lines)
+                line = "\n" + "\n".join(lines)  # a message, even if it begins with a slash
         except KeyboardInterrupt:  # throws away the line, not the conversation
             print("\n(Ctrl-D or /quit leaves)")
             continue

@@ -162,7 +162,7 @@ class Chat:
 
     def _answer(self, turn: Turn | None, max_tokens: int, sampling: Sampling) -> Iterator[str]:
         """Draws the answer of `turn` (None: the last), which takes the end of the branch and grows there."""
-        branch, old = self.branch, self._heads[self.branch]
+        branch, old, retried = self.branch, self._heads[self.branch], turn is None
         turn = replace(turn or self._last(), answer="", owed=self.template.separator)
         turn = replace(turn, state=turn.asked)
         self._heads[branch] = turn
@@ -192,8 +192,8 @@ class Chat:
                     yield new
                 if hold.stopped:
                     return
-        except Exception:
-            if self._heads.get(branch) is turn:
+        except BaseException as error:  # Ctrl-C keeps what was said, if anything was
+            if self._heads.get(branch) is turn and (isinstance(error, Exception) or (retried and not turn.answer)):
                 self._heads[branch] = old
             raise
 
@@ -235,7 +235,7 @@ class Chat:
             "conversation": conversation,
             "sha256": _digest(conversation, tensors),
         }
-        with replacing(path) as part:
+        with replacing(Path(path).expanduser()) as part:
             save_file(tensors, part, metadata=metadata)
 
     def load(self, path: str | Path) -> None:
@@ -244,7 +244,8 @@ class Chat:
         Raises:
             InputError: no such file, not a conversation, of another model, or damaged; this one then stays.
         """
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise InputError(f"{path}: no such conversation file")
         try:
             with safe_open(path, "pt") as file:
@@ -255,7 +256,7 @@ class Chat:
                     raise InputError(f"{path}: this conversation was held with another model")
                 keys = file.keys()
                 tensors = {key: file.get_tensor(key) for key in keys}
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError) as error:
             raise InputError(f"{path}: damaged or truncated conversation file ({error})") from error
         if metadata.get("sha256") != _digest(metadata["conversation"], tensors):
             raise InputError(f"{path}: damaged conversation file")

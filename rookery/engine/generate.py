@@ -71,8 +71,8 @@ class Generation:
         samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
         if len(samplings) != count:
             raise InputError(f"{len(samplings)} samplings were given for {count} sequences")
-        if max_tokens < 0:
-            raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
+        if not isinstance(max_tokens, int) or max_tokens < 0:
+            raise InputError(f"max_tokens must be a whole number of at least 0, got {max_tokens!r}")
         self._model = model
         self._logits = logits
         self._state = state
@@ -167,7 +167,7 @@ def prefill(
         raise InputError(f"a state of {len(state)} sequences was given for {len(prompts)} prompts")
     device = model.emb.weight.device
     rows = [model.initial_state() if state is None else state[i] for i in range(len(prompts))]
-    logits: list[Tensor] = []
+    logits: list[Tensor] = []  # a prompt's last part is never before that of the prompt in front of it
     for pack in _packs([len(prompt) for prompt in prompts], chunk):
         ids: list[int] = []
         cu = [0]
@@ -184,18 +184,19 @@ def prefill(
 
 
 def _packs(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cuts sequences into calls of at most `chunk` tokens: lists of (sequence, start, end), in order."""
+    """Cuts sequences into calls of at most `chunk` tokens: lists of (sequence, start, end), in order.
+
+    A sequence is cut where it would be alone: cut elsewhere it rounds elsewhere, which 16 bits show in the text.
+    """
     pack: list[tuple[int, int, int]] = []
     room = chunk
     for i, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            end = min(length, start + room)
-            pack.append((i, start, end))
-            room -= end - start
-            start = end
-            if room == 0:
+        for start in range(0, length, chunk):
+            end = min(length, start + chunk)
+            if end - start > room:
                 yield pack
                 pack, room = [], chunk
+            pack.append((i, start, end))
+            room -= end - start
     if pack:
         yield pack

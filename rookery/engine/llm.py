@@ -62,7 +62,7 @@ class LLM:
         if isinstance(path, Model):
             self.model = path
         else:
-            if path is None and not BUNDLED.is_dir():
+            if path is None and not (BUNDLED / "config.json").is_file():
                 raise InputError("this installation has no bundled model: give the path of one")
             if path is None:  # so small that float32 is the fastest everywhere
                 path, dtype = BUNDLED, dtype or "float32"

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 
 ORDERS = ("temperature-first", "top-p-first")
+COLDEST = 1e-30  # float32 takes what is far below for 0
 OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
 
 
@@ -62,7 +63,10 @@ class Sampling:
             _expect("seed", self.seed, 0, 2**64 - 1, whole=True)
         if self.order not in ORDERS:
             raise InputError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InputError(f"logit_bias must be a dict, token id -> what is added, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
+            _expect("a token in logit_bias", token, 0, math.inf, whole=True)
             if bias != -math.inf:
                 _expect(f"logit_bias of token {token}", bias, -math.inf, math.inf)
 
@@ -85,7 +89,7 @@ class Sampler:
         if sampling.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(sampling.seed)
+            self._random.manual_seed(int(sampling.seed))
 
     def pick(self, logits: Tensor) -> int:
         """The next token for logits [V]."""
@@ -129,7 +133,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
     logits = logits - logits.max()  # so that no temperature overflows
-    tempered = logits / sampling.temperature
+    tempered = logits / max(sampling.temperature, COLDEST)
     tempered_first = sampling.order == "temperature-first"
     p = torch.softmax(tempered if tempered_first else logits, 0)
     threshold = _threshold(p, sampling, mass_of_top_k=tempered_first)
@@ -164,7 +168,7 @@ def _nucleus(p: Tensor, mass: float) -> float:
 
 
 def _expect(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    kind = int if whole else (int, float)
+    kind = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
         what = "a whole number" if whole else "a number"
         bounds = f" of at least {low}" if high == math.inf else f" from {low} to {high}"

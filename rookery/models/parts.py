@@ -138,8 +138,9 @@ class Model(nn.Module):
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
     ) -> tuple[State, tuple[int, ...] | None]:
         """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
-        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise InputError(f"tokens must be integers [B, T] with T >= 1, got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            what = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
+            raise InputError(f"tokens must be integers (int64 or int32) [B, T] with T >= 1, got {what}")
         if not torch.compiler.is_compiling() and not tokens.is_meta:
             low, high = torch.stack(torch.aminmax(tokens)).tolist()
             if low < 0 or high >= self.config.vocab_size:
@@ -155,6 +156,12 @@ class Model(nn.Module):
             raise InputError("this state belongs to another model")
         if len(state) != rows:
             raise InputError(f"a state of {len(state)} sequences was given for a batch of {rows}")
+        first = state.layers[0]
+        fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == (rows, self.config.n_embd)
+        if not fits or not first.wkv.is_floating_point():
+            raise InputError("this state is damaged: its tensors do not fit the model")
+        if first.wkv.device != tokens.device:
+            raise InputError(f"the state is on {first.wkv.device}, the tokens on {tokens.device}: move it with .to()")
         return state, cu
 
 
@@ -167,7 +174,7 @@ def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
     kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
     weights = hashlib.sha256()
     for key in sorted(tensors):
-        if not key.endswith(".time_state"):
+        if not key.endswith(".time_state") and not tensors[key].is_meta:
             sample = tensors[key].detach().reshape(-1)[:64].bfloat16().float().cpu()
             weights.update(key.encode() + sample.numpy().tobytes())
     return kind.hexdigest()[:16] + weights.hexdigest()[:16]

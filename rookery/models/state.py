@@ -26,7 +26,8 @@ class LayerState(NamedTuple):
 
 class State:
     """The memory of S sequences after what they have read. Models return new ones and never change old ones,
-    so keeping a reference is keeping that moment.
+    so keeping a reference is keeping that moment. One that was made under inference_mode can be trained from once
+    it is cloned.
 
     layers: one LayerState a layer.
     fingerprint: of the model it belongs to; another model refuses it.
@@ -49,7 +50,10 @@ class State:
         if isinstance(rows, slice):
             picked = list(range(len(self)))[rows]
         else:
-            picked = [range(len(self))[i] for i in ([rows] if isinstance(rows, int) else rows)]
+            numbers = [rows] if isinstance(rows, int) else list(rows)
+            if any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in numbers):
+                raise TypeError("rows are picked by number, not by a mask")
+            picked = [range(len(self))[i] for i in numbers]
         layers = (LayerState(*(x[picked] for x in layer)) for layer in self.layers)
         return State(layers, self.fingerprint, [self.texts[i] for i in picked])
 

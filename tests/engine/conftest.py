@@ -54,7 +54,7 @@ class Scripted(Model):
     name = "scripted"
 
     def __init__(self, tokenizer: Pieces, replies: list[list[int]], cue: str):
-        super().__init__(SimpleNamespace(vocab_size=tokenizer.vocab_size))
+        super().__init__(SimpleNamespace(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=1))
         self.emb = nn.Embedding(1, 1)
         self.tokenizer, self.replies, self.cue = tokenizer, replies, cue.encode()
         self._fingerprint = "scripted"

@@ -53,7 +53,12 @@ class Counted:
 def test_packs_hold_every_token_once_and_never_too_many(lengths, chunk):
     packs = list(_packs(lengths, chunk))
     assert all(0 < sum(end - start for _, start, end in pack) <= chunk for pack in packs)
-    assert len(packs) == -(-sum(lengths) // chunk)
+    # each is cut where it would be alone
+    cuts = {(i, start) for pack in packs for i, start, _ in pack}
+    assert cuts == {(i, start) for i, length in enumerate(lengths) for start in range(0, length, chunk)}
+    # and a pack is closed only when what comes next has no room
+    sizes = [sum(end - start for _, start, end in pack) for pack in packs]
+    assert all(size + after[0][2] - after[0][1] > chunk for size, after in zip(sizes, packs[1:], strict=False))
     assert all(len({i for i, _, _ in pack}) == len(pack) for pack in packs)
     seen = [(i, t) for pack in packs for i, start, end in pack for t in range(start, end)]
     assert seen == [(i, t) for i, length in enumerate(lengths) for t in range(length)]
@@ -68,6 +73,21 @@ def test_prefill_is_reading_each_alone(any_model, chunk):
         assert torch.allclose(read(any_model, [3], state[i])[0], read(any_model, [3], one)[0], rtol=1e-7, atol=1e-7)
 
 
+def test_prefill_in_bfloat16_is_each_alone_to_the_bit(model):
+    """Random numbers need not be equal to be close, but two texts part at the first token that differs."""
+    model = assemble({name: x.bfloat16() for name, x in model.state_dict().items()})
+    prompts = [[(7 * i + n) % 50 for i in range(n)] for n in (3, 300, 1, 40, 400, 515)]
+    logits, state = prefill(model, prompts)
+    for i, prompt in enumerate(prompts):
+        alone, one = prefill(model, [prompt])
+        assert torch.equal(alone[0], logits[i])
+        assert all(
+            torch.equal(x, y[i : i + 1])
+            for a, b in zip(one.layers, state.layers, strict=True)
+            for x, y in zip(a, b, strict=True)
+        )
+
+
 def test_prefill_goes_on_from_states(model):
     _, before = prefill(model, PROMPTS)
     logits, state = prefill(model, PROMPTS[::-1], before, chunk=5)
@@ -80,7 +100,7 @@ def test_prefill_goes_on_from_states(model):
 def test_prefill_calls_are_bounded(model):
     with Counted(model) as calls:
         prefill(model, [[1] * 100, [2] * 30], chunk=64)
-    assert calls == [64, 64, 2]
+    assert calls == [64, 36, 30]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9, seed=3, frequency_penalty=0.3)])
@@ -205,7 +225,7 @@ def test_what_cannot_be_generated_is_named(model, random_checkpoint):
         generate(model, [[1]] * 3, GREEDY, 1, state=state)
     with pytest.raises(InputError, match="chunk must be at least 1"):
         prefill(model, [[1]], chunk=0)
-    with pytest.raises(InputError, match="max_tokens must be at least 0, got -1"):
+    with pytest.raises(InputError, match="max_tokens must be a whole number of at least 0, got -1"):
         generate(model, [[1]], GREEDY, -1)
     with pytest.raises(InputError, match="3 samplings were given for 1 sequences"):
         generate(model, [[1]], [GREEDY] * 3, 1)

@@ -159,7 +159,7 @@ def test_a_broken_off_stream_leaves_all_as_it_was(llm):
         ("a", {"stop": ["b", ""]}, "a stop string must not be empty"),
         ("a", {"top_p": 2}, "top_p must be a number from 0 to 1, got 2"),
         ("a", {"topp": 1}, "no sampling option 'topp'"),
-        ("a", {"max_tokens": -1}, "max_tokens must be at least 0"),
+        ("a", {"max_tokens": -1}, "max_tokens must be a whole number of at least 0"),
     ],
 )
 def test_bad_input_is_named_at_once(llm, stream, prompt, options, message):
@@ -218,7 +218,7 @@ def test_what_a_folder_says_about_its_texts(tmp_path, random_checkpoint):
 
 def test_tokenizers_of_ones_own_and_wrong_ones(model, random_checkpoint, tmp_path):
     assert LLM(model, tokenizer="bytes").generate("a", 5, seed=1) == LLM(model).generate("a", 5, seed=1)
-    with pytest.raises(InputError, match="65530 ids, but the model knows only 256"):
+    with pytest.raises(InputError, match="65530 ids, but the model has 256"):
         LLM(model, tokenizer="world")
     weights = random_checkpoint("7", vocab=300, width=32, heads=2, layers=1, ffn=40, rank=3)
     with pytest.raises(InputError, match="vocabulary of 300"):

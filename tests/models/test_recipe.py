@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from rookery.models import RWKV4, RWKV5, RWKV6, RWKV7, Model
 
-VOCAB, LAYERS, WIDTH = 100, 3, 64
-LAST = LAYERS - 1  # rho = 1, tau = 1/3; layer 0 has rho = 0, tau = 1
+VOCAB, LAYERS, WIDTH, HEAD_SIZE = 100, 3, 64, 16
+N = torch.arange(WIDTH).double()  # channels
+D, PLACE = N / WIDTH, N / (WIDTH - 1)
+HEAD_PLACE = torch.tensor([0, 1 / 3, 2 / 3, 1]).double()
+Z3 = torch.tensor([0.0, 1.0, -1.0]).repeat(WIDTH)[:WIDTH].double()
 
 
-def made(cls: type[Model], **options) -> Model:
+class Orthogonal(NamedTuple):
+    gain: float
+
+
+class Uniform(NamedTuple):
+    bound: float
+
+
+Expected = float | torch.Tensor | Orthogonal | Uniform  # a number fills the parameter
+
+
+def made(cls: type[Model], vocab: int = VOCAB, width: int = WIDTH, time_state: bool = False, **options) -> Model:
     torch.manual_seed(0)
-    model = cls(cls.Config.sized(VOCAB, LAYERS, WIDTH, **options)).requires_grad_(False)
+    config = cls.Config.sized(vocab, LAYERS, width, **options)
+    model = cls(replace(config, time_state=True) if time_state else config).requires_grad_(False)
     for p in model.parameters():
         p.fill_(float("nan"))  # whatever the recipe forgets stays visible
     model.init_weights()
@@ -23,9 +41,51 @@ def made(cls: type[Model], **options) -> Model:
     return model
 
 
-def assert_orthogonal(weight: torch.Tensor, gain: float) -> None:
-    small = weight if weight.shape[0] <= weight.shape[1] else weight.mT
-    torch.testing.assert_close(small @ small.mT, gain**2 * torch.eye(len(small)), rtol=1e-4, atol=1e-5 * gain**2)
+def check(name: str, p: torch.Tensor, expected: Expected) -> None:
+    p = p.double()
+    if isinstance(expected, Orthogonal):
+        small = p if p.shape[0] <= p.shape[1] else p.mT
+        gram = expected.gain**2 * torch.eye(len(small)).double()
+        atol = 1e-5 * expected.gain**2
+        torch.testing.assert_close(small @ small.mT, gram, rtol=1e-4, atol=atol, msg=lambda m: f"{name}: {m}")
+        assert p.count_nonzero() > 0.9 * p.numel(), name  # drawn at random, not an identity
+    elif isinstance(expected, Uniform):
+        q = p / expected.bound
+        assert -1 <= q.min() < -0.95, name
+        assert 0.95 < q.max() <= 1, name
+        assert q.mean().abs() < 0.05, name
+        assert abs(q.abs().mean() - 0.5) < 0.03, name
+    elif isinstance(expected, float) and expected == 0:
+        assert not p.any(), name
+    else:
+        want = torch.as_tensor(expected).double().expand(p.numel())
+        torch.testing.assert_close(p.flatten(), want, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def assert_recipe(model: Model, emb: Expected, block: Callable[[int, float, float], dict[str, Expected]]) -> None:
+    """Each parameter of every block (called with its index, rho and tau) has its value; none may be left out."""
+    expected: dict[str, Expected] = {"emb.weight": emb, "head.weight": Orthogonal(0.5 * (VOCAB / WIDTH) ** 0.5)}
+    for norm in ("ln_out", "blocks.0.ln0", *(f"blocks.{i}.{ln}" for i in range(LAYERS) for ln in ("ln1", "ln2"))):
+        expected |= {f"{norm}.weight": 1.0, f"{norm}.bias": 0.0}
+    for i, (rho, tau) in enumerate([(0.0, 1.0), (0.5, 2 / 3), (1.0, 1 / 3)]):
+        expected |= {f"blocks.{i}.{name}": value for name, value in block(i, rho, tau).items()}
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, p in parameters.items():
+        check(name, p, expected[name])
+
+
+def norm_x(i: int) -> dict[str, Expected]:
+    return {"att.ln_x.weight": ((i + 1) / 3) ** 0.7, "att.ln_x.bias": 0.0}
+
+
+def matrices(receptance: float, key: float, value: float, gate: float | None, hidden: float) -> dict[str, Expected]:
+    """Gains of the orthogonal matrices, 0 for a zero matrix; those that are zero in every generation."""
+    gains = {"att.receptance": receptance, "att.key": key, "att.value": value, "ffn.key": hidden}
+    if gate is not None:
+        gains["att.gate"] = gate
+    drawn = {f"{name}.weight": Orthogonal(gain) if gain else 0.0 for name, gain in gains.items()}
+    return drawn | {"att.output.weight": 0.0, "ffn.value.weight": 0.0}
 
 
 def rates(model: Model) -> dict[str, tuple[float, float]]:
@@ -39,24 +99,14 @@ MATRIX, PLAIN, TWICE, THRICE = (1.0, 0.1), (1.0, 0.0), (2.0, 0.0), (3.0, 0.0)
 
 
 def test_rwkv4():
+    def block(i, rho, tau):
+        mixes = {"att.time_mix_k": D**tau, "att.time_mix_v": D**tau + 0.3 * rho, "att.time_mix_r": D ** (tau / 2)}
+        mixes |= {"ffn.time_mix_k": D**tau, "ffn.time_mix_r": D**tau}
+        decay = {"att.time_decay": -5 + 8 * PLACE ** (0.7 + 1.3 * rho), "att.time_first": math.log(0.3) + Z3 / 2}
+        return mixes | decay | matrices(0, 0, 1, None, hidden=2) | {"ffn.receptance.weight": 0.0}
+
     model = made(RWKV4)
-    first, last = model.blocks[0], model.blocks[LAST]
-    channel = 10
-    d = channel / WIDTH
-    assert first.att.time_mix_k[0, 0, channel] == pytest.approx(d)
-    assert last.att.time_mix_v[0, 0, channel] == pytest.approx(d ** (1 / 3) + 0.3)
-    assert last.att.time_mix_r[0, 0, channel] == pytest.approx(d ** (1 / 6))
-    assert last.ffn.time_mix_r[0, 0, channel] == pytest.approx(d ** (1 / 3))
-    assert first.att.time_decay[channel] == pytest.approx(-5 + 8 * (channel / 63) ** 0.7)
-    assert last.att.time_decay[channel] == pytest.approx(-5 + 8 * (channel / 63) ** 2)
-    expected = [math.log(0.3) + x for x in (0, 0.5, -0.5, 0)]
-    assert first.att.time_first[:4].tolist() == pytest.approx(expected)
-    for zero in (last.att.key, last.att.receptance, last.att.output, last.ffn.receptance, last.ffn.value):
-        assert not zero.weight.any()
-    assert_orthogonal(last.att.value.weight, 1.0)
-    assert_orthogonal(last.ffn.key.weight, 2.0)
-    assert_orthogonal(model.head.weight, 0.5 * (VOCAB / WIDTH) ** 0.5)
-    assert_orthogonal(model.emb.weight, 1e-4 * VOCAB**0.5)
+    assert_recipe(model, Orthogonal(1e-4 * VOCAB**0.5), block)
     rate = rates(model)
     assert rate["emb.weight"] == rate["head.weight"] == rate["blocks.1.ffn.key.weight"] == MATRIX
     assert rate["blocks.1.att.time_mix_k"] == rate["blocks.1.ln1.weight"] == PLAIN
@@ -66,29 +116,28 @@ def test_rwkv4():
 
 @pytest.mark.parametrize("version", ["5.0", "5.1", "5.2"])
 def test_rwkv5(version):
-    model = made(RWKV5, head_size=16, version=version)
+    def block(i, rho, tau):
+        mixes = {"att.time_mix_k": D**tau, "att.time_mix_v": D**tau + 0.3 * rho, "att.time_mix_r": D ** (tau / 2)}
+        mixes |= {"ffn.time_mix_k": D**tau, "ffn.time_mix_r": D**tau}
+        if version != "5.0":
+            mixes["att.time_mix_g"] = D ** (tau / 2)
+        place = PLACE if version == "5.2" else HEAD_PLACE
+        decay = {"att.time_decay": -6 + 5 * place ** (0.7 + 1.3 * rho)}
+        match version:
+            case "5.0":
+                decay["att.time_first"] = -3.0
+                drawn = matrices(1, 1, 1, None, hidden=2)
+            case "5.1":
+                decay["att.time_faaaa"] = rho * (1 - place)
+                drawn = matrices(1, 1, 1, 1, hidden=3.5**0.5)
+            case "5.2":
+                decay["att.time_faaaa"] = rho * (1 - place) + 0.1 * Z3
+                drawn = matrices(1, 0.1, 1, 0.1, hidden=1)
+        return mixes | decay | drawn | norm_x(i) | {"ffn.receptance.weight": 0.0}
+
+    model = made(RWKV5, head_size=HEAD_SIZE, version=version)
     assert model.config.dim_ffn == (256 if version == "5.0" else 224)
-    first, last = model.blocks[0], model.blocks[LAST]
-    assert last.att.time_mix_v[0, 0, 10] == pytest.approx((10 / WIDTH) ** (1 / 3) + 0.3)
-    assert first.att.ln_x.weight[0] == pytest.approx((1 / 3) ** 0.7)
-    if version == "5.2":
-        assert last.att.time_decay[2, 3] == pytest.approx(-6 + 5 * (35 / 63) ** 2)
-        assert last.att.time_faaaa[2, 3] == pytest.approx(1 - 35 / 63 - 0.1)
-        assert first.att.time_faaaa[2, 4] == pytest.approx(0, abs=1e-7)
-    else:
-        assert last.att.time_decay.tolist() == pytest.approx([-6 + 5 * (h / 3) ** 2 for h in range(4)])
-    if version == "5.0":
-        assert (last.att.time_first == -3).all()
-    if version == "5.1":
-        assert last.att.time_faaaa.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-7)
-    assert_orthogonal(last.att.key.weight, 0.1 if version == "5.2" else 1.0)
-    assert_orthogonal(last.att.receptance.weight, 1.0)
-    if version != "5.0":
-        assert last.att.time_mix_g[0, 0, 10] == pytest.approx((10 / WIDTH) ** (1 / 6))
-        assert_orthogonal(last.att.gate.weight, 0.1 if version == "5.2" else 1.0)
-    assert not last.att.output.weight.any()
-    assert not last.ffn.value.weight.any()
-    assert 0.9e-4 < model.emb.weight.abs().max() <= 1e-4
+    assert_recipe(model, Uniform(1e-4), block)
     rate = rates(model)
     assert rate["head.weight"] == rate["blocks.1.att.output.weight"] == MATRIX
     assert rate["blocks.1.att.ln_x.weight"] == PLAIN
@@ -100,23 +149,21 @@ def test_rwkv5(version):
 
 
 def test_rwkv6():
-    model = made(RWKV6, head_size=16)
+    def block(i, rho, tau):
+        mixes = {f"att.time_maa_{x}": 1 - D**tau for x in "xwk"}
+        mixes |= {f"att.time_maa_{x}": 1 - D ** (tau / 2) for x in "rg"}
+        mixes |= {f"ffn.time_maa_{x}": 1 - D ** (tau**3) for x in "kr"}
+        mixes["att.time_maa_v"] = 1 - D**tau - 0.3 * rho
+        lora = {"att.time_maa_w1": 0.0, "att.time_maa_w2": Uniform(0.01)}
+        lora |= {"att.time_decay_w1": 0.0, "att.time_decay_w2": Uniform(0.01)}
+        decay = {"att.time_decay": -6 + 5 * PLACE ** (0.7 + 1.3 * rho)}
+        decay["att.time_faaaa"] = rho * (1 - PLACE) + 0.1 * Z3
+        drawn = matrices(1, 0.1, 1, 0.1, hidden=1)
+        return mixes | lora | decay | drawn | norm_x(i) | {"ffn.receptance.weight": 0.0}
+
+    model = made(RWKV6, head_size=HEAD_SIZE)
     assert (model.config.dim_ffn, model.config.mix_rank, model.config.decay_rank) == (224, 32, 64)
-    first, last = model.blocks[0], model.blocks[LAST]
-    d = 10 / WIDTH
-    assert first.att.time_maa_w[0, 0, 10] == pytest.approx(1 - d)
-    assert last.att.time_maa_v[0, 0, 10] == pytest.approx(1 - (d ** (1 / 3) + 0.3), abs=1e-6)
-    assert last.att.time_maa_g[0, 0, 10] == pytest.approx(1 - d ** (1 / 6), abs=1e-6)
-    assert last.ffn.time_maa_r[0, 0, 10] == pytest.approx(1 - d ** (1 / 27), abs=1e-6)
-    assert last.att.time_decay[0, 0, 35] == pytest.approx(-6 + 5 * (35 / 63) ** 2)
-    assert last.att.time_faaaa[2, 3] == pytest.approx(1 - 35 / 63 - 0.1)
-    assert not last.att.time_maa_w1.any()
-    assert not last.att.time_decay_w1.any()
-    assert 0.009 < last.att.time_maa_w2.abs().max() <= 0.01
-    assert 0.009 < last.att.time_decay_w2.abs().max() <= 0.01
-    for weight, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0), ("gate", 0.1)):
-        assert_orthogonal(getattr(last.att, weight).weight, gain)
-    assert_orthogonal(last.ffn.key.weight, 1.0)
+    assert_recipe(model, Uniform(1e-4), block)
     rate = rates(model)
     assert rate["emb.weight"] == rate["blocks.1.att.gate.weight"] == MATRIX
     assert rate["blocks.1.att.time_maa_w1"] == rate["blocks.1.att.time_decay_w2"] == PLAIN
@@ -125,29 +172,25 @@ def test_rwkv6():
 
 
 def test_rwkv7():
-    model = made(RWKV7, head_size=16)
+    def block(i, rho, tau):
+        powers = {"r": 0.2, "g": 0.2, "w": 0.9, "a": 0.9, "k": 0.7, "v": 0.7}
+        mixes = {f"att.x_{x}": 1 - D ** (power * tau) for x, power in powers.items()} | {"ffn.x_k": 1 - D ** (tau**4)}
+        lin, s = PLACE - 0.5, (N % HEAD_SIZE - 7.5) / 7.5
+        zigzag = s.sign() * s**2
+        vectors = {"att.w0": -6 + 6 * PLACE ** (1 + rho**0.3) + 0.5 + 2.5 * zigzag}
+        vectors |= {"att.a0": -0.19 + 0.3 * zigzag + 0.4 * lin, "att.k_k": 0.71 - 0.1 * lin}
+        vectors |= {"att.k_a": 1.02, "att.r_k": -0.04}
+        ranks = "wag"
+        if i > 0:  # the first layer makes the values that the others mix in
+            vectors["att.v0"] = 0.73 - 0.4 * lin
+            ranks = "wavg"
+        lora = {f"att.{x}1": 0.0 for x in ranks} | {f"att.{x}2": Orthogonal(0.1) for x in ranks}
+        return mixes | vectors | lora | matrices(1, 0.1, 1, None, hidden=1) | norm_x(i)
+
+    model = made(RWKV7, head_size=HEAD_SIZE)
     config = model.config
     assert (config.decay_rank, config.iclr_rank, config.value_rank, config.gate_rank) == (32, 32, 32, 32)
-    first, last = model.blocks[0], model.blocks[LAST]
-    d, lin = 10 / WIDTH, 10 / 63 - 0.5
-    s = (10 - 7.5) / 7.5
-    zigzag = s * abs(s)
-    assert first.att.x_r[0, 0, 10] == pytest.approx(1 - d**0.2)
-    assert last.att.x_a[0, 0, 10] == pytest.approx(1 - d**0.3)
-    assert last.att.x_v[0, 0, 10] == pytest.approx(1 - d ** (0.7 / 3))
-    assert last.ffn.x_k[0, 0, 10] == pytest.approx(1 - d ** (1 / 81), abs=1e-6)
-    assert first.att.w0[0, 0, 10] == pytest.approx(-6 + 6 * (10 / 63) + 0.5 + 2.5 * zigzag)
-    assert last.att.w0[0, 0, 10] == pytest.approx(-6 + 6 * (10 / 63) ** 2 + 0.5 + 2.5 * zigzag)
-    assert last.att.a0[0, 0, 10] == pytest.approx(-0.19 + 0.3 * zigzag + 0.4 * lin)
-    assert last.att.v0[0, 0, 10] == pytest.approx(0.73 - 0.4 * lin)
-    assert last.att.k_k[0, 0, 10] == pytest.approx(0.71 - 0.1 * lin)
-    assert (last.att.k_a == torch.tensor(1.02)).all()
-    assert (last.att.r_k == torch.tensor(-0.04)).all()
-    assert not last.att.g1.any()
-    assert_orthogonal(last.att.g2, 0.1)
-    assert_orthogonal(last.att.key.weight, 0.1)
-    assert_orthogonal(model.head.weight, 0.5 * (VOCAB / WIDTH) ** 0.5)
-    assert not hasattr(first.att, "v1")
+    assert_recipe(model, Uniform(1e-4), block)
     rate = rates(model)
     assert rate["head.weight"] == rate["blocks.1.att.receptance.weight"] == MATRIX
     assert rate["blocks.1.att.w1"] == rate["blocks.1.att.r_k"] == rate["blocks.1.att.x_r"] == PLAIN
@@ -157,9 +200,30 @@ def test_rwkv7():
 
 
 @pytest.mark.parametrize("cls", [RWKV4, RWKV5, RWKV6, RWKV7])
+def test_gains_of_other_shapes(cls):
+    """A vocabulary smaller than the width does not shrink the head; ranks above the width widen the low-rank gain."""
+    model = made(cls, vocab=40)
+    check("head", model.head.weight, Orthogonal(0.5))
+    if cls is RWKV4:
+        check("emb", model.emb.weight, Orthogonal(1e-4 * WIDTH**0.5))
+    if cls is RWKV7:
+        for x in "wavg":
+            up = getattr(made(cls, width=16, head_size=8).blocks[LAYERS - 1].att, f"{x}2")
+            check(f"{x}2", up, Orthogonal(0.1 * 2**0.5))
+
+
+@pytest.mark.parametrize("cls", [RWKV5, RWKV6, RWKV7])
+def test_trained_state_starts_at_zero(cls):
+    for block in made(cls, head_size=HEAD_SIZE, time_state=True).blocks:
+        assert not block.att.time_state.any()
+
+
+@pytest.mark.parametrize("cls", [RWKV4, RWKV5, RWKV6, RWKV7])
 def test_one_layer_and_one_head(cls):
     model = cls(cls.Config.sized(50, 1, 64))
     model.init_weights()
     assert all(p.isfinite().all() for p in model.parameters())
+    decay = "w0" if cls is RWKV7 else "time_decay"  # rho = 0, as in the first of several layers
+    assert torch.equal(getattr(model.blocks[0].att, decay), getattr(made(cls).blocks[0].att, decay))
     logits, _ = model(torch.arange(50)[None])
     assert logits.isfinite().all()

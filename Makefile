@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: .venv/run
 	@echo "set-up done"
-	@$(BIN)/rookery generate "Once upon a time" --echo --speed --seed 4
+	@$(BIN)/rookery generate "Once upon a time" --echo --speed --temperature 0.8 --seed 1
 
 test: .venv/dev lint
 	$(BIN)/python -m pytest --durations=10

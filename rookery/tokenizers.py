@@ -100,7 +100,8 @@ class WorldTokenizer:
 class HFTokenizer:
     """Any `tokenizer.json` of Hugging Face's tokenizers, 20B_tokenizer.json of the Pile models included.
 
-    Nothing is added around a text; special tokens in the output have no text.
+    Nothing is added around a text. Special tokens written out in it ("<|endoftext|>") are read as such, as the
+    library does; in the output they have no text.
     """
 
     def __init__(self, path: str | Path):

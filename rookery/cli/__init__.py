@@ -94,7 +94,7 @@ def generate(
     if speed and first is not None:
         tokens = len(llm.tokenizer.encode(text))
         rate = (tokens - 1) / (ended - first) if tokens > 1 else 0.0
-        print(f"[first word after {first - began:.1f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
+        print(f"[first word {first - began:.1f} s after loading began, then {rate:.0f} tokens/s]", file=sys.stderr)
 
 
 @app.command()

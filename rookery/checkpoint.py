@@ -58,7 +58,7 @@ def load(
     Raises:
         InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
     """
-    path = Path(path).expanduser()
+    path = locate(path)
     target = None if dtype is None else _dtype(dtype)
     where = _device(device)
     try:
@@ -66,6 +66,20 @@ def load(
         return assemble(tensors, described, target, where, ln_x_eps)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def locate(path: str | Path) -> Path:
+    """The path with ~ expanded; for the model.safetensors of a folder of ours the folder, whose config.json may say
+    what the tensors do not."""
+    path = Path(path).expanduser()
+    if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
+        try:
+            described = json.loads((path.parent / "config.json").read_text())
+        except (OSError, ValueError):
+            return path  # somebody else's; the tensors alone are enough
+        if isinstance(described, dict) and described.get("model") in list(MODELS):
+            return path.parent
+    return path
 
 
 def save(

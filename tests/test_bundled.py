@@ -27,6 +27,11 @@ def test_it_fits_in_eight_megabytes():
     assert sum(file.stat().st_size for file in BUNDLED.iterdir()) <= 8_000_000
 
 
+def test_its_file_is_the_model_too():
+    file = LLM(BUNDLED / "model.safetensors")
+    assert (file.opening, file.chat_template) == ([0], "story")
+
+
 def test_the_same_seed_tells_the_same_story(llm):
     story = llm.generate("Once upon a time", max_tokens=60, seed=7)
     assert story == llm.generate("Once upon a time", max_tokens=60, seed=7)

@@ -149,6 +149,14 @@ def test_ln_x_eps(random_checkpoint, tmp_path):
     assert "rwkv4 has no norm" in refusal(tmp_path / "4.pth", ln_x_eps=1e-5)
 
 
+def test_a_file_of_a_folder_is_the_folder(random_checkpoint, tmp_path):
+    torch.save(random_checkpoint("5.2"), tmp_path / "a.pth")
+    rookery.save(rookery.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / "folder")
+    assert rookery.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 1e-5
+    (tmp_path / "folder" / "config.json").write_text("{")  # not ours: the tensors tell
+    assert rookery.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 64e-5
+
+
 def test_paths_and_damage(weights, tmp_path):
     assert refusal(tmp_path / "none.pth") == "no such file or folder"
     (tmp_path / "empty.pth").touch()

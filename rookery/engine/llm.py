@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ..checkpoint import load
+from ..checkpoint import load, locate
 from ..errors import InputError
 from ..models import Model, State
 from ..tokenizers import Tokenizer, guess, load_tokenizer
@@ -66,7 +66,7 @@ class LLM:
                 raise InputError("this installation has no bundled model: give the path of one")
             if path is None:  # so small that float32 is the fastest everywhere
                 path, dtype = BUNDLED, dtype or "float32"
-            path = Path(path).expanduser()
+            path = locate(path)
             self.model = load(path, dtype=dtype, device=device)
             folder = path if path.is_dir() else path.parent
         size = self.model.config.vocab_size

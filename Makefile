@@ -24,8 +24,9 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 
 # timings: beside the peers, on this machine; nothing else should be running
-bench: .venv/dev
-	$(BIN)/python bench/decode.py
+bench: .venv/bench
+	mkdir -p build
+	$(BIN)/rookery bench --json build/bench.json
 
 # trains the bundled model again: make storyteller STORIES=stories.jsonl.gz MINUTES=120
 MINUTES ?= 120
@@ -47,13 +48,19 @@ storyteller: .venv/dev
 	$(PIP) $(TORCH) -e ".[dev,plots]"
 	@touch $@ .venv/run
 
+# llama.cpp is compiled here for this processor, without what reads pictures; with AMX take clang or gcc 13, for what
+# gcc 12 makes of its AMX code crashes
+.venv/bench: .venv/dev
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(PIP) $(TORCH) -e ".[bench]"
+	@touch $@
+
 # renews constraints.txt; torch and what only it needs stay out, the pin above says what it is
 constraints:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	echo "$(TORCH)" > .venv/torch.txt
 	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra dev --extra plots \
-		--upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
+		--extra bench --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
 

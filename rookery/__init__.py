@@ -4,6 +4,7 @@ from .checkpoint import load, save
 from .engine.llm import LLM
 from .errors import InputError
 from .models import RWKV4, RWKV5, RWKV6, RWKV7, State
+from .quantize import quantize
 
-__all__ = ["LLM", "RWKV4", "RWKV5", "RWKV6", "RWKV7", "InputError", "State", "load", "save"]
+__all__ = ["LLM", "RWKV4", "RWKV5", "RWKV6", "RWKV7", "InputError", "State", "load", "quantize", "save"]
 __version__ = "0.1.0"

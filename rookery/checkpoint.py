@@ -3,14 +3,16 @@
 `load` takes BlinkDL's .pth, the same tensors as .safetensors, or a folder that `save` wrote (config.json and
 model.safetensors). Generation and sizes are read off the tensors. A file is mapped, never held: each tensor is
 copied once, in the dtype asked for, so that loading costs the memory of the model and no more.
+
+A quantised model is saved in a layout of its own kind, row after row: under the name of a matrix int8 [out, in], or
+uint8 [out, in / 2] with the code of the even column in the low half of a byte, and beside it its float16 `.scales`
+[out, in / 32]. ops/packed says what they stand for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -27,8 +29,11 @@ from torch import Tensor
 
 from .errors import InputError
 from .files import replacing
+from .memory import room
 from .models import MODELS, Model, detect
-from .models.parts import fingerprint
+from .models.parts import PackedLinear, fingerprint
+from .ops.packed import GROUP, untile
+from .quantize import FORMATS, check, matrices, replace_matrix
 
 DTYPES = {
     "float64": torch.float64,
@@ -37,7 +42,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-HUGE_PAGE = 2 << 20  # bytes, on x86 and most of arm64
+QUANTISED = ("quantization", "fingerprint")  # what it says of a quantised model: the format, whose states fit
 NOTES = ("chat_template", "opening_tokens")  # what a config.json may say to LLM, besides the sizes
 
 
@@ -46,6 +51,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """The model in a file or folder, in eval mode.
 
@@ -54,6 +60,7 @@ def load(
         dtype: of the weights, "float32", "bfloat16" or "float16" or as torch names them; None keeps the file's.
         device: where the model goes.
         ln_x_eps: of the norm after the recurrence (RWKV-5 to 7), for files that want another than 64e-5.
+        quantize: "int8" or "int4" packs the large matrices as they are read; `dtype` is then that of all others.
 
     Raises:
         InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
@@ -63,7 +70,7 @@ def load(
     where = _device(device)
     try:
         tensors, described = read(path)
-        return assemble(tensors, described, target, where, ln_x_eps)
+        return assemble(tensors, described, target, where, ln_x_eps, quantize)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -106,7 +113,13 @@ def save(
         raise InputError(f"{tokenizer}: no such tokenizer file")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    described = json.dumps({"model": model.name, **asdict(model.config), **(notes or {})}, indent=2)
+    about = {"model": model.name, **asdict(model.config), **(notes or {})}
+    if model.quantization is not None:
+        about |= {"quantization": model.quantization, "fingerprint": model.fingerprint}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                tensors[f"{name}.weight"], tensors[f"{name}.scales"] = _in_rows(module)
+    described = json.dumps(about, indent=2)
     with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as config:
         save_file(tensors, weights, metadata={"format": "pt"})
         config.write_text(described + "\n")
@@ -121,11 +134,13 @@ def assemble(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """A model, in eval mode, out of tensors under BlinkDL's names.
 
     `tensors` is used up: each leaves the dict once it is copied. `described` is what a config.json says.
     """
+    described = described or {}
     for key in list(tensors):
         plain = key.removeprefix("_forward_module.").removeprefix("_orig_mod.")  # DeepSpeed's wrapper, torch.compile's
         if plain != key and plain in tensors:
@@ -138,41 +153,74 @@ def assemble(
             raise InputError(f"{key} holds no plain numbers (sparse, nested, meta or empty): save dense tensors")
         if x.nbytes > x.untyped_storage().nbytes():
             raise InputError(f"{key} holds fewer numbers than its shape claims; save contiguous tensors instead")
-    cls = detect({key: getattr(x, "shape", ()) for key, x in tensors.items()})
+    packed = _take_packed(tensors, described.get("quantization"))
+    shapes = {key: getattr(x, "shape", torch.Size()) for key, x in tensors.items()}
+    shapes |= {key: torch.Size((len(q), scales.shape[1] * GROUP)) for key, (q, scales) in packed.items()}
+    cls = detect(shapes)
     for key in cls.ignored:
         tensors.pop(key, None)
+        shapes.pop(key, None)
     for key, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             what = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"{key} is {what}, not a floating point tensor; use the original checkpoint")
-    config = _config(cls, {key: x.shape for key, x in tensors.items()}, described or {}, ln_x_eps)
+    config = _config(cls, shapes, described, ln_x_eps)
     with torch.device("meta"):  # the skeleton takes no memory
         model = cls(config)
     skeleton = model.state_dict()
-    _compare(skeleton, tensors)
+    _compare(skeleton, shapes)
     if dtype is None:
         dtype = _majority(tensors.values())
-    print_of_file = fingerprint(cls.name, config, tensors)
-    copied = {}
-    for name, parameter in skeleton.items():
-        room = _room(parameter.shape, dtype, torch.device(device))
-        copied[name] = room.copy_(tensors.pop(name).detach().reshape(parameter.shape))
-    model.load_state_dict(copied, assign=True)
+    print_of_file = described.get("fingerprint") if packed else fingerprint(cls.name, config, tensors)
+    if packed:
+        model.quantization = described["quantization"]
+    if quantize is not None:
+        check(model, quantize)
+        for name, linear in matrices(model):
+            weight = tensors.pop(f"{name}.weight").detach().reshape(linear.weight.shape)
+            packed[f"{name}.weight"] = FORMATS[quantize](weight)
+        model.quantization = quantize
+    for key, (q, scales) in packed.items():
+        replace_matrix(model, key.removesuffix(".weight"), q.to(device), scales.to(device))
+    copied = {
+        name: room(skeleton[name].shape, dtype, torch.device(device)).copy_(
+            tensors.pop(name).detach().reshape(skeleton[name].shape)
+        )
+        for name in list(tensors)
+    }
+    model.load_state_dict(copied, assign=True, strict=not packed)
     model.eval()
     model._fingerprint = print_of_file
     return model
 
 
-def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor. Large ones on a Linux CPU lie in huge pages where the system grants them: decoding reads
-    all weights for every token, and with them the processor looks up fewer addresses on the way."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+def _in_rows(module: PackedLinear) -> tuple[Tensor, Tensor]:
+    """The packed matrix as it lies in a file."""
+    q, scales = untile(module.weight.cpu(), module.scales.cpu(), module.out_features)
+    if q.dtype == torch.uint8:
+        q = q[:, 0::2] | q[:, 1::2] << 4
+    return q.contiguous(), scales.contiguous()
+
+
+def _take_packed(tensors: dict[str, Any], format: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Takes the packed matrices out of what a file holds: int8, or uint8 codes, and scales by the matrix's name."""
+    if format is None:
+        return {}
+    if format not in FORMATS:
+        raise InputError(f"config.json says quantization = {format!r}; known are {', '.join(FORMATS)}")
+    packed = {}
+    kind = torch.int8 if format == "int8" else torch.uint8
+    for key in [key for key in tensors if key.endswith(".scales")]:
+        scales, q = tensors.pop(key), tensors.pop(f"{key.removesuffix('scales')}weight", None)
+        groups = GROUP if format == "int8" else GROUP // 2
+        if q is None or q.dtype != kind or scales.dtype != torch.float16 or q.ndim != 2 or scales.ndim != 2:
+            raise InputError(f"{key} and its matrix are not what {format} is made of")
+        if (len(q), q.shape[1]) != (len(scales), scales.shape[1] * groups):
+            raise InputError(f"{key} has the shape {list(scales.shape)}, which does not fit its matrix {list(q.shape)}")
+        if format == "int4":
+            q = torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
+        packed[f"{key.removesuffix('scales')}weight"] = (q, scales)
+    return packed
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -251,6 +299,8 @@ def _config(
         raise InputError(f"its tensors have not the shapes of an {cls.name} checkpoint ({error})") from error
     shown = {"model": cls.name, **asdict(config)}
     for key, value in described.items():
+        if key in QUANTISED:
+            continue
         if key in NOTES:
             _check_note(key, value)
             continue
@@ -275,14 +325,14 @@ def _check_note(key: str, value: Any) -> None:
         raise InputError(f"config.json says {key} = {value!r}, which is no list of token ids")
 
 
-def _compare(skeleton: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def _compare(skeleton: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """InputError unless the tensors are those of the model, up to sizes of 1 and flattened vectors."""
-    missing = [key for key in skeleton if key not in tensors]
-    unexpected = [key for key in tensors if key not in skeleton]
+    missing = [key for key in skeleton if key not in shapes]
+    unexpected = [key for key in shapes if key not in skeleton]
     wrong = [
-        f"{key} {list(tensors[key].shape)} instead of {list(x.shape)}"
+        f"{key} {list(shapes[key])} instead of {list(x.shape)}"
         for key, x in skeleton.items()
-        if key in tensors and not _fits(tensors[key], x)
+        if key in shapes and not _fits(shapes[key], x.shape)
     ]
     told = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -293,10 +343,10 @@ def _compare(skeleton: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
         raise InputError("the tensors do not make a model; " + "; ".join(told))
 
 
-def _fits(x: Tensor, wanted: Tensor) -> bool:
+def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
     """The same numbers in the same order. A transposed matrix has as many numbers, but others."""
-    a, b = ([size for size in shape if size > 1] for shape in (x.shape, wanted.shape))
-    return a == b or (x.numel() == wanted.numel() and min(len(a), len(b)) <= 1)
+    a, b = ([size for size in sizes if size > 1] for sizes in (shape, wanted))
+    return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) <= 1)
 
 
 def _majority(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -32,6 +32,10 @@ Precision = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--dtype", help="float32, bfloat16 or float16; as in the file without it."),
 ]
+Quantize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--quantize", help="int8 or int4: pack the large matrices while loading."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]  # noqa: UP045
 
@@ -43,6 +47,7 @@ def generate(
     tokenizer: Vocabulary = None,
     dtype: Precision = None,
     device: Device = "cpu",
+    quantize: Quantize = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 = all.")] = 0,
@@ -65,7 +70,7 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize)
     pieces = llm.generate(
         prompt,
         max_tokens,
@@ -103,6 +108,7 @@ def chat(
     tokenizer: Vocabulary = None,
     dtype: Precision = None,
     device: Device = "cpu",
+    quantize: Quantize = None,
     template: Annotated[Optional[str], typer.Option(help="raven, world, g1, g1-think, story; guessed.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="A text that the conversation begins with.")] = None,  # noqa: UP045
     session: Annotated[
@@ -118,7 +124,7 @@ def chat(
     from ..engine.llm import LLM
     from .talk import talk
 
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize)
     given = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in given.items() if value is not None}
     if max_tokens < 0:
@@ -138,6 +144,19 @@ def describe(
     from .info import info
 
     info(file or model or BUNDLED)
+
+
+@app.command("quantize")
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A .pth, a .safetensors or a folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="int8 or int4.")] = "int8",
+    dtype: Precision = None,
+) -> None:
+    """Pack the large matrices of a model in 8 or 4 bits a weight; every command takes the result as it does others."""
+    from .pack import pack
+
+    pack(source, target, format, dtype)
 
 
 def main() -> None:

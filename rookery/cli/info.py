@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..checkpoint import load
 from ..errors import InputError
+from ..models.parts import PackedLinear
 from ..tokenizers import guess
 
 
@@ -17,7 +18,12 @@ def info(path: Path) -> None:
     """Prints generation, sizes, parameters, memory and the likely tokenizer; reads no weights."""
     model = load(path, device="meta")
     config = asdict(model.config)
-    parameters = sum(p.numel() for p in model.parameters())
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    in_matrices = sum(m.in_features * m.out_features for m in packed)
+    parameters = in_matrices + sum(p.numel() for p in model.parameters())
+    weights = f"{_size(4 * parameters)} in float32, {_size(2 * parameters)} in bfloat16 or float16"
+    if packed:
+        weights = _size(sum(x.nbytes for x in (*model.parameters(), *model.buffers())))
     state = model.initial_state().nbytes
     path = path.expanduser()
     try:
@@ -28,11 +34,13 @@ def info(path: Path) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("generation", f"{model.name} {config.pop('version', '')}".strip())
     table.add_row("dtype", str(model.emb.weight.dtype).removeprefix("torch."))
+    if model.quantization:
+        table.add_row("quantization", model.quantization)
     for name, value in config.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("state", f"{_size(state)} a sequence, float32, whatever its length")
-    table.add_row("weights", f"{_size(4 * parameters)} in float32, {_size(2 * parameters)} in bfloat16 or float16")
+    table.add_row("weights", weights)
     table.add_row("tokenizer", tokenizer)
     Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(table)
 

@@ -46,6 +46,7 @@ class LLM:
         tokenizer: str | Path | Tokenizer | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
+        quantize: str | None = None,
     ):
         """
         Args:
@@ -54,6 +55,7 @@ class LLM:
             tokenizer: "bytes", "world", a tokenizer.json or a Tokenizer; None = found beside the checkpoint or told
                 from the size of the vocabulary.
             dtype, device: for a model that is loaded; None keeps the file's dtype, the bundled model gets float32.
+            quantize: "int8" or "int4" packs the matrices of a model that is loaded.
 
         Raises:
             InputError: no such model, or no tokenizer that fits it.
@@ -67,7 +69,7 @@ class LLM:
             if path is None:  # so small that float32 is the fastest everywhere
                 path, dtype = BUNDLED, dtype or "float32"
             path = locate(path)
-            self.model = load(path, dtype=dtype, device=device)
+            self.model = load(path, dtype=dtype, device=device, quantize=quantize)
             folder = path if path.is_dir() else path.parent
         size = self.model.config.vocab_size
         self.tokenizer = load_tokenizer(guess(size, folder) if tokenizer is None else tokenizer, size)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..ops.packed import GROUP, packed_matmul
 from ..ops.packing import boundaries
+from . import native
 from .state import LayerState, State
 
 
@@ -37,6 +39,28 @@ class Linear(nn.Linear):
         if plain or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class PackedLinear(nn.Module):
+    """y = W x with the weights of a `Linear` in 8 or 4 bits; see ops/packed."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = scales.shape[1] * GROUP, out_features
+        self.weight: Tensor
+        self.scales: Tensor
+        self.register_buffer("weight", weight)  # bytes, in the order of the kernel
+        self.register_buffer("scales", scales)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """As in any module, but .to(dtype) leaves the scales what they are: the kernel reads float16."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.weight.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_matmul(x, self.weight, self.scales, self.out_features)
 
 
 def previous(x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
@@ -97,6 +121,7 @@ class Model(nn.Module):
     name: ClassVar[str]  # "rwkv7"
     Config: ClassVar[Any]
     ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
+    quantization: str | None = None  # "int8" or "int4" once its matrices are packed
     config: Any
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
@@ -105,6 +130,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self._fingerprint: str | None = None
+        self._step: native.Step | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -124,6 +150,10 @@ class Model(nn.Module):
             self._fingerprint = None
         return super().train(mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: everything but the addresses of this one's weights."""
+        return self.__dict__ | {"_step": None}
+
     def initial_state(self, rows: int = 1) -> State:
         """The state of `rows` sequences that have read nothing: zeros, or the tuned state of a checkpoint that
         carries one (`att.time_state`), through which gradients flow."""
@@ -133,6 +163,25 @@ class Model(nn.Module):
             att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
             layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
         return State(layers, self.fingerprint)
+
+    def native_step(self, tokens: Tensor, cu: tuple[int, ...] | None) -> native.Step | None:
+        """The C++ that does the forward of these tokens, or None where the plain model must (native.py says when).
+
+        A pack is the plain model's: who else is in it must not decide, by the number of tokens, which of the two reads
+        a prompt.
+        """
+        rows = tokens.numel()
+        if self.quantization is None:
+            fits = rows <= native.ROWS and cu is None
+        else:
+            fits = rows <= native.PACKED_ROWS
+        if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        if self._step is None or not self._step.holds():
+            self._step = native.step_of(self)
+        return None if self._step is None or any(self._step.hooks) else self._step
 
     def enter(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None

@@ -167,7 +167,8 @@ class RWKV5(Model):
     """`logits, state = model(tokens, state)`, for a prompt, a training batch and a single step alike.
 
     tokens: integers [B, T]. state: a State of B rows, or None. cu_seqlens: packs many sequences into B = 1,
-    one state row each. logits: [B, T, V]; with last_only [B, 1, V], packed [1, sequences, V].
+    one state row each. logits: [B, T, V]; with last_only [B, 1, V], packed [1, sequences, V]; float32 or in the dtype
+    of the weights.
     """
 
     name = "rwkv5"
@@ -189,6 +190,8 @@ class RWKV5(Model):
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         state, cu = self.enter(tokens, state, cu_seqlens)
+        if step := self.native_step(tokens, cu):
+            return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):

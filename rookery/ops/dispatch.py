@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import build
 
 log = logging.getLogger("rookery.ops")
 
 STEP = 4  # up to this many tokens the plain loop costs less than cutting chunks
 
 
-def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: int) -> Callable:
+def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: int, device: torch.device) -> Callable:
     """The body for `impl`; "auto" takes the fastest for sequences of at most `longest` tokens."""
     if impl == "auto":
-        impl = "reference" if longest <= STEP else "chunked"
+        if device.type == "cpu" and compiled(operator):
+            impl = "cpu"
+        else:
+            impl = "reference" if longest <= STEP else "chunked"
         if not torch.compiler.is_compiling():
             _say_once(operator, impl)
     if impl not in bodies:
         raise ValueError(f"{operator} has no body {impl!r}; choose one of auto, {', '.join(bodies)}")
+    if impl == "cpu" and device.type != "cpu":
+        raise ValueError(f"{operator}: the body 'cpu' cannot run on {device}")
+    if impl == "cpu" and not compiled(operator):
+        raise ValueError(f"{operator}: the body 'cpu' needs a C++ compiler (g++ or clang++)")
     return partial(_in_full_precision, bodies[impl])
+
+
+@cache
+def source(operator: str) -> Path:
+    """The C++ of an operator. WKV5 is WKV6 with the same decay at every token."""
+    return Path(__file__).parent / ("wkv6" if operator == "wkv5" else operator) / "cpu.cpp"
+
+
+def native(operator: str) -> ctypes.CDLL:
+    """Its compiled C++, for a body that `choose` has found to run."""
+    library = build.library(source(operator))
+    assert library is not None
+    return library
+
+
+@torch.compiler.assume_constant_result
+def compiled(operator: str) -> bool:
+    """Whether its C++ could be compiled; the first question compiles it."""
+    return build.library(source(operator)) is not None
 
 
 def _in_full_precision(body: Callable, *args: Any) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from ..dispatch import accumulator, choose, expect, longest, sizes
 from ..packing import boundaries
 from .chunked import NOTHING, chunked
+from .cpu import cpu
 from .reference import reference
 
-BODIES = {"reference": reference, "chunked": chunked}
+BODIES = {"reference": reference, "chunked": chunked, "cpu": cpu}
 
 
 def wkv4(
@@ -42,7 +43,7 @@ def wkv4(
         k, v: [B, T, A], any floating dtype.
         state: [B, 3, A], rows a, b, p; or None for an empty one (0, 0, -1e38). Packed: one a sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
-        impl: "auto", "reference" or "chunked".
+        impl: "auto", "reference", "chunked" or "cpu" (C++).
 
     Returns:
         y [B, T, A] in v's dtype, and the final state, float32 (float64 for float64 activations).
@@ -63,5 +64,5 @@ def wkv4(
         state = start[:, None].expand(rows, 3, channels)
     else:
         expect("wkv4", "state", state, (rows, 3, channels))
-    body = choose("wkv4", impl, BODIES, longest(tokens, cu))
+    body = choose("wkv4", impl, BODIES, longest(tokens, cu), k.device)
     return body(log_w, k, v, u, state.to(accumulator(k)), cu)

@@ -9,9 +9,10 @@ from torch import Tensor
 from ..dispatch import accumulator, choose, expect, longest, sizes
 from ..packing import boundaries
 from .chunked import chunked
+from .cpu import cpu
 from .reference import reference
 
-BODIES = {"reference": reference, "chunked": chunked}
+BODIES = {"reference": reference, "chunked": chunked, "cpu": cpu}
 
 
 def wkv5(
@@ -36,7 +37,7 @@ def wkv5(
         u: [H, N] or [H, 1], the bonus of the current token.
         state: [B, H, N, N] value-major, or None for zeros. Packed: one row a sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
-        impl: "auto", "reference" or "chunked".
+        impl: "auto", "reference", "chunked" or "cpu" (C++).
 
     Returns:
         y [B, T, H, N] in v's dtype, and the final state, float32 (float64 for float64 activations).
@@ -57,5 +58,5 @@ def wkv5(
         state = r.new_zeros(rows, heads, size, size, dtype=accumulator(r))
     else:
         expect("wkv5", "state", state, (rows, heads, size, size))
-    body = choose("wkv5", impl, BODIES, longest(tokens, cu))
+    body = choose("wkv5", impl, BODIES, longest(tokens, cu), r.device)
     return body(r, log_w, k, v, u, state.to(accumulator(r)), cu)

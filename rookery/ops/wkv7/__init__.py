@@ -9,9 +9,10 @@ from torch import Tensor
 from ..dispatch import accumulator, choose, expect, longest, sizes
 from ..packing import boundaries
 from .chunked import chunked
+from .cpu import cpu
 from .reference import reference
 
-BODIES = {"reference": reference, "chunked": chunked}
+BODIES = {"reference": reference, "chunked": chunked, "cpu": cpu}
 
 
 def wkv7(
@@ -37,7 +38,7 @@ def wkv7(
             the sum of log_w over 32 tokens to stay above -80, which RWKV-7's range does by far.
         state: [B, H, N, N] value-major, or None for zeros. Packed: one row a sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
-        impl: "auto", "reference" or "chunked".
+        impl: "auto", "reference", "chunked" or "cpu" (C++).
 
     Returns:
         y [B, T, H, N] in v's dtype, and the final state, float32 (float64 for float64 activations).
@@ -56,5 +57,5 @@ def wkv7(
         state = r.new_zeros(rows, heads, size, size, dtype=accumulator(r))
     else:
         expect("wkv7", "state", state, (rows, heads, size, size))
-    body = choose("wkv7", impl, BODIES, longest(tokens, cu))
+    body = choose("wkv7", impl, BODIES, longest(tokens, cu), r.device)
     return body(r, log_w, k, v, a, b, state.to(accumulator(r)), cu)

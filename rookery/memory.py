@@ -1,0 +1,74 @@
+"""Large tensors in huge pages, and blocks of memory that are used again.
+
+Decoding reads all weights and writes a new state for every token. With huge pages the processor looks up fewer
+addresses on the way, and with a pool the system need not hand out, and clear, the pages of a state each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20  # bytes, on x86 and most of arm64
+
+
+def room(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor; large ones on a Linux CPU lie in huge pages where the system grants them."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_block(size), dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """A copy of `x` in a `room`."""
+    return room(x.shape, x.dtype, x.device).copy_(x)
+
+
+def _block(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Pool:
+    """Rooms for tensors of one size that come and go: the memory of one that is gone serves the next.
+
+    Who holds a tensor, or any view of it, holds its memory. At most `spare` blocks are kept for later.
+    """
+
+    def __init__(self, spare: int = 2):
+        self.spare = spare
+        self.blocks: list[mmap.mmap] = []
+        self.lock = threading.Lock()
+
+    def room(self, count: int) -> Tensor:
+        """An empty float32 tensor of `count` numbers on the CPU."""
+        size = 4 * count
+        if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(count)
+        with self.lock:
+            if self.blocks and len(self.blocks[0]) != size:
+                self.blocks.clear()
+            for place in range(len(self.blocks)):
+                if sys.getrefcount(self.blocks[place]) == ALONE:
+                    return torch.frombuffer(self.blocks[place], dtype=torch.float32)
+            memory = _block(size)
+            self.blocks = [*self.blocks, memory][-self.spare :]
+            return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def _alone() -> int:
+    """What sys.getrefcount says of a block that only a list holds; it differs between Pythons."""
+    blocks = [mmap.mmap(-1, 4096)]
+    return sys.getrefcount(blocks[0])
+
+
+ALONE = _alone()

@@ -1,0 +1,146 @@
+"""The step of a model in C++: few tokens, no gradients, one call for the whole model.
+
+`rwkv7.cpp` is to `rwkv7.py` what a kernel is to an operator: the same numbers to float32 round-off, without what
+Python and dispatching cost and with every weight read once for all rows. A matrix of 16-bit or packed weights
+multiplies activations of its own precision (ops/matmul.h); all else is float32, logits included.
+
+The plain model is what counts: the step takes over only while it sees exactly the modules and tensors it was made
+for, and nobody listens to them with hooks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory import Pool
+from ..ops import build, packed
+from .state import LayerState, State
+
+ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
+PACKED_ROWS = 512  # of a quantised model, whose products are this file's either way
+HEAD = 512  # the largest head that the C++ has room for
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # the last of packed weights
+
+
+class _Tensor(ctypes.Structure):  # Tensor in ops/matmul.h
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "scales", "dtype", "rows", "columns", "table")]
+
+
+class _Call(ctypes.Structure):  # Call in parts.h
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("model", "layers")),
+        *((name, ctypes.c_int64) for name in ("layer_count", "threads", "rows", "sequences")),
+        *((name, ctypes.c_int64) for name in ("channels", "attention", "heads", "hidden", "vocabulary")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "starts", "entering", "att_shift", "wkv", "ffn_shift")),
+        ("logits", ctypes.c_void_p),
+        ("last_only", ctypes.c_int64),
+        ("ln_x_eps", ctypes.c_double),
+    ]
+
+
+def source(name: str) -> Path:
+    """The C++ of a model's step."""
+    return Path(__file__).parent / f"{name}.cpp"
+
+
+class Step:
+    """The step of one model: where its weights are, and what must stay true for that to hold."""
+
+    def __init__(self, model: Any, library: ctypes.CDLL):
+        self.library = library
+        modules = list(model.modules())
+        self.parts = [part for m in modules for part in (m._parameters, m._buffers, m._modules) if part]
+        self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.identity = self._identity()
+        config = model.config
+        heads = getattr(config, "head_size", 0) and config.dim_att // config.head_size
+        self.sizes = (config.n_embd, config.dim_att, heads, config.dim_ffn, config.vocab_size)
+        self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
+        named = dict(chain(model.named_parameters(), model.named_buffers()))
+        self.states, self.logits = Pool(), Pool()
+        self.model = self._table(named, library.model_names, "")
+        layers = [self._table(named, library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
+        self.layers = (_Tensor * (len(layers) * len(layers[0])))(*chain.from_iterable(layers))
+
+    @staticmethod
+    def _table(named: dict[str, Tensor], names: Any, prefix: str) -> Any:
+        """Tensors in the order of the names that the library tells; one that a layer has not is all zeros."""
+        names.restype = ctypes.c_char_p
+        wanted = names().decode().split()
+        table = (_Tensor * len(wanted))()
+        for place, name in enumerate(wanted):
+            x = named.get(prefix + name)
+            if x is None:
+                continue
+            if x.dtype == torch.uint8:
+                scales = named[prefix + name.removesuffix("weight") + "scales"]
+                table[place] = _Tensor(*packed.describe(x, scales, len(x) * packed.TILE))
+            else:
+                columns = x.shape[-1]
+                dtype = build.DTYPES.index(x.dtype)
+                table[place] = _Tensor(x.data_ptr(), 0, dtype, x.numel() // columns, columns, 0)
+        return table
+
+    def _identity(self) -> list[int]:
+        objects = chain.from_iterable(map(dict.values, self.parts))
+        return [*map(id, objects), *map(Tensor.data_ptr, self.tensors)]
+
+    def holds(self) -> bool:
+        """Whether the model is still the one that this step was made for."""
+        return self.identity == self._identity()
+
+    def __call__(
+        self, tokens: Tensor, state: State, cu: tuple[int, ...] | None, last_only: bool
+    ) -> tuple[Tensor, State]:
+        """As the model's forward: logits float32 and the new state."""
+        batch, length = tokens.shape
+        tokens = tokens.to(torch.int64).contiguous()
+        starts = cu or range(0, batch * length + 1, length)
+        sequences = len(starts) - 1
+        entering = [[x.contiguous() for x in layer] for layer in state.layers]
+        pointers = [x.data_ptr() for layer in entering for x in layer]
+        shapes = [(len(entering), *x.shape) for x in entering[0]]
+        sizes = [math.prod(shape) for shape in shapes]
+        leaving = [x.view(shape) for x, shape in zip(self.states.room(sum(sizes)).split(sizes), shapes, strict=True)]
+        shape = (1, sequences) if cu else (batch, 1 if last_only else length)
+        if cu and not last_only:
+            shape = (1, length)
+        logits = self.logits.room(math.prod(shape) * self.sizes[-1]).view(*shape, -1)
+        call = _Call(
+            ctypes.addressof(self.model),
+            ctypes.addressof(self.layers),
+            len(entering),
+            torch.get_num_threads(),
+            tokens.numel(),
+            sequences,
+            *self.sizes,
+            tokens.data_ptr(),
+            ctypes.addressof(begin := (ctypes.c_int64 * len(starts))(*starts)),
+            ctypes.addressof(pointer := (ctypes.c_int64 * len(pointers))(*pointers)),
+            *(x.data_ptr() for x in leaving),
+            logits.data_ptr(),
+            last_only,
+            self.ln_x_eps,
+        )
+        self.library.step(ctypes.byref(call))
+        del begin, pointer  # the call has read them
+        layers = map(LayerState, *(x.unbind(0) for x in leaving))
+        return logits, State(layers, state.fingerprint)
+
+
+def step_of(model: Any) -> Step | None:
+    """The step of `model` if the C++ can be compiled and knows every tensor of it, else None."""
+    tensors = [*model.parameters(), *model.buffers()]
+    fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in tensors)
+    if not fits or getattr(model.config, "head_size", 0) > HEAD:
+        return None
+    library = build.library(source(model.name))
+    return None if library is None else Step(model, library)

@@ -1,0 +1,19 @@
+// y = W x with W in 8 or 4 bits a weight.
+
+#include "team.h"
+
+extern "C" void packed_matmul(const Tensor* w, const void* x, int64_t dtype, float* y, int64_t rows, int64_t threads) {
+    const int64_t in = w->columns, out = w->rows;
+    with_memory([&](Arena& memory) {
+        const Rows all = memory.rows(rows, in);
+        if (!memory.block) return;
+        team(int(threads), [&](Member me) {
+            for (int64_t m = me.index; m < rows; m += me.count) {
+                read(all.row(m), (const char*)x + m * in * bytes(dtype), dtype, int(in));
+                all.pack(*w, m, 0, in);
+            }
+            me.wait();
+            matmul(*w, all, y, out, me.part(out));
+        });
+    });
+}

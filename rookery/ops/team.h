@@ -1,0 +1,73 @@
+// Threads that go through a computation together, and their memory.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <omp.h>
+#include <sched.h>
+
+#include "matmul.h"
+
+// One of `count` threads. All run the same code, each on its share, and meet at wait(): a layer is a handful of
+// microseconds, so they spin, and let go only when one of them has lost its core.
+struct Member {
+    int index, count;
+    std::atomic<int64_t>* met;
+
+    void wait() {
+        if (count == 1) return;
+        const int64_t round = (met->fetch_add(1) / count + 1) * count;
+        for (int spins = 0; met->load(std::memory_order_acquire) < round; spins++) {
+            if (spins > 4000) sched_yield();
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+        }
+    }
+    Range part(int64_t n) const { return share(n, GROUP, index, count); }
+};
+
+template <class F> void team(int threads, const F& work) {
+    std::atomic<int64_t> met{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    work(Member{omp_get_thread_num(), omp_get_num_threads(), &met});
+}
+
+// All buffers of a step, cut from one block that the calling thread keeps for the next.
+struct Arena {
+    char* block;
+    size_t used = 0, size;
+
+    template <class T> T* take(int64_t n) {
+        T* taken = (T*)(block + used);
+        used += round_up(n * sizeof(T), 64);
+        return taken;
+    }
+    float* floats(int64_t rows, int64_t width) { return take<float>(rows * Rows::padded(width)); }
+    Rows rows(int64_t count, int64_t width) {
+        const int64_t stride = Rows::padded(width), n = count * stride;
+        const Rows made{take<float>(n), count, width, stride, take<uint16_t>(n), take<int8_t>(n), take<float>(n / GROUP),
+                        take<int32_t>(n / GROUP)};
+        for (int64_t m = 0; block && width < stride && m < count; m++) {  // what pads a row must be zero
+            memset(made.row(m) + width, 0, (stride - width) * 4);
+            memset(made.half + m * stride + width, 0, (stride - width) * 2);
+        }
+        return made;
+    }
+};
+
+// Runs `work` twice, first with a block of nothing, to see how much it takes: then it must only take.
+template <class F> void with_memory(const F& work) {
+    static thread_local std::unique_ptr<char, decltype(&free)> kept(nullptr, free);
+    static thread_local size_t size = 0;
+    Arena counting{nullptr};
+    work(counting);
+    if (counting.used > size) {
+        size = 0;
+        kept.reset((char*)aligned_alloc(64, counting.used));
+        size = counting.used;
+    }
+    Arena memory{kept.get()};
+    work(memory);
+}

@@ -1,0 +1,322 @@
+"""The C++ bodies: the same numbers on any processor, with any threads, for any inputs; and how they are compiled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rookery.ops import build, dispatch
+
+from .cases import OPERATORS, Operator, assert_close, draw, run, to
+
+NATIVE = [pytest.param(o, id=o.name) for o in OPERATORS if "cpu" in o.bodies]
+
+pytestmark = pytest.mark.skipif(not dispatch.compiled("wkv7"), reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; what it was comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("cu", [None, [0, 40, 41, 100]])
+def test_threads_do_not_change_a_bit(operator: Operator, cu: list[int] | None, threads):
+    batch, states = (3, 3) if cu is None else (1, 3)
+    arguments = to(draw(operator, batch, 100, 5, 24, states=states), torch.float32)
+    results = []
+    for number in (1, 2, 5):
+        threads(number)
+        results.append(run(operator, arguments, "cpu", cu))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], x) for name, x in results[0].items())
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("size", [5, 64])
+def test_every_level_gives_the_same_numbers(operator: Operator, level: str, size: int, monkeypatch):
+    if list(build.LEVELS).index(level) < list(build.LEVELS).index(build.best_level()):
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setattr(build, "level", level)
+    arguments = draw(operator, 2, 70, 2, size)
+    exact = run(operator, arguments, "reference")
+    assert_close(run(operator, arguments, "cpu"), exact, 1e-10)
+    assert_close(run(operator, to(arguments, torch.float32), "cpu"), exact, 2e-5)
+    half = to(arguments, torch.bfloat16)
+    assert_close(run(operator, half, "cpu"), run(operator, to(half, torch.float64), "reference"), 2**-7)
+    half = to(arguments, torch.float16)
+    assert_close(run(operator, half, "cpu"), run(operator, to(half, torch.float64), "reference"), 2**-9)
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("size", [16, 33, 64, 100])
+def test_head_sizes(operator: Operator, size: int):
+    arguments = draw(operator, 1, 40, 2, size)
+    exact = run(operator, arguments, "reference")
+    assert_close(run(operator, arguments, "cpu"), exact, 1e-10)
+    assert_close(run(operator, to(arguments, torch.float32), "cpu"), exact, 2e-5)
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("shift", range(4))
+def test_each_input_may_have_its_own_dtype(operator: Operator, shift: int):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)
+    exact = draw(operator, 2, 40, 2, 16)
+    arguments = {name: x.to(dtypes[(i + shift) % 5]) for i, (name, x) in enumerate(exact.items())}
+    actual = run(operator, arguments, "cpu")
+    assert actual["y"].dtype == arguments["v"].dtype
+    assert actual["final state"].dtype == torch.float32
+    for name, x in arguments.items():
+        assert actual[f"gradient of {name}"].dtype == x.dtype
+    assert_close(actual, run(operator, to(arguments, torch.float64), "reference"), 2**-7)
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The same numbers with room between them along every axis, the last included."""
+    room = x.new_full([3 * n for n in x.shape], float("nan"))
+    view = room[tuple(slice(1, None, 3) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def last_axis_dense(x: Tensor) -> Tensor:
+    """The same numbers in a slice of a wider tensor, the first two axes swapped in memory."""
+    if x.ndim == 1:
+        return x
+    room = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan")).transpose(0, 1).contiguous().transpose(0, 1)
+    return room[..., 1:-2].copy_(x)
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("view", [scattered, last_axis_dense])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_are_read_where_they_lie(operator: Operator, view, dtype: torch.dtype):
+    arguments = to(draw(operator, 2, 40, 3, 8), dtype)
+    expected = run(operator, arguments, "cpu")
+    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
+    y, state = operator.call(**{name: view(x) for name, x in leaves.items()}, impl="cpu")
+    generator = torch.Generator().manual_seed(1)  # the weights of cases.loss, handed in as views too
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype) for x in (y, state)]
+    gradients = torch.autograd.grad((y, state), list(leaves.values()), [view(w) for w in weights])
+    actual = {"y": y, "final state": state} | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+    assert torch.equal(y, expected["y"])
+    assert torch.equal(state, expected["final state"])
+    assert_close(actual, expected, 2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+def test_gradient_of_one_output_alone(operator: Operator):
+    arguments = draw(operator, 2, 40, 2, 4)
+    for output in (0, 1):
+        gradients = []
+        for impl in ("cpu", "reference"):
+            leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
+            chosen = operator.call(**leaves, impl=impl)[output]
+            grads = torch.autograd.grad(chosen.square().sum(), list(leaves.values()), allow_unused=True)
+            zeros = {name: torch.zeros_like(x) for name, x in leaves.items()}
+            gradients.append(zeros | {name: g for name, g in zip(leaves, grads, strict=True) if g is not None})
+        assert_close(*gradients, 1e-10)
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+def test_no_states_are_kept_without_a_gradient(operator: Operator):
+    kept = []
+    forward = getattr(torch.ops.rookery, "wkv6" if operator.name == "wkv5" else operator.name).default
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if function is forward:
+                kept.append(out[2].numel())
+            return out
+
+    arguments = draw(operator, 1, 40, 1, 4)
+    with Watch():
+        operator.call(**arguments, impl="cpu")
+        with torch.no_grad():
+            operator.call(**{name: x.clone().requires_grad_() for name, x in arguments.items()}, impl="cpu")
+        operator.call(**{name: x.clone().requires_grad_() for name, x in arguments.items()}, impl="cpu")
+    assert kept[:2] == [0, 0]
+    assert kept[2] > 0
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("impl", ["cpu", "auto"])
+@pytest.mark.parametrize("cu", [None, [0, 7, 40]])
+def test_compiles_with_torch(operator: Operator, impl: str, cu: list[int] | None):
+    torch._dynamo.reset()
+    arguments = draw(operator, 1, 40, 2, 8, states=1 if cu is None else 2)
+    call = torch.compile(operator.call, backend="aot_eager", fullgraph=True)
+    compiled = Operator(operator.name, call, operator.draw, operator.bodies, operator.over_time)
+    expected = run(operator, arguments, "cpu", cu)
+    for _ in range(2):
+        actual = run(compiled, arguments, impl, cu)
+        assert all(torch.equal(actual[name], x) for name, x in expected.items())
+    with torch.no_grad():
+        assert torch.equal(call(**arguments, cu_seqlens=cu, impl=impl)[0], expected["y"])
+
+
+@pytest.mark.parametrize("operator", NATIVE)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_is_a_well_formed_operator(operator: Operator, gradient: bool):
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "rookery":
+                calls.append((function, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)))
+            return function(*args, **kwargs or {})
+
+    with Record():
+        if gradient:
+            run(operator, to(draw(operator, 2, 40, 2, 4), torch.float32), "cpu")
+        else:
+            operator.call(**to(draw(operator, 2, 40, 2, 4), torch.float32), impl="cpu")
+    assert len(calls) == 1 + gradient
+    for function, args in calls:
+        leaf = gradient and function is calls[0][0]
+        args = tuple(x.clone().requires_grad_(leaf) if isinstance(x, Tensor) else x for x in args)
+        torch.library.opcheck(function, args)
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------------
+
+SAY = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, format="LOG %(message)s", stream=sys.stdout)
+from rookery.ops import wkv7
+x = torch.full((1, 40, 1, 4), -0.3)
+first, _ = wkv7(x, x, x, x, x, x, impl="reference")
+for _ in range(2):
+    y, _ = wkv7(x, x, x, x, x, x)
+    assert torch.allclose(y, first, atol=1e-5)
+"""
+
+
+def start(script: str, cache: Path, **environment: str) -> subprocess.Popen:
+    """A Python of its own whose compiled code is kept in `cache`."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it printed; its error output where it failed."""
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return out
+
+
+def test_without_a_compiler_auto_runs_pytorch_and_says_so_once(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    out = finish(start(SAY, tmp_path, PATH=str(tmp_path / "empty")))
+    told = [line for line in out.splitlines() if "no native wkv7" in line]
+    assert len(told) == 1
+    assert "there is no C++ compiler" in told[0]
+    assert out.count("wkv7: impl=auto runs the chunked body") == 1
+
+
+def test_without_a_compiler_cpu_is_refused(tmp_path: Path):
+    refused = """
+import torch
+from rookery.ops import wkv7
+x = torch.zeros(1, 1, 1, 4)
+try:
+    wkv7(x, x, x, x, x, x, impl="cpu")
+except ValueError as error:
+    print(error)
+"""
+    out = finish(start(refused, tmp_path, PATH=str(tmp_path)))
+    assert "wkv7: the body 'cpu' needs a C++ compiler (g++ or clang++)" in out
+
+
+def test_a_kept_library_needs_no_second_compilation(tmp_path: Path):
+    assert "compiling wkv7" in finish(start(SAY, tmp_path))
+    [library] = (tmp_path / "rookery").iterdir()
+    made = library.stat()
+    out = finish(start(SAY, tmp_path))
+    assert "compiling" not in out
+    assert "wkv7: impl=auto runs the cpu body" in out
+    assert (library.stat().st_ino, library.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+def test_two_processes_may_compile_at_once(tmp_path: Path):
+    for out in [finish(process) for process in [start(SAY, tmp_path) for _ in range(2)]]:
+        assert "wkv7: impl=auto runs the cpu body" in out
+    assert [file.suffix for file in (tmp_path / "rookery").iterdir()] == [".so"]
+
+
+def test_a_killed_compilation_is_never_loaded(tmp_path: Path):
+    """The compiler writes half a library and waits; its caller is killed there."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    compiler = tools / "g++"
+    compiler.write_text(
+        """#!/bin/sh
+if [ "$1" = "--version" ]; then exec /usr/bin/env -i PATH="$REAL" g++ --version; fi
+for last; do :; done
+printf 'half a library' > "$last"
+echo $$ > "$WAITING"
+exec sleep 600
+"""
+    )
+    compiler.chmod(0o755)
+    waiting = tmp_path / "waiting"
+    path = os.environ["PATH"]
+    process = start(SAY, tmp_path, PATH=f"{tools}:{path}", REAL=path, WAITING=str(waiting))
+    deadline = time.monotonic() + 120
+    while not (waiting.exists() and waiting.read_text().strip()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.kill(int(waiting.read_text()), signal.SIGKILL)
+    halves = list((tmp_path / "rookery").rglob("*.so"))
+    assert [half.read_text() for half in halves] == ["half a library"]
+
+    out = finish(start(SAY, tmp_path))
+    assert "compiling wkv7" in out
+    assert "wkv7: impl=auto runs the cpu body" in out
+
+
+def test_a_source_that_does_not_compile_is_told(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main() { return missing; }\n")
+    with caplog.at_level(logging.WARNING, "rookery"):
+        assert build.library(source) is None
+        assert build.library(source) is None
+    told = [record.message for record in caplog.records if "no native broken" in record.message]
+    assert len(told) == 1
+    assert "missing" in told[0]
+
+
+def test_a_changed_source_is_compiled_anew(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    answers = []
+    for number in (1, 2):
+        source = tmp_path / str(number) / "answer.cpp"
+        source.parent.mkdir()
+        source.write_text(f'extern "C" int answer() {{ return {number}; }}\n')
+        answers.append(build.library(source).answer())
+    assert answers == [1, 2]
+
+
+def test_importing_compiles_nothing(tmp_path: Path):
+    finish(start("import rookery.ops, rookery.models", tmp_path))
+    assert not (tmp_path / "rookery").exists()

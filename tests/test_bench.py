@@ -1,0 +1,130 @@
+"""The benchmark suite: what it writes for llama.cpp, what it counts, what it tells. Never a time."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from rookery import RWKV4, RWKV7, InputError
+from rookery.bench import TOPICS, bench, measure
+from rookery.bench.contest import Contest, Row
+from rookery.bench.gguf import write_gguf
+from rookery.bench.machine import Machine
+from rookery.bench.ours import Rookery
+from rookery.bench.shapes import Shape
+from rookery.bench.worker import Contestant, Failed, Worker
+from rookery.checkpoint import assemble
+from rookery.models import RWKV4Config, RWKV7Config
+
+TINY = Shape("rwkv7", 2, 64, 300)
+
+
+class Nobody:
+    """A peer that no one has installed."""
+
+    package, module = "no-such-package", "no_such_module"
+
+
+class Dies:
+    """A peer that takes its process with it."""
+
+    def load(self) -> None:
+        print("something is very wrong", flush=True)
+        os._exit(3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 3e-2)])
+def test_gguf_gives_the_same_logits_in_llama_cpp(random_checkpoint, tmp_path, dtype, tolerance):
+    for module in ("gguf", "llama_cpp"):
+        pytest.importorskip(module, reason=f"{module} is not installed (the extra `bench` brings it)")
+    from llama_cpp import Llama
+
+    model = assemble(random_checkpoint("7", width=128, heads=2, rank=29, ffn=256), dtype=torch.float32)
+    tokens = torch.randint(101, (1, 40), generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "tiny.gguf"
+    write_gguf(model, path, dtype)
+    peer = Llama(str(path), n_ctx=512, n_batch=512, logits_all=True, verbose=False, n_threads=1)
+    peer.eval(tokens[0].tolist())
+    with torch.inference_mode():
+        logits = model(tokens)[0][0]
+    torch.testing.assert_close(torch.from_numpy(peer.scores[:40]), logits, rtol=0, atol=tolerance)
+
+
+def test_gguf_refuses_what_llama_cpp_computes_wrongly(random_checkpoint, tmp_path):
+    model = assemble(random_checkpoint("7", width=96, heads=3))
+    with pytest.raises(InputError, match="heads of 64"):
+        write_gguf(model, tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [("rwkv7", RWKV7(RWKV7Config.sized(300, 2, 64))), ("rwkv4", RWKV4(RWKV4Config.sized(300, 2, 64)))],
+)
+def test_bytes_of_a_token_are_the_weights_without_the_embedding_and_the_state_twice(family, model):
+    shape = Shape(family, 2, 64, 300)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert shape.weights("float32") == weights
+    assert shape.bytes_a_token("float32") == weights - model.emb.weight.nbytes + 2 * model.initial_state().nbytes
+    assert shape.bytes_a_token("int4") < shape.bytes_a_token("int8") < shape.bytes_a_token("bfloat16")
+
+
+def test_every_row_is_measured_by_rows_that_are_there():
+    for topic in TOPICS.values():
+        for contest in topic(False, True):
+            names = [row.name for row in contest.rows]
+            assert len(set(names)) == len(names)
+            for row in contest.rows:
+                assert {*row.against, *filter(None, (row.limit, row.part_of))} <= set(names)
+
+
+def test_what_is_told(tmp_path, capsys):
+    out = tmp_path / "figures.json"
+
+    def row(name, job, options, **more):
+        return Row(name, Contestant(Rookery, ("float32",)), job, options, file=(TINY, "pth"), units=2, **more)
+
+    size = TINY.bytes_a_token("float32")
+    rows = [
+        Row("reading", Contestant(Machine), "read", (size, 1), cost=size),
+        row("one", "decode", (2,), cost=2 * size, limit="reading", against=("two",), weights=TINY.weights("float32")),
+        row("two", "decode", (1, 2)),
+        row("three", "decode", (1, -2)),
+        Row("nobody", Contestant(Nobody), "decode"),
+    ]
+    told = measure([Contest("decode", "tiny", "token", rows, memory=True)], blocks=2, out=out)
+
+    assert json.loads(out.read_text()) == told
+    assert {"processor", "cores", "torch"} <= told["machine"].keys()
+    (contest,) = told["contests"]
+    assert (contest["topic"], contest["title"], contest["unit"]) == ("decode", "tiny", "token")
+    limit, one, two, failed, missing = contest["rows"]
+    assert limit["best_per_second"] > 0
+    assert one["ms"] == pytest.approx(1000 / one["per_second"])
+    assert len(one["blocks"]) == 2
+    assert one["share"] > 0
+    assert one["times_as_fast_as"]["two"] > 0
+    assert one["load_seconds"] > 0
+    if os.path.exists("/proc/self/status"):
+        assert one["peak_bytes"] >= one["resident_bytes"] > one["anonymous_bytes"] > 0
+        assert one["beyond_weights_bytes"] == one["resident_bytes"] - TINY.weights("float32")
+    assert two["ms"] > 0
+    assert failed["name"] == "three"
+    assert failed["problem"].startswith("RuntimeError: ")
+    assert missing == {"name": "nobody", "problem": "not installed: pip install no-such-package"}
+    printed = capsys.readouterr().out
+    assert "pip install no-such-package" in printed
+    assert "| one" in printed
+
+
+def test_a_contestant_that_dies_is_told():
+    with pytest.raises(Failed, match="exit code 3: something is very wrong"):
+        Worker(Contestant(Dies))
+
+
+@pytest.mark.parametrize("options", [{"topics": ["speed"]}, {"blocks": 0}])
+def test_bad_options(options):
+    with pytest.raises(InputError):
+        bench(**options)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..checkpoint import load
-from ..models import MODELS, Model
-from .shapes import Shape
+from ..models import Model
+from .shapes import Shape, random_model
 
 Job = Callable[[], object]
 
@@ -61,10 +61,7 @@ class Training:
         self.shape = shape
 
     def load(self) -> None:
-        cls = MODELS[self.shape.family]
-        self.model = cls(cls.Config.sized(self.shape.vocabulary, self.shape.layers, self.shape.width))
-        for p in self.model.parameters():
-            torch.nn.init.normal_(p, std=0.02)
+        self.model = random_model(self.shape)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)[0]

@@ -93,7 +93,7 @@ class Maker:
             return path
         part = path.with_name("part-" + path.name)  # whole or not at all
         if kind == "pth":
-            torch.save(_random(self.shape).state_dict(), part)
+            torch.save(random_model(self.shape).to(torch.bfloat16).state_dict(), part)
         elif kind in ("int8", "int4"):
             save(quantize(load(self.make("pth")), kind), part)
         elif kind == "transformers":
@@ -109,9 +109,10 @@ class Maker:
         return part.rename(path)
 
 
-def _random(shape: Shape) -> Model:
+def random_model(shape: Shape) -> Model:
+    """One of ours; initialised it would be full of zeros."""
     cls = MODELS[shape.family]
-    model = cls(cls.Config.sized(shape.vocabulary, shape.layers, shape.width)).to(torch.bfloat16)
+    model = cls(cls.Config.sized(shape.vocabulary, shape.layers, shape.width))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():

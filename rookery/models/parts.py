@@ -136,8 +136,12 @@ class Model(nn.Module):
     def fingerprint(self) -> str:
         """Tells whose states fit: 16 digits for the configuration, 16 for the weights."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.name, self.config, dict(self.named_parameters()))
+            self._fingerprint = self._taken()
         return self._fingerprint
+
+    @torch.compiler.assume_constant_result  # torch.compile cannot look into a hash, and need not
+    def _taken(self) -> str:
+        return fingerprint(self.name, self.config, dict(self.named_parameters()))
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As in any module; other weights have another fingerprint."""

@@ -87,6 +87,7 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
             float zs[4], ps[4];
             for (int64_t j = 0; j < size; j += 16)
                 for (int q = 0; q < rows; q++) {
+                    __builtin_prefetch(old + (i + 12 + q) * size + j);
                     const Vec<float> held = load_some(old + (i + q) * size + j, size - j);
                     z[q] += held * load(a + j);
                     p[q] += held * load(wr + j);

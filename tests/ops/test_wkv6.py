@@ -85,10 +85,11 @@ def test_decay_to_exactly_zero(impl: str):
     assert torch.equal(state, actual["final state"])
 
 
-def test_extreme_decays_long():
+@pytest.mark.parametrize("impl", BODIES)
+def test_extreme_decays_long(impl: str):
     arguments = draw(OPERATOR, 1, 4097, 1, 4)
     arguments["log_w"] = torch.full_like(arguments["log_w"], -8.0)
     arguments = to(arguments, torch.float32)
     y, state = wkv6(**to(arguments, torch.float64), impl="reference")
-    actual_y, actual_state = wkv6(**arguments, impl="chunked")
+    actual_y, actual_state = wkv6(**arguments, impl=impl)
     assert_close({"y": actual_y, "state": actual_state}, {"y": y, "state": state}, 1e-6)

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int CHANNELS = 64;  // of a unit of work: rows long enough to be worth reading
+constexpr int CHANNELS = 256;  // of a unit of work: rows long enough to be worth reading
 template <class R> constexpr int VECTORS = CHANNELS / LANES<R>;
 
 // One call, as Python hands it over. Tensors are [.., .., A] with head stride 1: a head is a channel to begin at.
@@ -83,6 +83,7 @@ template <class R> void forward(const Call& call, int64_t sequence, int64_t chan
         if (kept.data && t % call.chunk == 0) s.put(kept, at.first + t / call.chunk, channel, n);
         k_in.get(k.x, at.batch, at.begin + t, channel, n);
         v_in.get(v.x, at.batch, at.begin + t, channel, n);
+        for (const Array* x : {&k_in, &v_in}) x->prefetch(at.batch, at.begin + t + call.chunk, channel, n);
         for (int j = 0; j < VECTORS<R>; j++) {
             y.set(j, Output<R>(s.a[j], s.b[j], s.p[j], k[j], v[j], u[j]).y);
             const Update<R> next(s.p[j], k[j], log_w[j]);
@@ -122,6 +123,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
             State<R>& next = tokens[t + 1 < count ? t + 1 : t].met;
             k_in.get(token.k.x, at.batch, begin + t, channel, n);
             v_in.get(token.v.x, at.batch, begin + t, channel, n);
+            for (const Array* x : {&k_in, &v_in, &dy_in}) x->prefetch(at.batch, begin + t - call.chunk, channel, n);
             for (int j = 0; j < VECTORS<R>; j++) {
                 const Vec<R> a = token.met.a[j], b = token.met.b[j];
                 const Update<R> update(token.met.p[j], token.k[j], log_w[j]);

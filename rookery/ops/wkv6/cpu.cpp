@@ -2,8 +2,7 @@
 //
 // A state [N_v, N_k] lies here as it does outside, one row a value channel. Along a row everything is a product of
 // numbers side by side, the gradients of r, k and w included; only y and dv are sums across it. And no row needs
-// another: LANES rows go through a chunk of tokens together, and their sums come out as one vector.
-
+// another: a tile of a few rows stays in registers for a chunk of tokens.
 #include "simd.h"
 
 #include <algorithm>
@@ -15,7 +14,7 @@ namespace {
 
 // ---- registers ---------------------------------------------------------------------------------------------------
 //
-// GCC keeps vectors wider than a register in memory, which costs several times the arithmetic here.
+// GCC keeps a vector wider than a register in memory, which would cost several times the arithmetic here.
 
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64;
@@ -24,12 +23,13 @@ constexpr int REGISTER = 32;
 #else
 constexpr int REGISTER = 16;
 #endif
-constexpr int TOKENS = 16;  // that go through the state together, within the nearest cache
-constexpr int WIDE = 4;  // registers
-constexpr int ROWS = REGISTER == 64 ? 4 : 2;
+constexpr int ROWS = REGISTER == 64 ? 4 : 2;  // of a tile, which has up to 4 registers a row: as many as there are
+constexpr int TOKENS = 16;                    // of a chunk in the forward pass: their rows stay in the nearest cache
+
 template <class R> struct RegisterOf { typedef R type __attribute__((vector_size(REGISTER))); };
 template <class R> using Reg = typename RegisterOf<R>::type;
 template <class R> constexpr int WIDTH = REGISTER / sizeof(R);
+
 
 template <class R> INLINE Reg<R> get(const R* from) {
     Reg<R> x;
@@ -38,7 +38,7 @@ template <class R> INLINE Reg<R> get(const R* from) {
 }
 template <class R> INLINE void put(R* to, Reg<R> x) { memcpy(to, &x, REGISTER); }
 
-// Of x and y, groups of 2 G lanes each: G lanes that hold the sums of a group's halves.
+// x and y hold groups of 2 G lanes: the sum of the halves of every group, x's first
 template <int G, class V, int... I> INLINE V halve(V x, V y, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(x, y, (I / G * 2 * G + I % G)...) +
@@ -50,7 +50,8 @@ template <int G, class V, int... I> INLINE V halve(V x, V y, std::integer_sequen
 #endif
 }
 
-// part(i) is the sums of `from` rows, row i the first, WIDTH / from lanes each: those of `to` rows in one register
+// The sums of `to` rows in one register, from registers of `from` rows: part(i) begins with row i. A row that shares
+// its register with n - 1 others has WIDTH / n lanes, whose sum is the row's.
 template <class R, int from, int to, class F> INLINE Reg<R> fold(const F& part, int first = 0) {
     if constexpr (from == to)
         return part(first);
@@ -87,10 +88,12 @@ struct Call {
 
 // Numbers in whole vectors, zero at first
 template <class R> struct Memory {
-    struct alignas(64) Line { R lanes[LANES<R>]; };
+    struct alignas(64) Line {
+        R lanes[LANES<R>];
+    };
     std::vector<Line> lines;
     R* next;
-    explicit Memory(int64_t size) : lines(size / LANES<R>), next(lines.data()->lanes) {}
+    explicit Memory(int64_t size) : lines((size + LANES<R> - 1) / LANES<R>), next(lines.data()->lanes) {}
     R* take(int64_t size) { return std::exchange(next, next + size); }
 };
 
@@ -98,19 +101,14 @@ template <class R> INLINE void copy(R* to, int to_stride, const R* from, int fro
     for (int row = 0; row < n; row++) memcpy(to + row * to_stride, from + row * from_stride, n * sizeof(R));
 }
 
-INLINE void prefetch(const Array& x, int64_t batch, int64_t t, int64_t head, int n) {
-    const char* row = (const char*)x.data + (batch * x.batch + t * x.time + head * x.head) * bytes(x.dtype);
-    for (int i = 0; i < n * bytes(x.dtype); i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
-// Token t into the rows r, w, k and v. The token `ahead` of it, of the chunk that comes next, is called for: heads lie
-// side by side, and no processor guesses strides this long.
+// Token t into the rows r, w, k and v; its like in the chunk that comes next, `ahead` of it, is called for
 template <class R>
-INLINE void fetch(const Call& call, int64_t batch, int64_t t, int64_t head, int64_t ahead, R* r, R* w, R* k, R* v, int width) {
+INLINE void fetch(const Call& call, int64_t batch, int64_t t, int64_t head, int64_t ahead, R* r, R* w, R* k, R* v,
+                  int width) {
     R* rows[] = {r, w, k, v};
     for (int i = 0; i < 4; i++) {
         call.x[i].get(rows[i], batch, t, head, call.n);
-        prefetch(call.x[i], batch, t + ahead, head, call.n);
+        call.x[i].prefetch(batch, t + ahead, head, call.n);
     }
     std::fill(w + call.n, w + width, R(0));
     for (int i = 0; i < width; i += LANES<R>) store(w + i, exp(load(w + i)));
@@ -122,7 +120,7 @@ template <class R> INLINE Vec<R> dot(const R* x, const R* y, const R* z, int wid
     return all(sum<R>(total));
 }
 
-// V vectors of a row are in registers at a time; rows are padded with zeros to whole stripes of V vectors.
+// V registers of a row are worked on at a time; zeros fill rows up to whole stripes of V.
 template <class R, int V> void forward(const Call& call, int64_t sequence, int64_t h) {
     constexpr int L = WIDTH<R>, STRIPE = V * L, Q = ROWS;
     const Array &u_in = call.x[4], &state = call.x[5], &y_out = call.x[6], &final_state = call.x[7], &kept = call.x[8];
@@ -130,7 +128,8 @@ template <class R, int V> void forward(const Call& call, int64_t sequence, int64
     const int n = call.n, width = (n + STRIPE - 1) / STRIPE * STRIPE;
     const int longest = std::min<int64_t>(TOKENS, at.end - at.begin);
     Memory<R> memory((width + 1 + 5 * longest) * width + longest * L * L / Q);
-    R *S = memory.take(width * width), *u = memory.take(width), *parts = memory.take(longest * L * L / Q);
+    R *S = memory.take(width * width), *u = memory.take(width);
+    R* parts = memory.take(longest * L * L / Q);  // the sums of L rows, a register for every tile
     R *r, *w, *k, *v, *y;
     for (R** x : {&r, &w, &k, &v, &y}) *x = memory.take(longest * width);
     copy(S, width, call.matrix<R>(state, sequence, h), n, n);
@@ -185,13 +184,15 @@ template <class R, int V> void forward(const Call& call, int64_t sequence, int64
 // met are computed once more, from the one kept at the chunk's beginning.
 template <class R, int V> void backward(const Call& call, int64_t sequence, int64_t h, bool constant_decay) {
     constexpr int L = WIDTH<R>, STRIPE = V * L, Q = ROWS;
-    const Array &u_in = call.x[4], &kept = call.x[5], &dy_in = call.x[6], &dfinal = call.x[7], &dr_out = call.x[8], &dlog_w_out = call.x[9];
-    const Array &dk_out = call.x[10], &dv_out = call.x[11], &du_out = call.x[12], &dstate = call.x[13];
+    const Array &u_in = call.x[4], &kept = call.x[5], &dy_in = call.x[6], &dfinal = call.x[7];
+    const Array &dr_out = call.x[8], &dlog_w_out = call.x[9], &dk_out = call.x[10], &dv_out = call.x[11];
+    const Array &du_out = call.x[12], &dstate = call.x[13];
     const Call::Span at = call.span(sequence);
     const int n = call.n, width = (n + STRIPE - 1) / STRIPE * STRIPE;
     const int longest = std::min<int64_t>(call.chunk, at.end - at.begin);
     Memory<R> memory((2 * width + 3 + 9 * longest) * width + longest * (STRIPE * Q + L * L / Q));
-    R *G = memory.take(width * width), *entering = memory.take(width * width), *states = memory.take(longest * STRIPE * Q), *parts = memory.take(longest * L * L / Q);
+    R *G = memory.take(width * width), *entering = memory.take(width * width);
+    R *states = memory.take(longest * STRIPE * Q), *parts = memory.take(longest * L * L / Q);
     R *u = memory.take(width), *du = memory.take(width), *dlog_w_sum = memory.take(width);
     R *r, *w, *k, *v, *dy, *dr, *dw, *dk, *dv;
     for (R** x : {&r, &w, &k, &v, &dy, &dr, &dw, &dk, &dv}) *x = memory.take(longest * width);
@@ -206,7 +207,7 @@ template <class R, int V> void backward(const Call& call, int64_t sequence, int6
             const int i = t * width;
             fetch(call, at.batch, begin + t, h, -call.chunk, r + i, w + i, k + i, v + i, width);
             dy_in.get(dy + i, at.batch, begin + t, h, n);
-            prefetch(dy_in, at.batch, begin + t - call.chunk, h, n);
+            dy_in.prefetch(at.batch, begin + t - call.chunk, h, n);
             for (R* x : {dr, dw, dk}) std::fill(x + i, x + i + width, R(0));
         }
         for (int rows = 0; rows < n; rows += L) {
@@ -268,7 +269,8 @@ template <class R, int V> void backward(const Call& call, int64_t sequence, int6
             dbonus = all(sum<R>(dbonus));
             for (int c = 0; c < width; c += LANES<R>) {
                 const int i = t * width + c;
-                const Vec<R> r_t = load(r + i), k_t = load(k + i), u_t = load(u + c), dlog_w = load(w + i) * load(dw + i);
+                const Vec<R> r_t = load(r + i), k_t = load(k + i), u_t = load(u + c);
+                const Vec<R> dlog_w = load(w + i) * load(dw + i);
                 store(dr + i, load(dr + i) + u_t * k_t * dbonus);
                 store(dk + i, load(dk + i) + u_t * r_t * dbonus);
                 store(dv + i, load(dv + i) + bonus * load(dy + i));
@@ -294,12 +296,12 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, b
             work(number, vectors, unit / call.heads, unit % call.heads);
         });
     };
-    const std::integral_constant<int, 64 / REGISTER> narrow;  // a Vec
-    const std::integral_constant<int, WIDE> wide;
+    const std::integral_constant<int, 64 / REGISTER> narrow;  // one Vec
+    const std::integral_constant<int, 4> wide;
     if (doubles)
-        call.n % (WIDE * WIDTH<double>) ? run(double(), narrow) : run(double(), wide);
+        call.n % (4 * WIDTH<double>) ? run(double(), narrow) : run(double(), wide);
     else
-        call.n % (WIDE * WIDTH<float>) ? run(float(), narrow) : run(float(), wide);
+        call.n % (4 * WIDTH<float>) ? run(float(), narrow) : run(float(), wide);
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ def _cells(outcome: Outcome, result: Result) -> tuple[str, ...]:
         f"{told['share']:.0%}" if told.get("share") else "",
         "; ".join(beside),
         f"{memory['resident'] / 1e6:,.0f} MB" if memory else "",
-        f"{told['beyond_weights_bytes'] / 1e6:,.0f} MB" if memory else "",
+        f"{told['beyond_weights_bytes'] / 1e6:,.0f} MB" if memory and row.weights else "",
         f"{memory['peak'] / 1e6:,.0f} MB" if memory else "",
         f"{result.load_seconds:.2f} s" if memory else "",
     )

@@ -26,9 +26,9 @@ GPT2 = Shape("gpt2", 12, 768, 50277)
 def machine(quick: bool, large: bool) -> list[Contest]:
     mebibytes = (32, 512) if quick else (8, 32, 64, 128, 256, 512, 2048)
     reads = _reads(size << 20 for size in mebibytes)
-    products = [_product(dtype) for dtype in ("float32", "float16", "bfloat16", "int8")]
+    products = [_product(dtype) for dtype in ("float32", "bfloat16", "int8")]
     return [
-        Contest("machine", "reading, over and over", "pass", reads),
+        Contest("machine", "reading, over and over", "read", reads),
         Contest("machine", "products of two matrices of 2048 x 2048", "product", products, blocks=8),
     ]
 
@@ -53,7 +53,8 @@ def prefill(quick: bool, large: bool) -> list[Contest]:
     contests = []
     for shape in (GOOSE, DOVE):
         rows = [_product("float32"), _product("bfloat16")]
-        for row, its_shape, format in _contestants(shape, FORMATS, gpt2=shape is DOVE):
+        # float16 is left out: where the processor has no unit for it, torch takes minutes for such a product
+        for row, its_shape, format in _contestants(shape, [f for f in FORMATS if f != "float16"], gpt2=shape is DOVE):
             limit = f"product of {'float32' if format == 'float32' else 'bfloat16'}"
             flops = its_shape.flops(tokens, 1)
             rows.append(replace(row, job="prefill", options=(tokens,), units=tokens, cost=flops, limit=limit))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..memory import Pool
 from ..ops import build, packed
 from .state import LayerState, State
@@ -53,21 +54,25 @@ def source(name: str) -> Path:
 class Step:
     """The step of one model: where its weights are, and what must stay true for that to hold."""
 
-    def __init__(self, model: Any, library: ctypes.CDLL):
-        self.library = library
-        modules = list(model.modules())
-        self.parts = [part for m in modules for part in (m._parameters, m._buffers, m._modules) if part]
-        self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    def __init__(self, model: Any):
+        self.modules = list(model.modules())  # kept, so that no new one gets the id of an old one
+        self.parts = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules) if part]
+        self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.own = [m.__dict__ for m in self.modules[1:]]
         self.tensors = [*model.parameters(), *model.buffers()]
         self.identity = self._identity()
         config = model.config
-        heads = getattr(config, "head_size", 0) and config.dim_att // config.head_size
-        self.sizes = (config.n_embd, config.dim_att, heads, config.dim_ffn, config.vocab_size)
+        head = getattr(config, "head_size", 0)
+        fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
+        self.library = build.library(source(model.name)) if fits and head <= HEAD and model.is_plain() else None
+        if self.library is None:
+            return
+        self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
-        named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.states, self.logits = Pool(), Pool()
-        self.model = self._table(named, library.model_names, "")
-        layers = [self._table(named, library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
+        named = dict(chain(model.named_parameters(), model.named_buffers()))
+        self.model = self._table(named, self.library.model_names, "")
+        layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
         self.layers = (_Tensor * (len(layers) * len(layers[0])))(*chain.from_iterable(layers))
 
     @staticmethod
@@ -97,6 +102,10 @@ class Step:
         """Whether the model is still the one that this step was made for."""
         return self.identity == self._identity()
 
+    def runs(self) -> bool:
+        """Whether there is C++ for this model and nobody has put anything in between."""
+        return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
+
     def __call__(
         self, tokens: Tensor, state: State, cu: tuple[int, ...] | None, last_only: bool
     ) -> tuple[Tensor, State]:
@@ -105,8 +114,10 @@ class Step:
         tokens = tokens.to(torch.int64).contiguous()
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
-        entering = [[x.contiguous() for x in layer] for layer in state.layers]
+        entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
         pointers = [x.data_ptr() for layer in entering for x in layer]
+        if any(x.shape != first.shape for layer in entering for x, first in zip(layer, entering[0], strict=True)):
+            raise InputError("this state is damaged: its layers have different shapes")
         shapes = [(len(entering), *x.shape) for x in entering[0]]
         sizes = [math.prod(shape) for shape in shapes]
         leaving = [x.view(shape) for x, shape in zip(self.states.room(sum(sizes)).split(sizes), shapes, strict=True)]
@@ -130,17 +141,8 @@ class Step:
             last_only,
             self.ln_x_eps,
         )
+        assert self.library is not None
         self.library.step(ctypes.byref(call))
         del begin, pointer  # the call has read them
         layers = map(LayerState, *(x.unbind(0) for x in leaving))
         return logits, State(layers, state.fingerprint)
-
-
-def step_of(model: Any) -> Step | None:
-    """The step of `model` if the C++ can be compiled and knows every tensor of it, else None."""
-    tensors = [*model.parameters(), *model.buffers()]
-    fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in tensors)
-    if not fits or getattr(model.config, "head_size", 0) > HEAD:
-        return None
-    library = build.library(source(model.name))
-    return None if library is None else Step(model, library)

@@ -184,8 +184,16 @@ class Model(nn.Module):
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
         if self._step is None or not self._step.holds():
-            self._step = native.step_of(self)
-        return None if self._step is None or any(self._step.hooks) else self._step
+            self._step = native.Step(self)
+        return self._step if self._step.runs() else None
+
+    def is_plain(self) -> bool:
+        """Whether it is made of the modules that its class makes, packed matrices apart: no adapters, no surgery."""
+        with torch.device("meta"):
+            made = type(self)(self.config)
+        kinds = {name: (Linear, PackedLinear) if type(m) is Linear else (type(m),) for name, m in made.named_modules()}
+        found = dict(self.named_modules())
+        return kinds.keys() == found.keys() and all(type(found[name]) in kind for name, kind in kinds.items())
 
     def enter(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
@@ -210,8 +218,11 @@ class Model(nn.Module):
         if len(state) != rows:
             raise InputError(f"a state of {len(state)} sequences was given for a batch of {rows}")
         first = state.layers[0]
-        fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == (rows, self.config.n_embd)
-        if not fits or not first.wkv.is_floating_point():
+        shift = (rows, self.config.n_embd)
+        size = getattr(self.config, "head_size", 0)
+        kept = (rows, self.config.dim_att // size, size, size) if size else (rows, 3, self.config.dim_att)
+        fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == first.ffn_shift.shape == shift
+        if not fits or first.wkv.shape != kept or not first.wkv.is_floating_point():
             raise InputError("this state is damaged: its tensors do not fit the model")
         if first.wkv.device != tokens.device:
             raise InputError(f"the state is on {first.wkv.device}, the tokens on {tokens.device}: move it with .to()")

@@ -79,8 +79,8 @@ def step(
 ) -> tuple[Tensor, State]:
     """What the C++ gives, for packs too, which `forward` hands to it in quantised models only."""
     state, cu = model.enter(text, state, cu_seqlens)
-    made = native.step_of(model)
-    assert made is not None
+    made = native.Step(model)
+    assert made.runs()
     return made(text, state, cu, last_only)
 
 
@@ -176,14 +176,13 @@ def test_tuned_state(version, random_checkpoint):
 @pytest.mark.parametrize("level", LEVELS[1:])
 @pytest.mark.parametrize("shape", ["heads of 64", "odd heads"])
 def test_levels(level, version, shape, random_checkpoint, monkeypatch):
-    compiled = native.step_of
+    class Step(native.Step):  # the operators of the plain model stay as they are
+        def __init__(self, model):
+            with monkeypatch.context() as patch:
+                patch.setattr(build, "level", level)
+                super().__init__(model)
 
-    def step_of(model):  # the operators of the plain model stay as they are
-        with monkeypatch.context() as patch:
-            patch.setattr(build, "level", level)
-            return compiled(model)
-
-    monkeypatch.setattr(native, "step_of", step_of)
+    monkeypatch.setattr(native, "Step", Step)
     for dtype in (torch.float32, torch.float16):
         check(assemble(random_checkpoint(version, **SHAPES[shape]), dtype=dtype))
     check_bfloat16(assemble(random_checkpoint(version, **SHAPES[shape]), dtype=torch.bfloat16), monkeypatch)

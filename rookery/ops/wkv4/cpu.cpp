@@ -9,8 +9,7 @@
 
 namespace {
 
-constexpr int CHANNELS = 256;  // of a unit of work: rows long enough to be worth reading
-template <class R> constexpr int VECTORS = CHANNELS / LANES<R>;
+constexpr int CHANNELS = 256;  // of a unit of work: rows long enough to be read well
 
 // One call, as Python hands it over. Tensors are [.., .., A] with head stride 1: a head is a channel to begin at.
 struct Call {
@@ -72,7 +71,7 @@ template <class R> void forward(const Call& call, int64_t sequence, int64_t chan
     const Array &log_w_in = call.x[0], &k_in = call.x[1], &v_in = call.x[2], &u_in = call.x[3], &state = call.x[4];
     const Array &y_out = call.x[5], &final_state = call.x[6], &kept = call.x[7];
     const Call::Span at = call.span(sequence);
-    const int n = std::min<int64_t>(CHANNELS, call.channels - channel);
+    const int n = std::min<int64_t>(CHANNELS, call.channels - channel), vectors = (n + LANES<R> - 1) / LANES<R>;
     Row<R> log_w, u, k, v, y;
     State<R> s;
     log_w_in.get(log_w.x, 0, 0, channel, n);
@@ -84,7 +83,7 @@ template <class R> void forward(const Call& call, int64_t sequence, int64_t chan
         k_in.get(k.x, at.batch, at.begin + t, channel, n);
         v_in.get(v.x, at.batch, at.begin + t, channel, n);
         for (const Array* x : {&k_in, &v_in}) x->prefetch(at.batch, at.begin + t + call.chunk, channel, n);
-        for (int j = 0; j < VECTORS<R>; j++) {
+        for (int j = 0; j < vectors; j++) {
             y.set(j, Output<R>(s.a[j], s.b[j], s.p[j], k[j], v[j], u[j]).y);
             const Update<R> next(s.p[j], k[j], log_w[j]);
             s.a.set(j, next.old * s.a[j] + next.own * v[j]);
@@ -103,7 +102,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
     const Array &dy_in = call.x[5], &dfinal = call.x[6], &dlog_w_out = call.x[7], &dk_out = call.x[8];
     const Array &dv_out = call.x[9], &du_out = call.x[10], &dstate = call.x[11];
     const Call::Span at = call.span(sequence);
-    const int n = std::min<int64_t>(CHANNELS, call.channels - channel);
+    const int n = std::min<int64_t>(CHANNELS, call.channels - channel), vectors = (n + LANES<R> - 1) / LANES<R>;
     struct Token {
         State<R> met;
         Row<R> k, v, old, own;
@@ -124,7 +123,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
             k_in.get(token.k.x, at.batch, begin + t, channel, n);
             v_in.get(token.v.x, at.batch, begin + t, channel, n);
             for (const Array* x : {&k_in, &v_in, &dy_in}) x->prefetch(at.batch, begin + t - call.chunk, channel, n);
-            for (int j = 0; j < VECTORS<R>; j++) {
+            for (int j = 0; j < vectors; j++) {
                 const Vec<R> a = token.met.a[j], b = token.met.b[j];
                 const Update<R> update(token.met.p[j], token.k[j], log_w[j]);
                 token.old.set(j, update.old);
@@ -138,7 +137,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
         for (int64_t t = count - 1; t >= 0; t--) {
             const Token& token = tokens[t];
             dy_in.get(dy.x, at.batch, begin + t, channel, n);
-            for (int j = 0; j < VECTORS<R>; j++) {
+            for (int j = 0; j < vectors; j++) {
                 const Vec<R> a = token.met.a[j], b = token.met.b[j], k = token.k[j], v = token.v[j];
                 const Vec<R> old = token.old[j], own = token.own[j], ga = g.a[j], gb = g.b[j];
                 const Output<R> out(a, b, token.met.p[j], k, v, u[j]);
@@ -154,7 +153,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
             dv_out.put(dv.x, at.batch, begin + t, channel, n);
         }
     }
-    for (int j = 0; j < VECTORS<R>; j++) g.p.set(j, tokens[0].met.a[j] * g.a[j] + tokens[0].met.b[j] * g.b[j]);
+    for (int j = 0; j < vectors; j++) g.p.set(j, tokens[0].met.a[j] * g.a[j] + tokens[0].met.b[j] * g.b[j]);
     dlog_w_out.put(dlog_w.x, sequence, 0, channel, n);
     du_out.put(du.x, sequence, 0, channel, n);
     g.put(dstate, sequence, channel, n);

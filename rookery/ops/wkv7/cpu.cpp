@@ -30,7 +30,6 @@ template <class R> INLINE Reg<R> get(const R* from) {
 }
 template <class R> INLINE void put(R* to, Reg<R> x) { memcpy(to, &x, REGISTER); }
 
-constexpr int WIDE = 4;  // registers of a block, at most
 constexpr int ROWS = 8;  // rows whose sums over the value channels are taken together
 
 // Working memory, aligned to vectors and zero at first.
@@ -360,13 +359,18 @@ void backward(const Call& call, int64_t sequence, int64_t first, int64_t last, c
     for (int64_t h = 0; h < heads; h++) at.leave(G + h * at.head, dstate + h * call.square());
 }
 
-// A block has no more registers than a head needs.
+// A block has no more registers than a head needs. Doubles, which are there to check by, get one size for all: each
+// is a second of compiling.
 template <class R> void any_forward(const Call& call, const Array* x, int64_t threads) {
-    const auto body = call.n <= WIDTH<R> ? forward<R, 1> : call.n <= 2 * WIDTH<R> ? forward<R, 2> : forward<R, WIDE>;
+    auto body = forward<R, 2>;
+    if constexpr (sizeof(R) == 4)
+        body = call.n <= WIDTH<R> ? forward<R, 1> : call.n <= 2 * WIDTH<R> ? forward<R, 2> : forward<R, 4>;
     call.for_groups(threads, [&](int64_t s, int64_t first, int64_t last) { body(call, s, first, last, x); });
 }
 template <class R> void any_backward(const Call& call, const Array* x, int64_t threads) {
-    const auto body = call.n <= WIDTH<R> ? backward<R, 1> : call.n <= 2 * WIDTH<R> ? backward<R, 2> : backward<R, WIDE>;
+    auto body = backward<R, 2>;
+    if constexpr (sizeof(R) == 4)
+        body = call.n <= WIDTH<R> ? backward<R, 1> : call.n <= 2 * WIDTH<R> ? backward<R, 2> : backward<R, 4>;
     call.for_groups(threads, [&](int64_t s, int64_t first, int64_t last) { body(call, s, first, last, x); });
 }
 

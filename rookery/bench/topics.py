@@ -9,7 +9,7 @@ from .contest import Contest, Row
 from .machine import Machine
 from .ours import Operator, Rookery, Training
 from .peers import LlamaCpp, PyPI, Transformers, TransformersTraining
-from .shapes import Shape
+from .shapes import BITS, Shape
 from .worker import Contestant
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -52,10 +52,10 @@ def prefill(quick: bool, large: bool) -> list[Contest]:
     tokens = 512
     contests = []
     for shape in (GOOSE, DOVE):
-        rows = [_product("float32"), _product("bfloat16")]
+        rows = [_product("float32"), _product("bfloat16"), _product("int8")]
         # float16 is left out: where the processor has no unit for it, torch takes minutes for such a product
         for row, its_shape, format in _contestants(shape, [f for f in FORMATS if f != "float16"], gpt2=shape is DOVE):
-            limit = f"product of {'float32' if format == 'float32' else 'bfloat16'}"
+            limit = "product of " + {32: "float32", 16: "bfloat16"}.get(BITS[format], "int8")
             flops = its_shape.flops(tokens, 1)
             rows.append(replace(row, job="prefill", options=(tokens,), units=tokens, cost=flops, limit=limit))
         contests.append(Contest("prefill", f"{shape}: {tokens} tokens, the last logits", "token", rows, blocks=5))

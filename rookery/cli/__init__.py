@@ -159,6 +159,23 @@ def pack(
     pack(source, target, format, dtype)
 
 
+@app.command("bench")
+def measure(
+    topics: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="machine, decode, fixed, prefill, batch, load, train, operators; all without it."),
+    ] = None,
+    blocks: Annotated[Optional[int], typer.Option(help="Of each contestant; each topic knows its own number.")] = None,  # noqa: UP045
+    quick: Annotated[bool, typer.Option("--quick", help="Three blocks, smaller models only.")] = False,
+    large: Annotated[bool, typer.Option("--large", help="A model of 1.5B parameters too.")] = False,
+    out: Annotated[Optional[Path], typer.Option("--json", help="Write the figures there too.")] = None,  # noqa: UP045
+) -> None:
+    """Time this package beside its peers on this machine; the extra `bench` brings them."""
+    from ..bench import bench
+
+    bench(topics or (), blocks, quick, large, out)
+
+
 def main() -> None:
     """Runs a command; what the user can mend is told in one line, with exit code 2."""
     # input that is not UTF-8 reaches the tokenizer, which names it; what the terminal cannot show becomes "?"

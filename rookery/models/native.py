@@ -25,7 +25,7 @@ from ..ops import build, packed
 from .state import LayerState, State
 
 ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
-PACKED_ROWS = 512  # of a quantised model, whose products are this file's either way
+MOST_ROWS = 512  # where PyTorch has no fast products: packed weights, and float16 on most processors
 HEAD = 512  # the largest head that the C++ has room for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # the last of packed weights
 
@@ -106,6 +106,13 @@ class Step:
         """Whether there is C++ for this model and nobody has put anything in between."""
         return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
 
+    def shapes(self, sequences: int) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors of a layer's state."""
+        channels, attention, heads, *_ = self.sizes
+        size = attention // heads if heads else 0
+        wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
+        return (sequences, channels), wkv, (sequences, channels)
+
     def __call__(
         self, tokens: Tensor, state: State, cu: tuple[int, ...] | None, last_only: bool
     ) -> tuple[Tensor, State]:
@@ -116,9 +123,10 @@ class Step:
         sequences = len(starts) - 1
         entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
         pointers = [x.data_ptr() for layer in entering for x in layer]
-        if any(x.shape != first.shape for layer in entering for x, first in zip(layer, entering[0], strict=True)):
-            raise InputError("this state is damaged: its layers have different shapes")
-        shapes = [(len(entering), *x.shape) for x in entering[0]]
+        one = self.shapes(sequences)
+        if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
+            raise InputError("this state is damaged: its tensors do not fit the model")
+        shapes = [(len(entering), *shape) for shape in one]
         sizes = [math.prod(shape) for shape in shapes]
         leaving = [x.view(shape) for x, shape in zip(self.states.room(sum(sizes)).split(sizes), shapes, strict=True)]
         shape = (1, sequences) if cu else (batch, 1 if last_only else length)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..ops.dispatch import constant_to_the_compiler
 from ..ops.packed import GROUP, packed_matmul
 from ..ops.packing import boundaries
 from . import native
@@ -139,7 +140,7 @@ class Model(nn.Module):
             self._fingerprint = self._taken()
         return self._fingerprint
 
-    @torch.compiler.assume_constant_result  # torch.compile cannot look into a hash, and need not
+    @constant_to_the_compiler  # it cannot look into a hash, and need not
     def _taken(self) -> str:
         return fingerprint(self.name, self.config, dict(self.named_parameters()))
 
@@ -175,10 +176,10 @@ class Model(nn.Module):
         a prompt.
         """
         rows = tokens.numel()
-        if self.quantization is None:
+        if self.quantization is None and self.emb.weight.dtype != torch.float16:
             fits = rows <= native.ROWS and cu is None
         else:
-            fits = rows <= native.PACKED_ROWS
+            fits = rows <= native.MOST_ROWS
         if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -219,10 +220,8 @@ class Model(nn.Module):
             raise InputError(f"a state of {len(state)} sequences was given for a batch of {rows}")
         first = state.layers[0]
         shift = (rows, self.config.n_embd)
-        size = getattr(self.config, "head_size", 0)
-        kept = (rows, self.config.dim_att // size, size, size) if size else (rows, 3, self.config.dim_att)
         fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == first.ffn_shift.shape == shift
-        if not fits or first.wkv.shape != kept or not first.wkv.is_floating_point():
+        if not fits or not first.wkv.is_floating_point():
             raise InputError("this state is damaged: its tensors do not fit the model")
         if first.wkv.device != tokens.device:
             raise InputError(f"the state is on {first.wkv.device}, the tokens on {tokens.device}: move it with .to()")

@@ -19,6 +19,12 @@ log = logging.getLogger("rookery.ops")
 STEP = 4  # up to this many tokens the plain loop costs less than cutting chunks
 
 
+def constant_to_the_compiler(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without the second and the 70 MB that importing the compiler takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: int, device: torch.device) -> Callable:
     """The body for `impl`; "auto" takes the fastest for sequences of at most `longest` tokens."""
     if impl == "auto":
@@ -50,7 +56,7 @@ def native(operator: str) -> ctypes.CDLL:
     return library
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def compiled(operator: str) -> bool:
     """Whether its C++ could be compiled; the first question compiles it."""
     return build.library(source(operator)) is not None

@@ -197,7 +197,7 @@ def test_bfloat16_does_not_drift(model, version):
 def test_float16(model):
     expected, _ = model.to(torch.float16)(tokens(2, 40))
     logits, state = assemble({name: x.float() for name, x in model.state_dict().items()})(tokens(2, 40))
-    assert expected.dtype == torch.float16
+    assert expected.dtype == torch.float32  # as the step gives them
     assert (logits - expected).abs().max() < 0.05
     assert all(x.dtype == torch.float32 for layer in state.layers for x in layer)
 
@@ -260,3 +260,25 @@ def test_groups_hold_each_parameter_once(model):
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     torch.optim.AdamW(groups)
+
+
+def test_compiles_whole(model):
+    """torch.compile without a break, and with the gradients of the plain model."""
+    text = tokens(2, 40)
+
+    def gradients(forward):
+        model.zero_grad()
+        logits, state = forward(text)
+        (
+            logits.square().sum() + sum(x.sum() for layer in state.layers for x in (layer.att_shift, layer.wkv))
+        ).backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = model.to(torch.float32).train()
+    torch.compiler.reset()
+    expected, wanted = gradients(model)
+    logits, found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(logits, expected)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)

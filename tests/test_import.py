@@ -1,0 +1,22 @@
+"""Importing does nothing: nothing is compiled, printed or brought in that a user did not ask for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "llama_cpp", "rich.progress")
+
+
+def test_importing_is_light_and_silent(tmp_path):
+    code = f"import sys, rookery; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .files import replacing
-from .memory import room
+from .memory import Rooms
 from .models import MODELS, Model, detect
 from .models.parts import PackedLinear, fingerprint
 from .ops.packed import GROUP, untile
@@ -180,14 +180,15 @@ def assemble(
             weight = tensors.pop(f"{name}.weight").detach().reshape(linear.weight.shape)
             packed[f"{name}.weight"] = FORMATS[quantize](weight)
         model.quantization = quantize
+    large, small = Rooms(device), Rooms(device)  # apart, for quantising gives the matrices back and nothing else
     for key, (q, scales) in packed.items():
-        replace_matrix(model, key.removesuffix(".weight"), q.to(device), scales.to(device))
-    copied = {
-        name: room(skeleton[name].shape, dtype, torch.device(device)).copy_(
-            tensors.pop(name).detach().reshape(skeleton[name].shape)
-        )
-        for name in list(tensors)
-    }
+        replace_matrix(model, key.removesuffix(".weight"), q.to(device), scales.to(device), large)
+    in_matrices = {f"{name}.weight" for name, _ in matrices(model)}
+    copied = {}
+    for name in list(tensors):
+        shape = skeleton[name].shape
+        rooms = large if name in in_matrices else small
+        copied[name] = rooms.room(shape, dtype).copy_(tensors.pop(name).detach().reshape(shape))
     model.load_state_dict(copied, assign=True, strict=not packed)
     model.eval()
     model._fingerprint = print_of_file

@@ -18,17 +18,34 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20  # bytes, on x86 and most of arm64
 
 
-def room(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor; large ones on a Linux CPU lie in huge pages where the system grants them."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_block(size), dtype=dtype, count=math.prod(shape)).view(shape)
+class Rooms:
+    """Empty tensors side by side in large blocks; on a Linux CPU these are huge pages where the system grants them.
 
+    A block is given back when all tensors in it are gone, so what goes together should lie together.
+    """
 
-def in_huge_pages(x: Tensor) -> Tensor:
-    """A copy of `x` in a `room`."""
-    return room(x.shape, x.dtype, x.device).copy_(x)
+    BLOCK = 64 << 20  # bytes; larger tensors have a block of their own
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.block: mmap.mmap | None = None
+        self.used = self.BLOCK
+
+    def room(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        size = -(-count * dtype.itemsize // 64) * 64
+        if self.device.type != "cpu" or not count or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if size > self.BLOCK // 2:
+            return torch.frombuffer(_block(size), dtype=dtype, count=count).view(shape)
+        if self.block is None or self.used + size > self.BLOCK:
+            self.block, self.used = _block(self.BLOCK), 0
+        place, self.used = self.used, self.used + size
+        return torch.frombuffer(self.block, dtype=dtype, count=count, offset=place).view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """`x` in a room."""
+        return self.room(x.shape, x.dtype).copy_(x)
 
 
 def _block(size: int) -> mmap.mmap:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .memory import in_huge_pages
+from .memory import Rooms
 from .models import Model
 from .models.parts import Linear, PackedLinear
 from .ops.packed import GROUP, LEVELS, tile
@@ -39,11 +39,12 @@ def quantize(model: Model, format: str, progress: Callable[[list], Iterable] = i
     """
     check(model, format)
     model.fingerprint  # noqa: B018  taken before the weights go: the states stay those of the original
+    rooms = Rooms(model.emb.weight.device)
     for name, linear in progress(matrices(model)):
         if not linear.weight.isfinite().all():
             raise InputError(f"{name}.weight holds numbers that are infinite or none")
         with torch.no_grad():
-            replace_matrix(model, name, *FORMATS[format](linear.weight))
+            replace_matrix(model, name, *FORMATS[format](linear.weight), rooms)
     model.quantization = format
     return model
 
@@ -64,10 +65,10 @@ def matrices(model: Model) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
-def replace_matrix(model: Model, name: str, q: Tensor, scales: Tensor) -> None:
+def replace_matrix(model: Model, name: str, q: Tensor, scales: Tensor, rooms: Rooms) -> None:
     """Puts a packed matrix in the place of a `Linear`; q and scales as `quantise_int8` or `quantise_int4` give them."""
     parent, _, child = name.rpartition(".")
-    data, scales = map(in_huge_pages, tile(q, scales))
+    data, scales = map(rooms.copy, tile(q, scales))
     packed = PackedLinear(data, scales, len(q))
     setattr(model.get_submodule(parent), child, packed.eval())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import room
+from ..memory import Rooms
 from .ours import Job
 
 
@@ -20,7 +20,7 @@ class Machine:
 
     def read(self, size: int, passes: int) -> Job:
         """Passes over so many bytes, in huge pages where the system grants them."""
-        x = room((size // 4,), torch.float32, torch.device("cpu")).fill_(1)
+        x = Rooms().room((size // 4,), torch.float32).fill_(1)
 
         def job() -> None:
             for _ in range(passes):

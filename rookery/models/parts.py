@@ -64,6 +64,11 @@ class PackedLinear(nn.Module):
         return packed_matmul(x, self.weight, self.scales, self.out_features)
 
 
+def embedding(config: Any) -> nn.Embedding:
+    """[V, C], zeros. torch's own random numbers, drawn for the skeleton of a model too, cost a second of importing."""
+    return nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
+
+
 def previous(x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
     """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
     shift = shift.to(x.dtype)

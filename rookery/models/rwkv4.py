@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import wkv4
-from .parts import Linear, Model, carry, count_layers, last_tokens, previous, widen
+from .parts import Linear, Model, carry, count_layers, embedding, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -126,7 +126,7 @@ class RWKV4(Model):
 
     def __init__(self, config: RWKV4Config):
         super().__init__(config)
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..ops import wkv5
-from .parts import Linear, Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
+from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -176,7 +176,7 @@ class RWKV5(Model):
 
     def __init__(self, config: RWKV5Config):
         super().__init__(config)
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import wkv6
-from .parts import Linear, Model, carry, check_heads, count_layers, group_norm, last_tokens, previous, widen
+from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
 from .state import LayerState, State
 
 
@@ -163,7 +163,7 @@ class RWKV6(Model):
 
     def __init__(self, config: RWKV6Config):
         super().__init__(config)
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)

@@ -56,9 +56,9 @@ def _block(size: int) -> mmap.mmap:
 
 
 class Pool:
-    """Rooms for tensors of one size that come and go: the memory of one that is gone serves the next.
+    """Rooms for tensors that come and go: the memory of one that is gone serves the next that is no larger.
 
-    Who holds a tensor, or any view of it, holds its memory. At most `spare` blocks are kept for later.
+    Who holds a tensor, or any view of it, holds its memory. The `spare` largest blocks are kept for later.
     """
 
     def __init__(self, spare: int = 2):
@@ -72,14 +72,12 @@ class Pool:
         if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(count)
         with self.lock:
-            if self.blocks and len(self.blocks[0]) != size:
-                self.blocks.clear()
             for place in range(len(self.blocks)):
-                if sys.getrefcount(self.blocks[place]) == ALONE:
-                    return torch.frombuffer(self.blocks[place], dtype=torch.float32)
+                if sys.getrefcount(self.blocks[place]) == ALONE and len(self.blocks[place]) >= size:
+                    return torch.frombuffer(self.blocks[place], dtype=torch.float32, count=count)
             memory = _block(size)
-            self.blocks = [*self.blocks, memory][-self.spare :]
-            return torch.frombuffer(memory, dtype=torch.float32)
+            self.blocks = sorted([*self.blocks, memory], key=len)[-self.spare :]
+            return torch.frombuffer(memory, dtype=torch.float32, count=count)
 
 
 def _alone() -> int:

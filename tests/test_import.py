@@ -20,3 +20,15 @@ def test_importing_is_light_and_silent(tmp_path):
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_loading_and_a_step_bring_no_compiler_of_python():
+    """A second and 70 MB, which PyTorch takes when random numbers are drawn on "meta" or functions are decorated."""
+    code = (
+        "import sys, torch, rookery\n"
+        "with torch.inference_mode():\n"
+        "    rookery.LLM().model(torch.tensor([[1]]))\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -79,17 +79,25 @@ def test_every_matrix_and_nothing_else_is_packed(model, format):
 
 
 def test_step_is_the_plain_model(model, format):
+    """But for an activation half way between two integers, which last bits send either way: of one sequence or two."""
     quantize(model, format)
-    state = model(tokens(3, 9))[1].detach()
-    text = tokens(3, 2)
+    state = model(tokens(21, 9))[1].detach()
+    text = tokens(21, 2)
     expected, end = model(text, state)
     with torch.inference_mode():
         actual, own_end = model(text, state)
     assert model._step is not None
-    assert (actual - expected).abs().max() / expected.abs().max() < 1e-3
+
+    def errors(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Of each sequence."""
+        return (x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)
+
+    found = [errors(actual, expected)]
     for a, b in zip(own_end.layers, end.layers, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert (x - y).norm() <= 1e-3 * y.norm()
+        found += [errors(x, y) for x, y in zip(a, b, strict=True)]
+    for error in found:
+        assert error.median() < 1e-5
+        assert error.max() < 0.05
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])

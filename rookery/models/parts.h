@@ -33,6 +33,8 @@ INLINE void store_some(float* to, Vec<float> x, int64_t n) {
     if (n >= 16) return store(to, x);
     memcpy(to, &x, (n > 0 ? n : 0) * 4);
 }
+// x with zeros for all but the first n
+INLINE Vec<float> first(const Vec<float>& x, int64_t n) { return n >= 16 ? x : load_some((const float*)&x, n); }
 // 16 numbers of a weight from number i on, zeros past the end of its row
 INLINE Vec<float> at(const Tensor& w, int64_t i, int64_t row = 0) {
     const char* from = w.data + (row * w.columns + i) * bytes(w.dtype);
@@ -55,8 +57,7 @@ INLINE Moments moments(const float* x, int64_t n, double eps) {
     for (int64_t i = 0; i < n; i += 16) total += load(x + i);
     const float mean = sum<float>(total) / n;
     for (int64_t i = 0; i < n; i += 16) {
-        Vec<float> d = load(x + i) - mean;
-        for (int64_t j = n - i; j < 16; j++) d[j] = 0;
+        const Vec<float> d = first(load(x + i) - mean, n - i);
         squares += d * d;
     }
     return {mean, 1 / std::sqrt(float(sum<float>(squares) / n + eps))};
@@ -104,38 +105,53 @@ INLINE void add_matmul(const Tensor& w, const Rows& y, const Rows& x, float* scr
             store_some(x.row(m) + i, load(x.row(m) + i) + load(scratch + m * x.stride + i), own.end - i);
 }
 
-// Low-rank matrices lie the other way round, [in, out]: y[m, c] = sum_i x[m, i] w[i, c] for the columns in `own`.
+// the first n numbers of a register
+INLINE Reg<float> get_some(const float* from, int64_t n) {
+    if (n >= WIDTH<float>) return get(from);
+    float rest[WIDTH<float>] = {};
+    memcpy(rest, from, (n > 0 ? n : 0) * 4);
+    return get(rest);
+}
+INLINE void put_some(float* to, const Reg<float>& x, int64_t n) {
+    if (n >= WIDTH<float>) return put(to, x);
+    memcpy(to, &x, (n > 0 ? n : 0) * 4);
+}
+
+// Low-rank matrices lie the other way round, [in, out]: y[m, c] = sum_i x[m, i] w[i, c] for the columns in `own`, here
+// for V registers of columns from c on, of which n are there, and M rows.
 template <int64_t DTYPE, int V, int M>
 INLINE void low_rank_block(const Tensor& w, const float* x, int64_t stride, float* y, int64_t to, int64_t c, int64_t n) {
-    constexpr int64_t size = DTYPE == FLOAT32 ? 4 : 2;
-    Vec<float> total[M][V] = {};
+    constexpr int64_t size = DTYPE == FLOAT32 ? 4 : 2, L = WIDTH<float>;
+    Reg<float> total[M][V] = {};
     const int64_t pitch = w.columns * size;
     const int64_t ahead = (4096 / pitch + 1) * pitch;  // the pieces of rows lie apart: nobody else sends for them
     const char* from = w.data + c * size;
     for (int64_t i = 0; i < w.rows; i++, from += pitch) {
-        for (int64_t byte = 0; byte < V * 16 * size; byte += 64) __builtin_prefetch(from + ahead + byte);
+        for (int64_t byte = 0; byte < V * L * size; byte += 64) __builtin_prefetch(from + ahead + byte);
         for (int v = 0; v < V; v++) {
-            Vec<float> weights;
-            if (V > 1 || n >= 16)
-                weights = load16(from + v * 16 * size, DTYPE);
+            const char* part = from + v * L * size;
+            Reg<float> weights;
+            if (V > 1 || n >= L)
+                weights = DTYPE == FLOAT32 ? get((const float*)part) : widen((const uint16_t*)part, DTYPE);
             else {
                 float rest[16] = {};
-                read(rest, from, DTYPE, int(n));
-                weights = load(rest);
+                read(rest, part, DTYPE, int(n));
+                weights = get(rest);
             }
             for (int m = 0; m < M; m++) total[m][v] += weights * x[m * stride + i];
         }
     }
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) store_some(y + m * to + c + v * 16, total[m][v], n - v * 16);
+        for (int v = 0; v < V; v++) put_some(y + m * to + c + v * L, total[m][v], n - v * L);
 }
 template <int64_t DTYPE>
 void low_rank_of(const Tensor& w, const float* x, int64_t stride, int64_t rows, float* y, int64_t to, Range own) {
+    constexpr int L = WIDTH<float>;
     for (int64_t m = 0; m < rows;) {
         int64_t c = own.begin;
-        auto blocks = [&](auto vectors, auto rows_at_once) {
-            constexpr int V = decltype(vectors)::value, M = decltype(rows_at_once)::value;
-            for (; own.end - c >= V * 16 || (V == 1 && c < own.end); c += V * 16)
+        auto blocks = [&](auto registers, auto rows_at_once) {
+            constexpr int V = decltype(registers)::value, M = decltype(rows_at_once)::value;
+            for (; own.end - c >= V * L || (V == 1 && c < own.end); c += V * L)
                 low_rank_block<DTYPE, V, M>(w, x + m * stride, stride, y + m * to, to, c, own.end - c);
         };
         auto columns = [&](auto most, auto rows_at_once) {
@@ -145,9 +161,12 @@ void low_rank_of(const Tensor& w, const float* x, int64_t stride, int64_t rows, 
             blocks(std::integral_constant<int, 1>(), rows_at_once);
             m += decltype(rows_at_once)::value;
         };
+#if defined(__AVX512F__)
         if (rows - m >= 6)
             columns(std::integral_constant<int, 4>(), std::integral_constant<int, 6>());
-        else if (rows - m >= 3)
+        else
+#endif
+        if (rows - m >= 3)
             columns(std::integral_constant<int, 4>(), std::integral_constant<int, 3>());
         else
             columns(std::integral_constant<int, 12>(), std::integral_constant<int, 1>());
@@ -229,13 +248,14 @@ INLINE void head_with_bonus(const Call& c, int64_t h, int64_t s, const HeadInput
         const float* old = m == c.starts[s] ? entering : state;
         for (int64_t i = 0; i < size; i += 4) {
             const int rows = int(size - i < 4 ? size - i : 4);
-            Vec<float> read[4] = {};
+            Reg<float> read[4] = {};
             float reads[4];
-            for (int64_t j = 0; j < size; j += 16)
+            for (int64_t j = 0; j < size; j += WIDTH<float>)
                 for (int q = 0; q < rows; q++) {
-                    const Vec<float> held = load_some(old + (i + q) * size + j, size - j);
-                    read[q] += held * load(r + j);
-                    store_some(state + (i + q) * size + j, held * load(w + j) + v[i + q] * load(k + j), size - j);
+                    const int64_t place = (i + q) * size + j, n = size - j;
+                    const Reg<float> held = get_some(old + place, n);
+                    read[q] += held * get(r + j);
+                    put_some(state + place, held * get(w + j) + v[i + q] * get(k + j), n);
                 }
             sums(read[0], read[1], read[2], read[3], reads);
             for (int q = 0; q < rows; q++) y[i + q] = reads[q] + v[i + q] * now;

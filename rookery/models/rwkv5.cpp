@@ -33,7 +33,7 @@ extern "C" const char* layer_names() { return LAYER(NAME); }
 // 16 numbers of head h from i on, of a weight with a number a channel (5.2) or one a head
 INLINE Vec<float> of_head(const Call& c, const Tensor& w, int64_t h, int64_t i) {
     const bool per_channel = w.rows == c.heads && w.columns == c.attention / c.heads;
-    return per_channel ? at(w, i, h) : all(at(w, h)[0]);
+    return per_channel ? at(w, i, h) : Vec<float>(at(w, h)[0]);
 }
 
 template <int SIZE>

@@ -83,23 +83,23 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
         const float* old = m == c.starts[s] ? entering : state;
         for (int64_t i = 0; i < size; i += 4) {
             const int rows = int(size - i < 4 ? size - i : 4);
-            Vec<float> z[4] = {}, p[4] = {};
+            Reg<float> z[4] = {}, p[4] = {};
             float zs[4], ps[4];
-            for (int64_t j = 0; j < size; j += 16)
+            for (int64_t j = 0; j < size; j += WIDTH<float>)
                 for (int q = 0; q < rows; q++) {
-                    __builtin_prefetch(old + (i + 12 + q) * size + j);
-                    const Vec<float> held = load_some(old + (i + q) * size + j, size - j);
-                    z[q] += held * load(a + j);
-                    p[q] += held * load(wr + j);
+                    if (j % 16 == 0) __builtin_prefetch(old + (i + 12 + q) * size + j);
+                    const Reg<float> held = get_some(old + (i + q) * size + j, size - j);
+                    z[q] += held * get(a + j);
+                    p[q] += held * get(wr + j);
                 }
             sums(z[0], z[1], z[2], z[3], zs);
             sums(p[0], p[1], p[2], p[3], ps);
             for (int q = 0; q < rows; q++) {
                 y[i + q] = ps[q] + zs[q] * b_r + v[i + q] * k_r;
-                for (int64_t j = 0; j < size; j += 16) {
-                    const Vec<float> held = load_some(old + (i + q) * size + j, size - j);
-                    store_some(state + (i + q) * size + j,
-                               held * load(w + j) + zs[q] * load(b + j) + v[i + q] * load(k + j), size - j);
+                for (int64_t j = 0; j < size; j += WIDTH<float>) {
+                    const int64_t place = (i + q) * size + j, n = size - j;
+                    const Reg<float> held = get_some(old + place, n);
+                    put_some(state + place, held * get(w + j) + zs[q] * get(b + j) + v[i + q] * get(k + j), n);
                 }
             }
         }

@@ -4,11 +4,15 @@
 // INT8 and INT4 activations rounded to 8-bit integers with one scale for each group of a row, so that a group is
 // one sum of integers. All sums are float32.
 //
+// A row of activations gives the same numbers to the last bit whatever other rows are there: which sums are taken, and
+// in which order, depends on the columns alone.
+//
 // The layout of INT8 and INT4 (made in ops/packed): tiles of 16 output rows; in a tile, for every 4 inputs, 16 times
 // 4 bytes. INT8 holds q + 128. INT4 holds two such vectors in one, the first in the low halves of the bytes, as
 // places in a table of 16 values + 128. scales: float16 [tiles, groups, 16].
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "simd.h"
@@ -35,13 +39,25 @@ INLINE Range share(int64_t n, int64_t unit, int index, int count) {
     return {begin < n ? begin : n, end < n ? end : n};
 }
 
+// What is multiplied in place of the activations themselves.
+#if defined(__AVX512BF16__)
+typedef uint16_t Half;  // products of bfloat16
+#else
+typedef float Half;  // a bfloat16 as a float
+#endif
+#if defined(__AVX512VNNI__)
+typedef int8_t Whole;  // four products of bytes at once
+#else
+typedef int16_t Whole;  // two products of 16 bits at once: of every 4, the first and third stand in front
+#endif
+
 // Activations [count, width] with the copies that formats want, every row padded with zeros.
 struct Rows {
     float* x;
     int64_t count, width, stride;
-    uint16_t* half;  // bfloat16
-    int8_t* q;
-    float* scale;  // [count, stride / GROUP]
+    Half* half;  // rounded to bfloat16
+    Whole* q;    // rounded to -127 .. 127
+    float* scale;  // of q, [count, stride / GROUP]
     int32_t* sum;  // -128 times the sum of a group's integers, which takes back what the weights are too large
 
     // Numbers from one row to the next: whole vectors, and not a multiple of 4096 bytes, at which the first cache has
@@ -53,303 +69,324 @@ struct Rows {
     void pack(const Tensor& w, int64_t m, int64_t begin, int64_t end) const {
         const float* from = row(m);
         if (w.dtype == BFLOAT16) {
-            uint16_t* to = half + m * stride;
-            int64_t i = begin;
-#if defined(__AVX512BF16__)
-            for (; i + 16 <= end; i += 16) {
-                const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(from + i));
-                memcpy(to + i, &rounded, 32);
-            }
-#endif
-            for (; i < end; i++) to[i] = to_bfloat16(from[i]);
+            for (int64_t i = begin; i < end; i += 16) round_to_half(from + i, half + m * stride + i);
         } else if (w.dtype >= INT8) {
-            for (int64_t g = begin; g < end; g += GROUP) pack_group(from + g, m * stride + g);
+            for (int64_t g = begin; g < end; g += GROUP) round_group(from + g, m * stride + g);
         }
     }
-    INLINE void pack_group(const float* from, int64_t at) const {
+    static INLINE void round_to_half(const float* from, Half* to) {
+#if defined(__AVX512BF16__)
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(from).part[0]);
+        memcpy(to, &rounded, 32);
+#else
+        uint16_t rounded[16];
+        store16(rounded, BFLOAT16, load(from));
+        store(to, load16(rounded, BFLOAT16));
+#endif
+    }
+    INLINE void round_group(const float* from, int64_t at) const {
         Vec<float> most{};
         for (int64_t i = 0; i < GROUP; i += 16) {
             const Vec<float> v = load(from + i);
             most = larger(most, larger(v, -v));
         }
-        float top = 0;
-        for (int i = 0; i < 16; i++) top = most[i] > top ? most[i] : top;
-        const float step = top / 127, inverse = top > 0 ? 127 / top : 0;
-        int32_t total = 0;
+        const float top = largest(most), step = top / 127, inverse = top > 0 ? 127 / top : 0;
+        Ints total{};
         for (int64_t i = 0; i < GROUP; i += 16) {
-            const Vec<float> magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to whole numbers
-            const Lanes<float>::bits v =
-                (Lanes<float>::bits)(load(from + i) * inverse + magic) - (Lanes<float>::bits)magic;
-#if defined(__AVX512F__)
-            const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v);
-            memcpy(q + at + i, &bytes, 16);
-            total += _mm512_reduce_add_epi32((__m512i)v);
-#else
-            for (int j = 0; j < 16; j++) {
-                q[at + i + j] = int8_t(v[j]);
-                total += v[j];
-            }
-#endif
+            const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
+            const Ints v = as_ints(load(from + i) * inverse + magic) - as_ints(magic);
+            total += v;
+            put_whole(q + at + i, v);
         }
         scale[at / GROUP] = step;
-        sum[at / GROUP] = -128 * total;
+        sum[at / GROUP] = -128 * ::sum<int32_t>(total);
+    }
+    static INLINE void put_whole(Whole* to, const Ints& v) {
+#if defined(__AVX512VNNI__)
+        const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v.part[0]);
+        memcpy(to, &bytes, 16);
+#elif defined(__AVX2__)
+        __m256i x[2];
+        memcpy(x, &v, 64);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x[0], x[1]), 0xd8);
+        _mm256_storeu_si256((__m256i*)to, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(packed, 0xd8), 0xd8));
+#else
+        for (int i = 0; i < 16; i++) to[(i & ~3) + (i & 1) * 2 + (i >> 1 & 1)] = v[i];
+#endif
     }
 };
 
 // ---- dense: FLOAT32, BFLOAT16, FLOAT16, row after row --------------------------------------------------------------
 
-// the sums of four vectors
-INLINE void sums(const Vec<float>& a, const Vec<float>& b, const Vec<float>& c, const Vec<float>& d, float* to) {
-#if defined(__AVX512F__)
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
-    const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
-#else
-    to[0] = sum<float>(a), to[1] = sum<float>(b), to[2] = sum<float>(c), to[3] = sum<float>(d);
-#endif
-}
-
-// numbers that one step of `Dense` takes, and one step
+// numbers that one step takes, and one step
 template <int64_t DTYPE> struct Dense {
-    static constexpr int STEP = 16;
-    static constexpr bool half = false;  // the activations are the bfloat16 copy
-    typedef Vec<float> W;
-    static INLINE W weights(const char* w) { return load16(w, DTYPE); }
-    static INLINE Vec<float> inputs(const char* x) { return load((const float*)x); }
-    static INLINE Vec<float> step(Vec<float> total, W w, Vec<float> x) { return total + w * x; }
+    static constexpr int STEP = WIDTH<float>;
+    static constexpr bool by_half = DTYPE == BFLOAT16;  // of the activations it takes that copy
+    typedef Reg<float> Number;
+    static INLINE Number weights(const char* w) {
+        return DTYPE == FLOAT32 ? get((const float*)w) : widen((const uint16_t*)w, DTYPE);
+    }
+    static INLINE Number inputs(const char* x) { return get((const float*)x); }
+    static INLINE Reg<float> step(Reg<float> total, Number w, Number x) { return total + w * x; }
 };
-template <> struct Dense<BFLOAT16> {
-    static constexpr bool half = true;
 #if defined(__AVX512BF16__)
+template <> struct Dense<BFLOAT16> {
     static constexpr int STEP = 32;
-    typedef __m512i W;
-    static INLINE W weights(const char* w) { return _mm512_loadu_si512(w); }
-    static INLINE W inputs(const char* x) { return _mm512_loadu_si512(x); }
-    static INLINE Vec<float> step(Vec<float> total, W w, W x) {
-        return (Vec<float>)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
+    static constexpr bool by_half = true;
+    typedef __m512i Number;
+    static INLINE Number weights(const char* w) { return _mm512_loadu_si512(w); }
+    static INLINE Number inputs(const char* x) { return _mm512_loadu_si512(x); }
+    static INLINE Reg<float> step(Reg<float> total, Number w, Number x) {
+        return (Reg<float>)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
     }
-#else
-    static constexpr int STEP = 16;
-    typedef Vec<float> W;
-    static INLINE W weights(const char* w) { return load16(w, BFLOAT16); }
-    static INLINE W inputs(const char* x) { return load16(x, BFLOAT16); }
-    static INLINE Vec<float> step(Vec<float> total, W w, W x) { return total + w * x; }
-#endif
 };
-
-#if defined(__AVX512F__)
-constexpr int BLOCK = 6;  // rows of activations that share a read of the weights; 4 x 6 sums fill the registers
-#else
-constexpr int BLOCK = 2;
 #endif
 
-// What a tile of a dense product is cut from: `columns` of the weights and activations from there on, and how far the
-// rows lie apart. What is read soon lies `ahead` bytes on: of the 4 rows there, `from` to `until` are sent for.
-struct Cut {
+// A panel of weights has so many rows and columns; these columns are one sum. Narrow registers need many loads for a
+// product, so that panels must fit the first cache; with wide ones the second is fast enough.
+constexpr int64_t CUT = REGISTER == 64 ? 1024 : 512, PANEL = REGISTER == 64 ? 32 : 8;
+// CHAINS sums of a row do not wait for each other: its steps belong to them in turn. Registers hold one sum of each of
+// TALL rows of weights with BLOCK of activations.
+constexpr int CHAINS = REGISTER == 64 ? 1 : 2, TALL = 4, BLOCK = REGISTER == 64 ? 6 : 3;
+// Up to so many rows of activations meet the weights one row of them after the other, as they come from memory: that is
+// half as fast with several at once, for the processor's own prefetching follows one stream.
+constexpr int STREAM = REGISTER == 64 ? 6 : 4;
+
+// What lies where: rows of weights are `pitch` bytes apart, of activations `stride` bytes, of y `to` numbers.
+struct Place {
     int64_t columns, pitch, stride, to;
-    int64_t ahead, from, until;
     bool add;  // to what y holds already
+    // what is read soon lies `ahead` bytes on: of the TALL rows there, `from` to `until` are sent for
+    int64_t ahead = 0, from = 0, until = 0;
 };
 
-// 4 rows of weights times M rows of activations. STREAM: one row after the other, as they come from memory, which is
-// half as fast with four of them at once, and prefetched by the processor better than by hand. The sums are the same
-// to the last bit either way.
-template <int64_t DTYPE, int M, bool STREAM> INLINE void dense4(const Cut& cut, const char* w, const char* x, float* y) {
+// at most CUT columns of R rows of weights times M rows of activations
+template <int64_t DTYPE, int R, int M> INLINE void tile(const Place& at, const char* w, const char* x, float* y) {
     typedef Dense<DTYPE> D;
-    constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = D::half ? 2 : 4;
-    Vec<float> total[M][4] = {};
-    const int64_t whole = cut.columns / D::STEP * D::STEP;
-    if constexpr (STREAM) {
-        for (int r = 0; r < 4; r++) {
-            const char* row = w + r * cut.pitch;
-            Vec<float> of_row[M] = {};
-            for (int64_t i = 0; i < whole; i += D::STEP) {
-                const auto weights = D::weights(row + i * size);
-                for (int m = 0; m < M; m++)
-                    of_row[m] = D::step(of_row[m], weights, D::inputs(x + (m * cut.stride + i) * in));
+    constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = D::by_half ? sizeof(Half) : 4;
+    constexpr int WAYS = R == 1 ? CHAINS : 1;  // chains side by side, as weights come from memory; else one after another
+    const int64_t whole = at.columns / D::STEP, left = at.columns % D::STEP;
+    Reg<float> found[M * R];
+    for (int first = 0; first < CHAINS; first += WAYS) {
+        Reg<float> total[WAYS][M][R] = {};
+        const auto add = [&](auto way, const char* weights, int64_t pitch, const char* inputs)
+                             __attribute__((always_inline)) {
+            typename D::Number x[M];
+            for (int m = 0; m < M; m++) x[m] = D::inputs(inputs + m * at.stride);
+            for (int r = 0; r < R; r++) {
+                const auto w = D::weights(weights + r * pitch);
+                for (int m = 0; m < M; m++) total[way][m][r] = D::step(total[way][m][r], w, x[m]);
             }
-            for (int m = 0; m < M; m++) total[m][r] = of_row[m];
+        };
+        const auto step = [&](auto way, int64_t i) __attribute__((always_inline)) {
+            add(way, w + i * D::STEP * size, at.pitch, x + i * D::STEP * in);
+        };
+        const auto rest = [&](auto way) {  // the activations are padded with zeros, the weights are not
+            alignas(64) char last[R][64] = {};
+            for (int r = 0; r < R; r++) memcpy(last[r], w + r * at.pitch + whole * D::STEP * size, left * size);
+            add(way, last[0], 64, x + whole * D::STEP * in);
+        };
+        constexpr std::integral_constant<int, 0> one;
+        constexpr std::integral_constant<int, WAYS - 1> other;
+        int64_t i = first;
+        for (; i + WAYS <= whole; i += CHAINS) {
+            if (REGISTER == 64)
+                for (int64_t r = at.from; r < at.until; r++)
+                    __builtin_prefetch(w + r * at.pitch + i * D::STEP * size + at.ahead);
+            else if (R == 1 && size == 2)
+                __builtin_prefetch(w + i * D::STEP * size + 1024);
+            step(one, i);
+            if (WAYS > 1) step(other, i + 1);
         }
-    } else {
-        for (int64_t i = 0; i < whole; i += D::STEP) {
-            typename D::W weights[4];
-            for (int64_t r = cut.from; r < cut.until; r++)
-                __builtin_prefetch(w + r * cut.pitch + i * size + cut.ahead);
-            for (int r = 0; r < 4; r++) weights[r] = D::weights(w + r * cut.pitch + i * size);
-            for (int m = 0; m < M; m++) {
-                const auto inputs = D::inputs(x + (m * cut.stride + i) * in);
-                for (int r = 0; r < 4; r++) total[m][r] = D::step(total[m][r], weights[r], inputs);
-            }
+        if (i < whole) step(one, i);
+        if (left && WAYS > 1)
+            whole % CHAINS ? rest(other) : rest(one);
+        else if (left && whole % CHAINS == first)
+            rest(one);
+        for (int n = 0; n < M * R; n++) {
+            Reg<float> sum = total[0][n / R][n % R];
+            if (WAYS > 1) sum += total[WAYS - 1][n / R][n % R];
+            found[n] = first ? found[n] + sum : sum;
         }
     }
-    if (whole < cut.columns)  // the activations are padded with zeros, the weights are not
-        for (int r = 0; r < 4; r++) {
-            alignas(64) char rest[64] = {};
-            memcpy(rest, w + r * cut.pitch + whole * size, (cut.columns - whole) * size);
-            for (int m = 0; m < M; m++)
-                total[m][r] = D::step(total[m][r], D::weights(rest), D::inputs(x + (m * cut.stride + whole) * in));
-        }
-    for (int m = 0; m < M; m++) {
+    const auto put = [&](int i, float x) {
+        float& to = y[i / R * at.to + i % R];
+        to = at.add ? to + x : x;
+    };
+    int done = 0;
+    for (; done + 4 <= M * R; done += 4) {
         float four[4];
-        sums(total[m][0], total[m][1], total[m][2], total[m][3], four);
-        for (int r = 0; r < 4; r++) y[m * cut.to + r] = cut.add ? y[m * cut.to + r] + four[r] : four[r];
+        sums(found[done], found[done + 1], found[done + 2], found[done + 3], four);
+        for (int i = 0; i < 4; i++) put(done + i, four[i]);
     }
+    for (; done < M * R; done++) put(done, sum<float>(found[done]));
 }
 
-// the last 1 to 3 rows of weights
-template <int64_t DTYPE, int M>
-INLINE void dense_rest(const Cut& cut, int64_t rows, const char* w, const char* x, float* y) {
-    Cut one = cut;
-    one.pitch = one.from = one.until = 0;  // the same row 4 times
-    one.to = 4;
-    one.add = false;
-    for (int64_t r = 0; r < rows; r++) {
-        float four[M * 4];
-        dense4<DTYPE, M, false>(one, w + r * cut.pitch, x, four);
-        for (int m = 0; m < M; m++) y[m * cut.to + r] = cut.add ? y[m * cut.to + r] + four[m * 4] : four[m * 4];
-    }
-}
-
-// Many rows of activations are taken BLOCK at a time; a block in the first cache meets a panel of weights in the
-// second, and while all blocks do, the next panel comes from memory.
-template <int64_t DTYPE> void dense(const Tensor& w, const Rows& in, float* y, int64_t to, Range rows) {
-    constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in_size = Dense<DTYPE>::half ? 2 : 4;
-    const char* x = Dense<DTYPE>::half ? (const char*)in.half : (const char*)in.x;
-    const int64_t passes = (in.count + BLOCK - 1) / BLOCK, pitch = w.columns * size;
-    const int64_t width = passes > 1 ? 1024 : w.columns, panel = passes > 1 ? 32 : 4;
-    for (int64_t k = 0; k < w.columns; k += width)
-        for (int64_t p = rows.begin; p < rows.end; p += panel) {
-            const int64_t end = p + panel < rows.end ? p + panel : rows.end;
-            for (int64_t m = 0, pass = 0; m < in.count; pass++) {
-                Cut cut{w.columns - k < width ? w.columns - k : width, pitch, in.stride, to, panel * pitch, 0, 0, k > 0};
-                cut.from = 4 * pass / passes, cut.until = 4 * (pass + 1) / passes;
-                const int64_t left = in.count - m;
-                auto tiles = [&](auto block) {
-                    constexpr int M = decltype(block)::value;
-                    const char* at = x + (m * in.stride + k) * in_size;
-                    int64_t r = p;
-                    for (; r + 4 <= end; r += 4) {
-                        const char* from = w.data + r * pitch + k * size;
-                        if (passes == 1)
-                            dense4<DTYPE, M, true>(cut, from, at, y + m * to + r);
-                        else
-                            dense4<DTYPE, M, false>(cut, from, at, y + m * to + r);
-                    }
-                    dense_rest<DTYPE, M>(cut, end - r, w.data + r * pitch + k * size, at, y + m * to + r);
-                    m += M;
-                };
-                if (left >= BLOCK) tiles(std::integral_constant<int, BLOCK>());
+// work(M) for a number of rows of activations from 1 to 6
+template <class F> INLINE void with_rows(int64_t rows, const F& work) {
+    switch (rows) {
+        case 1: return work(std::integral_constant<int, 1>());
+        case 2: return work(std::integral_constant<int, 2>());
+        case 3: return work(std::integral_constant<int, 3>());
 #if defined(__AVX512F__)
-                else if (left == 5) tiles(std::integral_constant<int, 5>());
-                else if (left == 4) tiles(std::integral_constant<int, 4>());
-                else if (left == 3) tiles(std::integral_constant<int, 3>());
-                else if (left == 2) tiles(std::integral_constant<int, 2>());
+        case 5: return work(std::integral_constant<int, 5>());
+        case 6: return work(std::integral_constant<int, 6>());
 #endif
-                else tiles(std::integral_constant<int, 1>());
+        default: return work(std::integral_constant<int, 4>());
+    }
+}
+
+template <int64_t DTYPE> void stream(const Tensor& w, const char* x, int64_t stride, int64_t count, float* y, int64_t to,
+                                     Range rows) {
+    constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = Dense<DTYPE>::by_half ? sizeof(Half) : 4;
+    with_rows(count, [&](auto number) {
+        for (int64_t r = rows.begin; r < rows.end; r++)
+            for (int64_t k = 0; k < w.columns; k += CUT) {
+                const Place at{std::min(CUT, w.columns - k), w.columns * size, stride, to, k > 0};
+                tile<DTYPE, 1, decltype(number)::value>(at, w.data + (r * w.columns + k) * size, x + k * in, y + r);
+            }
+    });
+}
+
+// Many rows of activations are taken BLOCK at a time; a block in the first cache meets a panel of weights, and while
+// all blocks do, the next panel comes from memory. What must be widened to be multiplied is widened
+// once for all of them.
+template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y, int64_t to, Range own) {
+    typedef Dense<DTYPE> D;
+    constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = D::by_half ? sizeof(Half) : 4;
+    constexpr bool widened = size == 2 && D::STEP == WIDTH<float>;
+    const char* x = D::by_half ? (const char*)rows.half : (const char*)rows.x;
+    const int64_t stride = rows.stride * in, count = rows.count, passes = (count + BLOCK - 1) / BLOCK;
+    if (count <= STREAM) return stream<DTYPE>(w, x, stride, count, y, to, own);
+    alignas(64) static thread_local float wide[widened ? PANEL * CUT : 1];
+    for (int64_t k = 0; k < w.columns; k += CUT)
+        for (int64_t p = own.begin; p < own.end; p += PANEL) {
+            const int64_t end = std::min(p + PANEL, own.end);
+            const char* panel = w.data + (p * w.columns + k) * size;
+            Place at{std::min(CUT, w.columns - k), w.columns * size, stride, to, k > 0, PANEL * w.columns * size};
+            if (widened) {
+                for (int64_t r = p; r < end; r++)
+                    read(wide + (r - p) * CUT, w.data + (r * w.columns + k) * size, DTYPE, int(at.columns));
+                panel = (const char*)wide, at.pitch = CUT * 4;
+            }
+            for (int64_t m = 0, pass = 0; m < count; pass++) {
+                if (!widened) at.from = TALL * pass / passes, at.until = TALL * (pass + 1) / passes;
+                with_rows(std::min<int64_t>(BLOCK, count - m), [&](auto number) {
+                    constexpr int M = decltype(number)::value;
+                    constexpr int64_t AS = widened ? int64_t(FLOAT32) : DTYPE;
+                    const char* inputs = x + m * stride + k * in;
+                    int64_t r = p;
+                    for (; r + TALL <= end; r += TALL)
+                        tile<AS, TALL, M>(at, panel + (r - p) * at.pitch, inputs, y + m * to + r);
+                    for (at.from = at.until = 0; r < end; r++)
+                        tile<AS, 1, M>(at, panel + (r - p) * at.pitch, inputs, y + m * to + r);
+                    m += M;
+                });
             }
         }
 }
 
 // ---- INT8 and INT4 ------------------------------------------------------------------------------------------------
 
-typedef Lanes<float>::bits Ints;  // 16 int32
-
-// total[row] + the 4 products of each of 16 rows; x are the same 4 signed integers for all. The weights are unsigned,
-// 128 too large: with VNNI the sums stay so, and begin with Rows::sum to make up for it.
-#if defined(__AVX512VNNI__)
-constexpr bool TOO_LARGE = true;
-#else
-constexpr bool TOO_LARGE = false;
-#endif
-INLINE Ints dot4(Ints total, Ints weights, int32_t x) {
-#if defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weights, _mm512_set1_epi32(x));
+// pairs of products of 16-bit integers, added: x are the same two for all
+#if !defined(__AVX512VNNI__)
+INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const Whole* x) {
+#if defined(__SSE2__)
+    int32_t two;
+    memcpy(&two, x, 4);
+#if defined(__AVX512BW__)
+    return (Reg<int32_t>)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(two));
 #elif defined(__AVX2__)
-    // 16-bit sums of two products must not overflow: the sign of a weight moves over to x, and 127 * 127 * 2 fits
-    const __m256i four = _mm256_set1_epi32(x), offset = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
-    __m256i halves[2], sums[2];
-    memcpy(halves, &weights, 64);
-    memcpy(sums, &total, 64);
-    for (int i = 0; i < 2; i++) {
-        const __m256i w = _mm256_xor_si256(halves[i], offset);
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four, w));
-        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, one));
-    }
-    memcpy(&total, sums, 64);
-    return total;
+    return (Reg<int32_t>)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(two));
 #else
-    uint8_t w[64];
-    int8_t four[4];
-    memcpy(w, &weights, 64);
-    memcpy(four, &x, 4);
-    for (int r = 0; r < 16; r++)
-        for (int i = 0; i < 4; i++) total[r] += (int(w[4 * r + i]) - 128) * four[i];
-    return total;
+    return (Reg<int32_t>)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(two));
+#endif
+#else
+    Reg<int32_t> y;
+    for (int i = 0; i < WIDTH<int32_t>; i++) y[i] = w[2 * i] * x[0] + w[2 * i + 1] * x[1];
+    return y;
 #endif
 }
+#endif
+
+// The same 4 inputs of 16 output rows. The weights are unsigned, 128 too large; sums begin with Rows::sum to make up.
+struct Quads {
+#if defined(__AVX512VNNI__)
+    __m512i bytes;
+    explicit INLINE Quads(const Ints& x) : bytes((__m512i)x.part[0]) {}
+    INLINE void add(Ints& total, const Whole* x) const {
+        int32_t four;
+        memcpy(&four, x, 4);
+        total.part[0] = (Reg<int32_t>)_mm512_dpbusd_epi32((__m512i)total.part[0], bytes, _mm512_set1_epi32(four));
+    }
+#else
+    Reg<uint16_t> even[Ints::PARTS], odd[Ints::PARTS];
+    explicit INLINE Quads(const Ints& bytes) {
+        for (int i = 0; i < Ints::PARTS; i++) {
+            even[i] = (Reg<uint16_t>)bytes.part[i] & 0xff;
+            odd[i] = (Reg<uint16_t>)bytes.part[i] >> 8;
+        }
+    }
+    INLINE void add(Ints& total, const Whole* x) const {
+        for (int i = 0; i < Ints::PARTS; i++) {
+            Reg<int32_t> sum = total.part[i] + (pairs(even[i], x) + pairs(odd[i], x + 2));
+#if defined(__SSE2__)
+            asm("" : "+x"(sum));  // GCC would first gather all products of a group, in memory
+#endif
+            total.part[i] = sum;
+        }
+    }
+#endif
+};
 
 // 64 halves of bytes as the numbers they stand for
-INLINE Ints look_up(Ints places, const uint8_t* table) {
-    Ints y;
+INLINE Ints look_up(const Ints& places, const uint8_t* table) {
 #if defined(__AVX512BW__)
     const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
-    y = (Ints)_mm512_shuffle_epi8(values, (__m512i)places);
+    return Ints::each([&](int i) { return (Reg<int32_t>)_mm512_shuffle_epi8(values, (__m512i)places.part[i]); });
 #elif defined(__AVX2__)
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
-    __m256i halves[2];
-    memcpy(halves, &places, 64);
-    for (int i = 0; i < 2; i++) halves[i] = _mm256_shuffle_epi8(values, halves[i]);
-    memcpy(&y, halves, 64);
+    return Ints::each([&](int i) { return (Reg<int32_t>)_mm256_shuffle_epi8(values, (__m256i)places.part[i]); });
 #else
     uint8_t bytes[64];
     memcpy(bytes, &places, 64);
     for (int i = 0; i < 64; i++) bytes[i] = table[bytes[i]];
+    Ints y;
     memcpy(&y, bytes, 64);
-#endif
     return y;
+#endif
 }
 
 // one tile of 16 output rows times M rows of activations from row `first` on
 template <int64_t FORMAT, int M>
 INLINE void packed16(const Tensor& w, const Rows& in, int64_t first, const char* data, const char* scales, float* y,
                      int64_t to, int64_t valid) {
-    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums that do not wait for each other
-    const int8_t* x = in.q + first * in.stride;
+    constexpr int PARALLEL = sizeof(Whole) > 1 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // sums that do not wait for each other
+    const Whole* x = in.q + first * in.stride;
     Vec<float> total[M] = {};
     for (int64_t at = 0; at < w.columns; at += GROUP) {
-        Ints sums[M][CHAINS] = {};
-        if (TOO_LARGE)
-            for (int m = 0; m < M; m++) sums[m][0] += in.sum[((first + m) * in.stride + at) / GROUP];
-        auto add = [&](Ints weights, int64_t i, int chain) {
-            for (int m = 0; m < M; m++) {
-                int32_t four;
-                memcpy(&four, x + m * in.stride + i, 4);
-                sums[m][chain % CHAINS] = dot4(sums[m][chain % CHAINS], weights, four);
-            }
+        Ints sums[M][PARALLEL] = {};
+        for (int m = 0; m < M; m++) sums[m][0] = in.sum[((first + m) * in.stride + at) / GROUP];
+        const auto add = [&](const Ints& weights, int64_t i, int chain) __attribute__((always_inline)) {
+            const Quads quads(weights);
+            for (int m = 0; m < M; m++) quads.add(sums[m][chain % PARALLEL], x + m * in.stride + i);
         };
-        Ints vector;
         if (FORMAT == INT8)
             for (int64_t i = 0; i < GROUP; i += 16)
-                for (int j = 0; j < 4; j++, data += 64) {
-                    memcpy(&vector, data, 64);
-                    add(vector, at + i + 4 * j, j);
-                }
+                for (int j = 0; j < 4; j++, data += 64) add(load((const int32_t*)data), at + i + 4 * j, j);
         else
             for (int64_t i = 0; i < GROUP; i += 16)
                 for (int j = 0; j < 2; j++, data += 64) {
-                    memcpy(&vector, data, 64);
+                    const Ints vector = load((const int32_t*)data);
                     add(look_up(vector & 0x0f0f0f0f, w.table), at + i + 8 * j, 2 * j);
-                    add(look_up((vector >> 4) & 0x0f0f0f0f, w.table), at + i + 8 * j + 4, 2 * j + 1);
+                    add(look_up(vector >> 4 & 0x0f0f0f0f, w.table), at + i + 8 * j + 4, 2 * j + 1);
                 }
         const Vec<float> scale = load16(scales, FLOAT16);
         scales += 32;
         for (int m = 0; m < M; m++) {
             Ints all = sums[m][0];
-            for (int c = 1; c < CHAINS; c++) all += sums[m][c];
-            total[m] +=
-                __builtin_convertvector(all, Vec<float>) * (scale * in.scale[((first + m) * in.stride + at) / GROUP]);
+            for (int c = 1; c < PARALLEL; c++) all += sums[m][c];
+            total[m] += to_floats(all) * (scale * in.scale[((first + m) * in.stride + at) / GROUP]);
         }
     }
     for (int m = 0; m < M; m++) memcpy(y + m * to, &total[m], valid * 4);
@@ -373,10 +410,10 @@ template <int64_t FORMAT> void packed(const Tensor& w, const Rows& in, float* y,
 #if defined(__AVX512F__)
                 if (left >= 12) block(std::integral_constant<int, 12>());
                 else if (left >= 8) block(std::integral_constant<int, 8>());
-                else if (left >= 4) block(std::integral_constant<int, 4>());
                 else
 #endif
-                if (left >= 2) block(std::integral_constant<int, 2>());
+                if (left >= 4) block(std::integral_constant<int, 4>());
+                else if (left >= 2) block(std::integral_constant<int, 2>());
                 else block(std::integral_constant<int, 1>());
             }
         }

@@ -1,62 +1,179 @@
-// What all kernels share: vectors of 64 bytes, numbers of any dtype, threads.
+// What all kernels share: registers, vectors of 64 bytes, numbers of any dtype, threads.
 //
-// Vectors are the compiler's own (GCC, Clang), so one source becomes AVX-512, AVX2 or plain code by the flags it is
-// compiled with; only what a compiler does not find by itself is spelled out.
+// Registers are the compiler's own vectors (GCC, Clang), so one source becomes AVX-512, AVX2 or plain code by the flags
+// it is compiled with; only what a compiler does not find by itself is spelled out.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
 
-template <class R> struct Lanes;
-template <> struct Lanes<float> {
-    typedef float vec __attribute__((vector_size(64)));
-    typedef int32_t bits __attribute__((vector_size(64)));
-};
-template <> struct Lanes<double> {
-    typedef double vec __attribute__((vector_size(64)));
-    typedef int64_t bits __attribute__((vector_size(64)));
-};
-template <class R> using Vec = typename Lanes<R>::vec;  // 16 floats or 8 doubles
-template <class R> constexpr int LANES = 64 / sizeof(R);
+// ---- registers -----------------------------------------------------------------------------------------------------
 
-template <class R> INLINE Vec<R> load(const R* from) {
-    Vec<R> x;
-    memcpy(&x, from, 64);
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+template <class T> struct RegisterOf { typedef T type __attribute__((vector_size(REGISTER))); };
+template <class T> using Reg = typename RegisterOf<T>::type;
+template <class T> constexpr int WIDTH = REGISTER / sizeof(T);
+
+template <class T> INLINE Reg<T> get(const T* from) {
+    Reg<T> x;
+    memcpy(&x, from, REGISTER);
     return x;
 }
-template <class R> INLINE void store(R* to, Vec<R> x) { memcpy(to, &x, 64); }
-template <class R> INLINE Vec<R> all(R x) { return Vec<R>{} + x; }
-template <class V> INLINE V larger(V x, V y) { return x > y ? x : y; }
+template <class T> INLINE void put(T* to, Reg<T> x) { memcpy(to, &x, REGISTER); }
 
-template <class R> INLINE R sum(Vec<R> x) {
+// ---- vectors -------------------------------------------------------------------------------------------------------
+
+template <class T> struct SignedOf { typedef int32_t type; };
+template <> struct SignedOf<double> { typedef int64_t type; };
+
+// 64 bytes of numbers in as many registers as that takes: GCC has vectors of any width too, but it keeps those that
+// are wider than a register in memory, which costs ten times the arithmetic.
+template <class T> struct Wide {
+    static constexpr int PARTS = 64 / REGISTER;
+    typedef Wide<typename SignedOf<T>::type> Mask;  // what a comparison gives: all bits set where it holds
+    Reg<T> part[PARTS];
+
+    Wide() = default;
+    INLINE Wide(T x) {
+        for (auto& p : part) p = Reg<T>{} + x;
+    }
+    INLINE T operator[](int i) const { return part[i / WIDTH<T>][i % WIDTH<T>]; }
+    template <class F> static INLINE Wide each(const F& of_part) {
+        Wide y;
+        for (int i = 0; i < PARTS; i++) y.part[i] = (Reg<T>)of_part(i);
+        return y;
+    }
+
+#define OPERATOR(op)                                                                              \
+    friend INLINE Wide operator op(const Wide& x, const Wide& y) {                                \
+        return each([&](int i) { return x.part[i] op y.part[i]; });                               \
+    }                                                                                             \
+    INLINE Wide& operator op##=(const Wide& y) { return *this = *this op y; }
+    OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&)
+#undef OPERATOR
+    friend INLINE Wide operator-(const Wide& x) {
+        return each([&](int i) { return -x.part[i]; });
+    }
+    friend INLINE Wide operator<<(const Wide& x, int n) {
+        return each([&](int i) { return x.part[i] << n; });
+    }
+    friend INLINE Wide operator>>(const Wide& x, int n) {
+        return each([&](int i) { return x.part[i] >> n; });
+    }
+    friend INLINE Mask operator<(const Wide& x, const Wide& y) {
+        return Mask::each([&](int i) { return x.part[i] < y.part[i]; });
+    }
+    friend INLINE Mask operator!=(const Wide& x, const Wide& y) {
+        return Mask::each([&](int i) { return x.part[i] != y.part[i]; });
+    }
+    // x where the mask is set, y elsewhere
+    friend INLINE Wide choose(const Mask& mask, const Wide& x, const Wide& y) {
+        return each([&](int i) { return mask.part[i] ? x.part[i] : y.part[i]; });
+    }
+    friend INLINE Wide larger(const Wide& x, const Wide& y) { return choose(y < x, x, y); }
+};
+template <class T> using Vec = Wide<T>;  // 16 floats or 8 doubles
+typedef Wide<int32_t> Ints;              // 16 of them
+template <class T> constexpr int LANES = 64 / sizeof(T);
+
+template <class T> INLINE Vec<T> load(const T* from) {
+    return Vec<T>::each([&](int i) { return get(from + i * WIDTH<T>); });
+}
+template <class T> INLINE void store(T* to, const Vec<T>& x) {
+    for (int i = 0; i < Vec<T>::PARTS; i++) put(to + i * WIDTH<T>, x.part[i]);
+}
+INLINE Vec<float> as_floats(const Ints& x) {
+    return Vec<float>::each([&](int i) { return (Reg<float>)x.part[i]; });
+}
+INLINE Ints as_ints(const Vec<float>& x) {
+    return Ints::each([&](int i) { return (Reg<int32_t>)x.part[i]; });
+}
+
+INLINE Vec<float> to_floats(const Ints& x) {
+    return Vec<float>::each([&](int i) { return __builtin_convertvector(x.part[i], Reg<float>); });
+}
+
+// the sum of a register's numbers, to the last bit as `sums` has it
+template <class T> INLINE T sum(const Reg<T>& x) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(R) == 4)
-        return _mm512_reduce_add_ps((__m512)x);
-    else
-        return _mm512_reduce_add_pd((__m512d)x);
-#else
-    R total = 0;
-    for (int i = 0; i < LANES<R>; i++) total += x[i];
-    return total;
+    if constexpr (std::is_same_v<T, float>) {
+        const __m512 two = _mm512_add_ps((__m512)x, _mm512_shuffle_ps((__m512)x, (__m512)x, 0x4e));
+        const __m512 four = _mm512_add_ps(two, _mm512_shuffle_ps(two, two, 0xb1));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+        return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+#elif defined(__AVX__)
+    if constexpr (std::is_same_v<T, float>) {
+        const __m256 two = _mm256_add_ps((__m256)x, _mm256_movehdup_ps((__m256)x));
+        const __m256 four = _mm256_add_ps(two, _mm256_shuffle_ps(two, two, 0x4e));
+        return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+    }
 #endif
+    T total = 0;
+    for (int i = 0; i < WIDTH<T>; i++) total += x[i];
+    return total;
+}
+template <class T> INLINE T sum(const Vec<T>& x) {
+    Reg<T> total = x.part[0];
+    for (int i = 1; i < Vec<T>::PARTS; i++) total += x.part[i];
+    return sum<T>(total);
+}
+
+INLINE float largest(const Vec<float>& x) {
+    Reg<float> most = x.part[0];
+    for (int i = 1; i < Vec<float>::PARTS; i++) most = most > x.part[i] ? most : x.part[i];
+    float lanes[WIDTH<float>];
+    put(lanes, most);
+    float found = lanes[0];
+    for (float lane : lanes) found = lane > found ? lane : found;
+    return found;
+}
+
+// the sums of four registers of floats
+INLINE void sums(const Reg<float>& a, const Reg<float>& b, const Reg<float>& c, const Reg<float>& d, float* to) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+#elif defined(__AVX__)
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 t = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+#else
+    to[0] = sum<float>(a), to[1] = sum<float>(b), to[2] = sum<float>(c), to[3] = sum<float>(d);
+#endif
+}
+INLINE void sums(const Vec<float>& a, const Vec<float>& b, const Vec<float>& c, const Vec<float>& d, float* to) {
+    Reg<float> total[4] = {a.part[0], b.part[0], c.part[0], d.part[0]};
+    for (int i = 1; i < Vec<float>::PARTS; i++)
+        total[0] += a.part[i], total[1] += b.part[i], total[2] += c.part[i], total[3] += d.part[i];
+    sums(total[0], total[1], total[2], total[3], to);
 }
 
 // e^x. float: to 1 unit in the last place over the whole range, 0 below -87.3 (no denormals), inf above 88.7.
-INLINE Vec<float> exp(Vec<float> x) {
-    typedef Lanes<float>::bits Bits;
-    const Vec<float> clamped = larger(x < 88.8f ? x : all(88.8f), all(-87.4f));
-    const Vec<float> magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to whole numbers
+INLINE Vec<float> exp(const Vec<float>& x) {
+    const Vec<float> clamped = larger(choose(x < 88.8f, x, 88.8f), -87.4f);
+    const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
     const Vec<float> shifted = clamped * 1.44269504f + magic;
     const Vec<float> n = shifted - magic;
     Vec<float> r = clamped - n * 0.693359375f;  // log 2 in two parts: the first product is exact
     r = r + n * 2.12194440e-4f;
-    Vec<float> p = all(1.9875691500e-4f);
+    Vec<float> p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -64,24 +181,26 @@ INLINE Vec<float> exp(Vec<float> x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     // 2^n in two factors, for 2^128 is no float
-    const Bits whole = (Bits)shifted - (Bits)magic;
-    const Bits half = whole >> 1;
-    const Vec<float> scaled = p * (Vec<float>)((half + 127) << 23) * (Vec<float>)((whole - half + 127) << 23);
-    return x != x ? x : (x < -87.33654f ? Vec<float>{} : scaled);
+    const Ints whole = as_ints(shifted) - as_ints(magic);
+    const Ints half = whole >> 1;
+    const Vec<float> scaled = p * as_floats((half + 127) << 23) * as_floats((whole - half + 127) << 23);
+    return choose(x != x, x, choose(x < -87.33654f, 0.f, scaled));
 }
-INLINE Vec<double> exp(Vec<double> x) {
-    for (int i = 0; i < 8; i++) x[i] = std::exp(x[i]);
-    return x;
+INLINE Vec<double> exp(const Vec<double>& x) {
+    double y[8];
+    store(y, x);
+    for (double& number : y) number = std::exp(number);
+    return load(y);
 }
-INLINE Vec<float> sigmoid(Vec<float> x) { return 1.f / (1.f + exp(-x)); }
-INLINE Vec<float> tanh(Vec<float> x) {
+INLINE Vec<float> sigmoid(const Vec<float>& x) { return 1.f / (1.f + exp(-x)); }
+INLINE Vec<float> tanh(const Vec<float>& x) {
     // near 0 the quotient of exponentials has lost its digits; the series is exact to rounding up to 0.25 there
     const Vec<float> s = x * x;
     const Vec<float> series =
         x + x * s * (-1.f / 3 + s * (2.f / 15 + s * (-17.f / 315 + s * (62.f / 2835 + s * (-1382.f / 155925)))));
     const Vec<float> e = exp(-2.f * larger(x, -x));
     const Vec<float> far = (1.f - e) / (1.f + e);
-    return s < 0.0625f ? series : (x < 0.f ? -far : far);
+    return choose(s < 0.0625f, series, choose(x < 0.f, -far, far));
 }
 
 // ---- numbers in memory -------------------------------------------------------------------------------------------
@@ -139,44 +258,50 @@ INLINE uint16_t to_float16(float x) {  // to the nearest, ties to even
 #endif
 }
 
-// 16 numbers as floats
-INLINE Vec<float> load16(const void* from, int32_t dtype) {
-    if (dtype == FLOAT32) return load((const float*)from);
-    Vec<float> y;
-    const uint16_t* x = (const uint16_t*)from;
+// a register of floats from numbers of 16 bits, and back
+INLINE Reg<float> widen(const uint16_t* x, int32_t dtype) {
 #if defined(__AVX512F__)
     const __m256i half = _mm256_loadu_si256((const __m256i*)x);
-    if (dtype == BFLOAT16)
-        y = (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-    else
-        y = (Vec<float>)_mm512_cvtph_ps(half);
+    if (dtype == BFLOAT16) return (Reg<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    return (Reg<float>)_mm512_cvtph_ps(half);
+#elif defined(__AVX2__)
+    const __m128i half = _mm_loadu_si128((const __m128i*)x);
+    if (dtype == BFLOAT16) return (Reg<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    return (Reg<float>)_mm256_cvtph_ps(half);
 #else
-    if (dtype == BFLOAT16)
-        for (int i = 0; i < 16; i++) y[i] = from_bfloat16(x[i]);
-    else
-        for (int i = 0; i < 16; i++) y[i] = from_float16(x[i]);
-#endif
+    Reg<float> y;
+    for (int i = 0; i < WIDTH<float>; i++) y[i] = dtype == BFLOAT16 ? from_bfloat16(x[i]) : from_float16(x[i]);
     return y;
+#endif
+}
+INLINE void narrow(uint16_t* to, int32_t dtype, const Reg<float>& x) {
+#if defined(__AVX2__)
+    if (dtype == BFLOAT16) {
+        const Reg<int32_t> bits = (Reg<int32_t>)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+        const Reg<int32_t> upper = (x != x ? Reg<int32_t>{} + 0x7fc00000 : rounded) >> 16 & 0xffff;
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)upper));
+    } else
+        _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+        const __m128i low = _mm256_castsi256_si128((__m256i)upper), high = _mm256_extracti128_si256((__m256i)upper, 1);
+        _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(low, high));
+    } else
+        _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#else
+    for (int i = 0; i < WIDTH<float>; i++) to[i] = dtype == BFLOAT16 ? to_bfloat16(x[i]) : to_float16(x[i]);
+#endif
 }
 
-// and back, to float32, bfloat16 or float16
-INLINE void store16(void* to, int32_t dtype, Vec<float> x) {
+// 16 numbers as floats, and back to float32, bfloat16 or float16
+INLINE Vec<float> load16(const void* from, int32_t dtype) {
+    if (dtype == FLOAT32) return load((const float*)from);
+    return Vec<float>::each([&](int i) { return widen((const uint16_t*)from + i * WIDTH<float>, dtype); });
+}
+INLINE void store16(void* to, int32_t dtype, const Vec<float>& x) {
     if (dtype == FLOAT32) return store((float*)to, x);
-    uint16_t* y = (uint16_t*)to;
-#if defined(__AVX512F__)
-    if (dtype == BFLOAT16) {
-        typedef Lanes<float>::bits Bits;
-        const Bits bits = (Bits)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
-        const Bits upper = x != x ? Bits{} + 0x7fc00000 : rounded;
-        _mm256_storeu_si256((__m256i*)y, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)upper, 16)));
-    } else
-        _mm256_storeu_si256((__m256i*)y, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-    if (dtype == BFLOAT16)
-        for (int i = 0; i < 16; i++) y[i] = to_bfloat16(x[i]);
-    else
-        for (int i = 0; i < 16; i++) y[i] = to_float16(x[i]);
-#endif
+    for (int i = 0; i < Vec<float>::PARTS; i++) narrow((uint16_t*)to + i * WIDTH<float>, dtype, x.part[i]);
 }
 
 // n numbers of any dtype to and from the kernel's own

@@ -264,6 +264,20 @@ def test_a_batch_is_its_rows(version, dtype, random_checkpoint, taken):
         assert len(taken) == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_row_is_the_same_in_any_company(dtype, random_checkpoint):
+    """Of as many rows as go through the kernel in one way or another, and of matrices that it cuts into columns."""
+    model = assemble(random_checkpoint("7", ffn=1100), dtype=dtype)
+    _, state = model(tokens(64, 2, seed=3))
+    text = tokens(64, 1)
+    alone = [model(text[i : i + 1], state[i]) for i in range(64)]
+    for rows in (2, 3, 4, 5, 7, 13, 64):
+        logits, end = model(text[:rows], State.stack([state[i] for i in range(rows)]))
+        for i in range(rows):
+            assert same((logits[i : i + 1], end[i]), alone[i])
+
+
 @torch.no_grad()
 def test_two_halves_are_the_whole(model, taken):
     text = tokens(2, 11)

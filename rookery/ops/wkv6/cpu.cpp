@@ -14,29 +14,8 @@ namespace {
 
 // ---- registers ---------------------------------------------------------------------------------------------------
 //
-// GCC keeps a vector wider than a register in memory, which would cost several times the arithmetic here.
-
-#if defined(__AVX512F__)
-constexpr int REGISTER = 64;
-#elif defined(__AVX__)
-constexpr int REGISTER = 32;
-#else
-constexpr int REGISTER = 16;
-#endif
 constexpr int ROWS = REGISTER == 64 ? 4 : 2;  // of a tile, which has up to 4 registers a row: as many as there are
 constexpr int TOKENS = 16;                    // of a chunk in the forward pass: their rows stay in the nearest cache
-
-template <class R> struct RegisterOf { typedef R type __attribute__((vector_size(REGISTER))); };
-template <class R> using Reg = typename RegisterOf<R>::type;
-template <class R> constexpr int WIDTH = REGISTER / sizeof(R);
-
-
-template <class R> INLINE Reg<R> get(const R* from) {
-    Reg<R> x;
-    memcpy(&x, from, REGISTER);
-    return x;
-}
-template <class R> INLINE void put(R* to, Reg<R> x) { memcpy(to, &x, REGISTER); }
 
 // x and y hold groups of 2 G lanes: the sum of the halves of every group, x's first
 template <int G, class V, int... I> INLINE V halve(V x, V y, std::integer_sequence<int, I...>) {
@@ -117,7 +96,7 @@ INLINE void fetch(const Call& call, int64_t batch, int64_t t, int64_t head, int6
 template <class R> INLINE Vec<R> dot(const R* x, const R* y, const R* z, int width) {
     Vec<R> total = {};
     for (int i = 0; i < width; i += LANES<R>) total += load(x + i) * load(y + i) * load(z + i);
-    return all(sum<R>(total));
+    return sum<R>(total);
 }
 
 // V registers of a row are worked on at a time; zeros fill rows up to whole stripes of V.
@@ -266,7 +245,7 @@ template <class R, int V> void backward(const Call& call, int64_t sequence, int6
             const Vec<R> bonus = dot(r + t * width, u, k + t * width, width);
             Vec<R> dbonus = {};
             for (int i = t * width; i < (t + 1) * width; i += LANES<R>) dbonus += load(dy + i) * load(v + i);
-            dbonus = all(sum<R>(dbonus));
+            dbonus = sum<R>(dbonus);
             for (int c = 0; c < width; c += LANES<R>) {
                 const int i = t * width + c;
                 const Vec<R> r_t = load(r + i), k_t = load(k + i), u_t = load(u + c);

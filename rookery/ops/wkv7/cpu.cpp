@@ -10,26 +10,6 @@
 
 namespace {
 
-// The inner loops work on whole registers: GCC keeps vectors wider than these in memory.
-#if defined(__AVX512F__)
-constexpr int REGISTER = 64;  // bytes
-#elif defined(__AVX__)
-constexpr int REGISTER = 32;
-#else
-constexpr int REGISTER = 16;
-#endif
-template <class R> struct RegisterOf {
-    typedef R type __attribute__((vector_size(REGISTER)));
-};
-template <class R> using Reg = typename RegisterOf<R>::type;
-template <class R> constexpr int WIDTH = REGISTER / sizeof(R);
-template <class R> INLINE Reg<R> get(const R* from) {
-    Reg<R> x;
-    memcpy(&x, from, REGISTER);
-    return x;
-}
-template <class R> INLINE void put(R* to, Reg<R> x) { memcpy(to, &x, REGISTER); }
-
 constexpr int ROWS = 8;  // rows whose sums over the value channels are taken together
 
 // Working memory, aligned to vectors and zero at first.

@@ -25,7 +25,7 @@ from ..ops import build, packed
 from .state import LayerState, State
 
 ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
-MOST_ROWS = 512  # where PyTorch has no fast products: packed weights, and float16 on most processors
+MOST_ROWS = 512  # where PyTorch has no fast products; longer inputs are read in pieces
 HEAD = 512  # the largest head that the C++ has room for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # the last of packed weights
 
@@ -44,6 +44,12 @@ class _Call(ctypes.Structure):  # Call in parts.h
         ("last_only", ctypes.c_int64),
         ("ln_x_eps", ctypes.c_double),
     ]
+
+
+def fast_in_torch(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies many rows in this dtype as fast as this processor can. float16 it seldom does; bfloat16
+    it does with AVX-512 or AMX, and with AVX2 alone 5 times slower than float32."""
+    return dtype != torch.float16 and (dtype != torch.bfloat16 or build.best_level() != "avx2")
 
 
 def source(name: str) -> Path:
@@ -118,6 +124,8 @@ class Step:
     ) -> tuple[Tensor, State]:
         """As the model's forward: logits float32 and the new state."""
         batch, length = tokens.shape
+        if batch * length > MOST_ROWS:
+            return self._in_pieces(tokens, state, last_only)
         tokens = tokens.to(torch.int64).contiguous()
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
@@ -154,3 +162,11 @@ class Step:
         del begin, pointer  # the call has read them
         layers = map(LayerState, *(x.unbind(0) for x in leaving))
         return logits, State(layers, state.fingerprint)
+
+    def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:
+        """Along time, with the state carried on."""
+        logits = []
+        for piece in tokens.split(MOST_ROWS // len(tokens), dim=1):
+            found, state = self(piece, state, None, last_only)
+            logits = [found] if last_only else [*logits, found]
+        return torch.cat(logits, 1), state

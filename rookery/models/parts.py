@@ -177,14 +177,14 @@ class Model(nn.Module):
     def native_step(self, tokens: Tensor, cu: tuple[int, ...] | None) -> native.Step | None:
         """The C++ that does the forward of these tokens, or None where the plain model must (native.py says when).
 
-        A pack is the plain model's: who else is in it must not decide, by the number of tokens, which of the two reads
-        a prompt.
+        Where PyTorch has fast products a pack is the plain model's: who else is in it must not decide, by the number
+        of tokens, which of the two reads a prompt.
         """
         rows = tokens.numel()
-        if self.quantization is None and self.emb.weight.dtype != torch.float16:
+        if self.quantization is None and native.fast_in_torch(self.emb.weight.dtype):
             fits = rows <= native.ROWS and cu is None
         else:
-            fits = rows <= native.MOST_ROWS
+            fits = rows <= native.MOST_ROWS or (cu is None and len(tokens) <= native.MOST_ROWS)
         if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

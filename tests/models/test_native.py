@@ -565,8 +565,30 @@ def test_rows_of_a_quantised_model(format, version, random_checkpoint, taken):
         found = model(text, **options)
         assert distance(found[0], plain(model, text, **options)[0].double()) < 2e-2
     assert len(taken) == 2
-    model(tokens(1, native.MOST_ROWS + 1))
-    assert len(taken) == 2
+    taken.clear()
+    long = tokens(3, native.MOST_ROWS // 3 + 9)
+    whole, end = model(long)
+    assert len(taken) == 3  # the whole, and two pieces of it
+    first, middle = model(long[:, : native.MOST_ROWS // 3])
+    second, state = model(long[:, native.MOST_ROWS // 3 :], middle)
+    assert same((torch.cat([first, second], 1), state), (whole, end))
+    assert torch.equal(model(long, last_only=True)[0], whole[:, -1:])
+    taken.clear()
+    model(tokens(1, native.MOST_ROWS + 1), cu_seqlens=[0, 1, native.MOST_ROWS + 1])
+    assert not taken
+
+
+@torch.no_grad()
+def test_rows_where_torch_is_slow(version, random_checkpoint, taken, monkeypatch):
+    """bfloat16 on a processor with AVX2 alone: prompts and packs are the step's."""
+    model = assemble(random_checkpoint(version), dtype=torch.bfloat16)
+    text, pack = tokens(1, 100), tokens(1, 20)
+    for level, calls in (("avx512", 0), ("avx2", 2)):
+        monkeypatch.setattr(build, "best_level", lambda level=level: level)
+        monkeypatch.setattr(build, "level", LEVELS[0])  # what compiles stays what this processor has
+        model(text)
+        model(pack, cu_seqlens=PACK)
+        assert len(taken) == calls
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

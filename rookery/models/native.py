@@ -47,8 +47,8 @@ class _Call(ctypes.Structure):  # Call in parts.h
 
 
 def fast_in_torch(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies many rows in this dtype as fast as this processor can. float16 it seldom does; bfloat16
-    it does with AVX-512 or AMX, and with AVX2 alone 5 times slower than float32."""
+    """Whether PyTorch multiplies many rows in this dtype as fast as this processor can: float16 seldom, bfloat16 with
+    AVX-512 or AMX; with AVX2 alone it is 5 times slower than float32."""
     return dtype != torch.float16 and (dtype != torch.bfloat16 or build.best_level() != "avx2")
 
 
@@ -165,7 +165,7 @@ class Step:
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:
         """Along time, with the state carried on."""
-        logits = []
+        logits: list[Tensor] = []
         for piece in tokens.split(MOST_ROWS // len(tokens), dim=1):
             found, state = self(piece, state, None, last_only)
             logits = [found] if last_only else [*logits, found]

@@ -29,7 +29,7 @@ GPT2 = Shape("gpt2", 12, 768, 50277)
 def machine(quick: bool, large: bool) -> list[Contest]:
     mebibytes = (32, 512) if quick else (8, 32, 64, 128, 256, 512, 2048)
     reads = _reads(size << 20 for size in mebibytes)
-    products = [_product(dtype) for dtype in ("float32", "bfloat16", "int8")]
+    products = [_product(dtype) for dtype in _fast()]
     return [
         Contest("machine", "reading, over and over", "read", reads),
         Contest("machine", "products of two matrices of 2048 x 2048", "product", products, blocks=8),
@@ -55,10 +55,11 @@ def prefill(quick: bool, large: bool) -> list[Contest]:
     tokens = 512
     contests = []
     for shape in (GOOSE, DOVE):
-        rows = [_product("float32"), _product("bfloat16"), _product("int8")]
+        rows = [_product(dtype) for dtype in _fast()]
         # float16 is left out: where the processor has no unit for it, torch takes minutes for such a product
         for row, its_shape, format in _contestants(shape, [f for f in FORMATS if f != "float16"], gpt2=shape is DOVE):
-            limit = "product of " + {32: "float32", 16: "bfloat16"}.get(BITS[format], "int8")
+            dtype = {32: "float32", 16: "bfloat16"}.get(BITS[format], "int8")
+            limit = f"product of {dtype if dtype in _fast() else 'float32'}"
             flops = its_shape.flops(tokens, 1)
             rows.append(replace(row, job="prefill", options=(tokens,), units=tokens, cost=flops, limit=limit))
         contests.append(Contest("prefill", f"{shape}: {tokens} tokens, the last logits", "token", rows, blocks=5))
@@ -85,9 +86,7 @@ def train(quick: bool, large: bool) -> list[Contest]:
     sequences, length = 4, 256
     tokens = sequences * length
     goose = Shape("rwkv7", 12, 768, 50277)  # with the vocabulary of the others
-    # where bfloat16 is slower than float32 nobody trains in it, and a step of it takes minutes
-    dtypes = ("bfloat16", "float32") if fast_in_torch(torch.bfloat16) else ("float32",)
-    dtypes = dtypes[:1] if quick else dtypes
+    dtypes = [dtype for dtype in ("bfloat16", "float32") if dtype in _fast()][: 1 if quick else 2]
     rows = [_product(dtype) for dtype in dtypes]
     for dtype in dtypes:
         for kind, shape, beside in (
@@ -213,6 +212,11 @@ def _reads(sizes: Iterable[int]) -> list[Row]:
         Row(_reading(size), Contestant(Machine), "read", (size, passes), units=passes, cost=passes * size)
         for size in sorted(sizes)
     ]
+
+
+def _fast() -> tuple[str, ...]:
+    """The dtypes in which PyTorch multiplies as fast as this processor can: elsewhere one product takes a minute."""
+    return ("float32", "bfloat16", "int8") if fast_in_torch(torch.bfloat16) else ("float32",)
 
 
 def _product(dtype: str) -> Row:

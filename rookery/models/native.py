@@ -76,6 +76,9 @@ class Step:
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
         self.states, self.logits = Pool(), Pool()
+        # The state that left last and where its tensors lie: it enters next as a rule, and a hundred small tensors take
+        # longer to look at than the layers of a small model to compute.
+        self.last: tuple[tuple[LayerState, ...] | None, list[int]] = (None, [])
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
         layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
@@ -129,14 +132,17 @@ class Step:
         tokens = tokens.to(torch.int64).contiguous()
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
-        entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
-        pointers = [x.data_ptr() for layer in entering for x in layer]
         one = self.shapes(sequences)
-        if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
-            raise InputError("this state is damaged: its tensors do not fit the model")
-        shapes = [(len(entering), *shape) for shape in one]
-        sizes = [math.prod(shape) for shape in shapes]
-        leaving = [x.view(shape) for x, shape in zip(self.states.room(sum(sizes)).split(sizes), shapes, strict=True)]
+        last_layers, pointers = self.last
+        if state.layers is not last_layers:
+            entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
+            if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
+                raise InputError("this state is damaged: its tensors do not fit the model")
+            pointers = [x.data_ptr() for layer in entering for x in layer]
+        count = len(state.layers)
+        sizes = [count * math.prod(shape) for shape in one]
+        room = self.states.room(sum(sizes)).split(sizes)
+        leaving = [x.view(count, *shape) for x, shape in zip(room, one, strict=True)]
         shape = (1, sequences) if cu else (batch, 1 if last_only else length)
         if cu and not last_only:
             shape = (1, length)
@@ -144,7 +150,7 @@ class Step:
         call = _Call(
             ctypes.addressof(self.model),
             ctypes.addressof(self.layers),
-            len(entering),
+            count,
             torch.get_num_threads(),
             tokens.numel(),
             sequences,
@@ -160,8 +166,10 @@ class Step:
         assert self.library is not None
         self.library.step(ctypes.byref(call))
         del begin, pointer  # the call has read them
-        layers = map(LayerState, *(x.unbind(0) for x in leaving))
-        return logits, State(layers, state.fingerprint)
+        left = State(map(LayerState, *(x.unbind(0) for x in leaving)), state.fingerprint)
+        addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]
+        self.last = left.layers, list(chain.from_iterable(zip(*addresses, strict=True)))
+        return logits, left
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:
         """Along time, with the state carried on."""

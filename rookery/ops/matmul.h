@@ -249,8 +249,8 @@ template <int64_t DTYPE> void stream(const Tensor& w, const char* x, int64_t str
 }
 
 // Many rows of activations are taken BLOCK at a time; a block in the first cache meets a panel of weights, and while
-// all blocks do, the next panel comes from memory. What must be widened to be multiplied is widened
-// once for all of them.
+// all blocks do, the next panel comes from memory. What must be widened to be multiplied is widened once for all of
+// them.
 template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y, int64_t to, Range own) {
     typedef Dense<DTYPE> D;
     constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = D::by_half ? sizeof(Half) : 4;
@@ -258,7 +258,8 @@ template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y,
     const char* x = D::by_half ? (const char*)rows.half : (const char*)rows.x;
     const int64_t stride = rows.stride * in, count = rows.count, passes = (count + BLOCK - 1) / BLOCK;
     if (count <= STREAM) return stream<DTYPE>(w, x, stride, count, y, to, own);
-    alignas(64) static thread_local float wide[widened ? PANEL * CUT : 1];
+    constexpr int64_t WIDE = CUT + 16;  // not a multiple of 4096 bytes either
+    alignas(64) static thread_local float wide[widened ? PANEL * WIDE : 1];
     for (int64_t k = 0; k < w.columns; k += CUT)
         for (int64_t p = own.begin; p < own.end; p += PANEL) {
             const int64_t end = std::min(p + PANEL, own.end);
@@ -266,8 +267,8 @@ template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y,
             Place at{std::min(CUT, w.columns - k), w.columns * size, stride, to, k > 0, PANEL * w.columns * size};
             if (widened) {
                 for (int64_t r = p; r < end; r++)
-                    read(wide + (r - p) * CUT, w.data + (r * w.columns + k) * size, DTYPE, int(at.columns));
-                panel = (const char*)wide, at.pitch = CUT * 4;
+                    read(wide + (r - p) * WIDE, w.data + (r * w.columns + k) * size, DTYPE, int(at.columns));
+                panel = (const char*)wide, at.pitch = WIDE * 4;
             }
             for (int64_t m = 0, pass = 0; m < count; pass++) {
                 if (!widened) at.from = TALL * pass / passes, at.until = TALL * (pass + 1) / passes;

@@ -22,16 +22,25 @@ struct Call {
 
 // ---- vectors -------------------------------------------------------------------------------------------------------
 
-// the first n of 16 numbers, zeros for the rest
+// the first n numbers of a register, zeros for the rest
+INLINE Reg<float> get_some(const float* from, int64_t n) {
+    if (n >= WIDTH<float>) return get(from);
+    float rest[WIDTH<float>] = {};
+    memcpy(rest, from, (n > 0 ? n : 0) * 4);
+    return get(rest);
+}
+INLINE void put_some(float* to, const Reg<float>& x, int64_t n) {
+    if (n >= WIDTH<float>) return put(to, x);
+    memcpy(to, &x, (n > 0 ? n : 0) * 4);
+}
+// of 16 numbers likewise
 INLINE Vec<float> load_some(const float* from, int64_t n) {
     if (n >= 16) return load(from);
-    float rest[16] = {};
-    memcpy(rest, from, (n > 0 ? n : 0) * 4);
-    return load(rest);
+    return Vec<float>::each([&](int i) { return get_some(from + i * WIDTH<float>, n - i * WIDTH<float>); });
 }
-INLINE void store_some(float* to, Vec<float> x, int64_t n) {
+INLINE void store_some(float* to, const Vec<float>& x, int64_t n) {
     if (n >= 16) return store(to, x);
-    memcpy(to, &x, (n > 0 ? n : 0) * 4);
+    for (int i = 0; i < Vec<float>::PARTS; i++) put_some(to + i * WIDTH<float>, x.part[i], n - i * WIDTH<float>);
 }
 // x with zeros for all but the first n
 INLINE Vec<float> first(const Vec<float>& x, int64_t n) { return n >= 16 ? x : load_some((const float*)&x, n); }
@@ -103,18 +112,6 @@ INLINE void add_matmul(const Tensor& w, const Rows& y, const Rows& x, float* scr
     for (int64_t m = 0; m < x.count; m++)
         for (int64_t i = own.begin; i < own.end; i += 16)
             store_some(x.row(m) + i, load(x.row(m) + i) + load(scratch + m * x.stride + i), own.end - i);
-}
-
-// the first n numbers of a register
-INLINE Reg<float> get_some(const float* from, int64_t n) {
-    if (n >= WIDTH<float>) return get(from);
-    float rest[WIDTH<float>] = {};
-    memcpy(rest, from, (n > 0 ? n : 0) * 4);
-    return get(rest);
-}
-INLINE void put_some(float* to, const Reg<float>& x, int64_t n) {
-    if (n >= WIDTH<float>) return put(to, x);
-    memcpy(to, &x, (n > 0 ? n : 0) * 4);
 }
 
 // Low-rank matrices lie the other way round, [in, out]: y[m, c] = sum_i x[m, i] w[i, c] for the columns in `own`, here

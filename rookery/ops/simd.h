@@ -39,54 +39,53 @@ template <class T> INLINE void put(T* to, Reg<T> x) { memcpy(to, &x, REGISTER); 
 template <class T> struct SignedOf { typedef int32_t type; };
 template <> struct SignedOf<double> { typedef int64_t type; };
 
-// 64 bytes of numbers in as many registers as that takes: GCC has vectors of any width too, but it keeps those that
-// are wider than a register in memory, which costs ten times the arithmetic.
-template <class T> struct Wide {
+// 64 bytes of numbers, 16 floats or 8 doubles, in as many registers as that takes: GCC has vectors of any width too, but
+// it keeps those that are wider than a register in memory, which costs ten times the arithmetic.
+template <class T> struct Vec {
     static constexpr int PARTS = 64 / REGISTER;
-    typedef Wide<typename SignedOf<T>::type> Mask;  // what a comparison gives: all bits set where it holds
+    typedef Vec<typename SignedOf<T>::type> Mask;  // what a comparison gives: all bits set where it holds
     Reg<T> part[PARTS];
 
-    Wide() = default;
-    INLINE Wide(T x) {
+    Vec() = default;
+    INLINE Vec(T x) {
         for (auto& p : part) p = Reg<T>{} + x;
     }
     INLINE T operator[](int i) const { return part[i / WIDTH<T>][i % WIDTH<T>]; }
-    template <class F> static INLINE Wide each(const F& of_part) {
-        Wide y;
+    template <class F> static INLINE Vec each(const F& of_part) {
+        Vec y;
         for (int i = 0; i < PARTS; i++) y.part[i] = (Reg<T>)of_part(i);
         return y;
     }
 
 #define OPERATOR(op)                                                                              \
-    friend INLINE Wide operator op(const Wide& x, const Wide& y) {                                \
+    friend INLINE Vec operator op(const Vec& x, const Vec& y) {                                \
         return each([&](int i) { return x.part[i] op y.part[i]; });                               \
     }                                                                                             \
-    INLINE Wide& operator op##=(const Wide& y) { return *this = *this op y; }
+    INLINE Vec& operator op##=(const Vec& y) { return *this = *this op y; }
     OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&)
 #undef OPERATOR
-    friend INLINE Wide operator-(const Wide& x) {
+    friend INLINE Vec operator-(const Vec& x) {
         return each([&](int i) { return -x.part[i]; });
     }
-    friend INLINE Wide operator<<(const Wide& x, int n) {
+    friend INLINE Vec operator<<(const Vec& x, int n) {
         return each([&](int i) { return x.part[i] << n; });
     }
-    friend INLINE Wide operator>>(const Wide& x, int n) {
+    friend INLINE Vec operator>>(const Vec& x, int n) {
         return each([&](int i) { return x.part[i] >> n; });
     }
-    friend INLINE Mask operator<(const Wide& x, const Wide& y) {
+    friend INLINE Mask operator<(const Vec& x, const Vec& y) {
         return Mask::each([&](int i) { return x.part[i] < y.part[i]; });
     }
-    friend INLINE Mask operator!=(const Wide& x, const Wide& y) {
+    friend INLINE Mask operator!=(const Vec& x, const Vec& y) {
         return Mask::each([&](int i) { return x.part[i] != y.part[i]; });
     }
     // x where the mask is set, y elsewhere
-    friend INLINE Wide choose(const Mask& mask, const Wide& x, const Wide& y) {
+    friend INLINE Vec choose(const Mask& mask, const Vec& x, const Vec& y) {
         return each([&](int i) { return mask.part[i] ? x.part[i] : y.part[i]; });
     }
-    friend INLINE Wide larger(const Wide& x, const Wide& y) { return choose(y < x, x, y); }
+    friend INLINE Vec larger(const Vec& x, const Vec& y) { return choose(y < x, x, y); }
 };
-template <class T> using Vec = Wide<T>;  // 16 floats or 8 doubles
-typedef Wide<int32_t> Ints;              // 16 of them
+typedef Vec<int32_t> Ints;  // 16 of them
 template <class T> constexpr int LANES = 64 / sizeof(T);
 
 template <class T> INLINE Vec<T> load(const T* from) {

@@ -84,6 +84,7 @@ template <class T> struct Vec {
         return each([&](int i) { return mask.part[i] ? x.part[i] : y.part[i]; });
     }
     friend INLINE Vec larger(const Vec& x, const Vec& y) { return choose(y < x, x, y); }
+    friend INLINE Vec smaller(const Vec& x, const Vec& y) { return choose(x < y, x, y); }
 };
 typedef Vec<int32_t> Ints;  // 16 of them
 template <class T> constexpr int LANES = 64 / sizeof(T);

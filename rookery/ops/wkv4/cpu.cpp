@@ -52,19 +52,30 @@ template <class R> struct State {
     }
 };
 
-// A token joins the sums: the factors of what they were and of itself, and the new unit
+// A token joins the sums: the factors of what they were and of itself, and the new unit. The larger of the two exponents
+// is the unit, so one factor is e^0 = 1, or short of it by what rounding the decayed unit lost.
 template <class R> struct Update {
     Vec<R> unit, old, own;
-    Update(Vec<R> p, Vec<R> k, Vec<R> log_w)
-        : unit(larger(p + log_w, k)), old(exp(p - unit + log_w)), own(exp(k - unit)) {}
+    INLINE Update(Vec<R> p, Vec<R> k, Vec<R> log_w) {
+        const auto stays = k < p + log_w;
+        unit = choose(stays, p + log_w, k);
+        const Vec<R> decayed = p - unit + log_w, factor = exp(choose(stays, k - unit, decayed));
+        old = choose(stays, larger(1 + decayed, R(0)), factor);
+        own = choose(stays, factor, R(1));
+    }
 };
 
 // A token's output: the factors likewise, the sum of all weights, and the mean of the values
 template <class R> struct Output {
-    Vec<R> unit, old, own, weight, y;
-    Output(Vec<R> a, Vec<R> b, Vec<R> p, Vec<R> k, Vec<R> v, Vec<R> u)
-        : unit(larger(p, k + u)), old(exp(p - unit)), own(exp(k - unit + u)), weight(old * b + own),
-          y((old * a + own * v) / weight) {}
+    Vec<R> old, own, weight, y;
+    INLINE Output(Vec<R> a, Vec<R> b, Vec<R> p, Vec<R> k, Vec<R> v, Vec<R> u) {
+        const Vec<R> ahead = k - p + u, factor = exp(smaller(ahead, -ahead));
+        const auto first = ahead < R(0);
+        old = choose(first, R(1), factor);
+        own = choose(first, factor, R(1));
+        weight = old * b + own;
+        y = (old * a + own * v) / weight;
+    }
 };
 
 template <class R> void forward(const Call& call, int64_t sequence, int64_t channel) {

@@ -18,7 +18,8 @@ from .models import Model
 from .models.parts import Linear, PackedLinear
 from .ops.packed import GROUP, LEVELS, tile
 
-# Where the search for a scale begins: the largest weight of the group at this multiple of 127, either way up, for the
+MOST = -LEVELS[0]
+# Where the search for a scale begins: the largest weight of the group at this multiple of MOST, either way up, for the
 # levels are not symmetric.
 STARTS = [sign * start for sign in (1, -1) for start in (0.84, 0.91, 0.98, 1.05)]
 BLOCK = 1 << 18  # weights at a time: fits the cache
@@ -92,19 +93,19 @@ def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.tensor(LEVELS, dtype=torch.float32)
-    # the code nearest to (i - 256) / 2 + 1/4; between two integers the midpoint is a multiple of 1/2, so this is exact
-    nearest = torch.bucketize((torch.arange(512) - 255.5) / 2, (levels[1:] + levels[:-1]) / 2)
+    # the code nearest to (i - 128) / 2 + 1/4; between two integers the midpoint is a multiple of 1/2, so this is exact
+    nearest = torch.bucketize((torch.arange(256) - 127.5) / 2, (levels[1:] + levels[:-1]) / 2)
     rounded = levels[nearest]
 
     def bins(x: Tensor) -> Tensor:
-        return x.mul_(2).add_(256).clamp_(0, 511).int().flatten()
+        return x.mul_(2).add_(128).clamp_(0, 255).int().flatten()
 
     groups = w.unflatten(1, (-1, GROUP))
-    largest = groups.abs().amax(-1, keepdim=True).clamp_min(127 * TINY)
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(MOST * TINY)
     # with the best scale for given values v, sum(wv) / sum(vv), the squared error is sum(ww) - sum(wv)^2 / sum(vv)
     best = gain = torch.zeros_like(largest)
     for start in STARTS:
-        v = rounded.index_select(0, bins(groups * (127 * start / largest))).view_as(groups)
+        v = rounded.index_select(0, bins(groups * (MOST * start / largest))).view_as(groups)
         wv, vv = (groups * v).sum(-1, keepdim=True), v.square().sum(-1, keepdim=True)
         better = wv.square() / vv > gain
         best = torch.where(better, wv / vv, best)

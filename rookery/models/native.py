@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from itertools import chain
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,16 @@ class Step:
     """The step of one model: where its weights are, and what must stay true for that to hold."""
 
     def __init__(self, model: Any):
-        self.modules = list(model.modules())  # kept, so that no new one gets the id of an old one
+        self.modules = list(model.modules())
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.addresses = [x.data_ptr() for x in self.tensors]
         self.parts = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules) if part]
+        self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [m.__dict__ for m in self.modules[1:]]
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.identity = self._identity()
+        # The state that left last and where its tensors lie: it enters next as a rule, and a hundred small tensors take
+        # longer to look at than the layers of a small model to compute. A pair, for threads share the step.
+        self.left: tuple[State | None, list[int]] = (None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
         fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
@@ -74,11 +79,9 @@ class Step:
         if self.library is None:
             return
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
+        self.layer_count = config.n_layer
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
         self.states, self.logits = Pool(), Pool()
-        # The state that left last and where its tensors lie: it enters next as a rule, and a hundred small tensors take
-        # longer to look at than the layers of a small model to compute.
-        self.last: tuple[tuple[LayerState, ...] | None, list[int]] = (None, [])
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
         layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
@@ -103,13 +106,11 @@ class Step:
                 table[place] = _Tensor(x.data_ptr(), 0, dtype, x.numel() // columns, columns, 0)
         return table
 
-    def _identity(self) -> list[int]:
-        objects = chain.from_iterable(map(dict.values, self.parts))
-        return [*map(id, objects), *map(Tensor.data_ptr, self.tensors)]
-
     def holds(self) -> bool:
         """Whether the model is still the one that this step was made for."""
-        return self.identity == self._identity()
+        found = chain.from_iterable(map(dict.values, self.parts))
+        same = all(map(is_, self.objects, found)) and next(found, None) is None
+        return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
     def runs(self) -> bool:
         """Whether there is C++ for this model and nobody has put anything in between."""
@@ -133,16 +134,16 @@ class Step:
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
         one = self.shapes(sequences)
-        last_layers, pointers = self.last
-        if state.layers is not last_layers:
+        left, pointers = self.left
+        if state is not left:
             entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
             if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
                 raise InputError("this state is damaged: its tensors do not fit the model")
             pointers = [x.data_ptr() for layer in entering for x in layer]
-        count = len(state.layers)
+        count = self.layer_count
         sizes = [count * math.prod(shape) for shape in one]
         room = self.states.room(sum(sizes)).split(sizes)
-        leaving = [x.view(count, *shape) for x, shape in zip(room, one, strict=True)]
+        leaving = LayerState(*(x.view(count, *shape) for x, shape in zip(room, one, strict=True)))
         shape = (1, sequences) if cu else (batch, 1 if last_only else length)
         if cu and not last_only:
             shape = (1, length)
@@ -166,9 +167,9 @@ class Step:
         assert self.library is not None
         self.library.step(ctypes.byref(call))
         del begin, pointer  # the call has read them
-        left = State(map(LayerState, *(x.unbind(0) for x in leaving)), state.fingerprint)
+        left = State.of_stacks(leaving, state.fingerprint)
         addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]
-        self.last = left.layers, list(chain.from_iterable(zip(*addresses, strict=True)))
+        self.left = left, list(chain.from_iterable(zip(*addresses, strict=True)))
         return logits, left
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:

@@ -29,21 +29,40 @@ class State:
     so keeping a reference is keeping that moment. One that was made under inference_mode can be trained from once
     it is cloned.
 
-    layers: one LayerState a layer.
     fingerprint: of the model it belongs to; another model refuses it.
     texts: what each row stands for, where known; "" where not.
     """
 
     def __init__(self, layers: Iterable[LayerState], fingerprint: str, texts: Sequence[str] | None = None):
-        self.layers = tuple(layers)
+        self._layers: tuple[LayerState, ...] | None = tuple(layers)
+        self._stacks: LayerState | None = None
+        self._rows = len(self._layers[0].wkv)
         self.fingerprint = fingerprint
-        self.texts = tuple(texts) if texts is not None else ("",) * len(self)
-        if len(self.texts) != len(self):
-            raise ValueError(f"{len(self.texts)} texts for {len(self)} rows")
+        self.texts = tuple(texts) if texts is not None else ("",) * self._rows
+        if len(self.texts) != self._rows:
+            raise ValueError(f"{len(self.texts)} texts for {self._rows} rows")
+
+    @classmethod
+    def of_stacks(cls, stacks: LayerState, fingerprint: str) -> State:
+        """From tensors that hold all layers, [L, S, ...]. They are cut when somebody asks for a layer: a decode loop
+        never does, and cutting takes as long as a small model computes."""
+        state = cls.__new__(cls)
+        state._layers, state._stacks = None, stacks
+        state._rows = stacks.wkv.shape[1]
+        state.fingerprint, state.texts = fingerprint, ("",) * state._rows
+        return state
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """One LayerState a layer."""
+        if self._layers is None:
+            assert self._stacks is not None
+            self._layers = tuple(map(LayerState, *(x.unbind(0) for x in self._stacks)))
+        return self._layers
 
     def __len__(self) -> int:
         """Sequences (rows)."""
-        return len(self.layers[0].wkv)
+        return self._rows
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> State:
         """Some of the rows, as a State; state[i] has one row."""

@@ -9,7 +9,7 @@
 //
 // The layout of INT8 and INT4 (made in ops/packed): tiles of 16 output rows; in a tile, for every 4 inputs, 16 times
 // 4 bytes. INT8 holds q + 128. INT4 holds two such vectors in one, the first in the low halves of the bytes, as
-// places in a table of 16 values + 128. scales: float16 [tiles, groups, 16].
+// places in a table of 16 values + 64. scales: float16 [tiles, groups, 16].
 #pragma once
 
 #include <algorithm>
@@ -45,10 +45,14 @@ typedef uint16_t Half;  // products of bfloat16
 #else
 typedef float Half;  // a bfloat16 as a float
 #endif
+// An integer activation: a byte where four products of bytes are added at once. AVX2 does that too, but the sum of two
+// must fit 16 bits: of INT4, whose weights have 7 bits. Else 16 bits: of every 4, the first and third stand in front.
 #if defined(__AVX512VNNI__)
-typedef int8_t Whole;  // four products of bytes at once
+template <int64_t FORMAT> using Whole = int8_t;
+#elif defined(__AVX2__)
+template <int64_t FORMAT> using Whole = std::conditional_t<FORMAT == INT4, int8_t, int16_t>;
 #else
-typedef int16_t Whole;  // two products of 16 bits at once: of every 4, the first and third stand in front
+template <int64_t FORMAT> using Whole = int16_t;
 #endif
 
 // Activations [count, width] with the copies that formats want, every row padded with zeros.
@@ -56,9 +60,9 @@ struct Rows {
     float* x;
     int64_t count, width, stride;
     Half* half;  // rounded to bfloat16
-    Whole* q;    // rounded to -127 .. 127
+    int16_t* q;    // rounded to -127 .. 127, as the Whole of the format
     float* scale;  // of q, [count, stride / GROUP]
-    int32_t* sum;  // -128 times the sum of a group's integers, which takes back what the weights are too large
+    int32_t* sum;  // of a group's integers, which takes back what the weights are too large
 
     // Numbers from one row to the next: whole vectors, and not a multiple of 4096 bytes, at which the first cache has
     // only 8 places.
@@ -70,8 +74,10 @@ struct Rows {
         const float* from = row(m);
         if (w.dtype == BFLOAT16) {
             for (int64_t i = begin; i < end; i += 16) round_to_half(from + i, half + m * stride + i);
-        } else if (w.dtype >= INT8) {
-            for (int64_t g = begin; g < end; g += GROUP) round_group(from + g, m * stride + g);
+        } else if (w.dtype == INT8) {
+            for (int64_t g = begin; g < end; g += GROUP) round_group(from + g, m * stride + g, (Whole<INT8>*)q);
+        } else if (w.dtype == INT4) {
+            for (int64_t g = begin; g < end; g += GROUP) round_group(from + g, m * stride + g, (Whole<INT4>*)q);
         }
     }
     static INLINE void round_to_half(const float* from, Half* to) {
@@ -84,7 +90,7 @@ struct Rows {
         store(to, load16(rounded, BFLOAT16));
 #endif
     }
-    INLINE void round_group(const float* from, int64_t at) const {
+    template <class W> INLINE void round_group(const float* from, int64_t at, W* to) const {
         Vec<float> most{};
         for (int64_t i = 0; i < GROUP; i += 16) {
             const Vec<float> v = load(from + i);
@@ -96,16 +102,21 @@ struct Rows {
             const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
             const Ints v = as_ints(load(from + i) * inverse + magic) - as_ints(magic);
             total += v;
-            put_whole(q + at + i, v);
+            put_whole(to + at + i, v);
         }
         scale[at / GROUP] = step;
-        sum[at / GROUP] = -128 * ::sum<int32_t>(total);
+        sum[at / GROUP] = ::sum<int32_t>(total);
     }
-    static INLINE void put_whole(Whole* to, const Ints& v) {
-#if defined(__AVX512VNNI__)
+    static INLINE void put_whole(int8_t* to, const Ints& v) {
+#if defined(__AVX512F__)
         const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v.part[0]);
         memcpy(to, &bytes, 16);
-#elif defined(__AVX2__)
+#else
+        for (int i = 0; i < 16; i++) to[i] = int8_t(v[i]);
+#endif
+    }
+    static INLINE void put_whole(int16_t* to, const Ints& v) {
+#if defined(__AVX2__)
         __m256i x[2];
         memcpy(x, &v, 64);
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x[0], x[1]), 0xd8);
@@ -290,8 +301,7 @@ template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y,
 // ---- INT8 and INT4 ------------------------------------------------------------------------------------------------
 
 // pairs of products of 16-bit integers, added: x are the same two for all
-#if !defined(__AVX512VNNI__)
-INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const Whole* x) {
+INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const int16_t* x) {
 #if defined(__SSE2__)
     int32_t two;
     memcpy(&two, x, 4);
@@ -308,19 +318,23 @@ INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const Whole* x) {
     return y;
 #endif
 }
-#endif
 
-// The same 4 inputs of 16 output rows. The weights are unsigned, 128 too large; sums begin with Rows::sum to make up.
-struct Quads {
-#if defined(__AVX512VNNI__)
-    __m512i bytes;
-    explicit INLINE Quads(const Ints& x) : bytes((__m512i)x.part[0]) {}
-    INLINE void add(Ints& total, const Whole* x) const {
-        int32_t four;
-        memcpy(&four, x, 4);
-        total.part[0] = (Reg<int32_t>)_mm512_dpbusd_epi32((__m512i)total.part[0], bytes, _mm512_set1_epi32(four));
-    }
-#else
+// GCC would first gather all products of a group, in memory
+INLINE void keep(Reg<int32_t>& sum) {
+#if defined(__SSE2__)
+    asm("" : "+x"(sum));
+#endif
+}
+
+INLINE Reg<int32_t> four(const int8_t* x) {  // the same for all
+    int32_t bytes;
+    memcpy(&bytes, x, 4);
+    return Reg<int32_t>{} + bytes;
+}
+
+// The same 4 inputs of 16 output rows. The weights are unsigned.
+template <class W> struct Quads;
+template <> struct Quads<int16_t> {
     Reg<uint16_t> even[Ints::PARTS], odd[Ints::PARTS];
     explicit INLINE Quads(const Ints& bytes) {
         for (int i = 0; i < Ints::PARTS; i++) {
@@ -328,16 +342,33 @@ struct Quads {
             odd[i] = (Reg<uint16_t>)bytes.part[i] >> 8;
         }
     }
-    INLINE void add(Ints& total, const Whole* x) const {
+    INLINE void add(Ints& total, const int16_t* x) const {
         for (int i = 0; i < Ints::PARTS; i++) {
             Reg<int32_t> sum = total.part[i] + (pairs(even[i], x) + pairs(odd[i], x + 2));
-#if defined(__SSE2__)
-            asm("" : "+x"(sum));  // GCC would first gather all products of a group, in memory
-#endif
+            keep(sum);
             total.part[i] = sum;
         }
     }
+};
+template <> struct Quads<int8_t> {
+    const Ints& bytes;
+    explicit INLINE Quads(const Ints& bytes) : bytes(bytes) {}
+    INLINE void add(Ints& total, const int8_t* x) const {
+        for (int i = 0; i < Ints::PARTS; i++) {
+#if defined(__AVX512VNNI__)
+            total.part[i] =
+                (Reg<int32_t>)_mm512_dpbusd_epi32((__m512i)total.part[i], (__m512i)bytes.part[i], (__m512i)four(x));
+#elif defined(__AVX512BW__)
+            const __m512i two = _mm512_maddubs_epi16((__m512i)bytes.part[i], (__m512i)four(x));
+            total.part[i] += (Reg<int32_t>)_mm512_madd_epi16(two, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+            const __m256i two = _mm256_maddubs_epi16((__m256i)bytes.part[i], (__m256i)four(x));
+            Reg<int32_t> sum = total.part[i] + (Reg<int32_t>)_mm256_madd_epi16(two, _mm256_set1_epi16(1));
+            keep(sum);
+            total.part[i] = sum;
 #endif
+        }
+    }
 };
 
 // 64 halves of bytes as the numbers they stand for
@@ -362,23 +393,31 @@ INLINE Ints look_up(const Ints& places, const uint8_t* table) {
 template <int64_t FORMAT, int M>
 INLINE void packed16(const Tensor& w, const Rows& in, int64_t first, const char* data, const char* scales, float* y,
                      int64_t to, int64_t valid) {
-    constexpr int PARALLEL = sizeof(Whole) > 1 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // sums that do not wait for each other
-    const Whole* x = in.q + first * in.stride;
+    typedef Whole<FORMAT> W;
+    constexpr bool wide = REGISTER == 64 && sizeof(W) == 1;
+    constexpr int PARALLEL = !wide ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // sums that do not wait for each other
+    const W* x = (const W*)in.q + first * in.stride;
     Vec<float> total[M] = {};
     for (int64_t at = 0; at < w.columns; at += GROUP) {
         Ints sums[M][PARALLEL] = {};
-        for (int m = 0; m < M; m++) sums[m][0] = in.sum[((first + m) * in.stride + at) / GROUP];
+        for (int m = 0; m < M; m++) sums[m][0] = (FORMAT == INT8 ? -128 : -64) * in.sum[((first + m) * in.stride + at) / GROUP];
         const auto add = [&](const Ints& weights, int64_t i, int chain) __attribute__((always_inline)) {
-            const Quads quads(weights);
+            const Quads<W> quads(weights);
             for (int m = 0; m < M; m++) quads.add(sums[m][chain % PARALLEL], x + m * in.stride + i);
+        };
+        const auto next = [&]() __attribute__((always_inline)) {
+            if (M == 1 && REGISTER < 64) __builtin_prefetch(data + 2048, 0, 0);  // read once: no place in the caches
+            const Ints vector = load((const int32_t*)data);
+            data += 64;
+            return vector;
         };
         if (FORMAT == INT8)
             for (int64_t i = 0; i < GROUP; i += 16)
-                for (int j = 0; j < 4; j++, data += 64) add(load((const int32_t*)data), at + i + 4 * j, j);
+                for (int j = 0; j < 4; j++) add(next(), at + i + 4 * j, j);
         else
             for (int64_t i = 0; i < GROUP; i += 16)
-                for (int j = 0; j < 2; j++, data += 64) {
-                    const Ints vector = load((const int32_t*)data);
+                for (int j = 0; j < 2; j++) {
+                    const Ints vector = next();
                     add(look_up(vector & 0x0f0f0f0f, w.table), at + i + 8 * j, 2 * j);
                     add(look_up(vector >> 4 & 0x0f0f0f0f, w.table), at + i + 8 * j + 4, 2 * j + 1);
                 }

@@ -47,7 +47,7 @@ struct Arena {
     float* floats(int64_t rows, int64_t width) { return take<float>(rows * Rows::padded(width)); }
     Rows rows(int64_t count, int64_t width) {
         const int64_t stride = Rows::padded(width), n = count * stride;
-        const Rows made{take<float>(n), count, width, stride, take<Half>(n), take<Whole>(n), take<float>(n / GROUP),
+        const Rows made{take<float>(n), count, width, stride, take<Half>(n), take<int16_t>(n), take<float>(n / GROUP),
                         take<int32_t>(n / GROUP)};
         for (int64_t m = 0; block && width < stride && m < count; m++) {  // what pads a row must be zero
             memset(made.row(m) + width, 0, (stride - width) * 4);

@@ -143,4 +143,4 @@ def test_wrong_width_is_named():
 def test_levels_rise_through_zero_and_fit_a_byte():
     assert list(LEVELS) == sorted(set(LEVELS))
     assert 0 in LEVELS
-    assert all(-128 < level < 128 for level in LEVELS)
+    assert all(-64 <= level < 64 for level in LEVELS)

@@ -25,9 +25,10 @@ GROUP = 32
 INT8, INT4 = 4, 5  # Format in matmul.h
 TILE = 16  # output rows that lie together
 # Lloyd's algorithm over groups of normally distributed weights, each with its best scale, one level held at 0: where
-# outliers take the scale, most weights are next to nothing.
-LEVELS = (-127, -100, -78, -61, -47, -34, -22, -11, 0, 11, 23, 35, 48, 64, 82, 107)
-TABLE = (ctypes.c_uint8 * 16)(*(level + 128 for level in LEVELS))
+# outliers take the scale, most weights are next to nothing. In 7 bits, which a kernel may want (matmul.h), and no less
+# exact.
+LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
+TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 
 def tile(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,16 +65,16 @@ template <class R> struct Update {
     }
 };
 
-// A token's output: the factors likewise, the sum of all weights, and the mean of the values
+// A token's output: the factors likewise, 1 / the sum of all weights, and the mean of the values
 template <class R> struct Output {
-    Vec<R> old, own, weight, y;
+    Vec<R> old, own, inverse, y;
     INLINE Output(Vec<R> a, Vec<R> b, Vec<R> p, Vec<R> k, Vec<R> v, Vec<R> u) {
         const Vec<R> ahead = k - p + u, factor = exp(smaller(ahead, -ahead));
         const auto first = ahead < R(0);
         old = choose(first, R(1), factor);
         own = choose(first, factor, R(1));
-        weight = old * b + own;
-        y = (old * a + own * v) / weight;
+        inverse = R(1) / (old * b + own);
+        y = (old * a + own * v) * inverse;
     }
 };
 
@@ -152,7 +152,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
                 const Vec<R> a = token.met.a[j], b = token.met.b[j], k = token.k[j], v = token.v[j];
                 const Vec<R> old = token.old[j], own = token.own[j], ga = g.a[j], gb = g.b[j];
                 const Output<R> out(a, b, token.met.p[j], k, v, u[j]);
-                const Vec<R> q = dy[j] / out.weight, by_bonus = out.own * q * (v - out.y);
+                const Vec<R> q = dy[j] * out.inverse, by_bonus = out.own * q * (v - out.y);
                 dv.set(j, own * ga + out.own * q);
                 dk.set(j, own * (ga * v + gb) + by_bonus);
                 du.set(j, du[j] + by_bonus);

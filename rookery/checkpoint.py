@@ -5,8 +5,8 @@ model.safetensors). Generation and sizes are read off the tensors. A file is map
 copied once, in the dtype asked for, so that loading costs the memory of the model and no more.
 
 A quantised model is saved in a layout of its own kind, row after row: under the name of a matrix int8 [out, in], or
-uint8 [out, in / 2] with the code of the even column in the low half of a byte, and beside it its float16 `.scales`
-[out, in / 32]. ops/packed says what they stand for.
+uint8 [out, in / 2] (of every 8 columns' codes, number i in the low and i + 4 in the high half of a byte), and beside it
+its float16 `.scales` [out, in / 32]. ops/packed says what they stand for.
 """
 
 from __future__ import annotations
@@ -176,20 +176,25 @@ def assemble(
         model.quantization = described["quantization"]
     if quantize is not None:
         check(model, quantize)
-        for name, linear in matrices(model):
-            weight = tensors.pop(f"{name}.weight").detach().reshape(linear.weight.shape)
-            packed[f"{name}.weight"] = FORMATS[quantize](weight)
         model.quantization = quantize
     large, small = Rooms(device), Rooms(device)  # apart, for quantising gives the matrices back and nothing else
-    for key, (q, scales) in packed.items():
-        replace_matrix(model, key.removesuffix(".weight"), q.to(device), scales.to(device), large)
+    strict = model.quantization is None
+    for name, linear in matrices(model):  # one matrix at a time is there twice
+        key = f"{name}.weight"
+        if key in packed:
+            q, scales = packed.pop(key)
+        elif quantize is not None:
+            q, scales = FORMATS[quantize](tensors.pop(key).detach().reshape(linear.weight.shape))
+        else:
+            continue
+        replace_matrix(model, name, q.to(device), scales.to(device), large)
     in_matrices = {f"{name}.weight" for name, _ in matrices(model)}
     copied = {}
     for name in list(tensors):
         shape = skeleton[name].shape
         rooms = large if name in in_matrices else small
         copied[name] = rooms.room(shape, dtype).copy_(tensors.pop(name).detach().reshape(shape))
-    model.load_state_dict(copied, assign=True, strict=not packed)
+    model.load_state_dict(copied, assign=True, strict=strict)
     model.eval()
     model._fingerprint = print_of_file
     return model
@@ -198,13 +203,12 @@ def assemble(
 def _in_rows(module: PackedLinear) -> tuple[Tensor, Tensor]:
     """The packed matrix as it lies in a file."""
     q, scales = untile(module.weight.cpu(), module.scales.cpu(), module.out_features)
-    if q.dtype == torch.uint8:
-        q = q[:, 0::2] | q[:, 1::2] << 4
     return q.contiguous(), scales.contiguous()
 
 
 def _take_packed(tensors: dict[str, Any], format: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Takes the packed matrices out of what a file holds: int8, or uint8 codes, and scales by the matrix's name."""
+    """Takes the packed matrices out of what a file holds: int8, or uint8 with two codes each, and scales by the
+    matrix's name."""
     if format is None:
         return {}
     if format not in FORMATS:
@@ -218,8 +222,6 @@ def _take_packed(tensors: dict[str, Any], format: Any) -> dict[str, tuple[Tensor
             raise InputError(f"{key} and its matrix are not what {format} is made of")
         if (len(q), q.shape[1]) != (len(scales), scales.shape[1] * groups):
             raise InputError(f"{key} has the shape {list(scales.shape)}, which does not fit its matrix {list(q.shape)}")
-        if format == "int4":
-            q = torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
         packed[f"{key.removesuffix('scales')}weight"] = (q, scales)
     return packed
 

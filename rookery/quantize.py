@@ -16,7 +16,7 @@ from .errors import InputError
 from .memory import Rooms
 from .models import Model
 from .models.parts import Linear, PackedLinear
-from .ops.packed import GROUP, LEVELS, tile
+from .ops.packed import GROUP, LEVELS, pack, tile
 
 MOST = -LEVELS[0]
 # Where the search for a scale begins: the largest weight of the group at this multiple of MOST, either way up, for the
@@ -83,7 +83,7 @@ def quantise_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [out, in] -> codes uint8 [out, in] below 16 and scales float16 [out, in / 32]; w is about LEVELS[code] * scale.
+    """w [out, in] -> packed codes uint8 [out, in / 2] and scales float16 [out, in / 32]: w is about LEVELS[code] * scale.
 
     Scales may be negative. Each is searched for the least squared error.
     """
@@ -113,7 +113,7 @@ def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
     scales = best.clamp(-HUGE, HUGE).half()
     inverse = torch.where(scales == 0, 0, 1 / scales.float())
     codes = nearest.to(torch.uint8).index_select(0, bins(groups * inverse)).view_as(groups)
-    return codes.flatten(1), scales.squeeze(-1)
+    return pack(codes.flatten(1)), scales.squeeze(-1)
 
 
 FORMATS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"int8": quantise_int8, "int4": quantise_int4}

@@ -31,33 +31,36 @@ LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
 TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 
+def pack(codes: Tensor) -> Tensor:
+    """Codes below 16 [out, in], uint8, two in a byte [out, in / 2]: of every 8, number i with number i + 4."""
+    low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack(q: Tensor) -> Tensor:
+    """What `pack` was given."""
+    fours = q.unflatten(1, (-1, 4))
+    return torch.stack([fours & 15, fours >> 4], dim=2).flatten(1)
+
+
 def tile(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """q [out, in] int8, or uint8 codes [out, in] below 16, and scales [out, in / 32] as the kernel reads them:
+    """q, int8 [out, in] or packed codes uint8 [out, in / 2], and scales [out, in / 32] as the kernel reads them:
     bytes [tiles, in / 4 or in / 8, 16, 4], scales [tiles, in / 32, 16]; rows that fill the last tile are zeros."""
-    rows, columns = q.shape
-    more = -rows % TILE
-    codes = q.dtype == torch.uint8
+    more = -len(q) % TILE
     # 4 bytes move as one number, which PyTorch does 7 times as fast
-    quads = F.pad(q, (0, 0, 0, more)).view(torch.int32).view(-1, TILE, columns // 4).transpose(1, 2)
-    if codes:
-        low, high = quads.unflatten(1, (-1, 2)).unbind(2)
-        data = (low | high << 4).contiguous().view(torch.uint8)
-    else:
-        data = quads.contiguous().view(torch.uint8) ^ 128  # -128 .. 127 becomes 0 .. 255
-    data = data.view(len(data), -1, TILE, 4)
-    scales = F.pad(scales, (0, 0, 0, more)).view(-1, TILE, columns // GROUP).transpose(1, 2)
-    return data, scales.contiguous()
+    quads = F.pad(q, (0, 0, 0, more)).view(torch.int32).unflatten(0, (-1, TILE)).transpose(1, 2)
+    data = quads.contiguous().view(torch.uint8)
+    if q.dtype == torch.int8:
+        data ^= 128  # -128 .. 127 becomes 0 .. 255
+    scales = F.pad(scales, (0, 0, 0, more)).unflatten(0, (-1, TILE)).transpose(1, 2)
+    return data.unflatten(2, (TILE, 4)), scales.contiguous()
 
 
 def untile(data: Tensor, scales: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """What `tile` was given."""
-    columns = scales.shape[1] * GROUP
-    if is_int4(data, scales):
-        data = torch.stack([data & 15, data >> 4], dim=2).flatten(1, 2)
-    else:
+    if not is_int4(data, scales):
         data = (data - 128).view(torch.int8)
-    q = data.transpose(1, 2).reshape(-1, columns)[:rows]
-    return q, scales.transpose(1, 2).reshape(-1, columns // GROUP)[:rows]
+    return data.transpose(1, 2).flatten(0, 1).flatten(1)[:rows], scales.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def is_int4(data: Tensor, scales: Tensor) -> bool:
@@ -67,9 +70,8 @@ def is_int4(data: Tensor, scales: Tensor) -> bool:
 
 def dequantise(q: Tensor, scales: Tensor) -> Tensor:
     """The weights [out, in] that they stand for, float32; see `tile`."""
-    values = (
-        torch.tensor(LEVELS, dtype=torch.float32, device=q.device)[q.int()] if q.dtype == torch.uint8 else q.float()
-    )
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
+    values = levels[unpack(q).int()] if q.dtype == torch.uint8 else q.float()
     return (values.unflatten(1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)
 
 

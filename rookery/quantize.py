@@ -83,7 +83,7 @@ def quantise_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [out, in] -> packed codes uint8 [out, in / 2] and scales float16 [out, in / 32]: w is about LEVELS[code] * scale.
+    """w [out, in] -> packed codes uint8 [out, in / 2], scales float16 [out, in / 32]; w is about LEVELS[code] * scale.
 
     Scales may be negative. Each is searched for the least squared error.
     """

@@ -159,6 +159,47 @@ def pack(
     pack(source, target, format, dtype)
 
 
+@app.command("data")
+def encode(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help=".txt, .jsonl, .jsonl.gz, .parquet, folders, globs, or hf://NAME[:SPLIT]."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PREFIX", help="What the token file is called.")],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="bytes, world, a tokenizer.json, or a model's folder.")
+    ] = "world",
+    template: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="How conversations are shown: raven, world, g1, g1-think, story."),
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option(help="Processes; up to 8 without it.")] = None,  # noqa: UP045
+    key: Annotated[str, typer.Option(help="The field of a row that holds its text.")] = "text",
+    holdout: Annotated[float, typer.Option(help="This part of the documents goes to PREFIX-eval.")] = 0.0,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever is there.")] = False,
+) -> None:
+    """Turn texts into a token file to train on (docs/data.md). Stopped in whatever way, the same command goes on."""
+    from .data import data
+
+    data(sources, out, tokenizer, template, workers, key, holdout, restart)
+
+
+@app.command("train")
+def learn(
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[CONFIG.toml] [SECTION.KEY=VALUE]...",
+            help="A file, settings on top of it, or settings alone, like data.train=texts optim.lr=1e-3.",
+        ),
+    ],
+) -> None:
+    """Train a model (docs/training.md). Stopped in whatever way, the same command goes on from the last checkpoint."""
+    from .train import train
+
+    train(settings)
+
+
 @app.command("bench")
 def measure(
     topics: Annotated[

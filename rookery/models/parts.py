@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..ops.dispatch import constant_to_the_compiler
@@ -128,6 +129,7 @@ class Model(nn.Module):
     Config: ClassVar[Any]
     ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
+    gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
     config: Any
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
@@ -148,6 +150,14 @@ class Model(nn.Module):
     @constant_to_the_compiler  # it cannot look into a hash, and need not
     def _taken(self) -> str:
         return fingerprint(self.name, self.config, dict(self.named_parameters()))
+
+    def init_weights(self) -> None:
+        """Random numbers as the training recipe has them, in place."""
+        raise NotImplementedError
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """The parameters with the learning rate and weight decay of each, for an optimiser."""
+        raise NotImplementedError
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As in any module; other weights have another fingerprint."""
@@ -173,6 +183,12 @@ class Model(nn.Module):
             att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
             layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
         return State(layers, self.fingerprint)
+
+    def through(self, block: nn.Module, *inputs: Any) -> Any:
+        """What a block makes of its inputs."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def native_step(self, tokens: Tensor, cu: tuple[int, ...] | None) -> native.Step | None:
         """The C++ that does the forward of these tokens, or None where the plain model must (native.py says when).

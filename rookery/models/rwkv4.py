@@ -145,7 +145,7 @@ class RWKV4(Model):
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block(x, layer, cu)
+            x, layer = self.through(block, x, layer, cu)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)

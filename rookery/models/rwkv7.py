@@ -211,7 +211,7 @@ class RWKV7(Model):
         v_first = None
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, v_first, layer = block(x, layer, v_first, cu)
+            x, v_first, layer = self.through(block, x, layer, v_first, cu)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)

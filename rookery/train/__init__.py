@@ -1,0 +1,1 @@
+"""Training: texts to token files, token files to rows, rows to a model."""

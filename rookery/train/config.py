@@ -1,0 +1,188 @@
+"""What a run is told: a TOML file of four sections, every value with a default that works.
+
+An unknown key, a value of another type or one that cannot be is named in one line before anything else happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..models import MODELS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("bfloat16", "float32", "float64")
+ORDERS = ("documents", "shuffle", "cubic", "random", "sequential")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    path: str = ""  # a checkpoint to go on from; without it a new model of the sizes below
+    generation: str = "rwkv7"
+    n_layer: int = 12
+    n_embd: int = 768
+    vocab_size: int = 0  # 0: the data's vocabulary, up to the next multiple of 64
+
+    def check(self) -> None:
+        if self.generation not in MODELS:
+            raise InputError(f"model.generation is {self.generation!r}; known are {', '.join(MODELS)}")
+        _positive("model", self, "n_layer", "n_embd")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    train: str = ""  # a token file that `rookery data` wrote, or a binidx pair
+    eval: str = ""  # another one, only measured
+    order: str = "documents"  # shuffled documents without leaks, or windows: shuffle, cubic, random, sequential
+    ctx_len: int = 1024  # tokens of a row
+
+    def check(self) -> None:
+        if not self.train:
+            raise InputError("data.train is missing: the token file to learn from (see `rookery data --help`)")
+        if self.order not in ORDERS:
+            raise InputError(f"data.order is {self.order!r}; known are {', '.join(ORDERS)}")
+        _positive("data", self, "ctx_len")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    lr: float = 6e-4  # at the end of the warm-up
+    lr_final: float = 6e-5  # at the end of the run, after half a cosine
+    warmup: int = 10  # steps
+    weight_decay: float = 0.1  # of matrices only; the model's file says which
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-18
+    clip: float = 1.0  # the largest norm of all gradients together; 0: none
+    l2wrap: float = 1e-4  # pulls the largest logit of every position towards 0
+
+    def check(self) -> None:
+        _positive("optim", self, "lr", "eps")
+        for name in ("lr_final", "warmup", "weight_decay", "clip", "l2wrap"):
+            if getattr(self, name) < 0:
+                raise InputError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optim.betas must lie in [0, 1), got {list(self.betas)}")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    out: str = "out"  # the folder for the model, its checkpoints and the log
+    batch: int = 8  # rows in one forward pass of one process
+    accumulate: int = 1  # such passes in a step
+    steps: int = 0  # how long: so many steps, or
+    epochs: float = 1.0  # so many times through the data, where steps is 0
+    precision: str = "bfloat16"  # of the activations (autocast); float32, or float64 for tests
+    checkpointing: bool = False  # keep the activations between blocks only and compute the rest twice
+    compile: bool = False  # torch.compile the model
+    seed: int = 0
+    log_every: int = 10  # steps
+    eval_every: int = 500  # steps; 0: at the end only
+    eval_rows: int = 64
+    sample_every: int = 500  # steps; 0: never
+    sample_prompt: str = "\n"
+    save_minutes: float = 5.0  # between checkpoints
+    save_every: int = 0  # steps between checkpoints, besides
+    keep: int = 2  # checkpoints that stay
+    wandb: str = ""  # a project to log to, where wandb is installed
+
+    def check(self) -> None:
+        _positive("run", self, "batch", "accumulate", "log_every", "eval_rows", "keep", "save_minutes")
+        for name in ("steps", "epochs", "eval_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"run.{name} must not be negative, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"run.seed must not be negative, got {self.seed}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"run.precision is {self.precision!r}; known are {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    run: RunSection = field(default_factory=RunSection)
+
+    def check(self) -> Config:
+        """Itself; InputError if a value cannot be."""
+        for section in dataclasses.fields(self):
+            getattr(self, section.name).check()
+        if self.run.compile and self.data.order == "documents":
+            raise InputError("run.compile needs windows (data.order=shuffle): packed documents compile anew every step")
+        return self
+
+
+def read_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file, with `section.key=value` on top."""
+    told: dict[str, Any] = {}
+    if file is not None:
+        path = Path(file).expanduser()
+        try:
+            told = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from error
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not TOML ({error})") from error
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not equals or not dot:
+            raise InputError(f"{override!r} is no setting; write section.key=value, like optim.lr=1e-3")
+        told.setdefault(section, {})[key] = _value(value.strip())
+    try:
+        return from_dict(told).check()
+    except InputError as error:
+        raise InputError(f"{file}: {error}" if file is not None else str(error)) from None
+
+
+def from_dict(told: Mapping[str, Any]) -> Config:
+    """The inverse of dataclasses.asdict, for what TOML and JSON can say; unknown keys are refused."""
+    sections = typing.get_type_hints(Config)
+    made = {}
+    for name, values in told.items():
+        if name not in sections or not isinstance(values, Mapping):
+            raise InputError(f"there is no section {name!r}; known are {', '.join(sections)}")
+        kinds = typing.get_type_hints(sections[name])
+        for key in values:
+            if key not in kinds:
+                raise InputError(f"there is no {name}.{key}; known are {', '.join(kinds)}")
+        made[name] = sections[name](**{key: _typed(f"{name}.{key}", kinds[key], x) for key, x in values.items()})
+    return Config(**made)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.GenericAlias):  # a tuple of numbers
+        parts = typing.get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(parts):
+            raise InputError(f"{name} must be {len(parts)} numbers, got {value!r}")
+        return tuple(_typed(name, part, x) for part, x in zip(parts, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        raise InputError(f"{name} must be {what}, got {value!r}")
+    return value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a text needs no quotes here
+
+
+def _positive(section: str, of: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(of, name) > 0:
+            raise InputError(f"{section}.{name} must be positive, got {getattr(of, name)}")

@@ -1,0 +1,137 @@
+"""Checkpoints of a run: written whole or not at all, verified before they are trusted.
+
+A checkpoint is a folder `step-00001000` that every command takes as a model (config.json, model.safetensors, the
+tokenizer), with the optimiser's tensors beside it and run.json, which knows where the run stood and what the other
+files hash to. It is made under another name and renamed when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..checkpoint import save
+from ..errors import InputError
+from ..models import Model
+
+log = logging.getLogger("rookery")
+
+NAME = re.compile(r"step-(\d{8})")
+OPTIMIZER, STANDING = "optimizer.safetensors", "run.json"
+
+
+def keep(
+    folder: Path,
+    step: int,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    standing: Mapping[str, Any],
+    most: int,
+    tokenizer_file: Path | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the checkpoint of a step into `folder` and removes all but the `most` newest. `standing` is what else is
+    to be found again, as JSON can say it. OSError, and nothing changed, where the disk is full."""
+    target = folder / f"step-{step:08}"
+    part = folder / f".{target.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        save(model, part, tokenizer_file, notes)
+        save_file(_tensors(model, optimizer), part / OPTIMIZER)
+        hashes = {file.name: _hash(file) for file in sorted(part.iterdir())}
+        (part / STANDING).write_text(json.dumps({"step": step, **standing, "files": hashes}, indent=1) + "\n")
+        for file in part.iterdir():
+            _to_disk(file)
+        shutil.rmtree(target, ignore_errors=True)  # of a run that went on from an older one
+        os.replace(part, target)
+        _to_disk(folder)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in _all(folder)[:-most]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is as it was written, and its `standing` with the step; None where there is none."""
+    for path in reversed(_all(folder)):
+        try:
+            standing = json.loads((path / STANDING).read_text())
+            hashes = standing.pop("files")
+            damaged = next((name for name, digest in hashes.items() if _hash(path / name) != digest), None)
+        except (OSError, ValueError, KeyError, AttributeError):
+            damaged = STANDING
+        if damaged is None:
+            return path, standing
+        log.warning("rookery: %s is damaged (%s) and left aside", path, damaged)
+    return None
+
+
+def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the numbers of a checkpoint, random state included, where they were."""
+    try:
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    except RuntimeError as error:
+        raise InputError(f"{path}: is a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from error
+    tensors = load_file(path / OPTIMIZER)
+    torch.set_rng_state(tensors.pop("random"))
+    names = _names(model, optimizer)
+    found = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, x in tensors.items():
+        name, _, what = key.rpartition("|")
+        if name not in names:
+            raise InputError(f"{path}: its optimiser knows {name}, which is not trained here")
+        state.setdefault(names[name], {})[what] = x
+    optimizer.load_state_dict({**found, "state": state})
+
+
+def _tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {place: name for name, place in _names(model, optimizer).items()}
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{names[i]}|{what}": x.detach().cpu() for i, parts in state.items() for what, x in parts.items()}
+    return {**tensors, "random": torch.get_rng_state()}
+
+
+def _names(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """The number that the optimiser's state_dict gives to each parameter."""
+    named = {p: name for name, p in model.named_parameters()}
+    return {named[p]: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoints, the oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as data:
+        while block := data.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

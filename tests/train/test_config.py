@@ -1,0 +1,88 @@
+"""Settings: what is not known, or cannot be, is named in one line before any time is spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import pytest
+
+from rookery.errors import InputError
+from rookery.models import RWKV7, RWKV7Config
+from rookery.train.config import Config, OptimSection, from_dict, read_config
+from rookery.train.optim import optimizer, rate, set_rate
+
+WRONG = [
+    ("optimizer.lr=1", "there is no section 'optimizer'; known are model, data, optim, run"),
+    ("optim.rate=1", "there is no optim.rate; known are lr, lr_final"),
+    ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
+    ("optim.lr=0", "optim.lr must be positive, got 0.0"),
+    ("optim.betas=[0.9]", "optim.betas must be 2 numbers, got [0.9]"),
+    ("optim.betas=[0.9, 1.0]", "optim.betas must lie in [0, 1), got [0.9, 1.0]"),
+    ("run.batch=1.5", "run.batch must be a whole number, got 1.5"),
+    ("run.batch=true", "run.batch must be a whole number, got True"),
+    ("run.compile=1", "run.compile must be true or false, got 1"),
+    ("run.precision=int8", "run.precision is 'int8'; known are bfloat16, float32, float64"),
+    ("run.steps=-1", "run.steps must not be negative, got -1"),
+    ("model.generation=rwkv3", "model.generation is 'rwkv3'; known are rwkv4, rwkv5, rwkv6, rwkv7"),
+    ("data.order=sorted", "data.order is 'sorted'; known are documents, shuffle, cubic, random, sequential"),
+    ("data.train=", "data.train is missing"),
+    ("lr", "'lr' is no setting; write section.key=value"),
+    ("lr=1", "'lr=1' is no setting"),
+]
+
+
+@pytest.mark.parametrize(("setting", "told"), WRONG)
+def test_what_is_wrong_is_named(setting, told):
+    with pytest.raises(InputError) as refusal:
+        read_config(None, ["data.train=some", setting])
+    assert str(refusal.value).startswith(told)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_and_settings_on_top(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[data]\ntrain = "texts"\n[optim]\nlr = 1\nbetas = [0.9, 0.95]\n[run]\nbatch = 4\n')
+    config = read_config(file, ["run.batch=2", "data.eval=held=out", "optim.lr_final=1e-4"])
+    assert config.optim == OptimSection(lr=1.0, lr_final=1e-4, betas=(0.9, 0.95))
+    assert (config.run.batch, config.data.train, config.data.eval) == (2, "texts", "held=out")
+    assert from_dict(asdict(config)) == config
+    assert Config().run.batch == 8
+
+
+@pytest.mark.parametrize(("text", "told"), [("[run", "not TOML"), ("run = 1", "there is no section 'run'")])
+def test_a_file_that_cannot_be(text, told, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    for path, line in ((file, told), (tmp_path / "none.toml", "cannot be read")):
+        with pytest.raises(InputError) as refusal:
+            read_config(path)
+        assert f"{path}: {line}" in str(refusal.value)
+
+
+def test_the_learning_rate():
+    """The published curve, written down independently: a linear warm-up from 1%, then half a cosine."""
+    of = OptimSection(lr=6e-4, lr_final=6e-5, warmup=10)
+    steps = 1000
+    found = [of.lr * rate(step, steps, of) for step in range(steps + 1)]
+    for step in range(10):
+        assert math.isclose(found[step], 6e-4 * (0.01 + 0.99 * step / 10), rel_tol=1e-12)
+    for step in (10, 200, 505, 900, 1000):
+        p = (step - 10) / 990
+        assert math.isclose(found[step], 6e-5 + (6e-4 - 6e-5) * (1 + math.cos(math.pi * p)) / 2, rel_tol=1e-12)
+    assert max(found) == found[10] == 6e-4
+    assert math.isclose(found[-1], 6e-5)
+    assert rate(5, 5, OptimSection(warmup=0)) == pytest.approx(0.1)  # nothing divides by zero
+    assert rate(0, 1, OptimSection(warmup=0, lr_final=0)) == 1
+
+
+def test_every_group_keeps_its_pace():
+    model = RWKV7(RWKV7Config.sized(64, 2, 64))
+    made = optimizer(model, OptimSection(lr=1e-3, weight_decay=0.2))
+    set_rate(made, 0.5)
+    found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in made.param_groups}
+    fast = [name for name, _ in model.named_parameters() if name.endswith("att.w0")]
+    matrices = [name for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim == 2]
+    everything = len(list(model.parameters()))
+    rest = everything - len(fast) - len(matrices)
+    assert found == {(5e-4, 0.0): rest, (1e-3, 0.0): len(fast), (5e-4, 0.2): len(matrices)}

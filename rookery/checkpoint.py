@@ -7,6 +7,9 @@ copied once, in the dtype asked for, so that loading costs the memory of the mod
 A quantised model is saved in a layout of its own kind, row after row: under the name of a matrix int8 [out, in], or
 uint8 [out, in / 2] (of every 8 columns' codes, number i in the low and i + 4 in the high half of a byte), and beside it
 its float16 `.scales` [out, in / 32]. ops/packed says what they stand for.
+
+A tuned initial state is a file of its own, with `blocks.i.att.time_state` of every layer and nothing else: BlinkDL's
+.pth, or the .safetensors that `save_time_state` writes, which also says to which model it belongs.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from torch import Tensor
 from .errors import InputError
 from .files import replacing
 from .memory import Rooms
-from .models import MODELS, Model, detect
+from .models import MODELS, Model, State, detect
 from .models.parts import PackedLinear, fingerprint
 from .ops.packed import GROUP, untile
 from .quantize import FORMATS, check, matrices, replace_matrix
@@ -44,6 +47,7 @@ DTYPES = {
 
 QUANTISED = ("quantization", "fingerprint")  # what it says of a quantised model: the format, whose states fit
 NOTES = ("chat_template", "opening_tokens")  # what a config.json may say to LLM, besides the sizes
+TIME_STATE = "rookery.time_state"  # the format that the metadata of a tuned state name
 
 
 def load(
@@ -126,6 +130,69 @@ def save(
         if tokenizer is not None:
             with replacing(folder / f"tokenizer{tokenizer.suffix}") as copy:
                 shutil.copyfile(tokenizer, copy)
+
+
+def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+    """Writes the tuned initial state of a model as a .safetensors file (atomically), under BlinkDL's names. `notes` as
+    for `save`."""
+    if not model.config.time_state:
+        raise InputError("this model has no tuned initial state; tune_state() gives it one")
+    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in model.time_states()}
+    about = {"format": TIME_STATE, "fingerprint": model.fingerprint, "notes": json.dumps(dict(notes or {}))}
+    with replacing(Path(path).expanduser()) as part:
+        save_file(tensors, part, metadata=about)
+
+
+def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A tuned initial state for this model: tensors by name, [H, N_v, N_k], of RWKV-4 [2, A], in float32 (float64 for a
+    float64 model) where the model is; and the notes that were saved with it.
+
+    path: what `save_time_state` wrote, or a .pth or .safetensors of BlinkDL's, which can only be told by its shapes.
+
+    Raises:
+        InputError: no such file, a damaged one, something else, or the state of another model.
+    """
+    path = Path(path).expanduser()
+    try:
+        if not os.path.exists(path):
+            raise InputError("no such state file")
+        tensors, _ = read(path)
+        wanted = model.time_states()
+        if tensors.keys() != wanted.keys():
+            found = (", ".join(list(tensors)[:2]) or "nothing") + (", ..." if len(tensors) > 2 else "")
+            kind = f"blocks.0 to {len(wanted) - 1}.att.time_state"
+            raise InputError(f"not a tuned state of this model: it holds {found} instead of {kind}")
+        for name, shape in wanted.items():
+            x = tensors[name]
+            if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != shape:
+                what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise InputError(f"the tuned state of another model: {name} is {what} instead of {list(shape)}")
+        about = _metadata(path)
+        if about.get("fingerprint", model.fingerprint) != model.fingerprint:
+            raise InputError("this state was tuned on another model")
+        notes = json.loads(about.get("notes", "{}"))
+        for key, value in notes.items():
+            _check_note(key, value)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    like = model.emb.weight
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return {name: x.to(like.device, dtype) for name, x in tensors.items()}, notes
+
+
+def initial_state(path: str | Path, model: Model) -> State:
+    """The state of one row in a file of `read_time_state`'s: what a text begins from, in place of nothing. The model
+    stays as it is."""
+    return model.initial_state(time_states=read_time_state(path, model)[0])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for a .pth."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
 
 
 def assemble(

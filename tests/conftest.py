@@ -84,7 +84,7 @@ def random_checkpoint(
         if version != "4":
             tensors |= norm("ln_x")
         if tuned:
-            tensors["time_state"] = normal(heads, size, size)
+            tensors["time_state"] = normal(2, width) if version == "4" else normal(heads, size, size)
         return tensors
 
     def channel_mix() -> dict[str, Tensor]:

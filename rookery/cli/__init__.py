@@ -59,7 +59,10 @@ def generate(
     order: Annotated[str, typer.Option(help="temperature-first, or top-p-first as PyPI's rwkv.")] = "temperature-first",
     stop: Annotated[Optional[list[str]], typer.Option(help="Text that ends the output; repeatable.")] = None,  # noqa: UP045
     seed: Seed = None,
-    state: Annotated[Optional[Path], typer.Option(help="Go on from a saved state.")] = None,  # noqa: UP045
+    state: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Go on from a saved state, or begin from a tuned one (time_state.safetensors, a .pth)."),
+    ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt in front of the text.")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Tell tokens/s on standard error.")] = False,
 ) -> None:
@@ -71,11 +74,16 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize)
+    before = None
+    if state is not None and State.wrote(state):
+        before = State.load(state, device)
+    elif state is not None:
+        llm.begin_from(state)
     pieces = llm.generate(
         prompt,
         max_tokens,
         stream=True,
-        state=None if state is None else State.load(state, device),
+        state=before,
         stop=stop,
         temperature=temperature,
         top_k=top_k,
@@ -111,6 +119,10 @@ def chat(
     quantize: Quantize = None,
     template: Annotated[Optional[str], typer.Option(help="raven, world, g1, g1-think, story; guessed.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="A text that the conversation begins with.")] = None,  # noqa: UP045
+    state: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Begin from a tuned state (time_state.safetensors, a .pth)."),
+    ] = None,
     session: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Go on from this file if it exists, and keep the conversation there after every answer."),
@@ -125,6 +137,8 @@ def chat(
     from .talk import talk
 
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize)
+    if state is not None:
+        llm.begin_from(state)
     given = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in given.items() if value is not None}
     if max_tokens < 0:

@@ -155,7 +155,7 @@ class Chat:
         state, owed = self._end(before)
         prompt = owed + self.template.turn.replace("{user}", message)
         tokens = self._llm.encode(prompt, begins=state is None)
-        logits, asked = prefill(self._llm.model, [tokens], state)
+        logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
         asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
         turn = Turn(before, message, asked, logits[0], "", asked, self.template.separator)
         yield from self._answer(turn, max_tokens, sampling)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ..checkpoint import load, locate
+from ..checkpoint import load, locate, read_time_state
 from ..errors import InputError
 from ..models import Model, State
 from ..tokenizers import Tokenizer, guess, load_tokenizer
@@ -37,6 +37,7 @@ class LLM:
         chat_template: the name its folder gives for conversations; None if it gives none.
         opening: token ids read in front of every text that begins from nothing. A model that always saw a mark
             there in training expects it; a folder's config.json names them as "opening_tokens".
+        start: the state of one row that a text begins from, in front of the opening; None = the model's own.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LLM:
         notes = _notes(path) if isinstance(path, Path) else {}
         self.chat_template: str | None = notes.get("chat_template")
         self.opening: list[int] = list(notes.get("opening_tokens", ()))
+        self.start: State | None = None
 
     # fmt: off
     @overload
@@ -121,6 +123,7 @@ class LLM:
         if "" in stops:
             raise InputError("a stop string must not be empty")
         tokens = [self.encode(text, begins=state is None) for text in prompts]
+        state = self.start if state is None else state
         if state is not None and len(state) == 1:
             state = state[[0] * len(prompts)]
         events = generate(self.model, tokens, options, max_tokens, self.tokenizer.stop_ids, state)
@@ -136,7 +139,18 @@ class LLM:
         """The state after reading a text, from nothing or going on from `state`; one row that knows its text."""
         tokens = [self.encode(text, begins=state is None)]
         before = state.texts[0] if state is not None else ""
-        return prefill(self.model, tokens, state)[1].with_texts([before + text])
+        return prefill(self.model, tokens, self.start if state is None else state)[1].with_texts([before + text])
+
+    def begin_from(self, path: str | Path) -> None:
+        """From now on every text begins from the tuned state in a file, and with the opening it was tuned with.
+
+        Raises:
+            InputError: no such file, or not a tuned state of this model.
+        """
+        tensors, notes = read_time_state(path, self.model)
+        self.start = self.model.initial_state(time_states=tensors)
+        self.opening = list(notes.get("opening_tokens", self.opening))
+        self.chat_template = notes.get("chat_template", self.chat_template)
 
     def encode(self, text: str, begins: bool) -> list[int]:
         """Token ids; a text that `begins` from nothing has the model's opening in front."""

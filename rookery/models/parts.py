@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -130,6 +130,7 @@ class Model(nn.Module):
     ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
+    state_tuning = False  # only the initial state is trained, see `tune_state`
     config: Any
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
@@ -174,12 +175,32 @@ class Model(nn.Module):
         """What a copy or a pickle takes along: everything but the addresses of this one's weights."""
         return self.__dict__ | {"_step": None}
 
-    def initial_state(self, rows: int = 1) -> State:
+    def tune_state(self) -> Model:
+        """Itself, from now on with the initial state as its only trained parameter: `att.time_state`, which a model
+        without one gets as zeros. The frozen weights stay the memory they are."""
+        self.requires_grad_(False)
+        for name, shape in self.time_states().items():
+            att = self.blocks[int(name.split(".")[1])].att
+            if att.time_state is None:
+                att.time_state = nn.Parameter(self.emb.weight.new_zeros(shape))
+            att.time_state.requires_grad_(True)
+        self.config = replace(self.config, time_state=True)
+        self.state_tuning = True
+        return self
+
+    def time_states(self) -> dict[str, torch.Size]:
+        """Names and shapes of the parameters of a tuned initial state, whether this model has one or not."""
+        with torch.device("meta"):
+            tuned = type(self)(replace(self.config, time_state=True))
+        return {name: p.shape for name, p in tuned.named_parameters() if name.endswith(".time_state")}
+
+    def initial_state(self, rows: int = 1, time_states: Mapping[str, Tensor] | None = None) -> State:
         """The state of `rows` sequences that have read nothing: zeros, or the tuned state of a checkpoint that
-        carries one (`att.time_state`), through which gradients flow."""
+        carries one (`att.time_state`), through which gradients flow. `time_states` are taken in place of the model's
+        own, by name."""
         layers = []
-        for block in self.blocks:
-            wkv = block.att.initial_wkv()
+        for i, block in enumerate(self.blocks):
+            wkv = block.att.initial_wkv(time_states and time_states[f"blocks.{i}.att.time_state"])
             att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
             layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
         return State(layers, self.fingerprint)

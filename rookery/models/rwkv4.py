@@ -31,6 +31,7 @@ class RWKV4Config:
     n_embd: int
     dim_att: int
     dim_ffn: int
+    time_state: bool = False  # the initial state is a parameter (state tuning)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> RWKV4Config:
@@ -42,6 +43,7 @@ class RWKV4Config:
             n_embd=n_embd,
             dim_att=shapes["blocks.0.att.key.weight"][0],
             dim_ffn=shapes["blocks.0.ffn.key.weight"][0],
+            time_state="blocks.0.att.time_state" in shapes,
         )
 
     @classmethod
@@ -58,13 +60,25 @@ class TimeMix(nn.Module):
         self.time_first = nn.Parameter(torch.zeros(a))
         # mu-type mixes: the share of the current token
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(3))
+        self.time_state = nn.Parameter(torch.zeros(2, a)) if config.time_state else None
         self.key = Linear(c, a)
         self.value = Linear(c, a)
         self.receptance = Linear(c, a)
         self.output = Linear(a, c)
 
-    def initial_wkv(self) -> Tensor:
-        """The state before the first token, (a, b, p): [3, A]."""
+    def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
+        """The state before the first token, (a, b, p): [3, A]. `time_state` [2, A] in place of the model's own.
+
+        A tuned state is one token that every text has read: in the channel of a pair (s, d) its weight is |s|, its
+        value 1 + d where s > 0 and -(1 + d) where s < 0. All zeros are the empty state. The mean stays between values,
+        which a and b as free numbers would not see to: where b is small a leaves every range. From zero, s has a
+        gradient and may go either way; a weight that only grows (s squared, e^s) has none there, and one that is cut
+        off at zero stays there. The unit p is 0: in that of an empty state, e^-1e38, nothing has a gradient.
+        """
+        tuned = self.time_state if time_state is None else time_state
+        if tuned is not None:
+            s, d = widen(tuned)
+            return torch.stack([s * (1 + d), s.abs(), torch.zeros_like(s)])
         wkv = widen(self.time_decay.new_zeros(3, len(self.time_decay)))
         wkv[2] = -1e38  # the logarithm of "nothing yet" that survives differences, unlike -inf
         return wkv
@@ -171,6 +185,8 @@ class RWKV4(Model):
             att.time_mix_k.copy_(d**tau)
             att.time_mix_v.copy_(d**tau + 0.3 * rho)
             att.time_mix_r.copy_(d ** (tau / 2))
+            if self.config.time_state:
+                att.time_state.zero_()
             ffn.time_mix_k.copy_(d**tau)
             ffn.time_mix_r.copy_(d**tau)
             nn.init.orthogonal_(att.value.weight)
@@ -183,7 +199,7 @@ class RWKV4(Model):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """Groups for Adam (betas 0.9, 0.99; eps 1e-8; the recipe's weight decay is 0): time_decay learns twice,
-        time_first three times as fast; matrices decay, embedding and head included, vectors do not."""
+        time_first three times as fast; matrices decay, embedding, head and a tuned state included, vectors do not."""
         twice, thrice, matrices, rest = [], [], [], []
         for name, p in self.named_parameters():
             if name.endswith("time_decay"):

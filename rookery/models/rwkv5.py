@@ -102,10 +102,11 @@ class TimeMix(nn.Module):
             self.gate = Linear(c, a)
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
-    def initial_wkv(self) -> Tensor:
-        """The state before the first token, [H, N_v, N_k]."""
-        if self.time_state is not None:
-            return widen(self.time_state)
+    def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
+        """The state before the first token, [H, N_v, N_k]; `time_state`, likewise, in place of the model's own."""
+        tuned = self.time_state if time_state is None else time_state
+        if tuned is not None:
+            return widen(tuned)
         size = self.ln_x.num_channels // self.heads
         return widen(self.time_decay.new_zeros(self.heads, size, size))
 
@@ -249,14 +250,14 @@ class RWKV5(Model):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): time_decay learns twice, time_first three times as fast;
-        matrices decay, embedding and head included, vectors do not."""
+        matrices decay, embedding, head and a tuned state included, vectors do not."""
         twice, thrice, matrices, rest = [], [], [], []
         for name, p in self.named_parameters():
             if name.endswith("time_decay"):
                 twice.append(p)
             elif name.endswith("time_first"):
                 thrice.append(p)
-            elif name.endswith(".weight") and p.ndim == 2:
+            elif (name.endswith(".weight") and p.ndim == 2) or name.endswith("att.time_state"):
                 matrices.append(p)
             else:
                 rest.append(p)

@@ -101,10 +101,11 @@ class TimeMix(nn.Module):
         self.output = Linear(a, c)
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
-    def initial_wkv(self) -> Tensor:
-        """The state before the first token, [H, N_v, N_k]."""
-        if self.time_state is not None:
-            return widen(self.time_state)
+    def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
+        """The state before the first token, [H, N_v, N_k]; `time_state`, likewise, in place of the model's own."""
+        tuned = self.time_state if time_state is None else time_state
+        if tuned is not None:
+            return widen(tuned)
         heads, size = self.r_k.shape
         return widen(self.r_k.new_zeros(heads, size, size))
 
@@ -266,12 +267,12 @@ class RWKV7(Model):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): the decay's bias w0 learns twice as fast; matrices
-        decay, embedding and head included, vectors and low-rank matrices do not."""
+        decay, embedding, head and a tuned state included, vectors and low-rank matrices do not."""
         fast, matrices, rest = [], [], []
         for name, p in self.named_parameters():
             if name.endswith("att.w0"):
                 fast.append(p)
-            elif name.endswith(".weight") and p.ndim == 2:
+            elif (name.endswith(".weight") and p.ndim == 2) or name.endswith("att.time_state"):
                 matrices.append(p)
             else:
                 rest.append(p)

@@ -124,6 +124,15 @@ class State:
             save_file(tensors, part, metadata=about)
 
     @staticmethod
+    def wrote(path: str | Path) -> bool:
+        """Whether a file is one that `save` wrote."""
+        try:
+            with safe_open(Path(path).expanduser(), "pt") as file:
+                return (file.metadata() or {}).get("format") == "rookery.state"
+        except (SafetensorError, OSError):
+            return False
+
+    @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> State:
         """Reads what `save` wrote. The model checks the fingerprint when it is given the state."""
         path = Path(path).expanduser()

@@ -22,13 +22,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+TUNED = ("all", "state")
 PRECISIONS = ("bfloat16", "float32", "float64")
-ORDERS = ("documents", "shuffle", "cubic", "random", "sequential")
+ORDERS = ("documents", "carried", "shuffle", "cubic", "random", "sequential")
 
 
 @dataclass(frozen=True)
 class ModelSection:
     path: str = ""  # a checkpoint to go on from; without it a new model of the sizes below
+    tune: str = "all"  # what is trained: all weights, or of the model at `path` only its initial state ("state")
     generation: str = "rwkv7"
     n_layer: int = 12
     n_embd: int = 768
@@ -37,6 +39,10 @@ class ModelSection:
     def check(self) -> None:
         if self.generation not in MODELS:
             raise InputError(f"model.generation is {self.generation!r}; known are {', '.join(MODELS)}")
+        if self.tune not in TUNED:
+            raise InputError(f"model.tune is {self.tune!r}; known are {', '.join(TUNED)}")
+        if self.tune == "state" and not self.path:
+            raise InputError("model.tune=state needs model.path: the model whose initial state is tuned")
         _positive("model", self, "n_layer", "n_embd")
 
 
@@ -44,15 +50,20 @@ class ModelSection:
 class DataSection:
     train: str = ""  # a token file that `rookery data` wrote, or a binidx pair
     eval: str = ""  # another one, only measured
-    order: str = "documents"  # shuffled documents without leaks, or windows: shuffle, cubic, random, sequential
+    # shuffled documents without leaks; "carried" with the state from row to row; or windows: shuffle, cubic, random,
+    # sequential
+    order: str = "documents"
     ctx_len: int = 1024  # tokens of a row
+    through: int = 1  # with "carried": rows of a lane in a step, through whose states gradients flow
 
     def check(self) -> None:
         if not self.train:
             raise InputError("data.train is missing: the token file to learn from (see `rookery data --help`)")
         if self.order not in ORDERS:
             raise InputError(f"data.order is {self.order!r}; known are {', '.join(ORDERS)}")
-        _positive("data", self, "ctx_len")
+        _positive("data", self, "ctx_len", "through")
+        if self.through > 1 and self.order != "carried":
+            raise InputError(f"data.through is for data.order=carried, not {self.order}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class Config:
         """Itself; InputError if a value cannot be."""
         for section in dataclasses.fields(self):
             getattr(self, section.name).check()
-        if self.run.compile and self.data.order == "documents":
+        if self.run.compile and self.data.order in ("documents", "carried"):
             raise InputError("run.compile needs windows (data.order=shuffle): packed documents compile anew every step")
         return self
 

@@ -57,7 +57,8 @@ class Journal:
         if run.step:
             self.say(f"going on from step {run.step}")
         self.peak = matrix_peak(run.accelerator.device, run.config.run.precision)
-        self.flops = flops_a_token(run.plain) * 3  # once forward, twice backward
+        # once forward, twice backward; frozen weights have no gradient of their own
+        self.flops = flops_a_token(run.plain) * (2 if run.plain.state_tuning else 3)
         columns = (TextColumn("{task.fields[told]}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console)
         self.task = self.bar.add_task("", total=run.steps, completed=run.step, told="")

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00001000` that every command takes as a model (config.json, model.safetensors, the
 tokenizer), with the optimiser's tensors beside it and run.json, which knows where the run stood and what the other
-files hash to. It is made under another name and renamed when all of it is on the disk.
+files hash to. It is made under another name and renamed when all of it is on the disk. Where only the initial state
+is trained, time_state.safetensors stands for the model.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint import save
+from ..checkpoint import read_time_state, save, save_time_state
 from ..errors import InputError
-from ..models import Model
+from ..models import Model, State
 
 log = logging.getLogger("rookery")
 
 NAME = re.compile(r"step-(\d{8})")
-OPTIMIZER, STANDING = "optimizer.safetensors", "run.json"
+OPTIMIZER, STANDING, TUNED = "optimizer.safetensors", "run.json", "time_state.safetensors"
+CARRIED = "carried.safetensors"
 
 
 def keep(
@@ -41,16 +43,23 @@ def keep(
     most: int,
     tokenizer_file: Path | None = None,
     notes: Mapping[str, Any] | None = None,
+    carried: State | None = None,
 ) -> Path:
     """Writes the checkpoint of a step into `folder` and removes all but the `most` newest. `standing` is what else is
-    to be found again, as JSON can say it. OSError, and nothing changed, where the disk is full."""
+    to be found again, as JSON can say it; `carried` the states that the next step begins from. OSError, and nothing
+    changed, where the disk is full."""
     target = folder / f"step-{step:08}"
     part = folder / f".{target.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        save(model, part, tokenizer_file, notes)
+        if model.state_tuning:
+            save_time_state(model, part / TUNED, notes)
+        else:
+            save(model, part, tokenizer_file, notes)
         save_file(_tensors(model, optimizer), part / OPTIMIZER)
+        if carried is not None:
+            carried.save(part / CARRIED)
         hashes = {file.name: _hash(file) for file in sorted(part.iterdir())}
         (part / STANDING).write_text(json.dumps({"step": step, **standing, "files": hashes}, indent=1) + "\n")
         for file in part.iterdir():
@@ -85,7 +94,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
     """Puts the numbers of a checkpoint, random state included, where they were."""
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        if model.state_tuning:
+            model.load_state_dict(read_time_state(path / TUNED, model)[0], strict=False)
+        else:
+            model.load_state_dict(load_file(path / "model.safetensors"))
     except RuntimeError as error:
         raise InputError(f"{path}: is a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from error
     tensors = load_file(path / OPTIMIZER)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -23,14 +24,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..checkpoint import load, save
+from ..checkpoint import load, save, save_time_state
 from ..errors import InputError
-from ..models import MODELS, Model
+from ..models import MODELS, LayerState, Model, State
 from . import keeping
 from .config import Config
 from .journal import Journal
 from .optim import losses, optimizer, rate, set_rate
-from .sampling import Batch, Documents, Windows, collate
+from .sampling import Batch, Documents, Lanes, Row, Windows, collate
 from .tokens import TokenFile
 
 Sample = Callable[[Model, str], str]  # what a model writes after a prompt
@@ -53,8 +54,10 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         set_seed(config.run.seed)
         self.plain = self._model()
-        self.rows = self._sampler(self.data)
-        self.a_step = config.run.batch * config.run.accumulate * self.accelerator.num_processes  # rows
+        lanes = config.run.batch * config.run.accumulate * self.accelerator.num_processes
+        self.rows = self._sampler(self.data, lanes)
+        self.a_step = lanes * config.data.through  # rows
+        self.states: dict[int, State] = {}  # of each lane of this process, where they are carried
         self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_an_epoch / self.a_step)
         self.optimizer = optimizer(self.plain, config.optim)
         self.step = self.tokens = 0
@@ -72,6 +75,8 @@ class Run:
             model = load(told.path, "float64" if self.config.run.precision == "float64" else "float32")
             if model.quantization is not None:
                 raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained")
+            if told.tune == "state":
+                model.tune_state()
         else:
             cls = MODELS[told.generation]
             size = told.vocab_size or -(-vocabulary // 64) * 64
@@ -89,9 +94,12 @@ class Run:
         """The dtype of the weights."""
         return "float64" if self.config.run.precision == "float64" else "float32"
 
-    def _sampler(self, file: TokenFile) -> Documents | Windows:
+    def _sampler(self, file: TokenFile, lanes: int = 0) -> Documents | Lanes | Windows:
+        """Without lanes, for measuring, documents begin anew in every row."""
         told, seed = self.config.data, self.config.run.seed
-        if told.order == "documents":
+        if told.order == "carried" and lanes:
+            return Lanes(file, told.ctx_len, lanes, seed)
+        if told.order in ("documents", "carried"):
             return Documents(file, told.ctx_len, seed)
         return Windows(file, told.ctx_len, seed, told.order)
 
@@ -99,7 +107,7 @@ class Run:
     def notes(self) -> dict[str, Any]:
         """For the model's config.json. Windows over texts without marks between them have no opening."""
         notes = dict(self.data.notes)
-        if self.config.data.order != "documents" and self.data.about.get("end_of_text") is None:
+        if self.config.data.order not in ("documents", "carried") and self.data.about.get("end_of_text") is None:
             del notes["opening_tokens"]
         return notes
 
@@ -113,7 +121,7 @@ class Run:
         """Goes to where the newest good checkpoint was, if there is one."""
         found = keeping.newest(self.checkpoints)
         if found is None:
-            if (self.out / "model.safetensors").exists():
+            if any((self.out / name).exists() for name in ("model.safetensors", keeping.TUNED)):
                 raise InputError(f"{self.out}: holds a model already; give another run.out")
             return
         path, standing = found
@@ -126,24 +134,37 @@ class Run:
         keeping.restore(path, self.plain, self.optimizer)
         self.step, self.tokens, self.seconds = (standing[name] for name in ("step", "tokens", "seconds"))
         self.waiting.extend(standing["waiting"])
+        if (path / keeping.CARRIED).exists():
+            states = State.load(path / keeping.CARRIED, self.accelerator.device)
+            self.states = {lane: states[lane] for lane in self._lanes(self.accelerator.process_index)}
 
     def _decisive(self) -> dict[str, Any]:
         """The settings that a run cannot change on its way, for its losses would no longer be those of one run."""
         told = dataclasses.asdict(self.config)
-        own = ("batch", "accumulate", "precision", "seed")
         settings = {f"{name}.{key}": value for name in ("model", "data", "optim") for key, value in told[name].items()}
-        settings |= {f"run.{key}": told["run"][key] for key in own}
+        settings |= {f"run.{key}": told["run"][key] for key in ("precision", "seed")}
+        settings["rows in a step"] = self.a_step
         settings.pop("data.eval")
         return json.loads(json.dumps(settings))
 
+    def _carried(self) -> State | None:
+        """The states of all lanes of all processes."""
+        if not self.states:
+            return None
+        own = State.stack([self.states[lane] for lane in self._lanes(self.accelerator.process_index)])
+        layers = [LayerState(*(self.accelerator.gather(x.contiguous()) for x in layer)) for layer in own.layers]
+        order = [lane for process in range(self.accelerator.num_processes) for lane in self._lanes(process)]
+        return State(layers, own.fingerprint)[[order.index(lane) for lane in range(len(order))]]
+
     def keep(self) -> None:
         """Writes a checkpoint. Where the disk is full the run goes on with the last one, and says so."""
+        carried = self._carried()
         if self.accelerator.is_main_process:
             standing = {"tokens": self.tokens, "seconds": self.seconds, "waiting": self.waiting}
             standing["config"] = self._decisive()
             most, about = self.config.run.keep, (self.data.tokenizer_file, self.notes)
             try:
-                keeping.keep(self.checkpoints, self.step, self.plain, self.optimizer, standing, most, *about)
+                keeping.keep(self.checkpoints, self.step, self.plain, self.optimizer, standing, most, *about, carried)
             except OSError as error:
                 self.journal.say(f"no checkpoint at step {self.step}: {error}")
         self.accelerator.wait_for_everyone()
@@ -176,7 +197,9 @@ class Run:
                     last_kept = time.monotonic()
                 if stopping:
                     raise Stopped(f"kept at step {self.step} of {self.steps}; the same command goes on from here")
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.plain.state_tuning:
+            save_time_state(self.plain, self.out / keeping.TUNED, self.notes)
+        elif self.accelerator.is_main_process:
             save(self.plain, self.out, self.data.tokenizer_file, self.notes)
         return self.plain.eval()
 
@@ -184,23 +207,30 @@ class Run:
         """One move of the weights: the mean loss in nats of a token that counts, and the norm of the gradients. Where
         that is not finite the weights stay what they are."""
         told, device = self.config, self.accelerator.device
-        batches = list(self._batches())
-        counts = [_counted(batch) for batch in batches]
-        counted = self._sum(torch.tensor(float(sum(counts))))
-        positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for batch in batches))))
+        passes = list(self._passes())
+        batches = [[collate(list(rows.values())) for rows in chunks] for chunks in passes]
+        counted = self._sum(torch.tensor(float(sum(_counted(batch) for some in batches for batch in some))))
+        positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for some in batches for batch in some))))
         set_rate(self.optimizer, rate(self.step, self.steps, told.optim))
         total = torch.zeros((), dtype=torch.float64)
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._autocast():
-                logits, _ = self.model(batch.inputs.to(device), cu_seqlens=batch.cu_seqlens)
-                mask = None if batch.mask is None else batch.mask.to(device)
-                nats, squares = losses(logits, batch.targets.to(device), mask)
-                pull = told.optim.l2wrap / positions.item() * squares
-                # the processes' gradients are averaged, so each gives its part as often as there are processes
-                ours = (nats / max(1.0, counted.item()) + pull) * self.accelerator.num_processes
-            self.accelerator.backward(ours)
-            total += nats.detach().double().cpu()
+        for i, chunks in enumerate(passes):
+            last = i == len(passes) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                ours = torch.zeros((), device=device)
+                for rows, batch in zip(chunks, batches[i], strict=True):
+                    with self._autocast():
+                        logits, state = self.model(
+                            batch.inputs.to(device), self._enter(rows), cu_seqlens=batch.cu_seqlens
+                        )
+                    self._leave(rows, state)
+                    mask = None if batch.mask is None else batch.mask.to(device)
+                    nats, squares = losses(logits, batch.targets.to(device), mask)
+                    pull = told.optim.l2wrap / positions.item() * squares
+                    # the processes' gradients are averaged, so each gives its part as often as there are processes
+                    ours = ours + (nats / max(1.0, counted.item()) + pull) * self.accelerator.num_processes
+                    total += nats.detach().double().cpu()
+                self.accelerator.backward(ours)
+        self.states = {lane: state.detach() for lane, state in self.states.items()}
         norm = self._norm()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -209,12 +239,38 @@ class Run:
         self.tokens += int(positions.item())
         return (self._sum(total) / max(1.0, counted.item())).item(), norm
 
-    def _batches(self) -> Iterator[Batch]:
-        """Those of this step and process."""
-        first = self.step * self.a_step + self.accelerator.process_index * self.config.run.batch
-        for _ in range(self.config.run.accumulate):
-            yield collate([self.rows.row(first + i) for i in range(self.config.run.batch)])
-            first += self.config.run.batch * self.accelerator.num_processes
+    def _passes(self) -> Iterator[list[dict[int, Row]]]:
+        """Those of this step and process: what one backward pass goes through, one batch after the other, each as rows
+        by their lane."""
+        size, mine = self.config.run.batch, self._lanes(self.accelerator.process_index)
+        begins = range(self.step * self.a_step, (self.step + 1) * self.a_step, self.a_step // self.config.data.through)
+        for i in range(0, len(mine), size):
+            yield [{lane: self.rows.row(begin + lane) for lane in mine[i : i + size]} for begin in begins]
+
+    def _lanes(self, process: int) -> list[int]:
+        """Which rows of those that a step reads side by side are a process's."""
+        told, processes = self.config.run, self.accelerator.num_processes
+        return [
+            (i * processes + process) * told.batch + row for i in range(told.accumulate) for row in range(told.batch)
+        ]
+
+    def _enter(self, rows: dict[int, Row]) -> State | None:
+        """The states that these rows begin from: one for each document in them."""
+        if not isinstance(self.rows, Lanes):
+            return None
+        empty = self.plain.initial_state()
+        states = []
+        for lane, row in rows.items():
+            # under the fingerprint of today, for the weights have moved
+            first = State(self.states[lane].layers, empty.fingerprint) if row.continues else empty
+            states += [first, *[empty] * (len(row.starts) - 1)]
+        return State.stack(states)
+
+    def _leave(self, rows: dict[int, Row], state: State) -> None:
+        """Keeps the state that each lane ends with."""
+        if isinstance(self.rows, Lanes):
+            ends = itertools.accumulate(len(row.starts) for row in rows.values())
+            self.states |= {lane: state[end - 1] for lane, end in zip(rows, ends, strict=True)}
 
     def _norm(self) -> float:
         clip = self.config.optim.clip or math.inf

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Row:
     targets: np.ndarray  # int64 [T], what each position should predict
     mask: np.ndarray | None = None  # bool [T], which targets count; None = all
     starts: tuple[int, ...] = (0,)  # where a document begins that must not see what is before it
+    continues: bool = False  # the first of them has begun in the lane's row before, whose last state it goes on from
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class Documents:
         stop = min(at + self.length, int(ends[-1]))
         inputs, targets = np.empty((2, stop - at), np.int64)
         mask = None if self.file.mask is None else np.empty(stop - at, bool)
-        starts = []
+        starts, continues = [], False
         place, done = int(np.searchsorted(ends, at, side="right")), 0
         while at < stop:
             document, end = order[place], int(ends[place])
@@ -86,12 +87,13 @@ class Documents:
             targets[here] = self.file.tokens[first : first + n]
             inputs[done + 1 : done + n] = targets[done : done + n - 1]
             begins = first == self.file.offsets[document]
+            continues = continues or not begins
             inputs[done] = self.file.end_of_text if begins else self.file.tokens[first - 1]
             if mask is not None and self.file.mask is not None:
                 mask[here] = self.file.mask[first : first + n]
             starts.append(done)
             at, done, place = at + n, done + n, place + 1
-        return Row(inputs, targets, mask, tuple(starts))
+        return Row(inputs, targets, mask, tuple(starts), continues)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents in their order, and int64 where each ends in the epoch's tokens."""
@@ -100,6 +102,33 @@ class Documents:
             order = _random(self.seed, epoch).permutation(len(self._documents))
             last = self._last = epoch, self._documents[order], np.cumsum(self._lengths[order])
         return last[1:]
+
+
+class Lanes:
+    """Documents as above, but every row goes on where its lane's last row ended: for states that are carried.
+
+    The rows of an epoch are dealt in `lanes` stretches, one a lane. Row i is of lane i % lanes, and the next of that
+    lane is row i + lanes. A lane that is through begins its stretch of the next epoch, so that every token is a target
+    once an epoch. However long a document is, a row has `length` tokens of it.
+    """
+
+    def __init__(self, file: TokenFile, length: int, lanes: int, seed: int = 0):
+        """
+        Raises:
+            InputError: as for Documents; fewer rows than lanes.
+        """
+        self.documents, self.lanes = Documents(file, length, seed), lanes
+        self.rows_an_epoch = self.documents.rows_an_epoch
+        if self.rows_an_epoch < lanes:
+            raise InputError(f"{file.prefix}: has {self.rows_an_epoch} rows of {length} tokens for {lanes} lanes")
+
+    def row(self, i: int) -> Row:
+        """Row i >= 0 of all epochs."""
+        step, lane = divmod(i, self.lanes)
+        first, end = (n * self.rows_an_epoch // self.lanes for n in (lane, lane + 1))
+        epoch, j = divmod(step, end - first)
+        row = self.documents.row(epoch * self.rows_an_epoch + first + j)
+        return row if j else replace(row, continues=False)  # what is before it another lane has read
 
 
 class Windows:

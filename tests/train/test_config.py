@@ -25,7 +25,7 @@ WRONG = [
     ("run.precision=int8", "run.precision is 'int8'; known are bfloat16, float32, float64"),
     ("run.steps=-1", "run.steps must not be negative, got -1"),
     ("model.generation=rwkv3", "model.generation is 'rwkv3'; known are rwkv4, rwkv5, rwkv6, rwkv7"),
-    ("data.order=sorted", "data.order is 'sorted'; known are documents, shuffle, cubic, random, sequential"),
+    ("data.order=sorted", "data.order is 'sorted'; known are documents, carried, shuffle, cubic, random, sequential"),
     ("data.train=", "data.train is missing"),
     ("lr", "'lr' is no setting; write section.key=value"),
     ("lr=1", "'lr=1' is no setting"),

@@ -1,0 +1,28 @@
+"""A model of every generation, and who computes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from rookery.checkpoint import assemble
+from rookery.models import Model, native
+
+
+@pytest.fixture
+def model(version, random_checkpoint) -> Model:
+    """Float32."""
+    return assemble(random_checkpoint(version))
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[native.Step]:
+    """One entry for every call that the C++ has done."""
+    calls: list[native.Step] = []
+    done = native.Step.__call__
+
+    def call(step, *args):
+        calls.append(step)
+        return done(step, *args)
+
+    monkeypatch.setattr(native.Step, "__call__", call)
+    return calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
@@ -134,6 +134,8 @@ class Model(nn.Module):
     config: Any
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
+    init_weights: Callable[[], None]
+    param_groups: Callable[[float, float], list[dict]]  # lr, weight_decay
 
     def __init__(self, config: Any):
         super().__init__()
@@ -151,14 +153,6 @@ class Model(nn.Module):
     @constant_to_the_compiler  # it cannot look into a hash, and need not
     def _taken(self) -> str:
         return fingerprint(self.name, self.config, dict(self.named_parameters()))
-
-    def init_weights(self) -> None:
-        """Random numbers as the training recipe has them, in place."""
-        raise NotImplementedError
-
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        """The parameters with the learning rate and weight decay of each, for an optimiser."""
-        raise NotImplementedError
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As in any module; other weights have another fingerprint."""

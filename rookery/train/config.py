@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 TUNED = ("all", "state")
-PRECISIONS = ("bfloat16", "float32", "float64")
+PRECISIONS = ("auto", "bfloat16", "float32", "float64")
 ORDERS = ("documents", "carried", "shuffle", "cubic", "random", "sequential")
 
 
@@ -93,7 +93,8 @@ class RunSection:
     accumulate: int = 1  # such passes in a step
     steps: int = 0  # how long: so many steps, or
     epochs: float = 1.0  # so many times through the data, where steps is 0
-    precision: str = "bfloat16"  # of the activations (autocast); float32, or float64 for tests
+    # of the activations: bfloat16 (autocast), float32, float64 (for tests), or auto: bfloat16 where that is fast
+    precision: str = "auto"
     checkpointing: bool = False  # keep the activations between blocks only and compute the rest twice
     compile: bool = False  # torch.compile the model
     seed: int = 0

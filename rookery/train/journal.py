@@ -56,7 +56,7 @@ class Journal:
         self.say(f"{run.plain.name}: {parameters / 1e6:.1f} M parameters to train, {tokens:.1f} M tokens, {rows}")
         if run.step:
             self.say(f"going on from step {run.step}")
-        self.peak = matrix_peak(run.accelerator.device, run.config.run.precision)
+        self.peak = matrix_peak(run.accelerator.device, run.precision)
         # once forward, twice backward; frozen weights have no gradient of their own
         self.flops = flops_a_token(run.plain) * (2 if run.plain.state_tuning else 3)
         columns = (TextColumn("{task.fields[told]}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -111,8 +111,11 @@ class Journal:
     def _write(self, row: dict[str, Any]) -> None:
         if self.quiet:
             return
-        with open(self.file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        try:
+            with open(self.file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk; the run goes on
+            self.say(f"step {row['step']} is not in the log: {error}")
         numbers = {key: x for key, x in row.items() if isinstance(x, int | float) and key != "step"}
         if self.board:
             for key, x in numbers.items():

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint import load, save, save_time_state
 from ..errors import InputError
 from ..models import MODELS, LayerState, Model, State
+from ..models.native import fast_in_torch
 from . import keeping
 from .config import Config
 from .journal import Journal
@@ -52,6 +54,7 @@ class Run:
         self.data = TokenFile(config.data.train)
         self.measured = TokenFile(config.data.eval) if config.data.eval else None
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.precision = self._precision()
         set_seed(config.run.seed)
         self.plain = self._model()
         lanes = config.run.batch * config.run.accumulate * self.accelerator.num_processes
@@ -71,8 +74,9 @@ class Run:
 
     def _model(self) -> Model:
         told, vocabulary = self.config.model, self.data.vocab_size
+        wide = torch.float64 if self.precision == "float64" else torch.float32
         if told.path:
-            model = load(told.path, "float64" if self.config.run.precision == "float64" else "float32")
+            model = load(told.path, wide)
             if model.quantization is not None:
                 raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained")
             if told.tune == "state":
@@ -87,12 +91,14 @@ class Run:
                 f"{self.config.data.train}: has token ids up to {vocabulary - 1}, the model's vocabulary ends at "
                 f"{model.config.vocab_size - 1}"
             )
-        return model.to(self.accelerator.device, getattr(torch, self._wide)).train()
+        return model.to(self.accelerator.device, wide).train()
 
-    @property
-    def _wide(self) -> str:
-        """The dtype of the weights."""
-        return "float64" if self.config.run.precision == "float64" else "float32"
+    def _precision(self) -> str:
+        """Of the activations."""
+        if self.config.run.precision != "auto":
+            return self.config.run.precision
+        fast = self.accelerator.device.type != "cpu" or fast_in_torch(torch.bfloat16)
+        return "bfloat16" if fast else "float32"
 
     def _sampler(self, file: TokenFile, lanes: int = 0) -> Documents | Lanes | Windows:
         """Without lanes, for measuring, documents begin anew in every row."""
@@ -142,8 +148,7 @@ class Run:
         """The settings that a run cannot change on its way, for its losses would no longer be those of one run."""
         told = dataclasses.asdict(self.config)
         settings = {f"{name}.{key}": value for name in ("model", "data", "optim") for key, value in told[name].items()}
-        settings |= {f"run.{key}": told["run"][key] for key in ("precision", "seed")}
-        settings["rows in a step"] = self.a_step
+        settings |= {"run.precision": self.precision, "run.seed": self.config.run.seed, "rows in a step": self.a_step}
         settings.pop("data.eval")
         return json.loads(json.dumps(settings))
 
@@ -197,17 +202,25 @@ class Run:
                     last_kept = time.monotonic()
                 if stopping:
                     raise Stopped(f"kept at step {self.step} of {self.steps}; the same command goes on from here")
-        if self.accelerator.is_main_process and self.plain.state_tuning:
-            save_time_state(self.plain, self.out / keeping.TUNED, self.notes)
-        elif self.accelerator.is_main_process:
-            save(self.plain, self.out, self.data.tokenizer_file, self.notes)
+        if self.accelerator.is_main_process:
+            self._save()
         return self.plain.eval()
+
+    def _save(self) -> None:
+        """What the run was for."""
+        try:
+            if self.plain.state_tuning:
+                save_time_state(self.plain, self.out / keeping.TUNED, self.notes)
+            else:
+                save(self.plain, self.out, self.data.tokenizer_file, self.notes)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.out}: cannot be written ({error}); the same command goes on") from error
 
     def take_step(self) -> tuple[float, float]:
         """One move of the weights: the mean loss in nats of a token that counts, and the norm of the gradients. Where
         that is not finite the weights stay what they are."""
         told, device = self.config, self.accelerator.device
-        passes = list(self._passes())
+        passes, entered = list(self._passes()), self.states
         batches = [[collate(list(rows.values())) for rows in chunks] for chunks in passes]
         counted = self._sum(torch.tensor(float(sum(_counted(batch) for some in batches for batch in some))))
         positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for some in batches for batch in some))))
@@ -230,10 +243,12 @@ class Run:
                     ours = ours + (nats / max(1.0, counted.item()) + pull) * self.accelerator.num_processes
                     total += nats.detach().double().cpu()
                 self.accelerator.backward(ours)
-        self.states = {lane: state.detach() for lane, state in self.states.items()}
         norm = self._norm()
         if math.isfinite(norm):
             self.optimizer.step()
+            self.states = {lane: state.detach() for lane, state in self.states.items()}
+        else:
+            self.states = entered  # what is not finite must not be carried on
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += int(positions.item())
@@ -261,8 +276,9 @@ class Run:
         empty = self.plain.initial_state()
         states = []
         for lane, row in rows.items():
+            carried = self.states.get(lane) if row.continues else None
             # under the fingerprint of today, for the weights have moved
-            first = State(self.states[lane].layers, empty.fingerprint) if row.continues else empty
+            first = empty if carried is None else State(carried.layers, empty.fingerprint)
             states += [first, *[empty] * (len(row.starts) - 1)]
         return State.stack(states)
 
@@ -270,14 +286,14 @@ class Run:
         """Keeps the state that each lane ends with."""
         if isinstance(self.rows, Lanes):
             ends = itertools.accumulate(len(row.starts) for row in rows.values())
-            self.states |= {lane: state[end - 1] for lane, end in zip(rows, ends, strict=True)}
+            self.states = self.states | {lane: state[end - 1] for lane, end in zip(rows, ends, strict=True)}
 
     def _norm(self) -> float:
         clip = self.config.optim.clip or math.inf
         return float(self.accelerator.clip_grad_norm_(self.model.parameters(), clip))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, self.config.run.precision == "bfloat16")
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, self.precision == "bfloat16")
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over all processes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,12 +11,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import write_binidx
-from test_loop import curve, run, same, settings, weights
+from binidx import write_binidx
+from test_loop import curve, run, same, settings, stopped, weights
 
 from rookery.errors import InputError
 from rookery.train.config import read_config
-from rookery.train.loop import Run, Stopped
+from rookery.train.loop import Run
 from rookery.train.sampling import Lanes
 from rookery.train.tokens import TokenFile
 
@@ -81,20 +80,28 @@ def test_what_is_carried_counts(tmp_path):
     assert found == pytest.approx(whole.view(4, 32).mean(1).tolist(), rel=1e-9)
 
 
+def test_what_is_not_finite_is_not_carried(texts, tmp_path):
+    made = Run(read_config(None, settings(texts, tmp_path / "out", "data.order=carried", "data.ctx_len=8")))
+    made.take_step()
+    before = made.states
+    weight = made.plain.head.weight
+    with torch.no_grad():
+        kept = weight[0, 0].clone()
+        weight[0, 0] = torch.nan
+        made.plain.blocks[0].ln1.weight[0] = torch.nan
+    assert np.isnan(made.take_step()[1])
+    assert made.states is before
+    with torch.no_grad():
+        weight[0, 0] = kept
+        made.plain.blocks[0].ln1.weight[0] = 1
+    assert np.isfinite(made.take_step()).all()
+    assert all(x.isfinite().all() for state in made.states.values() for layer in state.layers for x in layer)
+
+
 def test_stopped_and_gone_on(texts, tmp_path):
     more = ["data.order=carried", "data.through=2", "data.ctx_len=8", "run.steps=7", "run.accumulate=2"]
     run(texts, tmp_path / "whole", *more)
-    made = Run(read_config(None, settings(texts, tmp_path / "parts", *more)))
-    take = made.take_step
-
-    def interrupted() -> tuple[float, float]:
-        if made.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return take()
-
-    made.take_step = interrupted
-    with pytest.raises(Stopped, match="kept at step 4 of 7"):
-        made()
+    stopped(texts, tmp_path / "parts", 3, *more)
     run(texts, tmp_path / "parts", *more)
     assert same(tmp_path / "whole", tmp_path / "parts")
 

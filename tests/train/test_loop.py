@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from rookery.checkpoint import load
 from rookery.errors import InputError
+from rookery.ops import build
 from rookery.train.config import read_config
 from rookery.train.loop import Run, Stopped
 
@@ -33,6 +35,21 @@ def run(texts: Path, out: Path, *more: str) -> Run:
     made = Run(read_config(None, settings(texts, out, *more)))
     made()
     return made
+
+
+def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
+    """A run that Ctrl-C ends while it takes the step after `step`."""
+    made = Run(read_config(None, settings(texts, out, *more)))
+    take = made.take_step
+
+    def interrupted() -> tuple[float, float]:
+        if made.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take()
+
+    made.take_step = interrupted
+    with pytest.raises(Stopped, match=f"kept at step {step + 1} of {made.steps}"):
+        made()
 
 
 def curve(out: Path) -> list[tuple]:
@@ -129,17 +146,7 @@ def test_one_batch_or_several(texts, tmp_path):
 
 def test_stopped_and_gone_on(texts, tmp_path):
     run(texts, tmp_path / "whole", "run.steps=9")
-    made = Run(read_config(None, settings(texts, tmp_path / "parts", "run.steps=9", "run.log_every=2")))
-    take = made.take_step
-
-    def interrupted() -> tuple[float, float]:
-        if made.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return take()
-
-    made.take_step = interrupted
-    with pytest.raises(Stopped, match="kept at step 5 of 9"):
-        made()
+    stopped(texts, tmp_path / "parts", 4, "run.steps=9", "run.log_every=2")
     run(texts, tmp_path / "parts", "run.steps=9", "run.log_every=2")
     whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
     assert [row[0] for row in parts] == [2, 4, 6, 8, 9]
@@ -185,6 +192,36 @@ def test_gradients_that_are_not_finite_move_nothing(texts, tmp_path):
     assert all(torch.equal(before[key], x) or key == "head.weight" for key, x in made.plain.state_dict().items())
     with pytest.raises(InputError, match="20 steps in a row had no finite gradients"):
         Run(read_config(None, settings(texts, tmp_path / "out", "run.steps=100", "optim.lr=1e30", "optim.clip=0")))()
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
+    """In a process whose files may not grow beyond 100 KB: nothing but the log fits."""
+    code = """
+        import resource, signal, sys
+        from rookery.cli import main
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        sys.argv[0] = "rookery"
+        main()
+    """
+    told = settings(texts, tmp_path / "out", "run.steps=4", "run.save_every=2")
+    command = [sys.executable, "-c", textwrap.dedent(code), "train", *told]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    for step in (2, 4):
+        assert f"no checkpoint at step {step}: " in done.stderr
+    assert "out: cannot be written (" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert [row[0] for row in curve(tmp_path / "out")] == [1, 2, 3, 4]
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_precision_is_what_is_fast_here(texts, tmp_path, monkeypatch):
+    for level, expected in (("avx2", "float32"), ("avx512", "bfloat16")):
+        monkeypatch.setattr(build, "best_level", lambda level=level: level)
+        made = Run(read_config(None, settings(texts, tmp_path / level, "run.precision=auto", "run.steps=1")))
+        assert made.precision == expected
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):

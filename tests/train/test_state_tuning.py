@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_binidx
+from binidx import write_binidx
 from safetensors.torch import load_file, save_file
 
 import rookery

@@ -47,7 +47,8 @@ class Stopped(Exception):
 class Run:
     """One run: everything that is made once."""
 
-    def __init__(self, config: Config, quiet: bool = False):
+    def __init__(self, config: Config, quiet: bool = False, model: Model | None = None):
+        """model: a new one to train in place of what `config.model` names, like those in models/baselines.py."""
         self.config = config
         self.sample: Sample | None = None  # who can turn ids into text puts it here
         self.out = Path(config.run.out).expanduser()
@@ -56,7 +57,7 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.precision = self._precision()
         set_seed(config.run.seed)
-        self.plain = self._model()
+        self.plain = self._model(model)
         lanes = config.run.batch * config.run.accumulate * self.accelerator.num_processes
         self.rows = self._sampler(self.data, lanes)
         self.a_step = lanes * config.data.through  # rows
@@ -68,14 +69,16 @@ class Run:
         self.waiting: list[float] = []  # losses that no line of the log tells yet
         self._find()
         self.plain.gradient_checkpointing = config.run.checkpointing
-        model = torch.compile(self.plain) if config.run.compile else self.plain
-        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        fast = torch.compile(self.plain) if config.run.compile else self.plain
+        self.model, self.optimizer = self.accelerator.prepare(fast, self.optimizer)
         self.journal = Journal(self, quiet or not self.accelerator.is_main_process)
 
-    def _model(self) -> Model:
+    def _model(self, given: Model | None) -> Model:
         told, vocabulary = self.config.model, self.data.vocab_size
         wide = torch.float64 if self.precision == "float64" else torch.float32
-        if told.path:
+        if given is not None:
+            model = given
+        elif told.path:
             model = load(told.path, wide)
             if model.quantization is not None:
                 raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import torch
 
 from rookery.errors import InputError
 from rookery.models import RWKV7, RWKV7Config
 from rookery.train.config import Config, OptimSection, from_dict, read_config
 from rookery.train.optim import optimizer, rate, set_rate
+from rookery.train.sampling import _prime
 
 WRONG = [
     ("optimizer.lr=1", "there is no section 'optimizer'; known are model, data, optim, run"),
@@ -58,6 +61,23 @@ def test_a_file_that_cannot_be(text, told, tmp_path):
         with pytest.raises(InputError) as refusal:
             read_config(path)
         assert f"{path}: {line}" in str(refusal.value)
+
+
+def test_the_published_recipe_of_minipile():
+    """What RWKV-LM's script for MiniPile gives: sizes, rates, and the prime that its rows are counted by."""
+    told = read_config(Path(__file__).parents[2] / "examples" / "minipile.toml", ["data.train=minipile"])
+    model, data, optim, steps = told.model, told.data, told.optim, told.run
+    assert (model.generation, model.n_layer, model.n_embd, model.vocab_size) == ("rwkv7", 12, 768, 65536)
+    assert (data.order, data.ctx_len, steps.batch * steps.accumulate, steps.precision) == ("cubic", 512, 16, "bfloat16")
+    assert (optim.lr, optim.lr_final, optim.warmup, optim.weight_decay) == (6e-4, 6e-5, 10, 0.001)
+    assert (optim.betas, optim.eps, optim.clip, optim.l2wrap) == ((0.9, 0.99), 1e-18, 1.0, 1e-4)
+    assert steps.steps == math.ceil(1498226207 / (16 * 512))
+    assert 40320 % (steps.log_every * steps.batch) == 0  # lines of the log that add up to a published mean
+    assert [_prime(1498226207 // length - 1) for length in (512, 2048, 4096)] == [2926181, 731531, 365759]
+    with torch.device("meta"):
+        made = RWKV7(RWKV7Config.sized(model.vocab_size, model.n_layer, model.n_embd))
+    assert made.blocks[0].att.w1.shape[1] == made.blocks[0].att.a1.shape[1] == 64
+    assert (made.blocks[1].att.v1.shape[1], made.blocks[0].att.g1.shape[1]) == (32, 128)
 
 
 def test_the_learning_rate():

@@ -1,0 +1,201 @@
+"""The classic byte-level run: RWKV-4 and RWKV-7 beside an LSTM and a GPT of as many parameters.
+
+    python examples/enwik8.py enwik8 --out enwik8-run
+
+Every model reads the same random windows of the first 90% of the file with the same optimiser; the next 5% are measured
+on the way, the last 5% at the end, from an empty state in windows of the same length and, for those that have a state,
+in one pass with the state carried through. Each model is as wide as makes its parameters those of the RWKV-7.
+
+A run that is there already is not made again; one that was stopped goes on. The early demos of RWKV-4 are
+`--layers 6 --width 512 --context 1024 --batch 12`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rookery.models import RWKV4, RWKV7, Model, RWKV4Config, RWKV7Config
+from rookery.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
+from rookery.train.config import Config, from_dict
+from rookery.train.loop import Run
+from rookery.train.tokens import TokenWriter
+
+NAMES = {"rwkv7": "RWKV-7", "rwkv4": "RWKV-4", "lstm": "LSTM", "gpt": "GPT"}
+RATES = {"rwkv7": 4e-3, "rwkv4": 4e-3, "lstm": 4e-3, "gpt": 4e-3}  # the best of 1, 2, 4 and 8e-3 for each
+VOCABULARY = 256
+
+
+def split(file: Path, folder: Path) -> dict[str, Path]:
+    """Token files of the first 90% of its bytes, the next 5% and the last 5%."""
+    text = np.fromfile(file, np.uint8)
+    cuts = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1)}
+    parts = {name: folder / name for name in cuts}
+    for name, (begin, end) in cuts.items():
+        if not parts[name].with_suffix(".idx").exists():
+            writer = TokenWriter(parts[name], "uint8")
+            writer.write(text[round(begin * len(text)) : round(end * len(text))])
+            writer.finish({})
+    return parts
+
+
+def make(name: str, layers: int, width: int) -> Model:
+    """A new model of `layers` layers; all are as near as they come to the parameters of the RWKV-7 of this width."""
+    if name == "rwkv7":
+        return RWKV7(RWKV7Config.sized(VOCABULARY, layers, width))
+    wanted = count(lambda: make("rwkv7", layers, width))
+    made: dict[str, Callable[[int], Model]] = {
+        "rwkv4": lambda n: RWKV4(RWKV4Config(VOCABULARY, layers, width, width, n)),
+        "gpt": lambda n: GPT(GPTConfig(VOCABULARY, layers, width, n)),
+        "lstm": lambda n: LSTM(LSTMConfig(VOCABULARY, 2, width, n)),
+    }
+    widths = range(width // 2, 6 * width, 4)
+    return made[name](min(widths, key=lambda n: abs(count(lambda: made[name](n)) - wanted)))
+
+
+def count(make: Callable[[], Model]) -> int:
+    """The parameters of a model that is not really made."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
+
+
+def config(args: argparse.Namespace, name: str, seed: int, parts: dict[str, Path]) -> Config:
+    out = args.out / f"{name}-{seed}"
+    rate = args.lr or RATES[name]
+    every = max(1, args.steps // 16)
+    return from_dict(
+        {
+            "data": {"train": str(parts["train"]), "eval": str(parts["valid"]), "order": "random"}
+            | {"ctx_len": args.context},
+            "optim": {"lr": rate, "lr_final": rate / 20, "warmup": 50},
+            "run": {"out": str(out), "batch": args.batch, "steps": args.steps, "seed": seed, "precision": "float32"}
+            | {"log_every": max(1, args.steps // 200), "eval_every": every, "eval_rows": 128, "sample_every": 0},
+        }
+    ).check()
+
+
+@torch.inference_mode()
+def bits(model: Model, tokens: torch.Tensor, length: int, carried: bool) -> float:
+    """A byte, over `tokens` [N] in windows of `length`, each from an empty state or from the one before."""
+    nats, state = 0.0, None
+    for begin in range(0, len(tokens) - 1, length):
+        window = tokens[begin : begin + length + 1]
+        logits, left = model(window[None, :-1], state)
+        state = left if carried else None
+        nats += F.cross_entropy(logits[0].float(), window[1:], reduction="sum").item()
+    return nats / math.log(2) / (len(tokens) - 1)
+
+
+def results(args: argparse.Namespace, parts: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Of every model and seed, one after the other."""
+    for seed in range(args.seeds):
+        for name in args.models:
+            told = config(args, name, seed, parts)
+            file = Path(told.run.out) / "result.json"
+            if not file.exists():
+                torch.manual_seed(seed)
+                model = make(name, args.layers, args.width)
+                model.init_weights()
+                run = Run(told, model=model)
+                run()
+                test = torch.from_numpy(np.fromfile(parts["test"].with_suffix(".bin"), np.uint8)).long()
+                row = {"model": name, "seed": seed, "parameters": sum(p.numel() for p in model.parameters())}
+                row |= {
+                    "tokens": run.tokens,
+                    "seconds": round(run.seconds),
+                    "test": bits(model, test, args.context, False),
+                }
+                if name != "gpt":
+                    row["carried"] = bits(model, test, args.context, True)
+                file.write_text(json.dumps(row) + "\n")
+            yield json.loads(file.read_text())
+
+
+def speeds(args: argparse.Namespace, parts: dict[str, Path], steps: int = 6) -> dict[str, float]:
+    """Tokens a second in training, the models step by step in turn so that all have the same machine."""
+    tokens = np.fromfile(parts["train"].with_suffix(".bin"), np.uint8)[: args.batch * args.context + 1]
+    inputs, targets = (torch.from_numpy(x).long() for x in (tokens[:-1], tokens[1:]))
+    models = {name: make(name, args.layers, args.width) for name in args.models}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.init_weights()
+    for step in range(steps + 1):
+        for name, model in models.items():
+            began = time.perf_counter()
+            logits, _ = model(inputs.view(args.batch, -1))
+            F.cross_entropy(logits.flatten(0, 1), targets).backward()
+            if step:  # the first one compiles
+                times[name].append(time.perf_counter() - began)
+    return {name: len(inputs) / sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+
+
+def table(rows: list[dict[str, Any]], speed: dict[str, float]) -> str:
+    lines = ["| | parameters | test, bits a byte | each seed | state carried | training, tokens/s |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in speed:
+        mine = [row for row in rows if row["model"] == name]
+        tests = [row["test"] for row in mine]
+        spread = f" ± {stdev(tests):.3f}" if len(tests) > 1 else ""
+        carried = f"{mean(row['carried'] for row in mine):.3f}" if "carried" in mine[0] else "has none"
+        seeds = ", ".join(f"{x:.3f}" for x in tests)
+        lines.append(
+            f"| {NAMES[name]} | {mine[0]['parameters']:,} | {mean(tests):.3f}{spread} | {seeds} | {carried} "
+            f"| {speed[name]:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(args: argparse.Namespace, picture: Path) -> None:
+    """What the middle 5% cost on the way: the mean of the seeds, and all of them in the shade."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in args.models:
+        curves = []
+        for seed in range(args.seeds):
+            log = (args.out / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()
+            curves.append([row for row in map(json.loads, log) if "eval_loss" in row])
+        tokens = [row["step"] * args.batch * args.context / 1e6 for row in curves[0]]
+        nats = np.array([[row["eval_loss"] for row in curve] for curve in curves]) / math.log(2)
+        (line,) = axes.plot(tokens, nats.mean(0), label=NAMES[name])
+        axes.fill_between(tokens, nats.min(0), nats.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="million bytes read", ylabel="bits a byte, the part that is measured on the way", ylim=(None, 4))
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("file", type=Path, help="enwik8, or a part of it")
+    options.add_argument("--out", type=Path, required=True, help="folder for the runs, the table and the picture")
+    options.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--width", type=int, default=128)
+    options.add_argument("--context", type=int, default=256)
+    options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--lr", type=float, help="in place of each model's own")
+    args = options.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = split(args.file, args.out)
+    rows = list(results(args, parts))
+    told = table(rows, speeds(args, parts))
+    (args.out / "table.md").write_text(told + "\n")
+    draw(args, args.out / "curves.png")
+    print(told)
+
+
+if __name__ == "__main__":
+    main()

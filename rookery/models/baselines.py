@@ -1,0 +1,171 @@
+"""What RWKV is compared with: an LSTM and a GPT, as plain as they come and trained by the same loop.
+
+- LSTM: torch's own, layers stacked, forget gates open in the beginning (Jozefowicz et al., 2015)
+- GPT: norms in front (GPT-2), rotary positions (arXiv 2104.09864), which learn faster than GPT-2's table, GELU
+They are for comparisons, not for checkpoints of others: `rookery.load` knows neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+from .parts import Linear, Model, check_heads, embedding
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    vocab_size: int
+    n_layer: int
+    n_embd: int  # of the embedding
+    hidden: int  # cells of a layer
+
+
+class LSTM(Model):
+    """`logits, state = model(tokens, state)`: tokens [B, T], logits [B, T, V], state (h, c), each [layers, B, hidden],
+    or None."""
+
+    name = "lstm"
+    Config = LSTMConfig
+
+    def __init__(self, config: LSTMConfig):
+        super().__init__(config)
+        self.emb = embedding(config)
+        self.lstm = nn.LSTM(config.n_embd, config.hidden, config.n_layer, batch_first=True)
+        self.head = Linear(config.hidden, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, state: Any = None, *, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Any]:
+        _windows_only(self, cu_seqlens)
+        y, state = self.lstm(self.emb(tokens), state)
+        return self.head(y), state
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        nn.init.normal_(self.emb.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for name, p in self.lstm.named_parameters():
+            if p.ndim == 1:
+                p.zero_()
+                if "_ih_" in name:  # of the two biases one is enough
+                    p[self.config.hidden : 2 * self.config.hidden] = 1
+            elif "_hh_" in name:
+                for gate in p.split(self.config.hidden):
+                    nn.init.orthogonal_(gate)
+            else:
+                nn.init.xavier_uniform_(p)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        return _param_groups(self, lr, weight_decay)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    dim_ffn: int
+    head_size: int = 64
+
+    @property
+    def dim_att(self) -> int:
+        return self.n_embd
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.size = config.head_size
+        self.query, self.key, self.value, self.output = (Linear(config.n_embd, config.n_embd) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)  # [B, H, T, N]
+        return self.output(y.transpose(1, 2).flatten(-2))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Turns each pair of channels by its position times its frequency: [B, H, T, N]."""
+    half = x.shape[-1] // 2
+    frequencies = 10000.0 ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * frequencies  # [T, N / 2]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = Attention(config)
+        self.ffn = nn.Sequential(
+            Linear(config.n_embd, config.dim_ffn), nn.GELU(), Linear(config.dim_ffn, config.n_embd)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.att(self.ln1(x))
+        return x + self.ffn(self.ln2(x))
+
+
+class GPT(Model):
+    """`logits, None = model(tokens)`: tokens [B, T], logits [B, T, V]. It has no state to carry on."""
+
+    name = "gpt"
+    Config = GPTConfig
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        check_heads(config)
+        self.emb = embedding(config)
+        self.blocks = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Linear(config.n_embd, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, state: None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, None]:
+        _windows_only(self, cu_seqlens)
+        if state is not None:
+            raise InputError("a GPT has no state")
+        x = self.emb(tokens)
+        for block in self.blocks:
+            x = self.through(block, x)
+        return self.head(self.ln_out(x)), None
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: what is added to the residual stream starts smaller the more layers add to it."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                last = name.endswith(("att.output.weight", "ffn.2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02)
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        return _param_groups(self, lr, weight_decay)
+
+
+def _windows_only(model: Model, cu_seqlens: Tensor | Sequence[int] | None) -> None:
+    if cu_seqlens is not None:
+        raise InputError(f"the {model.name} of the comparisons reads windows (data.order=random), not packed documents")
+
+
+def _param_groups(model: Model, lr: float, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors do not."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) is wanted] for wanted in (True, False))
+    return [
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+    ]

@@ -28,11 +28,11 @@ bench: .venv/bench
 	mkdir -p build
 	$(BIN)/rookery bench --json build/bench.json
 
-# trains the bundled model again: make storyteller STORIES=stories.jsonl.gz MINUTES=120
-MINUTES ?= 120
+# trains the bundled model again: make storyteller STORIES=stories.jsonl.gz PASSES=7
+PASSES ?= 7
 storyteller: .venv/dev
 	@test -n "$(STORIES)" || { echo "say where the texts are: make storyteller STORIES=stories.jsonl.gz"; exit 2; }
-	$(BIN)/python examples/storyteller.py --stories $(STORIES) --out storyteller --minutes $(MINUTES)
+	$(BIN)/python examples/storyteller.py --stories $(STORIES) --out storyteller --passes $(PASSES)
 
 # torch is installed first and by its exact version, so that a machine which offers a CPU build of it takes that one
 .venv/torch: Makefile constraints.txt

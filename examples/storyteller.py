@@ -1,14 +1,14 @@
 """Trains the storyteller: the small RWKV-7 that rookery carries with it.
 
-    python examples/storyteller.py --stories stories.jsonl.gz --out storyteller --minutes 120
+    python examples/storyteller.py --stories stories.jsonl.gz --out storyteller
 
 The texts: one JSON object a line, {"source", "text"}. Ours are 22,167 TinyStories (Eldan & Li, arXiv 2305.07759,
 CDLA-Sharing-1.0) followed by 278 classic fairy tales (the public-domain texts of FairytaleQA). Every tenth
 TinyStories text (index % 10 == 9) is held out and only ever measured.
 
-A third to a half of the time a story is dressed as the answer to a question about its subject, so that the model
-learns to answer "User: Tell me a story about a frog". The run lasts as long as it is told to, on any machine; the
-learning rate follows the clock. Stopped by Ctrl-C or a crash, the same command goes on from the last checkpoint.
+Every pass has each story once, half of them dressed as the answer to a question about their subject, so that the model
+learns to answer "User: Tell me a story about a frog". What is asked counts in no loss. The tales, in a language of
+their own, are in the first pass only, for breadth. Stopped in whatever way, the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import json
 import math
 import random
 import re
-import time
+import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 
-from rookery.checkpoint import save
-from rookery.files import replacing
-from rookery.models import RWKV7, RWKV7Config
+from rookery import LLM
+from rookery.checkpoint import load, save
+from rookery.cli.data import data
+from rookery.models import Model
+from rookery.train.config import from_dict
+from rookery.train.loop import Run, Stopped
 
-END = 0  # <|endoftext|>, in front of every text and after it
 VOCABULARY = 2048
 LAYERS, WIDTH = 6, 192  # 3.8 million parameters: 7.6 MB in bfloat16
-TOKENS_PER_STEP = 4096
-LONGEST = 768  # tokens of a training sequence; fairy tales are cut into pieces
 ASKS = [
     "Tell me a story about {}",
     "Tell me a story about {}.",
@@ -103,79 +103,66 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def documents(
-    tokenizer: Tokenizer, stories: list[str], about: list[list[str]], tales: list[str], rng: random.Random
-) -> Iterator[tuple[int, list[int]]]:
-    """Endless (epoch, sequence) in a new order every epoch; a third of the stories, later half of them, as
-    conversations. The tales, in a language of their own, are read once for breadth."""
-    epoch = 0
-    while True:
-        order = list(range(len(stories) + (len(tales) if epoch == 0 else 0)))
-        rng.shuffle(order)
-        for i in order:
-            if i >= len(stories):
-                text = tales[i - len(stories)]
-            elif rng.random() < (1 / 3 if epoch == 0 else 1 / 2):
-                turns = [i] if rng.random() < 0.8 else [i, rng.randrange(len(stories))]
-                text = "\n\n".join(
-                    f"User: {rng.choice(ASKS).format(rng.choice(about[j])) if about[j] else rng.choice(ASKS_ANY)}"
-                    f"\n\nAssistant: {stories[j].strip()}"
-                    for j in turns
-                )
-            else:
-                text = stories[i]
-            ids = [END, *tokenizer.encode(text).ids, END]
-            for start in range(0, len(ids) - 1, LONGEST):
-                yield epoch, ids[start : start + LONGEST + 1]
-        epoch += 1
+def rows(stories: list[str], tales: list[str], passes: int, seed: int) -> list[dict[str, Any]]:
+    """What `rookery data` reads: all passes, one after the other."""
+    random_ = random.Random(seed)
+    about = subjects(stories)
+
+    def asked(i: int) -> list[dict[str, str]]:
+        ask = random_.choice(ASKS).format(random_.choice(about[i])) if about[i] else random_.choice(ASKS_ANY)
+        return [{"role": "user", "content": ask}, {"role": "assistant", "content": stories[i]}]
+
+    made: list[dict[str, Any]] = [{"text": tale} for tale in tales]
+    for _ in range(passes):
+        for i, story in enumerate(stories):
+            if random_.random() < 0.5:
+                made.append({"text": story})
+            else:  # one in five conversations goes on with another story
+                others = [random_.randrange(len(stories))] if random_.random() < 0.2 else []
+                made.append({"messages": [message for j in [i, *others] for message in asked(j)]})
+    return made
 
 
-def pack(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Many sequences in one row: inputs [1, T], targets [T] and the boundaries."""
-    inputs = [token for ids in sequences for token in ids[:-1]]
-    targets = [token for ids in sequences for token in ids[1:]]
-    cu = [0]
-    for ids in sequences:
-        cu.append(cu[-1] + len(ids) - 1)
-    return torch.tensor([inputs]), torch.tensor(targets), cu
+def encode(rows: list[dict[str, Any]], out: Path, tokenizer: Path) -> None:
+    """The token file `out` of these rows."""
+    if out.with_suffix(".idx").exists():
+        return
+    texts = out.with_suffix(".jsonl")
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data([str(texts)], out, str(tokenizer), "story", None, "text", 0.0, False)
 
 
 @torch.inference_mode()
-def bits_per_byte(model: RWKV7, tokenizer: Tokenizer, texts: list[str]) -> float:
+def bits_per_byte(model: Model, tokenizer: Tokenizer, texts: list[str]) -> float:
     """Each text from its first byte to its end mark, from an empty state."""
-    bits = 0.0
-    sequences = [[END, *tokenizer.encode(text).ids, END] for text in texts]
+    bits, end = 0.0, tokenizer.token_to_id("<|endoftext|>")
+    sequences = [[end, *tokenizer.encode(text).ids, end] for text in texts]
     for start in range(0, len(sequences), 32):
-        inputs, targets, cu = pack(sequences[start : start + 32])
+        some = sequences[start : start + 32]
+        cu = [0]
+        for ids in some:
+            cu.append(cu[-1] + len(ids) - 1)
+        inputs = torch.tensor([[token for ids in some for token in ids[:-1]]])
+        targets = torch.tensor([token for ids in some for token in ids[1:]])
         logits, _ = model(inputs, cu_seqlens=cu)
         bits += F.cross_entropy(logits[0].float(), targets, reduction="sum").item() / math.log(2)
     return bits / sum(len(text.encode()) for text in texts)
 
 
-def optimizers(model: RWKV7, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the square-ish matrices inside the blocks, AdamW with the recipe's groups for the rest."""
-    groups = model.param_groups(lr, weight_decay=0.1)
-    inner = [p for name, p in model.blocks.named_parameters() if name.endswith(".weight") and p.ndim == 2]
-    elsewhere = set(inner)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p not in elsewhere]
-    return [
-        torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-18),
-        torch.optim.Muon(inner, lr=lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-    ]
-
-
-def draw(rows: list[dict], picture: Path) -> None:
+def draw(log: Path, picture: Path, bits_a_nat: float) -> None:
     """The curves of the run: the training loss in nats a token, the held-out texts in bits a byte."""
     from matplotlib.figure import Figure
 
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     left = figure.subplots()
     right = left.twinx()
-    left.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], color="0.6", linewidth=0.8)
+    learned = [row for row in rows if row.get("loss") is not None]
+    left.plot([row["tokens"] / 1e6 for row in learned], [row["loss"] for row in learned], color="0.6", linewidth=0.8)
     left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(1, 4))
-    measured = [row for row in rows if "held_out_bits_per_byte" in row]
-    x, y = ([row["tokens"] / 1e6 for row in measured], [row["held_out_bits_per_byte"] for row in measured])
+    measured = [row for row in rows if "eval_loss" in row]
+    tokens = {row["step"]: row["tokens"] / 1e6 for row in learned}
+    x, y = ([tokens[row["step"]] for row in measured], [row["eval_loss"] * bits_a_nat for row in measured])
     right.plot(x, y, color="tab:green", marker=".")
     right.set(ylabel="200 held-out texts, bits a byte", ylim=(0.5, 1.25))
     figure.savefig(picture, dpi=120)
@@ -184,104 +171,42 @@ def draw(rows: list[dict], picture: Path) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--stories", type=Path, required=True, help="stories.jsonl.gz")
-    options.add_argument("--out", type=Path, required=True, help="folder for the model and its log")
-    options.add_argument("--minutes", type=float, default=120, help="how long to train")
+    options.add_argument("--out", type=Path, required=True, help="folder for the texts, the run and the model")
+    options.add_argument("--passes", type=int, default=7, help="how often every story is read")
     options.add_argument("--lr", type=float, default=3e-3)
     options.add_argument("--seed", type=int, default=1)
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
 
     train, held_out, tales = read_texts(args.stories)
-    tokenizer = train_tokenizer(train + [f"User: {ask}\n\nAssistant:" for ask in ASKS for _ in range(200)])
-    model = RWKV7(RWKV7Config.sized(tokenizer.get_vocab_size(), LAYERS, WIDTH))
-    model.init_weights()
-    optims = optimizers(model, args.lr)
-    rates = [[group["lr"] for group in optim.param_groups] for optim in optims]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(train)} stories, {len(tales)} tales, {len(held_out)} held out", flush=True)
+    file = args.out / "tokenizer.json"
+    if not file.exists():
+        train_tokenizer(train + [f"User: {ask}\n\nAssistant:" for ask in ASKS for _ in range(200)]).save(str(file))
+    encode(rows(train, tales, args.passes, args.seed), args.out / "texts", file)
+    encode([{"text": text} for text in held_out[:200]], args.out / "held-out", file)
+    told = from_dict(
+        {
+            "model": {"n_layer": LAYERS, "n_embd": WIDTH},
+            "data": {"train": str(args.out / "texts"), "eval": str(args.out / "held-out"), "ctx_len": 1024},
+            "optim": {"lr": args.lr, "lr_final": args.lr / 50, "warmup": 50, "muon": True},
+            "run": {"out": str(args.out / "run"), "batch": 4, "seed": args.seed, "log_every": 40, "eval_every": 400}
+            | {"eval_rows": 1000, "sample_every": 0},
+        }
+    ).check()
+    if not (args.out / "run" / "model.safetensors").exists():
+        try:
+            Run(told)()
+        except Stopped as stopped:
+            sys.exit(str(stopped))
 
-    checkpoint, log = args.out / "training.pt", args.out / "log.jsonl"
-    log.touch()
-    step = tokens = skip = 0
-    seconds = 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optim, state in zip(optims, saved["optims"], strict=True):
-            optim.load_state_dict(state)
-        step, tokens, skip, seconds = (saved[name] for name in ("step", "tokens", "documents", "seconds"))
-        rows = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(row + "\n" for row in rows))
-        print(f"going on from step {step}", flush=True)
-
-    stream = documents(tokenizer, train, subjects(train), tales, random.Random(args.seed))
-    seen, epoch = 0, 0
-    while seen < skip:
-        epoch, _ = next(stream)
-        seen += 1
-
-    def keep() -> None:
-        saved = {"model": model.state_dict(), "optims": [optim.state_dict() for optim in optims]}
-        saved |= {"step": step, "tokens": tokens, "documents": seen, "seconds": seconds}
-        with replacing(checkpoint) as part:
-            torch.save(saved, part)
-
-    budget = 60 * args.minutes
-    clock, last_kept, losses = time.perf_counter(), seconds, []
-    try:
-        while seconds < budget:
-            sequences, size = [], 0
-            while size < TOKENS_PER_STEP:
-                epoch, ids = next(stream)
-                sequences.append(ids)
-                size += len(ids) - 1
-            inputs, targets, cu = pack(sequences)
-
-            rate = min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * seconds / budget)))
-            for optim, base in zip(optims, rates, strict=True):
-                for group, lr in zip(optim.param_groups, base, strict=True):
-                    group["lr"] = lr * rate
-            with torch.autocast("cpu", torch.bfloat16):
-                logits, _ = model(inputs, cu_seqlens=cu)
-            logits = logits[0].float()
-            loss = F.cross_entropy(logits, targets)
-            # L2Wrap: a faint pull on the largest logit keeps 16-bit heads from drifting
-            (loss + 0.5e-4 * logits.amax(-1).square().mean()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optim in optims:
-                optim.step()
-                optim.zero_grad(set_to_none=True)
-
-            step, tokens, seen = step + 1, tokens + size, seen + len(sequences)
-            losses.append(loss.item())
-            now = time.perf_counter()
-            seconds, clock = seconds + now - clock, now
-            if step % 20 == 0:
-                row = {"step": step, "epoch": epoch, "tokens": tokens, "seconds": round(seconds, 1)}
-                row["loss"] = round(sum(losses) / len(losses), 4)
-                losses = []
-                if step % 400 == 0:
-                    row["held_out_bits_per_byte"] = round(bits_per_byte(model, tokenizer, held_out[:200]), 4)
-                    clock = time.perf_counter()  # measuring is not training
-                print(json.dumps(row), flush=True)
-                with open(log, "a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(row) + "\n")
-            if seconds - last_kept > 300:
-                keep()
-                last_kept = seconds
-    except KeyboardInterrupt:
-        keep()
-        print(f"kept at step {step}; the same command goes on from here")
-        return
-    keep()
-
-    tokenizer.save(str(args.out / "tokenizer.json"))
-    model.bfloat16()
-    notes = {"chat_template": "story", "opening_tokens": [END]}
-    save(model, args.out, tokenizer_file=args.out / "tokenizer.json", notes=notes)
-    print(f"held out, all {len(held_out)} texts: {bits_per_byte(model.float(), tokenizer, held_out):.4f} bits per byte")
-    draw([json.loads(line) for line in log.read_text().splitlines()], args.out / "curve.png")
+    model = load(args.out / "run", "bfloat16")
+    save(model, args.out / "model", file, {"chat_template": "story", "opening_tokens": [0]})
+    tokenizer = Tokenizer.from_file(str(file))
+    print(f"held out, all {len(held_out)}: {bits_per_byte(model.float(), tokenizer, held_out):.4f} bits per byte")
+    some = held_out[:200]
+    ids = sum(len(tokenizer.encode(text).ids) + 1 for text in some)
+    draw(args.out / "run" / "log.jsonl", args.out / "curve.png", ids / math.log(2) / sum(len(t.encode()) for t in some))
+    print(LLM(args.out / "model").chat().say("Tell me a story about a boat", seed=1))
 
 
 if __name__ == "__main__":

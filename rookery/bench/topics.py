@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -83,17 +83,21 @@ def load(quick: bool, large: bool) -> list[Contest]:
 
 
 def train(quick: bool, large: bool) -> list[Contest]:
-    sequences, length = 4, 256
-    tokens = sequences * length
-    goose = Shape("rwkv7", 12, 768, 50277)  # with the vocabulary of the others
     dtypes = [dtype for dtype in ("bfloat16", "float32") if dtype in _fast()][: 1 if quick else 2]
+    return [_training(12, 768, 50277, 4, 256, dtypes), _training(6, 512, 256, 8, 512, dtypes)]
+
+
+def _training(layers: int, width: int, vocabulary: int, sequences: int, length: int, dtypes: Sequence[str]) -> Contest:
+    """All with one vocabulary, so that their heads cost the same."""
+    tokens = sequences * length
+    goose, dove, gpt2 = (Shape(family, layers, width, vocabulary) for family in ("rwkv7", "rwkv4", "gpt2"))
     rows = [_product(dtype) for dtype in dtypes]
     for dtype in dtypes:
         for kind, shape, beside in (
             (Training, goose, ("GPT-2",)),
-            (Training, DOVE, ("RWKV-4", "GPT-2")),
-            (TransformersTraining, DOVE, ()),
-            (TransformersTraining, GPT2, ()),
+            (Training, dove, ("RWKV-4", "GPT-2")),
+            (TransformersTraining, dove, ()),
+            (TransformersTraining, gpt2, ()),
         ):
             row = Row(
                 f"{'rookery' if kind is Training else 'transformers'} {shape.name} {dtype}",
@@ -106,7 +110,7 @@ def train(quick: bool, large: bool) -> list[Contest]:
                 against=tuple(f"transformers {name} {dtype}" for name in beside),
             )
             rows.append(row)
-        for name, shape in (("wkv7", goose), ("wkv4", DOVE)):
+        for name, shape in (("wkv7", goose), ("wkv4", dove)):
             row = Row(
                 f"{name} {dtype}, {shape.layers} times",
                 Contestant(Operator, (name, sequences, length, shape.width, dtype)),
@@ -116,8 +120,8 @@ def train(quick: bool, large: bool) -> list[Contest]:
                 part_of=f"rookery {shape.name} {dtype}",
             )
             rows.append(row)
-    title = f"L12 D768 V50277: forward and backward of {sequences} x {length} tokens"
-    return [Contest("train", title, "token", rows, blocks=3)]
+    title = f"L{layers} D{width} V{vocabulary}: forward and backward of {sequences} x {length} tokens"
+    return Contest("train", title, "token", rows, blocks=3)
 
 
 def operators(quick: bool, large: bool) -> list[Contest]:

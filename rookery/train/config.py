@@ -71,6 +71,7 @@ class OptimSection:
     lr: float = 6e-4  # at the end of the warm-up
     lr_final: float = 6e-5  # at the end of the run, after half a cosine
     warmup: int = 10  # steps
+    muon: bool = False  # the matrices inside the blocks by Muon instead of AdamW, at the same rate
     weight_decay: float = 0.1  # of matrices only; the model's file says which
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-18

@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import InputError
 from ..models import Model
 from .config import OptimSection
 
 
 def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
-    """AdamW (Adam where nothing decays) over the groups of the generation; each remembers its own rate as "base_lr"."""
+    """AdamW (Adam where nothing decays) over the groups of the generation; each remembers its own rate as "base_lr".
+    With `muon` the matrices inside the blocks are Muon's."""
     groups = model.param_groups(of.lr, of.weight_decay)
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    groups = [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=of.lr, betas=of.betas, eps=of.eps)
+    trained = {p for p in model.parameters() if p.requires_grad}
+    inner = [p for name, p in model.blocks.named_parameters() if name.endswith(".weight") and p.ndim == 2]
+    inner = [p for p in inner if of.muon and p in trained]
+    groups = [_of(group, trained.difference(inner)) for group in groups]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=of.betas, eps=of.eps)
+    if not of.muon:
+        return adamw
+    if not inner:
+        raise InputError("optim.muon is for the matrices inside the blocks, and none of them is trained here")
+    group = _of({"params": inner, "lr": of.lr, "weight_decay": of.weight_decay}, trained)
+    return Together(adamw, torch.optim.Muon([group], momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+
+
+def _of(group: dict[str, Any], wanted: set[nn.Parameter]) -> dict[str, Any]:
+    """What is wanted of a group."""
+    return {**group, "params": [p for p in group["params"] if p in wanted], "base_lr": group["lr"]}
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers, each with parameters of its own, as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def rate(step: int, steps: int, of: OptimSection) -> float:

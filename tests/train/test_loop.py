@@ -177,6 +177,19 @@ def test_stopped_and_gone_on(texts, tmp_path):
     assert all(torch.equal(x[key], y[key]) for key in x)
 
 
+def test_muon_goes_on_too(texts, tmp_path):
+    made = run(texts, tmp_path / "whole", "run.steps=7", "optim.muon=true")
+    muon = made.optimizer.param_groups[-1]["params"]
+    assert len(muon) == 2 * (4 + 2)  # of two blocks: r, k, v, output; key, value
+    assert len(muon) + sum(len(g["params"]) for g in made.optimizer.param_groups[:-1]) == len(
+        list(made.plain.parameters())
+    )
+    stopped(texts, tmp_path / "parts", 3, "run.steps=7", "optim.muon=true")
+    run(texts, tmp_path / "parts", "run.steps=7", "optim.muon=true")
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert curve(tmp_path / "whole")[-1][2] < curve(tmp_path / "whole")[0][2] - 0.3
+
+
 def test_killed_again_and_again(texts, tmp_path):
     """kill -9 at any moment; the same command until it is through."""
     more = ("run.steps=60", "run.save_every=4", "run.keep=2", f"data.eval={texts}", "run.eval_every=7")

@@ -77,9 +77,9 @@ def config(args: argparse.Namespace, name: str, seed: int, parts: dict[str, Path
         {
             "data": {"train": str(parts["train"]), "eval": str(parts["valid"]), "order": "random"}
             | {"ctx_len": args.context},
-            "optim": {"lr": rate, "lr_final": rate / 20, "warmup": 50},
+            "optim": {"lr": rate, "lr_final": rate / 20, "warmup": 20},
             "run": {"out": str(out), "batch": args.batch, "steps": args.steps, "seed": seed, "precision": "float32"}
-            | {"log_every": max(1, args.steps // 200), "eval_every": every, "eval_rows": 128, "sample_every": 0},
+            | {"log_every": max(1, args.steps // 200), "eval_every": every, "eval_rows": 64, "sample_every": 0},
         }
     ).check()
 
@@ -181,11 +181,11 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True, help="folder for the runs, the table and the picture")
     options.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--layers", type=int, default=3)
     options.add_argument("--width", type=int, default=128)
     options.add_argument("--context", type=int, default=256)
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--steps", type=int, default=800)
     options.add_argument("--lr", type=float, help="in place of each model's own")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,9 @@ class LSTM(Model):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        nn.init.normal_(self.emb.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
+        """Smaller embeddings or heads keep it for hundreds of steps at the frequencies of the tokens."""
+        nn.init.normal_(self.emb.weight)
+        nn.init.normal_(self.head.weight, std=self.config.hidden**-0.5)
         for name, p in self.lstm.named_parameters():
             if p.ndim == 1:
                 p.zero_()

@@ -19,8 +19,10 @@ def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
     With `muon` the matrices inside the blocks are Muon's."""
     groups = model.param_groups(of.lr, of.weight_decay)
     trained = {p for p in model.parameters() if p.requires_grad}
-    inner = [p for name, p in model.blocks.named_parameters() if name.endswith(".weight") and p.ndim == 2]
-    inner = [p for p in inner if of.muon and p in trained]
+    inner = []
+    if of.muon:
+        named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and p in trained]
+        inner = [p for name, p in named if name.startswith("blocks.") and name.endswith(".weight")]
     groups = [_of(group, trained.difference(inner)) for group in groups]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=of.betas, eps=of.eps)
     if not of.muon:

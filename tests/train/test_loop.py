@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from rookery.checkpoint import load
 from rookery.errors import InputError
+from rookery.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
 from rookery.ops import build
 from rookery.train.config import read_config
 from rookery.train.loop import Run, Stopped
@@ -188,6 +189,21 @@ def test_muon_goes_on_too(texts, tmp_path):
     run(texts, tmp_path / "parts", "run.steps=7", "optim.muon=true")
     assert same(tmp_path / "whole", tmp_path / "parts")
     assert curve(tmp_path / "whole")[-1][2] < curve(tmp_path / "whole")[0][2] - 0.3
+
+
+@pytest.mark.parametrize("made", [GPT(GPTConfig(64, 2, 64, 96)), LSTM(LSTMConfig(64, 2, 32, 64))], ids=["gpt", "lstm"])
+def test_what_rwkv_is_compared_with_learns_by_the_same_loop(made, texts, tmp_path):
+    torch.manual_seed(0)
+    made.init_weights()
+    told = settings(
+        texts, tmp_path / "out", "run.steps=60", "data.order=random", "optim.lr=1e-2", f"data.eval={texts}"
+    )
+    Run(read_config(None, told), model=made)()
+    losses = [row[2] for row in curve(tmp_path / "out")]
+    assert losses[0] == pytest.approx(math.log(64), abs=0.3)
+    assert sum(losses[-5:]) / 5 < 3
+    with pytest.raises(InputError, match="names no model"):
+        load(tmp_path / "out")
 
 
 def test_killed_again_and_again(texts, tmp_path):

@@ -19,6 +19,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -172,6 +173,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--stories", type=Path, required=True, help="stories.jsonl.gz")
     options.add_argument("--out", type=Path, required=True, help="folder for the texts, the run and the model")
+    options.add_argument("--model", type=Path, help="a storyteller to go on from, in place of a new one")
     options.add_argument("--passes", type=int, default=7, help="how often every story is read")
     options.add_argument("--lr", type=float, default=3e-3)
     options.add_argument("--seed", type=int, default=1)
@@ -180,13 +182,15 @@ def main() -> None:
 
     train, held_out, tales = read_texts(args.stories)
     file = args.out / "tokenizer.json"
-    if not file.exists():
+    if not file.exists() and args.model:
+        shutil.copy(args.model / "tokenizer.json", file)
+    elif not file.exists():
         train_tokenizer(train + [f"User: {ask}\n\nAssistant:" for ask in ASKS for _ in range(200)]).save(str(file))
     encode(rows(train, tales, args.passes, args.seed), args.out / "texts", file)
     encode([{"text": text} for text in held_out[:200]], args.out / "held-out", file)
     told = from_dict(
         {
-            "model": {"n_layer": LAYERS, "n_embd": WIDTH},
+            "model": {"path": str(args.model)} if args.model else {"n_layer": LAYERS, "n_embd": WIDTH},
             "data": {"train": str(args.out / "texts"), "eval": str(args.out / "held-out"), "ctx_len": 1024},
             "optim": {"lr": args.lr, "lr_final": args.lr / 50, "warmup": 50, "muon": True},
             "run": {"out": str(args.out / "run"), "batch": 4, "seed": args.seed, "log_every": 40, "eval_every": 400}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +14,22 @@ from .config import OptimSection
 
 
 def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
-    """AdamW (Adam where nothing decays) over the groups of the generation; each remembers its own rate as "base_lr"."""
-    groups = model.param_groups(of.lr, of.weight_decay)
+    """AdamW (Adam where nothing decays) over the groups of the generation, or of its adapters; each group remembers its
+    own rate as "base_lr"."""
+    own = model.param_groups if model.adapted_from is None else partial(_of_adapters, model)
+    groups = own(of.lr, of.weight_decay)
     groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     groups = [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=of.lr, betas=of.betas, eps=of.eps)
+
+
+def _of_adapters(model: Model, lr: float, weight_decay: float) -> list[dict]:
+    """A and B decay, which draws towards the model as it was; the magnitudes of DoRA do not, they are no changes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim == 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 2], "lr": lr, "weight_decay": weight_decay},
+    ]
 
 
 def rate(step: int, steps: int, of: OptimSection) -> float:

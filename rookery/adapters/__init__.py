@@ -66,7 +66,7 @@ def apply(model: Model, folder: str | Path) -> Adapter:
         InputError: as `read_adapter`; a model with adapters already; DoRA on packed weights; no peft for those.
     """
     if model.adapted_from is not None:
-        raise InputError("the model has adapters already; merge them first")
+        raise InputError("the model has adapters already")
     adapter = read_adapter(folder, model)
     if model.quantization is None:
         merge(model, adapter)

@@ -51,7 +51,7 @@ def attach(
         InputError: a name that no matrix has, DoRA where it cannot be.
     """
     if model.adapted_from is not None:
-        raise InputError("the model has adapters already; merge them first")
+        raise InputError("the model has adapters already")
     if dora and model.quantization is not None:
         raise InputError("DoRA does not go beside packed weights: merge it into the original, or train LoRA")
     names = list(targets)

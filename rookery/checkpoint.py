@@ -109,6 +109,10 @@ def save(
     unknown = [key for key in notes or {} if key not in NOTES]
     if unknown:
         raise InputError(f"there is no note {unknown[0]!r}; known are {', '.join(NOTES)}")
+    if model.adapted_from is not None:
+        raise InputError(
+            "this model has adapters beside its matrices: save_adapter writes them, `rookery merge` a model"
+        )
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; give the name of a folder")
@@ -167,12 +171,12 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != shape:
                 what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise InputError(f"the tuned state of another model: {name} is {what} instead of {list(shape)}")
-        about = _metadata(path)
+        about = metadata(path)
         if about.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise InputError("this state was tuned on another model")
         notes = json.loads(about.get("notes", "{}"))
         for key, value in notes.items():
-            _check_note(key, value)
+            check_note(key, value)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     like = model.emb.weight
@@ -186,7 +190,7 @@ def initial_state(path: str | Path, model: Model) -> State:
     return model.initial_state(time_states=read_time_state(path, model)[0])
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself; nothing for a .pth."""
     try:
         with safe_open(path, "pt") as file:
@@ -313,11 +317,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if zipped or head.startswith(b"\x80"):
         return _read_pickle(path, mapped=zipped), None
     if head[8:] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path), None
+        return read_safetensors(path), None
     raise InputError("neither a .pth nor a .safetensors file")
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if (folder / "adapter_config.json").is_file():
+        raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"the folder has no {name}")
@@ -327,10 +333,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"config.json cannot be read ({error})") from error
     if not isinstance(described, dict) or described.get("model") not in list(MODELS):
         raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
-    return _read_safetensors(folder / "model.safetensors"), described
+    return read_safetensors(folder / "model.safetensors"), described
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             keys = file.keys()
@@ -372,7 +378,7 @@ def _config(
         if key in QUANTISED:
             continue
         if key in NOTES:
-            _check_note(key, value)
+            check_note(key, value)
             continue
         if key not in shown:
             raise InputError(f"config.json has an unknown key {key!r}; {cls.name} knows {', '.join(shown)}")
@@ -388,7 +394,7 @@ def _config(
     return replace(config, ln_x_eps=float(eps))
 
 
-def _check_note(key: str, value: Any) -> None:
+def check_note(key: str, value: Any) -> None:
     if key == "chat_template" and not isinstance(value, str):
         raise InputError(f"config.json says {key} = {value!r}, which is no name of a template")
     if key == "opening_tokens" and not (isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)):

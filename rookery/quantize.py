@@ -56,6 +56,8 @@ def check(model: Model, format: str) -> None:
         raise InputError(f"there is no quantisation {format!r}; choose one of {', '.join(FORMATS)}")
     if model.quantization is not None:
         raise InputError(f"the model is quantised already ({model.quantization}); begin with the original")
+    if model.adapted_from is not None:
+        raise InputError("the model has adapters beside its matrices; pack first, or merge them")
     for name, linear in matrices(model):
         if linear.in_features % GROUP:
             raise InputError(f"{name}.weight has rows of {linear.in_features} weights, not whole groups of {GROUP}")

@@ -36,6 +36,10 @@ Quantize = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--quantize", help="int8 or int4: pack the large matrices while loading."),
 ]
+Adapter = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="The folder of a LoRA or DoRA adapter, which is merged into the weights."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]  # noqa: UP045
 
@@ -48,6 +52,7 @@ def generate(
     dtype: Precision = None,
     device: Device = "cpu",
     quantize: Quantize = None,
+    adapter: Adapter = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 = all.")] = 0,
@@ -73,7 +78,7 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize)
+    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
     before = None
     if state is not None and State.wrote(state):
         before = State.load(state, device)
@@ -117,6 +122,7 @@ def chat(
     dtype: Precision = None,
     device: Device = "cpu",
     quantize: Quantize = None,
+    adapter: Adapter = None,
     template: Annotated[Optional[str], typer.Option(help="raven, world, g1, g1-think, story; guessed.")] = None,  # noqa: UP045
     system: Annotated[Optional[str], typer.Option(help="A text that the conversation begins with.")] = None,  # noqa: UP045
     state: Annotated[
@@ -136,7 +142,7 @@ def chat(
     from ..engine.llm import LLM
     from .talk import talk
 
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize)
+    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
     if state is not None:
         llm.begin_from(state)
     given = {"temperature": temperature, "top_p": top_p}
@@ -171,6 +177,19 @@ def pack(
     from .pack import pack
 
     pack(source, target, format, dtype)
+
+
+@app.command("merge")
+def fold(
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="What the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA or DoRA adapter.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: Precision = None,
+) -> None:
+    """Merge an adapter into the weights of its model (docs/adapters.md); every command takes the result."""
+    from .merge import merge
+
+    merge(source, adapter, target, dtype)
 
 
 @app.command("data")

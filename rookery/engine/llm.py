@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from .. import adapters
 from ..checkpoint import load, locate, read_time_state
 from ..errors import InputError
 from ..models import Model, State
@@ -48,6 +49,7 @@ class LLM:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         quantize: str | None = None,
+        adapter: str | Path | None = None,
     ):
         """
         Args:
@@ -57,12 +59,16 @@ class LLM:
                 from the size of the vocabulary.
             dtype, device: for a model that is loaded; None keeps the file's dtype, the bundled model gets float32.
             quantize: "int8" or "int4" packs the matrices of a model that is loaded.
+            adapter: the folder of a LoRA or DoRA adapter for a model that is loaded. It is merged into the weights;
+                beside packed ones it stays as it is, and the plain model runs instead of the native step.
 
         Raises:
-            InputError: no such model, or no tokenizer that fits it.
+            InputError: no such model, no tokenizer that fits it, or an adapter that does not.
         """
         folder = None
         if isinstance(path, Model):
+            if adapter is not None:
+                raise InputError("adapter= is for a model that is loaded; rookery.adapters.apply puts one on yours")
             self.model = path
         else:
             if path is None and not (BUNDLED / "config.json").is_file():
@@ -75,6 +81,8 @@ class LLM:
         size = self.model.config.vocab_size
         self.tokenizer = load_tokenizer(guess(size, folder) if tokenizer is None else tokenizer, size)
         notes = _notes(path) if isinstance(path, Path) else {}
+        if adapter is not None:
+            notes |= adapters.apply(self.model, adapter).notes
         self.chat_template: str | None = notes.get("chat_template")
         self.opening: list[int] = list(notes.get("opening_tokens", ()))
         self.start: State | None = None

@@ -131,6 +131,7 @@ class Model(nn.Module):
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
     state_tuning = False  # only the initial state is trained, see `tune_state`
+    adapted_from: str | None = None  # with adapters beside its matrices: the fingerprint it had without (adapters/)
     config: Any
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block

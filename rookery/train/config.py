@@ -16,13 +16,14 @@ from typing import Any
 
 from ..errors import InputError
 from ..models import MODELS
+from ..quantize import FORMATS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-TUNED = ("all", "state")
+TUNED = ("all", "state", "lora", "dora")
 PRECISIONS = ("auto", "bfloat16", "float32", "float64")
 ORDERS = ("documents", "carried", "shuffle", "cubic", "random", "sequential")
 
@@ -30,7 +31,14 @@ ORDERS = ("documents", "carried", "shuffle", "cubic", "random", "sequential")
 @dataclass(frozen=True)
 class ModelSection:
     path: str = ""  # a checkpoint to go on from; without it a new model of the sizes below
-    tune: str = "all"  # what is trained: all weights, or of the model at `path` only its initial state ("state")
+    # what is trained: all weights, or of a frozen model at `path` its initial state ("state") or adapters beside its
+    # matrices ("lora", "dora")
+    tune: str = "all"
+    rank: int = 16  # of adapters
+    alpha: int = 32  # what an adapter adds is multiplied by alpha / rank
+    dropout: float = 0.0  # of what adapters read
+    targets: tuple[str, ...] = ()  # matrices that get adapters, like ["att.key", "value"]; without: all but the head
+    quantize: str = ""  # with "lora": packs the frozen matrices, int8 or int4
     generation: str = "rwkv7"
     n_layer: int = 12
     n_embd: int = 768
@@ -41,9 +49,16 @@ class ModelSection:
             raise InputError(f"model.generation is {self.generation!r}; known are {', '.join(MODELS)}")
         if self.tune not in TUNED:
             raise InputError(f"model.tune is {self.tune!r}; known are {', '.join(TUNED)}")
-        if self.tune == "state" and not self.path:
-            raise InputError("model.tune=state needs model.path: the model whose initial state is tuned")
-        _positive("model", self, "n_layer", "n_embd")
+        if self.tune != "all" and not self.path:
+            what = "whose initial state is tuned" if self.tune == "state" else "that gets adapters"
+            raise InputError(f"model.tune={self.tune} needs model.path: the model {what}")
+        if self.quantize and self.tune != "lora":
+            raise InputError(f"model.quantize is for model.tune=lora, not {self.tune}")
+        if self.quantize and self.quantize not in FORMATS:
+            raise InputError(f"model.quantize is {self.quantize!r}; known are {', '.join(FORMATS)}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout must lie in [0, 1), got {self.dropout}")
+        _positive("model", self, "n_layer", "n_embd", "rank", "alpha")
 
 
 @dataclass(frozen=True)
@@ -175,8 +190,12 @@ def from_dict(told: Mapping[str, Any]) -> Config:
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.GenericAlias):  # a tuple of numbers
+    if isinstance(kind, types.GenericAlias):  # a tuple of numbers, or of any number of texts
         parts = typing.get_args(kind)
+        if parts[-1] is ...:
+            if not isinstance(value, list | tuple):
+                raise InputError(f"{name} must be a list of texts, got {value!r}")
+            parts = parts[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(parts):
             raise InputError(f"{name} must be {len(parts)} numbers, got {value!r}")
         return tuple(_typed(name, part, x) for part, x in zip(parts, value, strict=True))

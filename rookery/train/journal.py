@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from ..errors import InputError
 from ..files import replacing
 from ..models import Model
+from ..models.parts import PackedLinear
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -58,7 +59,7 @@ class Journal:
             self.say(f"going on from step {run.step}")
         self.peak = matrix_peak(run.accelerator.device, run.precision)
         # once forward, twice backward; frozen weights have no gradient of their own
-        self.flops = flops_a_token(run.plain) * (2 if run.plain.state_tuning else 3)
+        self.flops = flops_a_token(run.plain) * (3 if run.plain.emb.weight.requires_grad else 2)
         columns = (TextColumn("{task.fields[told]}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console)
         self.task = self.bar.add_task("", total=run.steps, completed=run.step, told="")
@@ -143,8 +144,9 @@ class Journal:
 
 def flops_a_token(model: Model) -> int:
     """Of the forward pass: two for every weight of a matrix, the embedding apart, which is only looked up."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "emb.weight"]
-    return 2 * sum(p.numel() for p in matrices)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "emb.weight")
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    return 2 * (matrices + packed)
 
 
 def matrix_peak(device: torch.device, precision: str) -> float:

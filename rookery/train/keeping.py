@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00001000` that every command takes as a model (config.json, model.safetensors, the
 tokenizer), with the optimiser's tensors beside it and run.json, which knows where the run stood and what the other
 files hash to. It is made under another name and renamed when all of it is on the disk. Where only the initial state
-is trained, time_state.safetensors stands for the model.
+is trained, time_state.safetensors stands for the model, and where only adapters are, the two files of the adapter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..adapters import restore_adapter, save_adapter
 from ..checkpoint import read_time_state, save, save_time_state
 from ..errors import InputError
 from ..models import Model, State
@@ -55,6 +56,8 @@ def keep(
     try:
         if model.state_tuning:
             save_time_state(model, part / TUNED, notes)
+        elif model.adapted_from is not None:
+            save_adapter(model, part, notes)
         else:
             save(model, part, tokenizer_file, notes)
         save_file(_tensors(model, optimizer), part / OPTIMIZER)
@@ -96,6 +99,8 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
     try:
         if model.state_tuning:
             model.load_state_dict(read_time_state(path / TUNED, model)[0], strict=False)
+        elif model.adapted_from is not None:
+            restore_adapter(model, path)
         else:
             model.load_state_dict(load_file(path / "model.safetensors"))
     except RuntimeError as error:

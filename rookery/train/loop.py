@@ -25,6 +25,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..adapters import WEIGHTS, save_adapter
 from ..checkpoint import load, save, save_time_state
 from ..errors import InputError
 from ..models import MODELS, LayerState, Model, State
@@ -79,11 +80,18 @@ class Run:
         if given is not None:
             model = given
         elif told.path:
-            model = load(told.path, wide)
-            if model.quantization is not None:
-                raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained")
+            model = load(told.path, wide, quantize=told.quantize or None)
+            if model.quantization is not None and told.tune != "lora":
+                raise InputError(
+                    f"{told.path}: is quantised, and packed weights cannot be trained; model.tune=lora can"
+                )
             if told.tune == "state":
                 model.tune_state()
+            elif told.tune != "all":
+                from ..adapters.attached import attach
+
+                dora = told.tune == "dora"
+                attach(model, told.rank, told.alpha, told.dropout, dora, told.targets, told.path)
         else:
             cls = MODELS[told.generation]
             size = told.vocab_size or -(-vocabulary // 64) * 64
@@ -130,7 +138,7 @@ class Run:
         """Goes to where the newest good checkpoint was, if there is one."""
         found = keeping.newest(self.checkpoints)
         if found is None:
-            if any((self.out / name).exists() for name in ("model.safetensors", keeping.TUNED)):
+            if any((self.out / name).exists() for name in ("model.safetensors", keeping.TUNED, WEIGHTS)):
                 raise InputError(f"{self.out}: holds a model already; give another run.out")
             return
         path, standing = found
@@ -214,6 +222,8 @@ class Run:
         try:
             if self.plain.state_tuning:
                 save_time_state(self.plain, self.out / keeping.TUNED, self.notes)
+            elif self.plain.adapted_from is not None:
+                save_adapter(self.plain, self.out, self.notes)
             else:
                 save(self.plain, self.out, self.data.tokenizer_file, self.notes)
         except (OSError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from .config import OptimSection
 
 
 def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
-    """AdamW (Adam where nothing decays) over the groups of the generation; each remembers its own rate as "base_lr".
-    With `muon` the matrices inside the blocks are Muon's."""
-    groups = model.param_groups(of.lr, of.weight_decay)
+    """AdamW (Adam where nothing decays) over the groups of the generation, or of its adapters; each group remembers its
+    own rate as "base_lr". With `muon` the matrices inside the blocks are Muon's."""
+    own = model.param_groups if model.adapted_from is None else partial(_of_adapters, model)
+    groups = own(of.lr, of.weight_decay)
     trained = {p for p in model.parameters() if p.requires_grad}
     inner = []
-    if of.muon:
+    if of.muon and model.adapted_from is None:
         named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and p in trained]
         inner = [p for name, p in named if name.startswith("blocks.") and name.endswith(".weight")]
     groups = [_of(group, trained.difference(inner)) for group in groups]
@@ -59,6 +61,15 @@ class Together(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._share()
+
+
+def _of_adapters(model: Model, lr: float, weight_decay: float) -> list[dict]:
+    """A and B decay, which draws towards the model as it was; the magnitudes of DoRA do not, they are no changes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim == 1], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 2], "lr": lr, "weight_decay": weight_decay},
+    ]
 
 
 def rate(step: int, steps: int, of: OptimSection) -> float:

@@ -195,9 +195,7 @@ def test_muon_goes_on_too(texts, tmp_path):
 def test_what_rwkv_is_compared_with_learns_by_the_same_loop(made, texts, tmp_path):
     torch.manual_seed(0)
     made.init_weights()
-    told = settings(
-        texts, tmp_path / "out", "run.steps=60", "data.order=random", "optim.lr=1e-2", f"data.eval={texts}"
-    )
+    told = settings(texts, tmp_path / "out", "run.steps=60", "data.order=random", "optim.lr=1e-2", f"data.eval={texts}")
     Run(read_config(None, told), model=made)()
     losses = [row[2] for row in curve(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(64), abs=0.3)

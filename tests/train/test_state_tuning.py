@@ -247,8 +247,8 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, random_checkpoint):
 
     with pytest.raises(InputError, match=r"model\.tune=state needs model\.path"):
         read_config(None, ["model.tune=state", f"data.train={data['down']}"])
-    with pytest.raises(InputError, match=r"model\.tune is 'lora'; known are all, state"):
-        read_config(None, ["model.tune=lora", f"data.train={data['down']}"])
+    with pytest.raises(InputError, match=r"model\.tune is 'states'; known are all, state, "):
+        read_config(None, ["model.tune=states", f"data.train={data['down']}"])
     other = tmp_path / "other"
     save(load(base), other)
     tuning(other, data, tmp_path / "out2", "run.steps=1")()

@@ -1,4 +1,4 @@
-"""Rows in one process against the same rows over several. Started by torchrun; prints JSON {case: {what: error}}.
+"""Rows in one process against the same rows over several. Prints JSON: {case: {what: error}}, and what RWKV-4 says.
 
 An error is the largest difference over the largest number. Every process computes the whole for itself.
 """
@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rookery.checkpoint import assemble
+from rookery.errors import InputError
 from rookery.models import LayerState, State
 from rookery.models.spread import Spread
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_checkpoint
+from processes import together
 
 # of every row: where the pieces of three processes begin and the row ends; where its documents do
 LAYOUTS = {
@@ -91,11 +93,14 @@ def compare(
         done, ended = done + borders[-1], ended + len(borders) - 1
         lasts.append(ended - 1)
     bounds = [0, *accumulate(lengths)]
-    model.gradient_checkpointing = checkpointing
+    spread = Spread(bounds, firsts, goes_on, group)
     given = None if entering is None else entering[here]
-    found, states = model(tokens[:, mine], given, cu_seqlens=Spread(bounds, firsts, goes_on, group))
+    with torch.no_grad():  # few tokens, which the native step must leave to the plain model
+        unlearned, _ = model(tokens[:, mine], given, cu_seqlens=spread)
+    model.gradient_checkpointing = checkpointing
+    found, states = model(tokens[:, mine], given, cu_seqlens=spread)
     ends = [end - 1 for end in [*firsts[1:], len(here)]]
-    found, carried = Spread(bounds, firsts, goes_on, group).to_all(found, states[ends])
+    found, carried = spread.to_all(found, states[ends])
     loss = (found * pull[:, mine]).sum()
     if through:
         loss = loss + pulled(states[through], [here[i] for i in through])
@@ -118,13 +123,13 @@ def compare(
     ]
     return {
         "logits": error(found, logits[:, mine]),
+        "logits without gradients": error(unlearned, logits[:, mine]),
         "states": max(error(x, y) for x, y in pairs),
         **{name: error(summed[name], x) for name, x in wanted.items()},
     }
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def check() -> None:
     groups = {3: dist.group.WORLD, 2: dist.new_group([0, 1])}
     found: dict[str, dict[str, float]] = {}
     cases = [
@@ -138,10 +143,18 @@ def main() -> None:
     worst: list = [None] * dist.get_world_size()
     dist.all_gather_object(worst, found)
     if dist.get_rank() == 0:
-        print(
-            json.dumps({case: {k: max(w[case][k] for w in worst if case in w) for k in found[case]} for case in found})
-        )
-    dist.destroy_process_group()
+        errors = {case: {k: max(w[case][k] for w in worst if case in w) for k in found[case]} for case in found}
+        print(json.dumps([errors, refusal()]))
 
 
-main()
+def refusal() -> str:
+    model, spread = assemble(random_checkpoint("4")), Spread([0, 3], [0], [False], dist.group.WORLD)
+    try:
+        model(torch.tensor([[1, 2, 3]]), cu_seqlens=spread)
+    except InputError as error:
+        return str(error)
+    return "nothing"
+
+
+assemble(random_checkpoint("6"))(torch.tensor([[1, 2, 3, 4, 5]]))  # a first forward imports much: once for all
+together(3, check)

@@ -1,4 +1,4 @@
-"""Processes that speak gloo, forked once everything is imported: torchrun imports it anew in each, for seconds."""
+"""Processes that speak gloo, forked when all is imported: torchrun imports everything in each, for seconds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+from rookery.models import RWKV7
+
+RWKV7(RWKV7.Config.sized(64, 1, 64))(torch.ones(1, 5, dtype=torch.long))  # a first forward imports the most
 
 
 def together(number: int, function: Callable, *args: Any) -> None:
@@ -21,7 +26,7 @@ def together(number: int, function: Callable, *args: Any) -> None:
 
 def _join(rank: int, number: int, where: str, function: Callable, args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # accelerate wants them; the file is the meeting
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # which accelerate asks for, though they have met
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=number)
     function(*args)
     dist.destroy_process_group()

@@ -110,11 +110,8 @@ class Run:
             raise InputError(
                 f"run.sequence_parallel is not for {self.plain.name}: what it reads of its state does not add up"
             )
-        if self.accelerator.num_processes % self.pieces:
-            raise InputError(
-                f"run.sequence_parallel is {self.pieces}, which does not divide the {self.accelerator.num_processes} "
-                "processes that torchrun has started"
-            )
+        if (number := self.accelerator.num_processes) % self.pieces:
+            raise InputError(f"run.sequence_parallel = {self.pieces} does not divide the number of processes, {number}")
         return dist.new_subgroups(self.pieces)[0]
 
     def _precision(self) -> str:

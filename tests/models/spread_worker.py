@@ -156,5 +156,4 @@ def refusal() -> str:
     return "nothing"
 
 
-assemble(random_checkpoint("6"))(torch.tensor([[1, 2, 3, 4, 5]]))  # a first forward imports much: once for all
 together(3, check)

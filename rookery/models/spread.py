@@ -64,14 +64,14 @@ class Spread(Sequence[int]):
         """As the operator: y [1, T, H, N], and the states [S, H, N, N] that the pieces end with."""
         entering = _numbers(self.entering, wkv)
         y, left = operator(*inputs, wkv.index_fill(0, entering, 0), cu_seqlens=self.cu)
-        maps = torch.stack([torch.zeros_like(left[self.lasts]), left[self.lasts]])  # P and Q of each row
+        q = left[self.lasts]
+        p = torch.zeros_like(q)  # of what entered, nothing leaves a piece in which a document begins or ends
         if self.rows:
             read, passed = self._without_values(operator, inputs, left)
-            spanning = [self.rows[i] for i in self.spanning]
-            maps = maps.index_put((torch.tensor(0), _numbers(spanning, wkv)), passed[self.spanning])
-        y, all_maps = _exchange(y, maps, self.group)  # [processes, 2, rows, H, N, N]
+            p = p.index_copy(0, _numbers([self.rows[i] for i in self.spanning], p), passed[self.spanning])
+        y, maps = _exchange(y, torch.stack([p, q]), self.group)  # [processes, 2, rows, H, N, N]
         if self.rows:
-            (_, state), *between = all_maps[: self.group.rank()]
+            (_, state), *between = maps[: self.group.rank()]
             for p, q in between:
                 state = state @ p + q
             state = state[self.rows]
@@ -94,11 +94,9 @@ class Spread(Sequence[int]):
         """What the operator makes of the identity where sequences go on: x_t [1, tokens, H, N], and P of each."""
         r, log_w, _, v, *rest = (x if x.ndim < 4 else self._taken(x) for x in inputs)
         nothing = like.new_zeros(1).expand_as(v)
-        identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand(
-            len(self.rows), *like.shape[1:]
-        )
-        cu = (0, *accumulate(self._lengths))
-        return operator(r, log_w, nothing, nothing, *rest, identity, cu_seqlens=cu)
+        identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        state = identity.expand(len(self.rows), *like.shape[1:])
+        return operator(r, log_w, nothing, nothing, *rest, state, cu_seqlens=(0, *accumulate(self._lengths)))
 
     @property
     def _lengths(self) -> list[int]:

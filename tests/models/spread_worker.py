@@ -26,6 +26,7 @@ from processes import together
 # of every row: where the pieces of three processes begin and the row ends; where its documents do
 LAYOUTS = {
     "one document": [([0, 37, 60, 101], [0, 101])],
+    "two documents": [([0, 37, 60, 101], [0, 50, 101])],
     "many rows, carried": [
         ([0, 33, 66, 80], [0, 80]),
         ([0, 1, 2, 3], [0, 3]),

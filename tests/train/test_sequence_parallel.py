@@ -32,11 +32,11 @@ def spread(*rounds: tuple[int, list[list[str]]]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def assert_same(one: Path, several: Path) -> None:
+def assert_same(one: Path, several: Path, tolerance: float = 1e-5) -> None:
     a, b = curve(one), curve(several)
     assert [row[:2] for row in a] == [row[:2] for row in b]
-    assert [row[2] for row in a] == pytest.approx([row[2] for row in b], abs=1e-5)
-    assert [row[3] for row in a] == pytest.approx([row[3] for row in b], rel=1e-4)
+    assert [row[2] for row in a] == pytest.approx([row[2] for row in b], abs=tolerance)
+    assert [row[3] for row in a] == pytest.approx([row[3] for row in b], rel=10 * tolerance)
 
 
 def test_processes_that_share_rows_are_one(texts, tmp_path):
@@ -45,6 +45,7 @@ def test_processes_that_share_rows_are_one(texts, tmp_path):
         "documents": ["run.accumulate=2", "run.steps=6"],
         "carried": ["model.generation=rwkv6", "data.order=carried", "data.ctx_len=8", "data.through=2", "run.steps=6"],
         "windows": ["model.generation=rwkv5", "data.order=shuffle", "run.steps=6", "run.checkpointing=true"],
+        "rounded": ["run.precision=bfloat16", "run.steps=3"],
         "tuned": ["model.tune=state", f"model.path={tmp_path / 'documents'}", "run.steps=3"],
     }
     for name, more in runs.items():
@@ -59,7 +60,7 @@ def test_processes_that_share_rows_are_one(texts, tmp_path):
         "run.sequence_parallel = 4 does not divide the number of processes, 2",
     ]
     for name in runs:
-        assert_same(tmp_path / name, tmp_path / f"{name}-2")
+        assert_same(tmp_path / name, tmp_path / f"{name}-2", 1e-5 if name != "rounded" else 3e-3)
     assert_same(tmp_path / "carried", tmp_path / "carried-4")
     shutil.rmtree(tmp_path / "carried-2" / "checkpoints" / "step-00000006")  # back to step 3, alone
     (tmp_path / "carried-2" / "model.safetensors").unlink()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from itertools import chain
 from operator import is_
 from pathlib import Path
@@ -123,9 +124,7 @@ class Step:
         wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
         return (sequences, channels), wkv, (sequences, channels)
 
-    def __call__(
-        self, tokens: Tensor, state: State, cu: tuple[int, ...] | None, last_only: bool
-    ) -> tuple[Tensor, State]:
+    def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
         """As the model's forward: logits float32 and the new state."""
         batch, length = tokens.shape
         if batch * length > MOST_ROWS:

@@ -18,6 +18,7 @@ from ..ops.dispatch import constant_to_the_compiler
 from ..ops.packed import GROUP, packed_matmul
 from ..ops.packing import boundaries
 from . import native
+from .spread import Boundaries, Spread
 from .state import LayerState, State
 
 
@@ -70,10 +71,12 @@ def embedding(config: Any) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
 
 
-def previous(x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+def previous(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
     """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
     shift = shift.to(x.dtype)
-    if x.shape[1] == 1:  # a decode step, B sequences or a packed one
+    if isinstance(cu, Spread):
+        x, shift = cu.shift(x, shift)
+    elif x.shape[1] == 1:  # a decode step, B sequences or a packed one
         return shift[:, None]
     if cu is None:
         return torch.cat([shift[:, None], x[:, :-1]], dim=1)
@@ -81,12 +84,12 @@ def previous(x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
     return moved.index_copy(1, torch.tensor(cu[:-1], device=x.device), shift[None])
 
 
-def last_tokens(x: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+def last_tokens(x: Tensor, cu: Boundaries | None) -> Tensor:
     """The last token of each sequence: [B, 1, C], packed [1, S, C]."""
     return x[:, -1:] if cu is None else x[:, [end - 1 for end in cu[1:]]]
 
 
-def carry(x: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+def carry(x: Tensor, cu: Boundaries | None) -> Tensor:
     """What the token shift keeps of x [B, T, C]: the last vector of each sequence, [S, C] float32.
 
     Exact for 16-bit activations, so a carried state continues as if it had not been cut.
@@ -127,6 +130,7 @@ class Model(nn.Module):
 
     name: ClassVar[str]  # "rwkv7"
     Config: ClassVar[Any]
+    affine: ClassVar[bool] = True  # what a text leaves and reads of a state are affine maps of it; see spread.py
     ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
@@ -206,7 +210,7 @@ class Model(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def native_step(self, tokens: Tensor, cu: tuple[int, ...] | None) -> native.Step | None:
+    def native_step(self, tokens: Tensor, cu: Boundaries | None) -> native.Step | None:
         """The C++ that does the forward of these tokens, or None where the plain model must (native.py says when).
 
         Where PyTorch has fast products a pack is the plain model's: who else is in it must not decide, by the number
@@ -217,7 +221,7 @@ class Model(nn.Module):
             fits = rows <= native.ROWS and cu is None
         else:
             fits = rows <= native.MOST_ROWS or (cu is None and len(tokens) <= native.MOST_ROWS)
-        if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not fits or isinstance(cu, Spread) or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
@@ -235,7 +239,7 @@ class Model(nn.Module):
 
     def enter(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
-    ) -> tuple[State, tuple[int, ...] | None]:
+    ) -> tuple[State, Boundaries | None]:
         """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
             what = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
@@ -246,7 +250,13 @@ class Model(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}")
-        cu = boundaries(cu_seqlens, *tokens.shape)
+        cu: Boundaries | None = boundaries(cu_seqlens, *tokens.shape)
+        if isinstance(cu_seqlens, Spread):
+            if not self.affine:
+                raise InputError(
+                    f"{self.name} cannot be spread over processes: what it reads of its state does not add up"
+                )
+            cu = cu_seqlens
         rows = len(tokens) if cu is None else len(cu) - 1
         if state is None:
             return self.initial_state(rows), cu

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..ops import wkv4
 from .parts import Linear, Model, carry, count_layers, embedding, last_tokens, previous, widen
+from .spread import Boundaries
 from .state import LayerState, State
 
 
@@ -83,7 +84,7 @@ class TimeMix(nn.Module):
         wkv[2] = -1e38  # the logarithm of "nothing yet" that survives differences, unlike -inf
         return wkv
 
-    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
         before = previous(x, shift, cu)  # [B, T, C]
         xk, xv, xr = (torch.lerp(before, x, m) for m in (self.time_mix_k, self.time_mix_v, self.time_mix_r))
         r = torch.sigmoid(self.receptance(xr))  # [B, T, A]
@@ -102,7 +103,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(c, c)
         self.value = Linear(f, c)
 
-    def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
         before = previous(x, shift, cu)
         xk, xr = torch.lerp(before, x, self.time_mix_k), torch.lerp(before, x, self.time_mix_r)
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)) ** 2)
@@ -118,7 +119,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x: Tensor, state: LayerState, cu: tuple[int, ...] | None) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState, cu: Boundaries | None) -> tuple[Tensor, LayerState]:
         x1 = self.ln1(x)
         y, wkv = self.att(x1, state.att_shift, state.wkv, cu)
         x = x + y
@@ -137,6 +138,7 @@ class RWKV4(Model):
 
     name = "rwkv4"
     Config = RWKV4Config
+    affine = False  # its state is read as a quotient of two sums
 
     def __init__(self, config: RWKV4Config):
         super().__init__(config)

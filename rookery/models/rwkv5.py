@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..ops import wkv5
 from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .spread import Boundaries, recur
 from .state import LayerState, State
 
 
@@ -110,7 +111,7 @@ class TimeMix(nn.Module):
         size = self.ln_x.num_channels // self.heads
         return widen(self.time_decay.new_zeros(self.heads, size, size))
 
-    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
         before = previous(x, shift, cu)  # [B, T, C]
 
         def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
@@ -123,7 +124,7 @@ class TimeMix(nn.Module):
         log_w = -widen(self.time_decay).exp().view(self.heads, -1)
         u = widen(self.time_first).exp() if self.log_bonus else widen(self.time_faaaa)
         # values in float32, for y comes in their dtype and before its norm it can leave float16's range
-        y, wkv = wkv5(r, log_w, k, widen(v), u.view(self.heads, -1), wkv, cu_seqlens=cu)
+        y, wkv = recur(wkv5, (r, log_w, k, widen(v), u.view(self.heads, -1)), wkv, cu)
         y = group_norm(y, self.ln_x).to(x.dtype)
         if self.gated:
             y = y * F.silu(self.gate(torch.lerp(before, x, self.time_mix_g)))
@@ -139,7 +140,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(c, c)
         self.value = Linear(f, c)
 
-    def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
         before = previous(x, shift, cu)
         xk, xr = torch.lerp(before, x, self.time_mix_k), torch.lerp(before, x, self.time_mix_r)
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)) ** 2)
@@ -155,7 +156,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x: Tensor, state: LayerState, cu: tuple[int, ...] | None) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState, cu: Boundaries | None) -> tuple[Tensor, LayerState]:
         x1 = self.ln1(x)
         y, wkv = self.att(x1, state.att_shift, state.wkv, cu)
         x = x + y

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..ops import wkv6
 from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .spread import Boundaries, recur
 from .state import LayerState, State
 
 
@@ -97,7 +98,7 @@ class TimeMix(nn.Module):
         heads, size = self.time_faaaa.shape
         return widen(self.time_faaaa.new_zeros(heads, size, size))
 
-    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
         d = previous(x, shift, cu) - x  # [B, T, C]
         low = torch.tanh(torch.addcmul(x, d, self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
         moved = torch.einsum("btmd,mdc->mbtc", low, self.time_maa_w2)
@@ -113,7 +114,7 @@ class TimeMix(nn.Module):
         g = F.silu(self.gate(xg))
         log_w = -(widen(self.time_decay) + widen(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)).exp()
         # values in float32, for y comes in their dtype and before its norm it can leave float16's range
-        y, wkv = wkv6(r, per_head(log_w), k, widen(v), widen(self.time_faaaa), wkv, cu_seqlens=cu)
+        y, wkv = recur(wkv6, (r, per_head(log_w), k, widen(v), widen(self.time_faaaa)), wkv, cu)
         return self.output(group_norm(y, self.ln_x).to(x.dtype) * g), wkv
 
 
@@ -126,7 +127,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(c, c)
         self.value = Linear(f, c)
 
-    def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
         d = previous(x, shift, cu) - x
         xk, xr = torch.addcmul(x, d, self.time_maa_k), torch.addcmul(x, d, self.time_maa_r)
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)) ** 2)
@@ -142,7 +143,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x: Tensor, state: LayerState, cu: tuple[int, ...] | None) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState, cu: Boundaries | None) -> tuple[Tensor, LayerState]:
         x1 = self.ln1(x)
         y, wkv = self.att(x1, state.att_shift, state.wkv, cu)
         x = x + y

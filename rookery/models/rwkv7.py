@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..ops import wkv7
 from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .spread import Boundaries, recur
 from .state import LayerState, State
 
 
@@ -115,7 +116,7 @@ class TimeMix(nn.Module):
         shift: Tensor,
         wkv: Tensor,
         v_first: Tensor | None,  # the values of layer 0 for the same tokens, [B, T, A]; None in layer 0
-        cu: tuple[int, ...] | None,
+        cu: Boundaries | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         d = previous(x, shift, cu) - x
         xr, xw, xk, xv, xa, xg = (
@@ -139,7 +140,7 @@ class TimeMix(nn.Module):
         kappa = F.normalize(widen(per_head(k * self.k_k)), dim=-1, eps=1e-12)  # of the key as it was
         k = k * (1 + (a - 1) * self.k_a)
         r, k, v, a = per_head(r), per_head(k), per_head(v), per_head(a)
-        y, wkv = wkv7(r, per_head(log_w), k, v, -kappa, kappa * a, wkv, cu_seqlens=cu)
+        y, wkv = recur(wkv7, (r, per_head(log_w), k, v, -kappa, kappa * a), wkv, cu)
         y = group_norm(y.to(x.dtype), self.ln_x)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         return self.output((y + bonus.flatten(-2)) * g), wkv, v_first
@@ -152,7 +153,7 @@ class ChannelMix(nn.Module):
         self.key = Linear(config.n_embd, config.dim_ffn)
         self.value = Linear(config.dim_ffn, config.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor, cu: tuple[int, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
         xk = torch.addcmul(x, previous(x, shift, cu) - x, self.x_k)
         return self.value(torch.relu(self.key(xk)) ** 2)
 
@@ -168,7 +169,7 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu: tuple[int, ...] | None
+        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu: Boundaries | None
     ) -> tuple[Tensor, Tensor, LayerState]:
         x1 = self.ln1(x)
         y, wkv, v_first = self.att(x1, state.att_shift, state.wkv, v_first, cu)

@@ -105,8 +105,9 @@ class OptimSection:
 @dataclass(frozen=True)
 class RunSection:
     out: str = "out"  # the folder for the model, its checkpoints and the log
-    batch: int = 8  # rows in one forward pass of one process
+    batch: int = 8  # rows in one forward pass of one process (of one group: see sequence_parallel)
     accumulate: int = 1  # such passes in a step
+    sequence_parallel: int = 1  # so many processes share each row, a piece of its tokens each; their batch is one
     steps: int = 0  # how long: so many steps, or
     epochs: float = 1.0  # so many times through the data, where steps is 0
     # of the activations: bfloat16 (autocast), float32, float64 (for tests), or auto: bfloat16 where that is fast
@@ -125,7 +126,9 @@ class RunSection:
     wandb: str = ""  # a project to log to, where wandb is installed
 
     def check(self) -> None:
-        _positive("run", self, "batch", "accumulate", "log_every", "eval_rows", "keep", "save_minutes")
+        _positive(
+            "run", self, "batch", "accumulate", "sequence_parallel", "log_every", "eval_rows", "keep", "save_minutes"
+        )
         for name in ("steps", "epochs", "eval_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"run.{name} must not be negative, got {getattr(self, name)}")
@@ -146,6 +149,11 @@ class Config:
         """Itself; InputError if a value cannot be."""
         for section in dataclasses.fields(self):
             getattr(self, section.name).check()
+        pieces, length = self.run.sequence_parallel, self.data.ctx_len
+        if length % pieces:
+            raise InputError(f"data.ctx_len is {length}, which run.sequence_parallel = {pieces} does not divide")
+        if self.run.compile and pieces > 1:
+            raise InputError("run.compile does not reach over processes: not with run.sequence_parallel")
         if self.run.compile and self.data.order in ("documents", "carried"):
             raise InputError("run.compile needs windows (data.order=shuffle): packed documents compile anew every step")
         return self

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
@@ -30,6 +31,7 @@ from ..checkpoint import load, save, save_time_state
 from ..errors import InputError
 from ..models import MODELS, LayerState, Model, State
 from ..models.native import fast_in_torch
+from ..models.spread import Spread
 from . import keeping
 from .config import Config
 from .journal import Journal
@@ -59,8 +61,15 @@ class Run:
         self.precision = self._precision()
         set_seed(config.run.seed)
         self.plain = self._model(model)
-        lanes = config.run.batch * config.run.accumulate * self.accelerator.num_processes
+        self.pieces = config.run.sequence_parallel  # of each row, one a process
+        self.group, self.groups = self._group(), self.accelerator.num_processes // self.pieces
+        lanes = config.run.batch * config.run.accumulate * self.groups
         self.rows = self._sampler(self.data, lanes)
+        if self.rows.shortest < self.pieces:
+            raise InputError(
+                f"{config.data.train}: its last row of {config.data.ctx_len} tokens has {self.rows.shortest}, too few "
+                f"for run.sequence_parallel = {self.pieces}; give another data.ctx_len"
+            )
         self.a_step = lanes * config.data.through  # rows
         self.states: dict[int, State] = {}  # of each lane of this process, where they are carried
         self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_an_epoch / self.a_step)
@@ -103,6 +112,18 @@ class Run:
                 f"{model.config.vocab_size - 1}"
             )
         return model.to(self.accelerator.device, wide).train()
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The processes that this one shares its rows with: as many neighbours as a row has pieces."""
+        if self.pieces == 1:
+            return None
+        if not self.plain.affine:
+            raise InputError(
+                f"run.sequence_parallel is not for {self.plain.name}: what it reads of its state does not add up"
+            )
+        if (number := self.accelerator.num_processes) % self.pieces:
+            raise InputError(f"run.sequence_parallel = {self.pieces} does not divide the number of processes, {number}")
+        return dist.new_subgroups(self.pieces)[0]
 
     def _precision(self) -> str:
         """Of the activations."""
@@ -170,7 +191,7 @@ class Run:
         own = State.stack([self.states[lane] for lane in self._lanes(self.accelerator.process_index)])
         layers = [LayerState(*(self.accelerator.gather(x.contiguous()) for x in layer)) for layer in own.layers]
         order = [lane for process in range(self.accelerator.num_processes) for lane in self._lanes(process)]
-        return State(layers, own.fingerprint)[[order.index(lane) for lane in range(len(order))]]
+        return State(layers, own.fingerprint)[[order.index(lane) for lane in range(len(order) // self.pieces)]]
 
     def keep(self) -> None:
         """Writes a checkpoint. Where the disk is full the run goes on with the last one, and says so."""
@@ -234,7 +255,7 @@ class Run:
         that is not finite the weights stay what they are."""
         told, device = self.config, self.accelerator.device
         passes, entered = list(self._passes()), self.states
-        batches = [[collate(list(rows.values())) for rows in chunks] for chunks in passes]
+        batches = [[collate(list(rows.values()), self.group) for rows in chunks] for chunks in passes]
         counted = self._sum(torch.tensor(float(sum(_counted(batch) for some in batches for batch in some))))
         positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for some in batches for batch in some))))
         set_rate(self.optimizer, rate(self.step, self.steps, told.optim))
@@ -248,7 +269,7 @@ class Run:
                         logits, state = self.model(
                             batch.inputs.to(device), self._enter(rows), cu_seqlens=batch.cu_seqlens
                         )
-                    self._leave(rows, state)
+                    logits = self._leave(rows, batch, logits, state)
                     mask = None if batch.mask is None else batch.mask.to(device)
                     nats, squares = losses(logits, batch.targets.to(device), mask)
                     pull = told.optim.l2wrap / positions.item() * squares
@@ -273,13 +294,18 @@ class Run:
         size, mine = self.config.run.batch, self._lanes(self.accelerator.process_index)
         begins = range(self.step * self.a_step, (self.step + 1) * self.a_step, self.a_step // self.config.data.through)
         for i in range(0, len(mine), size):
-            yield [{lane: self.rows.row(begin + lane) for lane in mine[i : i + size]} for begin in begins]
+            yield [{lane: self._row(begin + lane) for lane in mine[i : i + size]} for begin in begins]
+
+    def _row(self, i: int) -> Row:
+        """What this process has of a row."""
+        row = self.rows.row(i)
+        return row if self.group is None else row.piece(self.group.rank(), self.pieces)
 
     def _lanes(self, process: int) -> list[int]:
-        """Which rows of those that a step reads side by side are a process's."""
-        told, processes = self.config.run, self.accelerator.num_processes
+        """Which rows of those that a step reads side by side are a process's, whole or a piece of each."""
+        told, group = self.config.run, process // self.pieces
         return [
-            (i * processes + process) * told.batch + row for i in range(told.accumulate) for row in range(told.batch)
+            (i * self.groups + group) * told.batch + row for i in range(told.accumulate) for row in range(told.batch)
         ]
 
     def _enter(self, rows: dict[int, Row]) -> State | None:
@@ -295,11 +321,14 @@ class Run:
             states += [first, *[empty] * (len(row.starts) - 1)]
         return State.stack(states)
 
-    def _leave(self, rows: dict[int, Row], state: State) -> None:
-        """Keeps the state that each lane ends with."""
+    def _leave(self, rows: dict[int, Row], batch: Batch, logits: Tensor, state: State) -> Tensor:
+        """Keeps the state that each lane ends with. The logits as they are."""
         if isinstance(self.rows, Lanes):
-            ends = itertools.accumulate(len(row.starts) for row in rows.values())
-            self.states = self.states | {lane: state[end - 1] for lane, end in zip(rows, ends, strict=True)}
+            state = state[[end - 1 for end in itertools.accumulate(len(row.starts) for row in rows.values())]]
+            if isinstance(batch.cu_seqlens, Spread):
+                logits, state = batch.cu_seqlens.to_all(logits, state)
+            self.states = self.states | {lane: state[i] for i, lane in enumerate(rows)}
+        return logits
 
     def _norm(self) -> float:
         clip = self.config.optim.clip or math.inf

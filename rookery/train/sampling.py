@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
+from ..models.spread import Boundaries, Spread
 from .tokens import TokenFile
 
 ORDERS = ("shuffle", "cubic", "random", "sequential")
@@ -32,6 +35,19 @@ class Row:
     starts: tuple[int, ...] = (0,)  # where a document begins that must not see what is before it
     continues: bool = False  # the first of them has begun in the lane's row before, whose last state it goes on from
 
+    def piece(self, number: int, pieces: int) -> Row:
+        """One of so many consecutive pieces, none longer than another by more than a token. What is cut `continues` in
+        the piece after."""
+        first, end = (len(self.inputs) * n // pieces for n in (number, number + 1))
+        here = slice(first, end)
+        return Row(
+            self.inputs[here],
+            self.targets[here],
+            None if self.mask is None else self.mask[here],
+            (0, *(start - first for start in self.starts if first < start < end)),
+            self.continues if number == 0 else first not in self.starts,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -40,7 +56,7 @@ class Batch:
     inputs: Tensor  # int64
     targets: Tensor  # int64, the same shape
     mask: Tensor | None  # bool, the same shape; None = all targets count
-    cu_seqlens: tuple[int, ...] | None  # (0, ..., T)
+    cu_seqlens: Boundaries | None  # (0, ..., T)
 
 
 class Documents:
@@ -66,6 +82,7 @@ class Documents:
         self._documents = np.flatnonzero(lengths)  # those without a token make no row
         self._lengths = lengths[self._documents]
         self.rows_an_epoch = -(-len(file.tokens) // length)
+        self.shortest = len(file.tokens) - (self.rows_an_epoch - 1) * length  # row, in tokens
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def row(self, i: int) -> Row:
@@ -118,7 +135,7 @@ class Lanes:
             InputError: as for Documents; fewer rows than lanes.
         """
         self.documents, self.lanes = Documents(file, length, seed), lanes
-        self.rows_an_epoch = self.documents.rows_an_epoch
+        self.rows_an_epoch, self.shortest = self.documents.rows_an_epoch, self.documents.shortest
         if self.rows_an_epoch < lanes:
             raise InputError(f"{file.prefix}: has {self.rows_an_epoch} rows of {length} tokens for {lanes} lanes")
 
@@ -165,6 +182,8 @@ class Windows:
             self.rows_an_epoch = _prime(len(file.tokens) // length - 1)
             if not self.rows_an_epoch:
                 raise InputError(f"{file.prefix}: the order cubic needs {3 * length} tokens, there are {targets + 1}")
+        whole = order in ("cubic", "random")
+        self.shortest = min(length, targets) if whole else targets - (self.rows_an_epoch - 1) * length  # row, in tokens
         self._last: tuple[int, np.ndarray] | None = None
 
     def row(self, i: int) -> Row:
@@ -189,9 +208,10 @@ class Windows:
         return int(last[1][j]) * self.length
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Rows of one length that are one sequence each lie side by side; others are packed, each document apart."""
-    whole = all(row.starts == (0,) and len(row.inputs) == len(rows[0].inputs) for row in rows)
+def collate(rows: Sequence[Row], group: dist.ProcessGroup | None = None) -> Batch:
+    """Rows of one length that are one sequence each lie side by side; others are packed, each document apart. With a
+    `group` of processes the rows are this one's pieces of longer ones, and packed."""
+    whole = group is None and all(row.starts == (0,) and len(row.inputs) == len(rows[0].inputs) for row in rows)
 
     def join(arrays: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(arrays) if whole else np.concatenate(arrays)[None])
@@ -199,10 +219,13 @@ def collate(rows: Sequence[Row]) -> Batch:
     mask = None
     if any(row.mask is not None for row in rows):
         mask = join([np.ones(len(row.inputs), bool) if row.mask is None else row.mask for row in rows])
-    cu_seqlens = None
+    cu_seqlens: Boundaries | None = None
     if not whole:
         begins = np.cumsum([0, *(len(row.inputs) for row in rows)]).tolist()
         cu_seqlens = (*(at + start for at, row in zip(begins, rows, strict=False) for start in row.starts), begins[-1])
+        if group is not None:
+            firsts = [0, *accumulate(len(row.starts) for row in rows[:-1])]
+            cu_seqlens = Spread(cu_seqlens, firsts, [row.continues for row in rows], group)
     return Batch(join([row.inputs for row in rows]), join([row.targets for row in rows]), mask, cu_seqlens)
 
 

@@ -1,0 +1,150 @@
+"""Sequence parallelism: rows of tokens of which every process of a group holds a consecutive piece.
+
+- over a piece an operator is an affine map of the state that enters: it leaves S P + Q, and reads y_t + S x_t at token
+  t. From zeros the operator makes (y, Q) of the piece; from the identity, without values, it makes (x, P), for the
+  rows of a state never meet
+- every process computes both at once. They exchange P and Q, and each folds those before it to the state it enters
+- the token shift takes the last vector of the process before
+- going back, the gradient of what a process gave is the sum over what all made of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .state import LayerState, State
+
+
+class Spread(Sequence[int]):
+    """The `cu_seqlens` of a process that has one piece of each of some rows, packed one after the other.
+
+    `logits, state = model(tokens, state, cu_seqlens=Spread(...))` on every process of the group is the whole rows in
+    one: the logits of this process's tokens, and the states that its pieces end with. A sequence that has begun on the
+    process before goes on from there, whatever its row of the given `state` holds. All processes must go forward, and
+    back, through the same calls in the same order.
+
+    Args:
+        cu: (0, ..., T), where the sequences of this process's pieces begin and end.
+        firsts: of every row the number of its first sequence here, rising from 0; as many rows on every process.
+        goes_on: of every row, whether that sequence has begun on the process before. Not read on the first process.
+        group: the processes in the order of their pieces, which may differ in length.
+    """
+
+    # no tuple, for DistributedDataParallel would make a plain one of it on its way to a GPU
+    def __init__(self, cu: Sequence[int], firsts: Sequence[int], goes_on: Sequence[bool], group: dist.ProcessGroup):
+        self.cu, self.group = tuple(cu), group
+        self.lasts = [*(first - 1 for first in firsts[1:]), len(cu) - 2]  # each row's last sequence
+        self.rows = [row for row, on in enumerate(goes_on) if on and group.rank() > 0]  # from the process before
+        self.entering = [firsts[row] for row in self.rows]  # their first sequences
+        self.spanning = [
+            i for i, row in enumerate(self.rows) if firsts[row] == self.lasts[row]
+        ]  # of those, whole pieces
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.cu[i]
+
+    def __len__(self) -> int:
+        return len(self.cu)
+
+    def shift(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """x [1, T, C] as it is, and `shift` [S, C] with what the process before has left."""
+        ends = [self[last + 1] - 1 for last in self.lasts]
+        x, left = _exchange(x, x[0, ends], self.group)  # [processes, rows, C]
+        if self.rows:
+            shift = shift.index_copy(0, _numbers(self.entering, x), left[self.group.rank() - 1, self.rows])
+        return x, shift
+
+    def recur(self, operator: Callable, inputs: Sequence[Tensor], wkv: Tensor) -> tuple[Tensor, Tensor]:
+        """As the operator: y [1, T, H, N], and the states [S, H, N, N] that the pieces end with."""
+        entering = _numbers(self.entering, wkv)
+        y, left = operator(*inputs, wkv.index_fill(0, entering, 0), cu_seqlens=self.cu)
+        q = left[self.lasts]
+        p = torch.zeros_like(q)  # of what entered, nothing leaves a piece in which a document begins or ends
+        if self.rows:
+            read, passed = self._without_values(operator, inputs, left)
+            p = p.index_copy(0, _numbers([self.rows[i] for i in self.spanning], p), passed[self.spanning])
+        y, maps = _exchange(y, torch.stack([p, q]), self.group)  # [processes, 2, rows, H, N, N]
+        if self.rows:
+            (_, state), *between = maps[: self.group.rank()]
+            for p, q in between:
+                state = state @ p + q
+            state = state[self.rows]
+            parts = zip(read.split(self._lengths, 1), state, strict=True)
+            more = torch.cat([torch.einsum("bthk,hvk->bthv", x, own) for x, own in parts], 1)
+            y = y.index_add(1, self._tokens(y), more.to(y.dtype))
+            left = left.index_add(0, entering, state @ passed)
+        return y, left
+
+    def to_all(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x as it is, and of the states of the rows those on the last process, where the rows end."""
+        flat = torch.cat([part.flatten() for layer in state.layers for part in layer])
+        x, left = _exchange(x, flat, self.group)
+        sizes = [part.numel() for layer in state.layers for part in layer]
+        parts = iter(left[-1].split(sizes))
+        layers = [LayerState(*(next(parts).view_as(own) for own in layer)) for layer in state.layers]
+        return x, State(layers, state.fingerprint)
+
+    def _without_values(self, operator: Callable, inputs: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+        """What the operator makes of the identity where sequences go on: x_t [1, tokens, H, N], and P of each."""
+        r, log_w, _, v, *rest = (x if x.ndim < 4 else self._taken(x) for x in inputs)
+        nothing = like.new_zeros(1).expand_as(v)
+        identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        state = identity.expand(len(self.rows), *like.shape[1:])
+        return operator(r, log_w, nothing, nothing, *rest, state, cu_seqlens=(0, *accumulate(self._lengths)))
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [self[s + 1] - self[s] for s in self.entering]
+
+    def _tokens(self, like: Tensor) -> Tensor:
+        return torch.cat([torch.arange(self[s], self[s + 1], device=like.device) for s in self.entering])
+
+    def _taken(self, x: Tensor) -> Tensor:
+        if len(self.entering) == len(self) - 1:
+            return x
+        return torch.cat([x[:, self[s] : self[s + 1]] for s in self.entering], 1)
+
+
+Boundaries = tuple[int, ...] | Spread  # of sequences packed in one row
+
+
+def recur(operator: Callable, inputs: Sequence[Tensor], wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
+    """operator(*inputs, wkv, cu_seqlens=cu), over processes where cu says so."""
+    if not isinstance(cu, Spread):
+        return operator(*inputs, wkv, cu_seqlens=cu)
+    with torch.autocast(wkv.device.type, enabled=False):
+        return cu.recur(operator, inputs, wkv)
+
+
+def _exchange(x: Tensor, part: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """x as it is, and what every process gave, [processes, ...]."""
+    anchor = torch.zeros((), device=x.device, requires_grad=True)
+    return _Exchange.apply(x, part, anchor, group)
+
+
+class _Exchange(torch.autograd.Function):
+    """Going back every process must come by here, whether or not it has read what the others gave and whether or not
+    its own part has a gradient: so x, which leads to the loss, goes through, and the anchor always wants a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Tensor, anchor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        parts = part.new_empty(group.size(), *part.shape)
+        dist.all_gather(list(parts), part.contiguous(), group=group)
+        return x.view_as(x), parts
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dparts: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        own = torch.empty_like(dparts)
+        dist.all_to_all_single(own, dparts.contiguous(), group=ctx.group)
+        return dx, own.sum(0), None, None
+
+
+def _numbers(rows: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=like.device)

@@ -1,0 +1,31 @@
+"""Runs over several processes: argv is JSON [[processes, [settings, ...]], ...]. Prints the refusals of one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from rookery.errors import InputError
+from rookery.train.config import read_config
+from rookery.train.loop import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import together
+
+
+def take(runs: list[list[str]]) -> None:
+    for settings in runs:
+        try:
+            run = Run(read_config(None, settings))
+        except InputError as error:
+            if dist.get_rank() == 0:
+                print(error)
+        else:
+            run()
+
+
+for processes, runs in json.loads(sys.argv[1]):
+    together(processes, take, runs)

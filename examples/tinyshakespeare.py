@@ -35,6 +35,8 @@ def main() -> None:
     text = args.file.read_bytes()
     held_out = text[len(text) * 9 // 10 :]
     for name, part in (("train", text[: -len(held_out)]), ("held-out", held_out)):
+        if (args.out / f"{name}.idx").exists():
+            continue
         (args.out / f"{name}.txt").write_bytes(part)
         prepare([str(args.out / f"{name}.txt")], args.out / name, "bytes")
 
@@ -47,7 +49,7 @@ def main() -> None:
             "ctx_len": 256,
         },
         "optim": {"lr": 4e-3, "lr_final": 2e-4, "warmup": 50},
-        "run": {"out": str(args.out / "model"), "batch": 16, "steps": args.steps, "eval_every": 100, "sample_every": 0},
+        "run": {"out": str(args.out / "model"), "batch": 8, "steps": args.steps, "eval_every": 100, "sample_every": 0},
     }
     if not (args.out / "model" / "model.safetensors").exists():
         Run(from_dict(settings).check())()
@@ -71,7 +73,7 @@ def draw(log: Path, picture: Path) -> None:
     for key, told in (("loss", "the windows that it learns from"), ("eval_loss", "held out")):
         there = [row for row in rows if row.get(key) is not None]
         axes.plot([row["step"] for row in there], [row[key] for row in there], label=told)
-    axes.set(xlabel="steps of 4096 characters", ylabel="nats a character", ylim=(1.2, 3))
+    axes.set(xlabel="steps of 2048 characters", ylabel="nats a character", ylim=(1.2, 3))
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=120)
 

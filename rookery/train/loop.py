@@ -29,7 +29,7 @@ from ..checkpoint import load, save, save_time_state
 from ..errors import InputError
 from ..models import MODELS, LayerState, Model, State
 from ..models.native import fast_in_torch
-from . import keeping
+from . import keeping, shards
 from .config import Config
 from .journal import Journal
 from .optim import losses, optimizer, rate, set_rate
@@ -56,7 +56,7 @@ class Run:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.precision = self._precision()
         set_seed(config.run.seed)
-        self.plain = self._model()
+        self.plain = self._placed()
         lanes = config.run.batch * config.run.accumulate * self.accelerator.num_processes
         self.rows = self._sampler(self.data, lanes)
         self.a_step = lanes * config.data.through  # rows
@@ -68,15 +68,25 @@ class Run:
         self.waiting: list[float] = []  # losses that no line of the log tells yet
         self._find()
         self.plain.gradient_checkpointing = config.run.checkpointing
-        model = torch.compile(self.plain) if config.run.compile else self.plain
-        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        self.model = torch.compile(self.plain) if config.run.compile else self.plain
+        if not self.plain.sharded:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.journal = Journal(self, quiet or not self.accelerator.is_main_process)
 
-    def _model(self) -> Model:
+    def _placed(self) -> Model:
+        """The model on the device of this process, or in pieces on those of all."""
+        kind, device = self.config.run.shard, self.accelerator.device
+        if kind == "none" or self.accelerator.num_processes == 1:
+            return self._model().to(device).train()
+        model = self._model("cpu" if self.accelerator.is_main_process else "meta")
+        return shards.shard(model, kind, device).train()
+
+    def _model(self, device: str = "cpu") -> Model:
+        """On the meta device it has no numbers."""
         told, vocabulary = self.config.model, self.data.vocab_size
         wide = torch.float64 if self.precision == "float64" else torch.float32
         if told.path:
-            model = load(told.path, wide)
+            model = load(told.path, wide, device)
             if model.quantization is not None:
                 raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained")
             if told.tune == "state":
@@ -84,14 +94,16 @@ class Run:
         else:
             cls = MODELS[told.generation]
             size = told.vocab_size or -(-vocabulary // 64) * 64
-            model = cls(cls.Config.sized(size, told.n_layer, told.n_embd))
-            model.init_weights()
+            with torch.device(device):
+                model = cls(cls.Config.sized(size, told.n_layer, told.n_embd))
+            if device != "meta":
+                model.init_weights()
         if model.config.vocab_size < vocabulary:
             raise InputError(
                 f"{self.config.data.train}: has token ids up to {vocabulary - 1}, the model's vocabulary ends at "
                 f"{model.config.vocab_size - 1}"
             )
-        return model.to(self.accelerator.device, wide).train()
+        return model.to(wide)
 
     def _precision(self) -> str:
         """Of the activations."""
@@ -164,7 +176,7 @@ class Run:
     def keep(self) -> None:
         """Writes a checkpoint. Where the disk is full the run goes on with the last one, and says so."""
         carried = self._carried()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.plain.sharded:
             standing = {"tokens": self.tokens, "seconds": self.seconds, "waiting": self.waiting}
             standing["config"] = self._decisive()
             most, about = self.config.run.keep, (self.data.tokenizer_file, self.notes)
@@ -202,17 +214,26 @@ class Run:
                     last_kept = time.monotonic()
                 if stopping:
                     raise Stopped(f"kept at step {self.step} of {self.steps}; the same command goes on from here")
+        model = self._whole()
         if self.accelerator.is_main_process:
-            self._save()
+            self._save(model)
         return self.plain.eval()
 
-    def _save(self) -> None:
+    def _whole(self) -> Model:
+        """The model; that of pieces is put together on the CPU of the main process, and elsewhere has no numbers."""
+        if not self.plain.sharded:
+            return self.plain
+        model, numbers = self._model("meta"), shards.gathered(self.plain)
+        model.load_state_dict(numbers, assign=True, strict=bool(numbers))
+        return model
+
+    def _save(self, model: Model) -> None:
         """What the run was for."""
         try:
-            if self.plain.state_tuning:
-                save_time_state(self.plain, self.out / keeping.TUNED, self.notes)
+            if model.state_tuning:
+                save_time_state(model, self.out / keeping.TUNED, self.notes)
             else:
-                save(self.plain, self.out, self.data.tokenizer_file, self.notes)
+                save(model, self.out, self.data.tokenizer_file, self.notes)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: cannot be written ({error}); the same command goes on") from error
 
@@ -243,6 +264,8 @@ class Run:
                     ours = ours + (nats / max(1.0, counted.item()) + pull) * self.accelerator.num_processes
                     total += nats.detach().double().cpu()
                 self.accelerator.backward(ours)
+        if self.plain.sharded:
+            shards.average(self.plain)
         norm = self._norm()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -310,27 +333,33 @@ class Run:
         sampler = self._sampler(self.measured)
         number, size = min(self.config.run.eval_rows, sampler.rows_an_epoch), self.config.run.batch
         mine = range(self.accelerator.process_index, number, self.accelerator.num_processes)
+        passes = math.ceil(number / (self.accelerator.num_processes * size))
         nats, counted = torch.zeros(2, dtype=torch.float64)
         self.plain.eval()
         with torch.no_grad(), self._autocast():
-            for first in range(0, len(mine), size):
-                batch = collate([sampler.row(i) for i in mine[first : first + size]])
+            for i in range(passes):
+                rows = mine[i * size : (i + 1) * size]
+                # a model in pieces is called by all together, so that who has no row left takes one that is not counted
+                batch = collate([sampler.row(row) for row in rows or [0]])
                 device = self.accelerator.device
                 logits, _ = self.plain(batch.inputs.to(device), cu_seqlens=batch.cu_seqlens)
                 mask = None if batch.mask is None else batch.mask.to(device)
-                nats += losses(logits, batch.targets.to(device), mask)[0].cpu()
-                counted += _counted(batch)
+                if rows:
+                    nats += losses(logits, batch.targets.to(device), mask)[0].cpu()
+                    counted += _counted(batch)
         self.plain.train()
         return (self._sum(nats) / self._sum(counted).clamp_min(1)).item()
 
     def write(self) -> str:
-        """A sampled text. The run's own random numbers are left as they were."""
+        """A text that the main process samples. The run's own random numbers are left as they were."""
         assert self.sample is not None
-        random = torch.get_rng_state()
-        self.plain.eval()
+        random, model = torch.get_rng_state(), self._whole()
+        if not self.accelerator.is_main_process:
+            return ""
+        model.eval()
         try:
             with torch.inference_mode():
-                return self.sample(self.plain, self.config.run.sample_prompt)
+                return self.sample(model, self.config.run.sample_prompt)
         finally:
             self.plain.train()
             torch.set_rng_state(random)

@@ -153,7 +153,7 @@ class Run:
         self.step, self.tokens, self.seconds = (standing[name] for name in ("step", "tokens", "seconds"))
         self.waiting.extend(standing["waiting"])
         if (path / keeping.CARRIED).exists():
-            states = State.load(path / keeping.CARRIED, self.accelerator.device)
+            states = State.load(path / keeping.CARRIED).to(self.accelerator.device)
             self.states = {lane: states[lane] for lane in self._lanes(self.accelerator.process_index)}
 
     def _decisive(self) -> dict[str, Any]:
@@ -316,7 +316,8 @@ class Run:
         return float(self.accelerator.clip_grad_norm_(self.model.parameters(), clip))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, self.precision == "bfloat16")
+        enabled, cached = self.precision == "bfloat16", not self.plain.sharded  # whole weights are not to be held
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled, cached)
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over all processes."""

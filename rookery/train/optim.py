@@ -17,6 +17,8 @@ def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
     groups = model.param_groups(of.lr, of.weight_decay)
     groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     groups = [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
+    if model.sharded:  # pieces cost as much for each call as they hold; what stays whole cannot go among them
+        groups = [{**group, "foreach": len({type(p) for p in group["params"]}) == 1} for group in groups]
     return torch.optim.AdamW(groups, lr=of.lr, betas=of.betas, eps=of.eps)
 
 

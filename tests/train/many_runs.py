@@ -1,7 +1,8 @@
-"""For test_shards.py: `python many_runs.py 2 '[...]'` does runs one after the other in the same two processes, which
-are forked, for importing torch takes them longer than all they do.
+"""For test_shards.py: `python many_runs.py '[[2, [...]], [3, [...]]]'` does runs one after the other in the same two
+processes, then others in three. They are forked, for importing torch takes them longer than all they do.
 
-Each run is told as {"settings": [...], "from": a folder to copy first, "process 1": what happens to it}.
+A run is told as {"settings": [...], "from": [checkpoints to copy first], "damage": one of them, "process 1": what
+happens to it}.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from accelerate import PartialState
-from torch.multiprocessing import start_processes
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from rookery.models import Model
 from rookery.train import keeping
@@ -33,6 +34,13 @@ def most_likely(model: Model, prompt: str) -> str:
     for _ in range(4):
         ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
     return str(ids)
+
+
+def flip(file: Path) -> None:
+    """A bit of the last byte."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def full_disk() -> None:
@@ -58,8 +66,10 @@ def work(rank: int, processes: int, runs: list[dict]) -> None:
     together = PartialState(cpu=True)
     for told in runs:
         config = read_config(None, told["settings"])
-        if "from" in told and rank == 0:
-            shutil.copytree(told["from"], Path(config.run.out) / "checkpoints" / Path(told["from"]).name)
+        for path in map(Path, told.get("from", []) if rank == 0 else []):
+            copy = Path(shutil.copytree(path, Path(config.run.out) / "checkpoints" / path.name))
+            if path == Path(told.get("damage", "")):
+                flip(sorted(copy.glob("shard-*"))[1])
         together.wait_for_everyone()
         if rank == 1 and "process 1" in told:
             {"full disk": full_disk, "killed": killed}[told["process 1"]]()
@@ -70,12 +80,15 @@ def work(rank: int, processes: int, runs: list[dict]) -> None:
 
 
 def main() -> None:
-    processes = int(sys.argv[1])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
-    start_processes(work, (processes, json.loads(sys.argv[2])), processes, start_method="fork")
+    for processes, runs in json.loads(sys.argv[1]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+        try:
+            start_processes(work, (processes, runs), processes, start_method="fork")
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":

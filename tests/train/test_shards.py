@@ -1,6 +1,6 @@
 """Models in pieces: what two or three processes do together is what one does, and what they keep any of them reads.
 
-Starting processes takes seconds, so that two launches do everything and the tests look at what they left.
+Starting processes takes seconds, so that they are started once for everything and the tests look at what they left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from many_runs import most_likely
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_keeping import flip
 from test_loop import curve, same, settings
 
 from rookery.checkpoint import load, save
@@ -38,12 +37,6 @@ def alone(texts: Path, out: Path, *more: str) -> list[tuple]:
     made.sample = most_likely
     made()
     return curve(out)
-
-
-def launch(processes: int, runs: list[dict]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(__file__).with_name("many_runs.py")), str(processes), json.dumps(runs)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
 def base(generation: str, folder: Path, broken: int | None = None) -> Path:
@@ -81,29 +74,32 @@ def folder(texts, tmp_path_factory) -> Path:
     for name, more in runs.items():
         alone(texts, here / "one" / name, *more, "run.batch=6")
 
-    def told(number: int, name: str, more: list[str], kind: str, batch: int, **besides: str) -> dict:
+    def told(number: str, name: str, more: list[str], kind: str, batch: int, **besides: object) -> dict:
         these = settings(texts, here / number / name, *more, f"run.shard={kind}", f"run.batch={batch}")
         return {"settings": these, **besides}
 
+    def kept(number: str, name: str, *steps: int) -> list[str]:
+        return [str(here / number / name / "checkpoints" / f"step-{step:08}") for step in steps]
+
     kinds = {"rwkv4": "gradients", "all": "gradients"}
     two = [told("two", name, more, kinds.get(name, "full"), 3) for name, more in runs.items()]
-    third = str(here / "two" / "rwkv7" / "checkpoints" / "step-00000002")
-    two.append(told("two", "again", runs["rwkv7"], "full", 3, **{"from": third}))
-    two.append(told("two", "full", runs["rwkv4"], "full", 3, **{"process 1": "full disk"}))
-    two.append(told("two", "killed", runs["rwkv4"], "full", 3, **{"process 1": "killed"}))
-    done = launch(2, two)
-    (here / "told").write_text(done.stderr)
-    assert "process 1 terminated with signal SIGKILL" in done.stderr, done.stderr[-3000:]
-
-    three = [
-        told("three", name, runs[name], kind, 2, **{"from": str(here / number / name / "checkpoints" / "step-00000002")})
-        for number, name, kind in (("two", "rwkv7", "gradients"), ("two", "carried", "full"), ("one", "rwkv4", "full"))
+    two += [
+        told("two", "again", runs["rwkv7"], "full", 3, **{"from": kept("two", "rwkv7", 2)}),
+        told("two", "full", runs["rwkv4"], "full", 3, **{"process 1": "full disk"}),
+        told("two", "killed", runs["rwkv4"], "full", 3, **{"process 1": "killed"}),
     ]
-    newer = Path(shutil.copytree(third.replace("step-00000002", "step-00000004"), here / "three/rwkv7/checkpoints/step-00000004"))
-    flip(sorted(newer.glob("shard-*"))[1])
-    done = launch(3, three)
-    (here / "told by three").write_text(done.stderr)
-    assert done.returncode == 0, done.stderr[-3000:]
+    steps = kept("two", "rwkv7", 2, 4)
+    three = [
+        told("three", "rwkv7", runs["rwkv7"], "gradients", 2, **{"from": steps, "damage": steps[1]}),
+        told("three", "carried", CARRIED, "full", 2, **{"from": kept("two", "carried", 2)}),
+        told("three", "rwkv4", runs["rwkv4"], "full", 2, **{"from": kept("one", "rwkv4", 2)}),
+    ]
+    command = [sys.executable, str(Path(__file__).with_name("many_runs.py")), json.dumps([[2, two], [3, three]])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, timeout=250)
+    (here / "told").write_text(done.stderr)
+    failed = [line for line in done.stderr.splitlines() if line.startswith(("process ", "-- Process "))]
+    assert failed == ["process 1 terminated with signal SIGKILL"], done.stderr[-3000:]
     return here
 
 
@@ -160,9 +156,9 @@ def test_every_process_writes_its_own_without_a_pickle(folder):
         with safe_open(piece, "pt") as file:
             assert file.get_slice(key).get_shape() == [128, 64]
             assert file.get_slice(f"{key}|exp_avg").get_shape() == [128, 64]
-            numbers.append(sum(file.get_tensor(name).numel() for name in file.keys()))
+            numbers.append(sum(file.get_tensor(name).numel() for name in file.keys()))  # noqa: SIM118
     assert max(numbers) < 1.1 * min(numbers)
-    with pytest.raises(InputError, match="the folder has no config.json, only the pieces of a run"):
+    with pytest.raises(InputError, match=r"the folder has no config\.json, only the pieces of a run"):
         load(path)
 
 
@@ -176,7 +172,7 @@ def test_going_on_as_before_is_the_same_to_the_bit(folder):
 def test_three_go_on(name, folder):
     """Where two have stopped, or (rwkv4) one that had everything; the newest checkpoint of rwkv7 is damaged."""
     assert close(curve(folder / "three" / name), curve(folder / "one" / name)[2:])
-    damaged = [line for line in (folder / "told by three").read_text().splitlines() if "is damaged" in line]
+    damaged = [line for line in (folder / "told").read_text().splitlines() if "is damaged" in line]
     assert len(damaged) == 1
     assert "step-00000004 is damaged (shard-00002-model-00001-of-00001.safetensors) and left aside" in damaged[0]
 

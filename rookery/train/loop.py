@@ -68,7 +68,7 @@ class Run:
         self.waiting: list[float] = []  # losses that no line of the log tells yet
         self._find()
         self.plain.gradient_checkpointing = config.run.checkpointing
-        self.model = torch.compile(self.plain) if config.run.compile else self.plain
+        self.model: Any = torch.compile(self.plain) if config.run.compile else self.plain
         if not self.plain.sharded:
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.journal = Journal(self, quiet or not self.accelerator.is_main_process)
@@ -248,8 +248,9 @@ class Run:
         set_rate(self.optimizer, rate(self.step, self.steps, told.optim))
         total = torch.zeros((), dtype=torch.float64)
         for i, chunks in enumerate(passes):
-            last = i == len(passes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            # in pieces the gradients never wait, for whole ones are what no process has room for
+            waiting = i < len(passes) - 1 and not self.plain.sharded
+            with self.accelerator.no_sync(self.model) if waiting else contextlib.nullcontext():
                 ours = torch.zeros((), device=device)
                 for rows, batch in zip(chunks, batches[i], strict=True):
                     with self._autocast():
@@ -302,6 +303,8 @@ class Run:
             carried = self.states.get(lane) if row.continues else None
             # under the fingerprint of today, for the weights have moved
             first = empty if carried is None else State(carried.layers, empty.fingerprint)
+            if carried is not None and self.plain.config.time_state:  # every process must have a gradient of it
+                first = _with_no_share(first, empty)
             states += [first, *[empty] * (len(row.starts) - 1)]
         return State.stack(states)
 
@@ -364,6 +367,13 @@ class Run:
         finally:
             self.plain.train()
             torch.set_rng_state(random)
+
+
+def _with_no_share(state: State, of: State) -> State:
+    """The state, whose gradient reaches the other one as zeros."""
+    pairs = zip(state.layers, of.layers, strict=True)
+    layers = [LayerState(*(x + 0 * y for x, y in zip(*pair, strict=True))) for pair in pairs]
+    return State(layers, state.fingerprint)
 
 
 def _counted(batch: Batch) -> int:

@@ -24,8 +24,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..models import Model
 
-FILES = "shard-*-model-*.safetensors"  # of which process, and its which
-FILE = 1 << 30  # bytes in one of them; writing takes as much memory again
+FILES = "shard-*-model-*.safetensors"  # by process and number
+SIZE = 1 << 30  # bytes of one of them; writing takes as much memory again
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def shard(model: Model, kind: str, device: torch.device) -> Model:
     return model
 
 
-def gathered(model: Model) -> dict[str, Tensor]:
+def gathered(model: Model) -> dict[str, Any]:
     """All parameters of a model in pieces, on the CPU of the main process; nothing on the others."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -91,12 +91,9 @@ def gathered(model: Model) -> dict[str, Tensor]:
 
 
 def average(model: Model) -> None:
-    """Averages the gradients of what stays whole, wherever a process has one."""
+    """Averages the gradients of what stays whole."""
     for p in _whole(model):
-        used = torch.tensor(float(p.grad is not None), device=p.device)
-        dist.all_reduce(used)
-        if used:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if p.grad is not None:
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
 
@@ -106,13 +103,13 @@ def write(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> list[
     files. An OSError of one process is one of all."""
     import torch.distributed.checkpoint as dcp
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, p in _trained(model).items():
         tensors |= {name: p.detach(), **{f"{name}|{what}": x for what, x in optimizer.state[p].items()}}
     randoms = [f"random.{i}" for i in range(dist.get_world_size())]
     places, size = dict.fromkeys(randoms, 1), 0
     for key, x in tensors.items():
-        places[key] = 1 + size // (FILE * dist.get_world_size())
+        places[key] = 1 + size // (SIZE * dist.get_world_size())
         size += x.nbytes
     tensors[randoms[rank()]] = torch.get_rng_state()
     try:
@@ -128,7 +125,7 @@ def read(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    there = reader.read_metadata().state_dict_metadata
+    there: dict[str, Any] = reader.read_metadata().state_dict_metadata
     trained = _trained(model)
     for name, p in trained.items():
         if name not in there or there[name].size != p.shape:
@@ -165,7 +162,10 @@ def _whole(model: Model) -> list[torch.nn.Parameter]:
 
 def _trained(model: Model) -> dict[str, torch.nn.Parameter]:
     """Parameters by name; their pieces, where a pass has put them together."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+    if model.sharded:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

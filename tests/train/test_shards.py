@@ -17,17 +17,19 @@ import torch
 from many_runs import most_likely
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_keeping import made
 from test_loop import curve, same, settings
 
 from rookery.checkpoint import load, save
 from rookery.errors import InputError
 from rookery.models import MODELS
 from rookery.train.config import read_config
-from rookery.train.keeping import newest
+from rookery.train.keeping import newest, restore
 from rookery.train.loop import Run
 
 KEPT = ["run.steps=4", "run.save_every=2", "run.keep=9"]
 CARRIED = [*KEPT, "model.generation=rwkv6", "model.n_layer=1", "data.order=carried", "data.ctx_len=8", "data.through=2"]
+TUNED = [*KEPT, "model.tune=state", "data.order=carried", "data.ctx_len=8"]
 TWELVE = [*KEPT, "run.accumulate=2"]  # rows in a step: batch=6 alone, 3 of two processes, 2 of three
 LOOKING = ["run.sample_every=2", "run.eval_every=2", "run.eval_rows=7"]
 
@@ -67,7 +69,7 @@ def folder(texts, tmp_path_factory) -> Path:
         "rwkv7": [*TWELVE, *LOOKING, f"data.eval={texts}"],
         "rwkv4": [*TWELVE, "model.generation=rwkv4", "model.n_layer=1", "run.checkpointing=true"],
         "carried": CARRIED,
-        "state": [*KEPT, f"model.path={tuned}", "model.tune=state"],
+        "state": [*TUNED, f"model.path={tuned}"],
         "all": [*KEPT, f"model.path={tuned}", "optim.clip=0"],
         "broken": [*KEPT, f"model.path={broken}", "data.ctx_len=3"],
     }
@@ -181,10 +183,8 @@ def test_three_go_on(name, folder):
 def test_one_goes_on(name, folder, texts, tmp_path, caplog):
     """And reads only what belongs to the checkpoint, all of it."""
     out = tmp_path / "out"
-    told = json.loads((folder / "two" / name / "checkpoints" / "step-00000002" / "run.json").read_text())
-    config = told["config"]
-    more = [*(f"{key}={value}" for key, value in config.items() if key in ("model.path", "model.tune")), "run.batch=6"]
-    more += {"rwkv7": TWELVE, "carried": CARRIED, "state": KEPT}[name]
+    path = folder / "tuned" if name == "state" else ""
+    more = [*{"rwkv7": TWELVE, "carried": CARRIED, "state": TUNED}[name], "run.batch=6", f"model.path={path}"]
     shutil.copytree(folder / "two" / name / "checkpoints", out / "checkpoints")
     last = out / "checkpoints" / "step-00000004"
     if name == "rwkv7":
@@ -193,6 +193,14 @@ def test_one_goes_on(name, folder, texts, tmp_path, caplog):
         shutil.copy(last / "shard-00002-model-00001-of-00001.safetensors", last / "shard-00003.safetensors")
     assert close(alone(texts, out, *more), curve(folder / "one" / name)[2:])
     assert caplog.text.count("step-00000004 is damaged (shard-0000") == 1
+
+
+def test_pieces_of_another_model_are_refused(folder):
+    path = folder / "two" / "rwkv7" / "checkpoints" / "step-00000002"
+    with pytest.raises(InputError, match=r"step-00000002: is a checkpoint of another model .blocks.2.*is missing"):
+        restore(path, *made(layers=3))
+    with pytest.raises(InputError, match=r"step-00000002: its optimiser knows blocks.1.*, which is not trained here"):
+        restore(path, *made(layers=1))
 
 
 def test_killed_while_it_writes(folder, texts):

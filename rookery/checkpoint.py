@@ -326,7 +326,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"the folder has no {name}")
+            pieces = any(folder.glob("shard-*.safetensors"))
+            what = ", only the pieces of a run, which writes its model at the end" if pieces else ""
+            raise InputError(f"the folder has no {name}{what}")
     try:
         described = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -136,6 +136,7 @@ class Model(nn.Module):
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
     state_tuning = False  # only the initial state is trained, see `tune_state`
     adapted_from: str | None = None  # with adapters beside its matrices: the fingerprint it had without (adapters/)
+    sharded = False  # every process holds a piece of each parameter, and all must call the model together
     config: Any
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
@@ -157,7 +158,8 @@ class Model(nn.Module):
 
     @constant_to_the_compiler  # it cannot look into a hash, and need not
     def _taken(self) -> str:
-        return fingerprint(self.name, self.config, dict(self.named_parameters()))
+        # no process has all the weights of a model in pieces, so that the configuration alone must do
+        return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As in any module; other weights have another fingerprint."""
@@ -221,7 +223,9 @@ class Model(nn.Module):
             fits = rows <= native.ROWS and cu is None
         else:
             fits = rows <= native.MOST_ROWS or (cu is None and len(tokens) <= native.MOST_ROWS)
-        if not fits or isinstance(cu, Spread) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not fits or self.sharded or isinstance(cu, Spread):
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None

@@ -80,7 +80,8 @@ class TimeMix(nn.Module):
         if tuned is not None:
             s, d = widen(tuned)
             return torch.stack([s * (1 + d), s.abs(), torch.zeros_like(s)])
-        wkv = widen(self.time_decay.new_zeros(3, len(self.time_decay)))
+        like = self.time_decay
+        wkv = widen(torch.zeros(3, len(like), dtype=like.dtype, device=like.device))
         wkv[2] = -1e38  # the logarithm of "nothing yet" that survives differences, unlike -inf
         return wkv
 

@@ -108,8 +108,8 @@ class TimeMix(nn.Module):
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
             return widen(tuned)
-        size = self.ln_x.num_channels // self.heads
-        return widen(self.time_decay.new_zeros(self.heads, size, size))
+        size, like = self.ln_x.num_channels // self.heads, self.time_decay
+        return widen(torch.zeros(self.heads, size, size, dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
         before = previous(x, shift, cu)  # [B, T, C]

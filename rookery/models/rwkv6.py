@@ -95,8 +95,8 @@ class TimeMix(nn.Module):
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
             return widen(tuned)
-        heads, size = self.time_faaaa.shape
-        return widen(self.time_faaaa.new_zeros(heads, size, size))
+        like = self.time_faaaa
+        return widen(torch.zeros(*like.shape, like.shape[1], dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
         d = previous(x, shift, cu) - x  # [B, T, C]

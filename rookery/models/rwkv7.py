@@ -107,8 +107,8 @@ class TimeMix(nn.Module):
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
             return widen(tuned)
-        heads, size = self.r_k.shape
-        return widen(self.r_k.new_zeros(heads, size, size))
+        like = self.r_k
+        return widen(torch.zeros(*like.shape, like.shape[1], dtype=like.dtype, device=like.device))
 
     def forward(
         self,

@@ -25,6 +25,7 @@ else:
 
 TUNED = ("all", "state", "lora", "dora")
 PRECISIONS = ("auto", "bfloat16", "float32", "float64")
+SHARDS = ("none", "gradients", "full")
 ORDERS = ("documents", "carried", "shuffle", "cubic", "random", "sequential")
 
 
@@ -114,6 +115,9 @@ class RunSection:
     precision: str = "auto"
     checkpointing: bool = False  # keep the activations between blocks only and compute the rest twice
     compile: bool = False  # torch.compile the model
+    # what each of several processes holds a piece of: nothing; gradients and the optimiser's state, and the weights
+    # from pass to pass ("gradients"); or the weights in a pass too, but for the block that computes ("full")
+    shard: str = "none"
     seed: int = 0
     log_every: int = 10  # steps
     eval_every: int = 500  # steps; 0: at the end only
@@ -136,6 +140,8 @@ class RunSection:
             raise InputError(f"run.seed must not be negative, got {self.seed}")
         if self.precision not in PRECISIONS:
             raise InputError(f"run.precision is {self.precision!r}; known are {', '.join(PRECISIONS)}")
+        if self.shard not in SHARDS:
+            raise InputError(f"run.shard is {self.shard!r}; known are {', '.join(SHARDS)}")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Journal:
 
             self.wandb = wandb.init(project=run.config.run.wandb, dir=run.out, resume="allow", id=_name(run.out))
         parameters = sum(p.numel() for p in run.plain.parameters() if p.requires_grad)
-        rows = f"{run.steps} steps of {run.a_step} x {run.config.data.ctx_len} tokens"
+        rows = f"{run.steps} steps of {run.passes.a_step} x {run.config.data.ctx_len} tokens"
         tokens = len(run.data.tokens) / 1e6
         self.say(f"{run.plain.name}: {parameters / 1e6:.1f} M parameters to train, {tokens:.1f} M tokens, {rows}")
         if run.step:

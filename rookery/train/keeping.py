@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-00001000` that every command takes as a model (config.json, model.safetensors, the
 tokenizer), with the optimiser's tensors beside it and run.json, which knows where the run stood and what the other
 files hash to. It is made under another name and renamed when all of it is on the disk. Where only the initial state
-is trained, time_state.safetensors stands for the model, and where only adapters are, the two files of the adapter.
+is trained, time_state.safetensors stands for the model, and where only adapters are, the two files of the adapter. Of a
+model in pieces (shards.py) every process writes its own, the optimiser's with them, and such a folder is no model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from ..adapters import restore_adapter, save_adapter
 from ..checkpoint import read_time_state, save, save_time_state
 from ..errors import InputError
 from ..models import Model, State
+from . import shards
 
 log = logging.getLogger("rookery")
 
@@ -48,54 +51,81 @@ def keep(
 ) -> Path:
     """Writes the checkpoint of a step into `folder` and removes all but the `most` newest. `standing` is what else is
     to be found again, as JSON can say it; `carried` the states that the next step begins from. OSError, and nothing
-    changed, where the disk is full."""
+    changed, where the disk is full. By the main process alone; of a model in pieces, by all together."""
     target = folder / f"step-{step:08}"
     part = folder / f".{target.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    if shards.rank() == 0:
+        for old in folder.glob(".step-*.part"):  # of a run that was killed
+            shutil.rmtree(old, ignore_errors=True)
+    hashes: dict[str, str] = {}
     try:
-        if model.state_tuning:
-            save_time_state(model, part / TUNED, notes)
-        elif model.adapted_from is not None:
-            save_adapter(model, part, notes)
+        if model.sharded:
+            for settled in shards.together(lambda: _settled(shards.write(part, model, optimizer))):
+                hashes |= settled
+            if shards.rank() != 0:
+                return target
         else:
-            save(model, part, tokenizer_file, notes)
-        save_file(_tensors(model, optimizer), part / OPTIMIZER)
+            part.mkdir(parents=True)
+            if model.state_tuning:
+                save_time_state(model, part / TUNED, notes)
+            elif model.adapted_from is not None:
+                save_adapter(model, part, notes)
+            else:
+                save(model, part, tokenizer_file, notes)
+            save_file(_tensors(model, optimizer), part / OPTIMIZER)
         if carried is not None:
             carried.save(part / CARRIED)
-        hashes = {file.name: _hash(file) for file in sorted(part.iterdir())}
+        hashes |= _settled([file for file in part.iterdir() if file.name not in hashes])
         (part / STANDING).write_text(json.dumps({"step": step, **standing, "files": hashes}, indent=1) + "\n")
-        for file in part.iterdir():
-            _to_disk(file)
+        _to_disk(part / STANDING)
         shutil.rmtree(target, ignore_errors=True)  # of a run that went on from an older one
         os.replace(part, target)
         _to_disk(folder)
     except SafetensorError as error:
         raise OSError(str(error)) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if shards.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
     for old in _all(folder)[:-most]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is as it was written, and its `standing` with the step; None where there is none."""
+    """The newest checkpoint that is as it was written, and its `standing` with the step; None where there is none. By
+    all processes, each of which reads its share of the files."""
     for path in reversed(_all(folder)):
         try:
             standing = json.loads((path / STANDING).read_text())
-            hashes = standing.pop("files")
-            damaged = next((name for name, digest in hashes.items() if _hash(path / name) != digest), None)
-        except (OSError, ValueError, KeyError, AttributeError):
-            damaged = STANDING
-        if damaged is None:
+            hashes = dict(standing.pop("files"))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            damaged = [STANDING]
+        else:
+            found = shards.together(partial(_damaged, path, hashes))
+            damaged = [name for name in found if name is not None]
+        if not damaged:
             return path, standing
-        log.warning("rookery: %s is damaged (%s) and left aside", path, damaged)
+        if shards.rank() == 0:
+            log.warning("rookery: %s is damaged (%s) and left aside", path, damaged[0])
     return None
 
 
+def _damaged(path: Path, hashes: Mapping[str, str]) -> str | None:
+    """A file of this process's share that is not as it was written, or that was not written with the others."""
+    for name in shards.share(sorted(hashes)):
+        try:
+            if _hash(path / name) != hashes[name]:
+                return name
+        except OSError:
+            return name
+    return next((file.name for file in path.glob("*.safetensors") if file.name not in hashes), None)
+
+
 def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the numbers of a checkpoint, random state included, where they were."""
+    """Puts the numbers of a checkpoint, random state included, where they were. By all processes."""
+    if model.sharded or any(path.glob(shards.FILES)):
+        shards.read(path, model, optimizer)
+        return
     try:
         if model.state_tuning:
             model.load_state_dict(read_time_state(path / TUNED, model)[0], strict=False)
@@ -136,6 +166,13 @@ def _all(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+
+
+def _settled(files: Sequence[Path]) -> dict[str, str]:
+    """What these files, which are now on the disk, hash to."""
+    for file in files:
+        _to_disk(file)
+    return {file.name: _hash(file) for file in files}
 
 
 def _hash(file: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import signal
@@ -20,23 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..adapters import WEIGHTS, save_adapter
-from ..checkpoint import load, save, save_time_state
+from ..checkpoint import save, save_time_state
 from ..errors import InputError
-from ..models import MODELS, LayerState, Model, State
-from ..models.native import fast_in_torch
-from ..models.spread import Spread
-from . import keeping
+from ..models import Model
+from . import keeping, making, shards
 from .config import Config
 from .journal import Journal
 from .optim import losses, optimizer, rate, set_rate
-from .sampling import Batch, Documents, Lanes, Row, Windows, collate
+from .passes import Passes, counted, sampler
+from .sampling import collate
 from .tokens import TokenFile
 
 Sample = Callable[[Model, str], str]  # what a model writes after a prompt
@@ -57,89 +54,30 @@ class Run:
         self.out = Path(config.run.out).expanduser()
         self.data = TokenFile(config.data.train)
         self.measured = TokenFile(config.data.eval) if config.data.eval else None
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.precision = self._precision()
+        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[views])
+        self.precision = making.precision(config, self.accelerator.device)
         set_seed(config.run.seed)
-        self.plain = self._model(model)
-        self.pieces = config.run.sequence_parallel  # of each row, one a process
-        self.group, self.groups = self._group(), self.accelerator.num_processes // self.pieces
-        lanes = config.run.batch * config.run.accumulate * self.groups
-        self.rows = self._sampler(self.data, lanes)
-        if self.rows.shortest < self.pieces:
-            raise InputError(
-                f"{config.data.train}: its last row of {config.data.ctx_len} tokens has {self.rows.shortest}, too few "
-                f"for run.sequence_parallel = {self.pieces}; give another data.ctx_len"
-            )
-        self.a_step = lanes * config.data.through  # rows
-        self.states: dict[int, State] = {}  # of each lane of this process, where they are carried
-        self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_an_epoch / self.a_step)
+        if model is None:
+            model = making.place(config, self.data.vocab_size, self.precision, self.accelerator)
+        else:
+            if config.run.shard != "none":
+                raise InputError("run.shard is for models that config.model names")
+            model = making.fit(model, config, self.data.vocab_size, self.precision)
+        self.plain = model.to(self.accelerator.device).train()
+        self.passes = Passes(config, self.data, self.plain, self.accelerator)
+        self.rows = self.passes.rows
+        self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_an_epoch / self.passes.a_step)
         self.optimizer = optimizer(self.plain, config.optim)
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.waiting: list[float] = []  # losses that no line of the log tells yet
         self._find()
         self.plain.gradient_checkpointing = config.run.checkpointing
-        fast = torch.compile(self.plain) if config.run.compile else self.plain
-        self.model, self.optimizer = self.accelerator.prepare(fast, self.optimizer)
+        self.model: Any = torch.compile(self.plain) if config.run.compile else self.plain
+        if not self.plain.sharded:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.journal = Journal(self, quiet or not self.accelerator.is_main_process)
-
-    def _model(self, given: Model | None) -> Model:
-        told, vocabulary = self.config.model, self.data.vocab_size
-        wide = torch.float64 if self.precision == "float64" else torch.float32
-        if given is not None:
-            model = given
-        elif told.path:
-            model = load(told.path, wide, quantize=told.quantize or None)
-            if model.quantization is not None and told.tune != "lora":
-                raise InputError(
-                    f"{told.path}: is quantised, and packed weights cannot be trained; model.tune=lora can"
-                )
-            if told.tune == "state":
-                model.tune_state()
-            elif told.tune != "all":
-                from ..adapters.attached import attach
-
-                dora = told.tune == "dora"
-                attach(model, told.rank, told.alpha, told.dropout, dora, told.targets, told.path)
-        else:
-            cls = MODELS[told.generation]
-            size = told.vocab_size or -(-vocabulary // 64) * 64
-            model = cls(cls.Config.sized(size, told.n_layer, told.n_embd))
-            model.init_weights()
-        if model.config.vocab_size < vocabulary:
-            raise InputError(
-                f"{self.config.data.train}: has token ids up to {vocabulary - 1}, the model's vocabulary ends at "
-                f"{model.config.vocab_size - 1}"
-            )
-        return model.to(self.accelerator.device, wide).train()
-
-    def _group(self) -> dist.ProcessGroup | None:
-        """The processes that this one shares its rows with: as many neighbours as a row has pieces."""
-        if self.pieces == 1:
-            return None
-        if not self.plain.affine:
-            raise InputError(
-                f"run.sequence_parallel is not for {self.plain.name}: what it reads of its state does not add up"
-            )
-        if (number := self.accelerator.num_processes) % self.pieces:
-            raise InputError(f"run.sequence_parallel = {self.pieces} does not divide the number of processes, {number}")
-        return dist.new_subgroups(self.pieces)[0]
-
-    def _precision(self) -> str:
-        """Of the activations."""
-        if self.config.run.precision != "auto":
-            return self.config.run.precision
-        fast = self.accelerator.device.type != "cpu" or fast_in_torch(torch.bfloat16)
-        return "bfloat16" if fast else "float32"
-
-    def _sampler(self, file: TokenFile, lanes: int = 0) -> Documents | Lanes | Windows:
-        """Without lanes, for measuring, documents begin anew in every row."""
-        told, seed = self.config.data, self.config.run.seed
-        if told.order == "carried" and lanes:
-            return Lanes(file, told.ctx_len, lanes, seed)
-        if told.order in ("documents", "carried"):
-            return Documents(file, told.ctx_len, seed)
-        return Windows(file, told.ctx_len, seed, told.order)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -173,30 +111,21 @@ class Run:
         self.step, self.tokens, self.seconds = (standing[name] for name in ("step", "tokens", "seconds"))
         self.waiting.extend(standing["waiting"])
         if (path / keeping.CARRIED).exists():
-            states = State.load(path / keeping.CARRIED, self.accelerator.device)
-            self.states = {lane: states[lane] for lane in self._lanes(self.accelerator.process_index)}
+            self.passes.restore(path / keeping.CARRIED)
 
     def _decisive(self) -> dict[str, Any]:
         """The settings that a run cannot change on its way, for its losses would no longer be those of one run."""
         told = dataclasses.asdict(self.config)
         settings = {f"{name}.{key}": value for name in ("model", "data", "optim") for key, value in told[name].items()}
-        settings |= {"run.precision": self.precision, "run.seed": self.config.run.seed, "rows in a step": self.a_step}
+        settings |= {"run.precision": self.precision, "run.seed": self.config.run.seed}
+        settings["rows in a step"] = self.passes.a_step
         settings.pop("data.eval")
         return json.loads(json.dumps(settings))
 
-    def _carried(self) -> State | None:
-        """The states of all lanes of all processes."""
-        if not self.states:
-            return None
-        own = State.stack([self.states[lane] for lane in self._lanes(self.accelerator.process_index)])
-        layers = [LayerState(*(self.accelerator.gather(x.contiguous()) for x in layer)) for layer in own.layers]
-        order = [lane for process in range(self.accelerator.num_processes) for lane in self._lanes(process)]
-        return State(layers, own.fingerprint)[[order.index(lane) for lane in range(len(order) // self.pieces)]]
-
     def keep(self) -> None:
         """Writes a checkpoint. Where the disk is full the run goes on with the last one, and says so."""
-        carried = self._carried()
-        if self.accelerator.is_main_process:
+        carried = self.passes.carried()
+        if self.accelerator.is_main_process or self.plain.sharded:
             standing = {"tokens": self.tokens, "seconds": self.seconds, "waiting": self.waiting}
             standing["config"] = self._decisive()
             most, about = self.config.run.keep, (self.data.tokenizer_file, self.notes)
@@ -234,19 +163,29 @@ class Run:
                     last_kept = time.monotonic()
                 if stopping:
                     raise Stopped(f"kept at step {self.step} of {self.steps}; the same command goes on from here")
+        model = self._whole()
         if self.accelerator.is_main_process:
-            self._save()
+            self._save(model)
         return self.plain.eval()
 
-    def _save(self) -> None:
+    def _whole(self) -> Model:
+        """The model; that of pieces is put together on the CPU of the main process, and elsewhere has no numbers."""
+        if not self.plain.sharded:
+            return self.plain
+        model = making.make(self.config, self.data.vocab_size, self.precision, "meta")
+        numbers = shards.gathered(self.plain)
+        model.load_state_dict(numbers, assign=True, strict=bool(numbers))
+        return model
+
+    def _save(self, model: Model) -> None:
         """What the run was for."""
         try:
-            if self.plain.state_tuning:
-                save_time_state(self.plain, self.out / keeping.TUNED, self.notes)
-            elif self.plain.adapted_from is not None:
-                save_adapter(self.plain, self.out, self.notes)
+            if model.state_tuning:
+                save_time_state(model, self.out / keeping.TUNED, self.notes)
+            elif model.adapted_from is not None:
+                save_adapter(model, self.out, self.notes)
             else:
-                save(self.plain, self.out, self.data.tokenizer_file, self.notes)
+                save(model, self.out, self.data.tokenizer_file, self.notes)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: cannot be written ({error}); the same command goes on") from error
 
@@ -254,88 +193,49 @@ class Run:
         """One move of the weights: the mean loss in nats of a token that counts, and the norm of the gradients. Where
         that is not finite the weights stay what they are."""
         told, device = self.config, self.accelerator.device
-        passes, entered = list(self._passes()), self.states
-        batches = [[collate(list(rows.values()), self.group) for rows in chunks] for chunks in passes]
-        counted = self._sum(torch.tensor(float(sum(_counted(batch) for some in batches for batch in some))))
-        positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for some in batches for batch in some))))
+        passes, entered = list(self.passes.of(self.step)), self.passes.states
+        batches = [batch for chunks in passes for _, batch in chunks]
+        all_counted = self._sum(torch.tensor(float(sum(map(counted, batches)))))
+        positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for batch in batches))))
         set_rate(self.optimizer, rate(self.step, self.steps, told.optim))
         total = torch.zeros((), dtype=torch.float64)
         for i, chunks in enumerate(passes):
-            last = i == len(passes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            # in pieces the gradients never wait, for whole ones are what no process has room for
+            waiting = i < len(passes) - 1 and not self.plain.sharded
+            with self.accelerator.no_sync(self.model) if waiting else contextlib.nullcontext():
                 ours = torch.zeros((), device=device)
-                for rows, batch in zip(chunks, batches[i], strict=True):
+                for rows, batch in chunks:
                     with self._autocast():
-                        logits, state = self.model(
-                            batch.inputs.to(device), self._enter(rows), cu_seqlens=batch.cu_seqlens
-                        )
-                    logits = self._leave(rows, batch, logits, state)
+                        entering = self.passes.enter(rows)
+                        logits, state = self.model(batch.inputs.to(device), entering, cu_seqlens=batch.cu_seqlens)
+                    logits = self.passes.leave(rows, batch, logits, state)
                     mask = None if batch.mask is None else batch.mask.to(device)
                     nats, squares = losses(logits, batch.targets.to(device), mask)
                     pull = told.optim.l2wrap / positions.item() * squares
                     # the processes' gradients are averaged, so each gives its part as often as there are processes
-                    ours = ours + (nats / max(1.0, counted.item()) + pull) * self.accelerator.num_processes
+                    ours = ours + (nats / max(1.0, all_counted.item()) + pull) * self.accelerator.num_processes
                     total += nats.detach().double().cpu()
                 self.accelerator.backward(ours)
+        if self.plain.sharded:
+            shards.average(self.plain)
         norm = self._norm()
         if math.isfinite(norm):
             self.optimizer.step()
-            self.states = {lane: state.detach() for lane, state in self.states.items()}
+            self.passes.states = {lane: state.detach() for lane, state in self.passes.states.items()}
         else:
-            self.states = entered  # what is not finite must not be carried on
+            self.passes.states = entered  # what is not finite must not be carried on
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += int(positions.item())
-        return (self._sum(total) / max(1.0, counted.item())).item(), norm
-
-    def _passes(self) -> Iterator[list[dict[int, Row]]]:
-        """Those of this step and process: what one backward pass goes through, one batch after the other, each as rows
-        by their lane."""
-        size, mine = self.config.run.batch, self._lanes(self.accelerator.process_index)
-        begins = range(self.step * self.a_step, (self.step + 1) * self.a_step, self.a_step // self.config.data.through)
-        for i in range(0, len(mine), size):
-            yield [{lane: self._row(begin + lane) for lane in mine[i : i + size]} for begin in begins]
-
-    def _row(self, i: int) -> Row:
-        """What this process has of a row."""
-        row = self.rows.row(i)
-        return row if self.group is None else row.piece(self.group.rank(), self.pieces)
-
-    def _lanes(self, process: int) -> list[int]:
-        """Which rows of those that a step reads side by side are a process's, whole or a piece of each."""
-        told, group = self.config.run, process // self.pieces
-        return [
-            (i * self.groups + group) * told.batch + row for i in range(told.accumulate) for row in range(told.batch)
-        ]
-
-    def _enter(self, rows: dict[int, Row]) -> State | None:
-        """The states that these rows begin from: one for each document in them."""
-        if not isinstance(self.rows, Lanes):
-            return None
-        empty = self.plain.initial_state()
-        states = []
-        for lane, row in rows.items():
-            carried = self.states.get(lane) if row.continues else None
-            # under the fingerprint of today, for the weights have moved
-            first = empty if carried is None else State(carried.layers, empty.fingerprint)
-            states += [first, *[empty] * (len(row.starts) - 1)]
-        return State.stack(states)
-
-    def _leave(self, rows: dict[int, Row], batch: Batch, logits: Tensor, state: State) -> Tensor:
-        """Keeps the state that each lane ends with. The logits as they are."""
-        if isinstance(self.rows, Lanes):
-            state = state[[end - 1 for end in itertools.accumulate(len(row.starts) for row in rows.values())]]
-            if isinstance(batch.cu_seqlens, Spread):
-                logits, state = batch.cu_seqlens.to_all(logits, state)
-            self.states = self.states | {lane: state[i] for i, lane in enumerate(rows)}
-        return logits
+        return (self._sum(total) / max(1.0, all_counted.item())).item(), norm
 
     def _norm(self) -> float:
         clip = self.config.optim.clip or math.inf
         return float(self.accelerator.clip_grad_norm_(self.model.parameters(), clip))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, self.precision == "bfloat16")
+        enabled, cached = self.precision == "bfloat16", not self.plain.sharded  # whole weights are not to be held
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled, cached)
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over all processes."""
@@ -349,37 +249,37 @@ class Run:
     def evaluate(self) -> float:
         """The mean loss of the measured data, its first rows in order, in nats a token that counts."""
         assert self.measured is not None
-        sampler = self._sampler(self.measured)
-        number, size = min(self.config.run.eval_rows, sampler.rows_an_epoch), self.config.run.batch
+        rows, device = sampler(self.config, self.measured), self.accelerator.device
+        number, size = min(self.config.run.eval_rows, rows.rows_an_epoch), self.config.run.batch
         mine = range(self.accelerator.process_index, number, self.accelerator.num_processes)
-        nats, counted = torch.zeros(2, dtype=torch.float64)
+        nats, all_counted = torch.zeros(2, dtype=torch.float64)
         self.plain.eval()
         with torch.no_grad(), self._autocast():
-            for first in range(0, len(mine), size):
-                batch = collate([sampler.row(i) for i in mine[first : first + size]])
-                device = self.accelerator.device
+            for i in range(math.ceil(number / (self.accelerator.num_processes * size))):
+                numbers = mine[i * size : (i + 1) * size]
+                # a model in pieces is called by all together, so that who has no row left takes one that is not counted
+                batch = collate([rows.row(j) for j in numbers or [0]])
                 logits, _ = self.plain(batch.inputs.to(device), cu_seqlens=batch.cu_seqlens)
                 mask = None if batch.mask is None else batch.mask.to(device)
-                nats += losses(logits, batch.targets.to(device), mask)[0].cpu()
-                counted += _counted(batch)
+                if numbers:
+                    nats += losses(logits, batch.targets.to(device), mask)[0].cpu()
+                    all_counted += counted(batch)
         self.plain.train()
-        return (self._sum(nats) / self._sum(counted).clamp_min(1)).item()
+        return (self._sum(nats) / self._sum(all_counted).clamp_min(1)).item()
 
     def write(self) -> str:
-        """A sampled text. The run's own random numbers are left as they were."""
+        """A text that the main process samples. The run's own random numbers are left as they were."""
         assert self.sample is not None
-        random = torch.get_rng_state()
-        self.plain.eval()
+        random, model = torch.get_rng_state(), self._whole()
+        if not self.accelerator.is_main_process:
+            return ""
+        model.eval()
         try:
             with torch.inference_mode():
-                return self.sample(self.plain, self.config.run.sample_prompt)
+                return self.sample(model, self.config.run.sample_prompt)
         finally:
             self.plain.train()
             torch.set_rng_state(random)
-
-
-def _counted(batch: Batch) -> int:
-    return int(batch.targets.numel() if batch.mask is None else batch.mask.sum())
 
 
 @contextlib.contextmanager

@@ -26,7 +26,10 @@ def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
         named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and p in trained]
         inner = [p for name, p in named if name.startswith("blocks.") and name.endswith(".weight")]
     groups = [_of(group, trained.difference(inner)) for group in groups]
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=of.betas, eps=of.eps)
+    groups = [group for group in groups if group["params"]]
+    if model.sharded:  # pieces cost as much for each call as they hold; what stays whole cannot go among them
+        groups = [{**group, "foreach": len({type(p) for p in group["params"]}) == 1} for group in groups]
+    adamw = torch.optim.AdamW(groups, betas=of.betas, eps=of.eps)
     if not of.muon:
         return adamw
     if not inner:

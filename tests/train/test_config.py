@@ -25,6 +25,7 @@ WRONG = [
     ("run.batch=1.5", "run.batch must be a whole number, got 1.5"),
     ("run.batch=true", "run.batch must be a whole number, got True"),
     ("run.compile=1", "run.compile must be true or false, got 1"),
+    ("run.shard=half", "run.shard is 'half'; known are none, gradients, full"),
     ("run.precision=int8", "run.precision is 'int8'; known are auto, bfloat16, float32, float64"),
     ("run.steps=-1", "run.steps must not be negative, got -1"),
     ("model.generation=rwkv3", "model.generation is 'rwkv3'; known are rwkv4, rwkv5, rwkv6, rwkv7"),

@@ -155,6 +155,17 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, order, bases, data, t
     assert all(torch.equal(x, broken[name]) for name, x in whole.items())
 
 
+@pytest.mark.parametrize("generation", ["rwkv4", "rwkv7"])
+def test_a_step_in_which_no_text_begins_has_no_gradient(generation, bases, tmp_path):
+    long = write_binidx(tmp_path / "long", [np.arange(400) % 48 + 1])
+    more = [f"data.train={long}", f"model.path={bases(generation)}", "data.order=carried", "data.ctx_len=16"]
+    run = Run(read_config(None, [*TUNE, *more, "run.batch=1", f"run.out={tmp_path / 'out'}"]), quiet=True)
+    steps = [run.take_step() for _ in range(3)]
+    assert all(np.isfinite(loss) for loss, _ in steps)
+    assert steps[0][1] > 0
+    assert [norm for _, norm in steps[1:]] == [0, 0]
+
+
 @pytest.mark.parametrize("start", ["empty", "tuned"])
 def test_gradient_of_rwkv4_against_differences(start, random_checkpoint):
     """Float64, two documents in one row. At zero the weight |s| has no derivative; differences to both sides agree

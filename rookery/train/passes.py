@@ -1,0 +1,138 @@
+"""What a process reads in a step, and the states that its lanes carry from row to row.
+
+A step reads as many rows side by side as there are lanes: `batch` of them in each of `accumulate` passes of each group
+of processes. A group is one process, or with sequence_parallel the neighbours that share each row, a piece of it each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..errors import InputError
+from ..models import LayerState, Model, State
+from ..models.spread import Spread
+from .config import Config
+from .sampling import Batch, Documents, Lanes, Row, Windows, collate
+from .tokens import TokenFile
+
+
+def sampler(config: Config, file: TokenFile, lanes: int = 0) -> Documents | Lanes | Windows:
+    """Without lanes, for measuring, documents begin anew in every row."""
+    told, seed = config.data, config.run.seed
+    if told.order == "carried" and lanes:
+        return Lanes(file, told.ctx_len, lanes, seed)
+    if told.order in ("documents", "carried"):
+        return Documents(file, told.ctx_len, seed)
+    return Windows(file, told.ctx_len, seed, told.order)
+
+
+class Passes:
+    """Of one process. Every attribute but `states` is made once.
+
+    Attributes:
+        a_step: rows that all processes together read in a step.
+        states: where they are carried, that of each lane of this process.
+    """
+
+    def __init__(self, config: Config, file: TokenFile, model: Model, accelerator: Accelerator):
+        self.config, self.model, self.accelerator = config, model, accelerator
+        self.pieces = config.run.sequence_parallel  # of each row, one a process
+        self.group, self.groups = self._group(), accelerator.num_processes // self.pieces
+        lanes = config.run.batch * config.run.accumulate * self.groups
+        self.rows = sampler(config, file, lanes)
+        if self.rows.shortest < self.pieces:
+            raise InputError(
+                f"{config.data.train}: its last row of {config.data.ctx_len} tokens has {self.rows.shortest}, too few "
+                f"for run.sequence_parallel = {self.pieces}; give another data.ctx_len"
+            )
+        self.a_step = lanes * config.data.through
+        self.states: dict[int, State] = {}
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The processes that this one shares its rows with."""
+        if self.pieces == 1:
+            return None
+        if not self.model.affine:
+            raise InputError(
+                f"run.sequence_parallel is not for {self.model.name}: what it reads of its state does not add up"
+            )
+        if (number := self.accelerator.num_processes) % self.pieces:
+            raise InputError(f"run.sequence_parallel = {self.pieces} does not divide the number of processes, {number}")
+        return dist.new_subgroups(self.pieces)[0]
+
+    def of(self, step: int) -> Iterator[list[tuple[dict[int, Row], Batch]]]:
+        """Those of a step: what one backward pass goes through, one batch after the other, each also as rows by their
+        lane."""
+        size, mine = self.config.run.batch, self._lanes(self.accelerator.process_index)
+        begins = range(step * self.a_step, (step + 1) * self.a_step, self.a_step // self.config.data.through)
+        for i in range(0, len(mine), size):
+            chunks = [{lane: self._row(begin + lane) for lane in mine[i : i + size]} for begin in begins]
+            yield [(rows, collate(list(rows.values()), self.group)) for rows in chunks]
+
+    def _row(self, i: int) -> Row:
+        """What this process has of a row."""
+        row = self.rows.row(i)
+        return row if self.group is None else row.piece(self.group.rank(), self.pieces)
+
+    def _lanes(self, process: int) -> list[int]:
+        """Which rows of those that a step reads side by side are a process's, whole or a piece of each."""
+        told, group = self.config.run, process // self.pieces
+        return [
+            (i * self.groups + group) * told.batch + row for i in range(told.accumulate) for row in range(told.batch)
+        ]
+
+    def enter(self, rows: dict[int, Row]) -> State | None:
+        """The states that these rows begin from: one for each document in them."""
+        if not isinstance(self.rows, Lanes):
+            return None
+        empty = self.model.initial_state()
+        states = []
+        for lane, row in rows.items():
+            carried = self.states.get(lane) if row.continues else None
+            # under the fingerprint of today, for the weights have moved
+            first = empty if carried is None else State(carried.layers, empty.fingerprint)
+            if carried is not None and self.model.config.time_state:  # every process must have a gradient of it
+                first = _with_no_share(first, empty)
+            states += [first, *[empty] * (len(row.starts) - 1)]
+        return State.stack(states)
+
+    def leave(self, rows: dict[int, Row], batch: Batch, logits: Tensor, state: State) -> Tensor:
+        """Keeps the state that each lane ends with. The logits as they are."""
+        if isinstance(self.rows, Lanes):
+            state = state[[end - 1 for end in itertools.accumulate(len(row.starts) for row in rows.values())]]
+            if isinstance(batch.cu_seqlens, Spread):
+                logits, state = batch.cu_seqlens.to_all(logits, state)
+            self.states = self.states | {lane: state[i] for i, lane in enumerate(rows)}
+        return logits
+
+    def carried(self) -> State | None:
+        """The states of all lanes of all processes."""
+        if not self.states:
+            return None
+        own = State.stack([self.states[lane] for lane in self._lanes(self.accelerator.process_index)])
+        layers = [LayerState(*(self.accelerator.gather(x.contiguous()) for x in layer)) for layer in own.layers]
+        order = [lane for process in range(self.accelerator.num_processes) for lane in self._lanes(process)]
+        return State(layers, own.fingerprint)[[order.index(lane) for lane in range(len(order) // self.pieces)]]
+
+    def restore(self, file: Path) -> None:
+        """Takes this process's of the states in a file of `carried`."""
+        states = State.load(file).to(self.accelerator.device)
+        self.states = {lane: states[lane] for lane in self._lanes(self.accelerator.process_index)}
+
+
+def counted(batch: Batch) -> int:
+    """Predictions that count in the loss."""
+    return int(batch.targets.numel() if batch.mask is None else batch.mask.sum())
+
+
+def _with_no_share(state: State, of: State) -> State:
+    """The state, whose gradient reaches the other one as zeros."""
+    pairs = zip(state.layers, of.layers, strict=True)
+    layers = [LayerState(*(x + 0 * y for x, y in zip(*pair, strict=True))) for pair in pairs]
+    return State(layers, state.fingerprint)

@@ -1,0 +1,95 @@
+"""For test_shards.py: `python many_runs.py '[[2, [...]], [3, [...]]]'` does runs one after the other in the same two
+processes, then others in three. They are forked, for importing torch takes them longer than all they do.
+
+A run is told as {"settings": [...], "from": [checkpoints to copy first], "damage": one of them, "process 1": what
+happens to it}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+from accelerate import PartialState
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+from rookery.models import Model
+from rookery.train import keeping
+from rookery.train.config import read_config
+from rookery.train.loop import Run
+
+
+def most_likely(model: Model, prompt: str) -> str:
+    """How a text goes on, as ids."""
+    ids = [1, 2]
+    for _ in range(4):
+        ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    return str(ids)
+
+
+def flip(file: Path) -> None:
+    """A bit of the last byte."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def full_disk() -> None:
+    """No file may grow beyond 10 KB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+
+def killed() -> None:
+    """When the pieces of step 4 are written and not all of its checkpoint is."""
+    whole = keeping._hash
+
+    def hashed(file: Path) -> str:
+        if "step-00000004" in str(file):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(file)
+
+    keeping._hash = hashed
+
+
+def work(rank: int, processes: int, runs: list[dict]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    together = PartialState(cpu=True)
+    for told in runs:
+        config = read_config(None, told["settings"])
+        for path in map(Path, told.get("from", []) if rank == 0 else []):
+            copy = Path(shutil.copytree(path, Path(config.run.out) / "checkpoints" / path.name))
+            if path == Path(told.get("damage", "")):
+                flip(sorted(copy.glob("shard-*"))[1])
+        together.wait_for_everyone()
+        if rank == 1 and "process 1" in told:
+            {"full disk": full_disk, "killed": killed}[told["process 1"]]()
+        made = Run(config)
+        made.sample = most_likely
+        made()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def main() -> None:
+    for processes, runs in json.loads(sys.argv[1]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+        try:
+            start_processes(work, (processes, runs), processes, start_method="fork")
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            print(error, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -158,6 +158,10 @@ class Config:
         pieces, length = self.run.sequence_parallel, self.data.ctx_len
         if length % pieces:
             raise InputError(f"data.ctx_len is {length}, which run.sequence_parallel = {pieces} does not divide")
+        if self.run.shard != "none" and self.model.tune in ("lora", "dora"):
+            raise InputError(f"run.shard is not for model.tune={self.model.tune}: adapters are small, and stay whole")
+        if self.run.shard != "none" and self.optim.muon:
+            raise InputError("optim.muon needs whole matrices: not with run.shard")
         if self.run.compile and pieces > 1:
             raise InputError("run.compile does not reach over processes: not with run.sequence_parallel")
         if self.run.compile and self.data.order in ("documents", "carried"):

@@ -83,19 +83,19 @@ def test_what_is_carried_counts(tmp_path):
 def test_what_is_not_finite_is_not_carried(texts, tmp_path):
     made = Run(read_config(None, settings(texts, tmp_path / "out", "data.order=carried", "data.ctx_len=8")))
     made.take_step()
-    before = made.states
+    before = made.passes.states
     weight = made.plain.head.weight
     with torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] = torch.nan
         made.plain.blocks[0].ln1.weight[0] = torch.nan
     assert np.isnan(made.take_step()[1])
-    assert made.states is before
+    assert made.passes.states is before
     with torch.no_grad():
         weight[0, 0] = kept
         made.plain.blocks[0].ln1.weight[0] = 1
     assert np.isfinite(made.take_step()).all()
-    assert all(x.isfinite().all() for state in made.states.values() for layer in state.layers for x in layer)
+    assert all(x.isfinite().all() for state in made.passes.states.values() for layer in state.layers for x in layer)
 
 
 def test_stopped_and_gone_on(texts, tmp_path):

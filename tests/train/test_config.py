@@ -44,6 +44,18 @@ def test_what_is_wrong_is_named(setting, told):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["run.shard=full", "model.tune=lora", "model.path=x"], "run.shard is not for model.tune=lora"),
+        (["run.shard=gradients", "optim.muon=true"], "optim.muon needs whole matrices: not with run.shard"),
+    ],
+)
+def test_what_does_not_go_together_is_named(settings, told):
+    with pytest.raises(InputError, match=told):
+        read_config(None, ["data.train=some", *settings])
+
+
 def test_a_file_and_settings_on_top(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('[data]\ntrain = "texts"\n[optim]\nlr = 1\nbetas = [0.9, 0.95]\n[run]\nbatch = 4\n')

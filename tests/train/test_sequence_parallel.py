@@ -47,6 +47,8 @@ def test_processes_that_share_rows_are_one(texts, tmp_path):
         "windows": ["model.generation=rwkv5", "data.order=shuffle", "run.steps=6", "run.checkpointing=true"],
         "rounded": ["run.precision=bfloat16", "run.steps=3"],
         "tuned": ["model.tune=state", f"model.path={tmp_path / 'documents'}", "run.steps=3"],
+        "adapted": ["model.tune=lora", "model.rank=4", f"model.path={tmp_path / 'documents'}", "run.steps=3"],
+        "in pieces": ["run.accumulate=2", "run.shard=full", "run.steps=3"],
     }
     for name, more in runs.items():
         run(texts, tmp_path / name, *more)

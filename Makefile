@@ -11,7 +11,8 @@ demo: .venv/run
 	@$(BIN)/rookery generate "Once upon a time" --echo --speed --temperature 0.8 --seed 1
 
 test: .venv/dev lint
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python tests/compile_all.py
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

@@ -35,6 +35,7 @@ CHECKPOINTED = 4  # the same with run.checkpointing, besides one block's whole
 LOGITS = 10  # bytes a token and entry of the vocabulary: 16 bits, float32, and its gradient
 STATE = 16  # bytes a parameter: weight, gradient and Adam's two means in float32
 GPUS = (1, 8, 64, 1024)
+COLUMNS = [("none", 1), *((kind, gpus) for kind in ("gradients", "full") for gpus in GPUS[1:])]
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,14 @@ def size(layers: int, width: int) -> Size:
 
 
 def held(of: Size, kind: str, gpus: int) -> float:
-    """Bytes of weights, gradients and optimiser on each of so many GPUs at most, with 16-bit copies of the weights that
-    the backward pass waits for where they are whole."""
-    p = of.parameters
-    outer = 2 * VOCABULARY * of.width  # embedding and head
-    if kind == "none":
-        return STATE * p + 2 * p
-    if kind == "gradients":  # weights whole in a pass, their gradients block by block
-        return STATE * p / gpus + 4 * p + 2 * p + 4 * max(of.block, outer)
-    return STATE * p / gpus + (4 + 4 + 2) * max(2 * of.block, outer)
+    """Bytes of weights, gradients and optimiser on each of so many GPUs at most, with run.checkpointing."""
+    head = VOCABULARY * of.width
+    if kind == "none":  # and 16-bit copies of the weights
+        return (STATE + 2) * of.parameters
+    if kind == "gradients":  # the weights whole in a pass, and the gradients of what is going back
+        return STATE * of.parameters / gpus + 4 * of.parameters + 4 * max(of.block, head)
+    # whole: two blocks, the head from its forward to its backward pass, and the gradients of what is going back
+    return STATE * of.parameters / gpus + 4 * (2 * of.block + head) + 4 * max(of.block, head)
 
 
 def activations(of: Size, tokens: int) -> float:
@@ -79,25 +79,15 @@ def activations(of: Size, tokens: int) -> float:
 
 
 def memory(tokens: int) -> list[str]:
-    lines = [
-        "| | parameters | activations | "
-        + " | ".join(f"none, {GPUS[0]}+" if k == "none" else f"{k}, {n}" for k, n in columns())
-        + " |"
-    ]
-    lines.append("|---" * (3 + len(list(columns()))) + "|")
+    names = [kind if gpus == 1 else f"{kind}, {gpus}" for kind, gpus in COLUMNS]
+    lines = [f"| | parameters | activations | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for name, shape in SIZES.items():
         of = size(*shape)
         work = activations(of, tokens)
-        cells = []
-        for kind, gpus in columns():
-            total = held(of, kind, gpus) + work
-            cells.append(f"{total / 1e9:.0f}" if total < MEMORY else f"({total / 1e9:.0f})")
-        lines.append(f"| {name} | {of.parameters:,} | {work / 1e9:.1f} | " + " | ".join(cells) + " |")
+        totals = [held(of, kind, gpus) + work for kind, gpus in COLUMNS]
+        cells = [f"{x / 1e9:.0f}" if x < MEMORY else f"({x / 1e9:.0f})" for x in totals]
+        lines.append(f"| {name} | {of.parameters:,} | {work / 1e9:.1f} | {' | '.join(cells)} |")
     return lines
-
-
-def columns() -> list[tuple[str, int]]:
-    return [("none", 1), *((kind, n) for kind in ("gradients", "full") for n in GPUS[1:])]
 
 
 def speed() -> list[str]:

@@ -56,7 +56,7 @@ def main() -> None:
 
     llm = LLM(args.out / "model")
     with torch.inference_mode():
-        ids = torch.tensor([llm.encode(held_out.decode())])
+        ids = torch.tensor([llm.encode(held_out.decode(), begins=True)])
         logits, _ = llm.model(ids[:, :-1])
         nats = F.cross_entropy(logits[0].float(), ids[0, 1:]).item()
     print(f"held out: {nats:.4f} nats a character, {nats / math.log(2):.4f} bits, in one pass over all of it")

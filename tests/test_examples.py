@@ -1,0 +1,117 @@
+"""The examples run, small, and tell what they found."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WORDS = [
+    "the",
+    "a",
+    "boat",
+    "frog",
+    "girl",
+    "saw",
+    "found",
+    "took",
+    "small",
+    "red",
+    "old",
+    "pond",
+    "house",
+    "and",
+    "she",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def text(folder) -> Path:
+    """12,000 bytes that are easy to learn."""
+    choose = random.Random(0)
+    file = folder / "text.txt"
+    file.write_bytes(" ".join(choose.choice(WORDS) for _ in range(4000)).encode()[:12_000])
+    return file
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_enwik8(run, text, folder):
+    """A table of all models, and the same one when nothing is left to do."""
+    small = ["--layers", 1, "--width", 64, "--context", 32, "--batch", 2, "--steps", 12, "--seeds", 2]
+    told = run("enwik8.py", text, "--out", folder / "enwik8", *small)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:]]
+    assert [row[0] for row in cells] == ["RWKV-7", "RWKV-4", "LSTM", "GPT"]
+    assert all(1 < float(row[2].split()[0]) < 8.1 for row in cells)
+    assert [row[4] for row in cells][3] == "has none"
+    assert (folder / "enwik8" / "curves.png").stat().st_size > 5000
+    again = run("enwik8.py", text, "--out", folder / "enwik8", *small)
+    assert [line.rpartition("|")[0].rpartition("|")[0] for line in again.splitlines()] == [
+        line.rpartition("|")[0].rpartition("|")[0] for line in told.splitlines()
+    ]
+
+
+def test_tinyshakespeare(run, text, folder):
+    told = run("tinyshakespeare.py", text, "--out", folder / "play", "--steps", 3)
+    assert 2 < float(re.search(r"held out: ([\d.]+) nats", told)[1]) < 5.6
+    assert (folder / "play" / "curve.png").exists()
+
+
+def test_long_document(run, text, folder):
+    sizes = ["--tokens", 1000, "--contexts", 32, 128, "--layers", 1, "--width", 64, "--turns", 1]
+    told = run("long_document.py", text, "--out", folder / "long", *sizes)
+    rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| ")][1:]
+    assert [(row[0].strip(), row[1].strip()) for row in rows] == [("1,000", "32"), ("1,000", "128")]
+    assert all(100 < float(row[2].replace(",", "")) < 4000 for row in rows)
+    assert re.search(r"rows of 128: [\d,]+ tokens/s", told)
+
+
+def test_chat(run, folder):
+    dialogue = [{"role": "user", "content": "a boat"}, {"role": "assistant", "content": "No boat today."}]
+    file = folder / "dialogues.jsonl.gz"
+    with gzip.open(file, "wt") as lines:
+        lines.write("".join(json.dumps({"messages": dialogue * (1 + i % 3)}) + "\n" for i in range(200)))
+    told = run("chat.py", file, "--out", folder / "assistant", "--steps", 2)
+    losses = [float(line.split("|")[4]) for line in told.splitlines() if re.match(r"\| (the|lora|state)", line)]
+    assert len(losses) == 3
+    assert losses[1] < losses[0]
+    assert losses[2] < losses[0]
+
+
+def test_scaling(run):
+    """The parameters are those of the models, the rest follows from the assumptions written down here again."""
+    told = run("scaling.py")
+    assert "| 0.1B | 191,034,624 |" in told
+    tokens = 989e12 * 0.37 / (6 * 7_173_976_064)  # of the largest that is published, its embedding counted too
+    found = float(re.search(r"\| 7.2B \| [\d.]+ \| ([\d,]+) \|", told)[1].replace(",", ""))
+    assert tokens < found < 1.05 * tokens
+
+
+def test_storyteller(run, folder):
+    choose = random.Random(1)
+    stories = [" ".join(choose.choice(WORDS) for _ in range(40)) + "." for _ in range(40)]
+    rows = [{"source": "TinyStories", "text": story} for story in stories] + [{"source": "tales", "text": stories[0]}]
+    with gzip.open(folder / "stories.jsonl.gz", "wt") as lines:
+        lines.write("".join(json.dumps(row) + "\n" for row in rows))
+    told = run("storyteller.py", "--stories", folder / "stories.jsonl.gz", "--out", folder / "teller", "--passes", 1)
+    assert 1 < float(re.search(r"held out, all 4: ([\d.]+) bits per byte", told)[1]) < 12

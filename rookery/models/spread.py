@@ -42,9 +42,8 @@ class Spread(Sequence[int]):
         self.lasts = [*(first - 1 for first in firsts[1:]), len(cu) - 2]  # each row's last sequence
         self.rows = [row for row, on in enumerate(goes_on) if on and group.rank() > 0]  # from the process before
         self.entering = [firsts[row] for row in self.rows]  # their first sequences
-        self.spanning = [
-            i for i, row in enumerate(self.rows) if firsts[row] == self.lasts[row]
-        ]  # of those, whole pieces
+        # the numbers in `entering` of those that are whole pieces
+        self.spanning = [i for i, row in enumerate(self.rows) if firsts[row] == self.lasts[row]]
 
     def __getitem__(self, i: Any) -> Any:
         return self.cu[i]

@@ -36,7 +36,8 @@ def train(settings: Sequence[str]) -> None:
     try:
         run()
     except Stopped as stopped:
-        print(f"rookery: {stopped}", file=sys.stderr)
+        if run.accelerator.is_main_process:
+            print(f"rookery: {stopped}", file=sys.stderr)
         sys.exit(130)
     if run.accelerator.is_main_process:
         print(run.out)

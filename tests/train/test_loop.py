@@ -296,7 +296,7 @@ def test_two_processes_are_one(texts, tmp_path):
     told = settings(texts, tmp_path / "two", "run.steps=6")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *command, *told], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, *command, *told], capture_output=True, text=True, env=environment, timeout=250
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 from accelerate import PartialState
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
@@ -50,11 +51,11 @@ def full_disk() -> None:
 
 
 def killed() -> None:
-    """When the pieces of step 4 are written and not all of its checkpoint is."""
+    """When the pieces of step 3 are written and not all of its checkpoint is."""
     whole = keeping._hash
 
     def hashed(file: Path) -> str:
-        if "step-00000004" in str(file):
+        if "step-00000003" in str(file):
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(file)
 

@@ -205,7 +205,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
 
 
 def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(6_000)])
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(15_000)])
     script = "from rookery.train import preparing; preparing.SMALL, preparing.NOTE = 0, 0.2; "
     script += "from rookery.cli import main; main()"  # workers and notes as a longer run has them
     options = ["data", str(source), "--tokenizer", str(BUNDLED), "--holdout", "0.1"]
@@ -234,7 +234,7 @@ def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
         assert not alive
         assert standing() > before
         before = standing()
-    assert 0 < before < 6_000
+    assert 0 < before < 15_000
     seen = []
     sources = [str(source)]
     prepare(sources, out, BUNDLED / "tokenizer.json", holdout=0.1, tell=lambda done, standing: seen.append(standing))

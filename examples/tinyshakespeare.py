@@ -28,7 +28,7 @@ def main() -> None:
     options.add_argument("file", type=Path, help="tinyshakespeare.txt, or any text")
     options.add_argument("--out", type=Path, required=True, help="folder for the model, its log and the picture")
     options.add_argument("--generation", default="rwkv7")
-    options.add_argument("--steps", type=int, default=1500)
+    options.add_argument("--steps", type=int, default=1000)
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 

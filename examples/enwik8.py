@@ -32,7 +32,7 @@ from rookery.train.loop import Run
 from rookery.train.tokens import TokenWriter
 
 NAMES = {"rwkv7": "RWKV-7", "rwkv4": "RWKV-4", "lstm": "LSTM", "gpt": "GPT"}
-RATES = {"rwkv7": 4e-3, "rwkv4": 4e-3, "lstm": 4e-3, "gpt": 4e-3}  # the best of 1, 2, 4 and 8e-3 for each
+RATES = {"rwkv7": 4e-3, "rwkv4": 8e-3, "lstm": 1.6e-2, "gpt": 4e-3}  # each the best of those that were tried
 VOCABULARY = 256
 
 

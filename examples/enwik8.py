@@ -2,9 +2,10 @@
 
     python examples/enwik8.py enwik8 --out enwik8-run
 
-Every model reads the same random windows of the first 90% of the file with the same optimiser; the next 5% are measured
-on the way, the last 5% at the end, from an empty state in windows of the same length and, for those that have a state,
-in one pass with the state carried through. Each model is as wide as makes its parameters those of the RWKV-7.
+Every model reads the same random windows of the first 90% of the file with the same optimiser, at a rate of its own.
+The next 5% are measured on the way, the last 5% at the end: from an empty state in windows of the same length and, for
+those that have a state, in one pass with the state carried through. Each model is as wide as makes its parameters those
+of the RWKV-7.
 
 A run that is there already is not made again; one that was stopped goes on. The early demos of RWKV-4 are
 `--layers 6 --width 512 --context 1024 --batch 12`.

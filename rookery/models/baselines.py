@@ -33,6 +33,7 @@ class LSTM(Model):
     or None."""
 
     name = "lstm"
+    affine = False
     Config = LSTMConfig
 
     def __init__(self, config: LSTMConfig):
@@ -122,6 +123,7 @@ class GPT(Model):
     """`logits, None = model(tokens)`: tokens [B, T], logits [B, T, V]. It has no state to carry on."""
 
     name = "gpt"
+    affine = False
     Config = GPTConfig
 
     def __init__(self, config: GPTConfig):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_loop import fails_at
 from torch.nn import functional as F
 
 import rookery
@@ -237,16 +238,7 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, te
     more = (more, "run.steps=6", "run.save_every=2")
     tuning(bases(generation), texts, tmp_path / "whole", *more, tune=tune)()
     run = tuning(bases(generation), texts, tmp_path / "broken", *more, tune=tune)
-    take = run.take_step
-
-    def breaks():
-        if run.step == 5:
-            raise KeyError
-        return take()
-
-    run.take_step = breaks
-    with pytest.raises(KeyError):
-        run()
+    fails_at(run, 5)
     again = tuning(bases(generation), texts, tmp_path / "broken", *more, tune=tune)
     assert again.step == 4
     again()

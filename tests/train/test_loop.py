@@ -53,6 +53,28 @@ def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
         made()
 
 
+def fails_at(made: Run, step: int) -> None:
+    """Runs until an error ends it while it takes the step after `step`."""
+    take = made.take_step
+
+    def breaks() -> tuple[float, float]:
+        if made.step == step:
+            raise KeyError
+        return take()
+
+    made.take_step = breaks
+    with pytest.raises(KeyError):
+        made()
+
+
+def refusal(*told: str) -> str:
+    """The one line with which a run is refused."""
+    with pytest.raises(InputError) as error:
+        Run(read_config(None, told))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def curve(out: Path) -> list[tuple]:
     """What must be equal to the bit: the steps and their losses, gradients and rates."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -273,17 +295,12 @@ def test_precision_is_what_is_fast_here(texts, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):
-    def refusal(*more: str) -> str:
-        with pytest.raises(InputError) as error:
-            Run(read_config(None, settings(texts, tmp_path / "out", *more)))
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "has token ids up to 49, the model's vocabulary ends at 39" in refusal("model.vocab_size=40")
-    assert "no such file or folder" in refusal("model.path=nothing")
+    told = settings(texts, tmp_path / "out")
+    assert "has token ids up to 49, the model's vocabulary ends at 39" in refusal(*told, "model.vocab_size=40")
+    assert "no such file or folder" in refusal(*told, "model.path=nothing")
     run(texts, tmp_path / "out", "run.steps=2")
-    assert "was made with optim.lr = 0.003, not 0.1; give another run.out" in refusal("optim.lr=0.1")
-    assert "was made with model.n_layer = 2, not 3" in refusal("model.n_layer=3")
+    assert "was made with optim.lr = 0.003, not 0.1; give another run.out" in refusal(*told, "optim.lr=0.1")
+    assert "was made with model.n_layer = 2, not 3" in refusal(*told, "model.n_layer=3")
     longer = run(texts, tmp_path / "out", "run.steps=4")
     assert [row[0] for row in curve(tmp_path / "out")] == [1, 2, 3, 4]
     assert longer.step == 4

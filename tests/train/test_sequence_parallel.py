@@ -12,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from binidx import write_binidx
-from test_loop import curve, run, settings
+from test_loop import curve, refusal, run, settings
 
-from rookery.errors import InputError
-from rookery.train.config import read_config
-from rookery.train.loop import Run
 from rookery.train.sampling import Row
 
 SHARED = "run.sequence_parallel=2"
@@ -93,16 +90,11 @@ def test_pieces_of_a_row(length, starts):
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):
-    def refusal(*more: str) -> str:
-        with pytest.raises(InputError) as error:
-            Run(read_config(None, settings(texts, tmp_path / "out", *more)))
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert refusal("run.sequence_parallel=0") == "run.sequence_parallel must be positive, got 0"
-    assert refusal(SHARED) == "run.sequence_parallel = 2 does not divide the number of processes, 1"
-    assert refusal(SHARED, "model.generation=rwkv4").startswith("run.sequence_parallel is not for rwkv4: ")
-    uneven = refusal("run.sequence_parallel=3")
+    told = settings(texts, tmp_path / "out")
+    assert refusal(*told, "run.sequence_parallel=0") == "run.sequence_parallel must be positive, got 0"
+    assert refusal(*told, SHARED) == "run.sequence_parallel = 2 does not divide the number of processes, 1"
+    assert refusal(*told, SHARED, "model.generation=rwkv4").startswith("run.sequence_parallel is not for rwkv4: ")
+    uneven = refusal(*told, "run.sequence_parallel=3")
     assert uneven == "data.ctx_len is 32, which run.sequence_parallel = 3 does not divide"
-    compiled = refusal(SHARED, "run.compile=true", "data.order=shuffle")
+    compiled = refusal(*told, SHARED, "run.compile=true", "data.order=shuffle")
     assert compiled == "run.compile does not reach over processes: not with run.sequence_parallel"

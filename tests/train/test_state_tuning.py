@@ -11,6 +11,7 @@ import pytest
 import torch
 from binidx import write_binidx
 from safetensors.torch import load_file, save_file
+from test_loop import fails_at
 
 import rookery
 from rookery import cli
@@ -136,16 +137,7 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, order, bases, data, t
     more = ("run.steps=6", "run.save_every=2", f"data.order={order}")
     tuning(bases(generation), data, tmp_path / "whole", *more)()
     run = tuning(bases(generation), data, tmp_path / "broken", *more)
-    take = run.take_step
-
-    def breaks():
-        if run.step == 5:
-            raise KeyError
-        return take()
-
-    run.take_step = breaks
-    with pytest.raises(KeyError):
-        run()
+    fails_at(run, 5)
     again = tuning(bases(generation), data, tmp_path / "broken", *more)
     assert again.step == 4
     again()

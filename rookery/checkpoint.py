@@ -1,8 +1,9 @@
 """Models from files and into files.
 
-`load` takes BlinkDL's .pth, the same tensors as .safetensors, or a folder that `save` wrote (config.json and
-model.safetensors). Generation and sizes are read off the tensors. A file is mapped, never held: each tensor is
-copied once, in the dtype asked for, so that loading costs the memory of the model and no more.
+`load` takes every format of formats/: BlinkDL's .pth, the same tensors as .safetensors, a folder that `save` wrote
+(config.json and model.safetensors), Hugging Face's folders, GGUF and others. Generation and sizes are read off the
+tensors. A file is mapped, never held: each tensor is copied once, in the dtype asked for, so that loading costs the
+memory of the model and no more.
 
 A quantised model is saved in a layout of its own kind, row after row: under the name of a matrix int8 [out, in], or
 uint8 [out, in / 2] (of every 8 columns' codes, number i in the low and i + 4 in the high half of a byte), and beside it
@@ -17,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -26,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import formats
 from .errors import InputError
 from .files import replacing
+from .formats.stored import Stored, Tensors, metadata, stored
 from .memory import Rooms
 from .models import MODELS, Model, State, detect
-from .models.parts import PackedLinear, fingerprint
+from .models.parts import PackedLinear, fingerprint, sample
 from .ops.packed import GROUP, untile
 from .quantize import FORMATS, check, matrices, replace_matrix
 
@@ -60,7 +61,7 @@ def load(
     """The model in a file or folder, in eval mode.
 
     Args:
-        path: a .pth or .safetensors file with BlinkDL's parameter names, or a folder that `save` wrote.
+        path: a file or folder of any format in docs/conversion.md, or a folder that `save` wrote.
         dtype: of the weights, "float32", "bfloat16" or "float16" or as torch names them; None keeps the file's.
         device: where the model goes.
         ln_x_eps: of the norm after the recurrence (RWKV-5 to 7), for files that want another than 64e-5.
@@ -69,26 +70,42 @@ def load(
     Raises:
         InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
     """
+    return load_found(path, dtype, device, ln_x_eps, quantize)[0]
+
+
+def load_found(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+    quantize: str | None = None,
+) -> tuple[Model, formats.Found]:
+    """As `load`, and what else was found where the model lay."""
     path = locate(path)
     target = None if dtype is None else _dtype(dtype)
     where = _device(device)
     try:
-        tensors, described = read(path)
-        return assemble(tensors, described, target, where, ln_x_eps, quantize)
+        found = formats.read(path)
+        return assemble(found.tensors, found.described, target, where, ln_x_eps, quantize), found
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
+def notes(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What LLM should know, of what a checkpoint says of itself."""
+    return {key: described[key] for key in NOTES if key in described}
+
+
 def locate(path: str | Path) -> Path:
-    """The path with ~ expanded; for the model.safetensors of a folder of ours the folder, whose config.json may say
-    what the tensors do not."""
+    """The path with ~ expanded; for the model.safetensors of a folder of ours or Hugging Face's the folder, whose
+    config.json may say what the tensors do not."""
     path = Path(path).expanduser()
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
             described = json.loads((path.parent / "config.json").read_text())
         except (OSError, ValueError):
             return path  # somebody else's; the tensors alone are enough
-        if isinstance(described, dict) and described.get("model") in list(MODELS):
+        if isinstance(described, dict) and (described.get("model") in list(MODELS) or "model_type" in described):
             return path.parent
     return path
 
@@ -160,7 +177,7 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
     try:
         if not os.path.exists(path):
             raise InputError("no such state file")
-        tensors, _ = read(path)
+        tensors = formats.read(path).tensors
         wanted = model.time_states()
         if tensors.keys() != wanted.keys():
             found = (", ".join(list(tensors)[:2]) or "nothing") + (", ..." if len(tensors) > 2 else "")
@@ -168,9 +185,10 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
             raise InputError(f"not a tuned state of this model: it holds {found} instead of {kind}")
         for name, shape in wanted.items():
             x = tensors[name]
-            if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != shape:
-                what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise InputError(f"the tuned state of another model: {name} is {what} instead of {list(shape)}")
+            if not x.is_floating_point or x.shape != shape:
+                raise InputError(
+                    f"the tuned state of another model: {name} is {list(x.shape)} instead of {list(shape)}"
+                )
         about = metadata(path)
         if about.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise InputError("this state was tuned on another model")
@@ -181,7 +199,7 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
         raise InputError(f"{path}: {error}") from error
     like = model.emb.weight
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return {name: x.to(like.device, dtype) for name, x in tensors.items()}, notes
+    return {name: x.read().to(like.device, dtype) for name, x in tensors.items()}, notes
 
 
 def initial_state(path: str | Path, model: Model) -> State:
@@ -190,26 +208,14 @@ def initial_state(path: str | Path, model: Model) -> State:
     return model.initial_state(time_states=read_time_state(path, model)[0])
 
 
-def metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; nothing for a .pth."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except SafetensorError:
-        return {}
+def identify(
+    tensors: Tensors, described: Mapping[str, Any] | None = None, ln_x_eps: float | None = None
+) -> tuple[type[Model], Any]:
+    """Class and configuration of the model that these tensors are, all of them. Wrappers' prefixes and what the class
+    never reads are taken out of `tensors`; packed matrices count with the shapes they stand for.
 
-
-def assemble(
-    tensors: dict[str, Any],
-    described: Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    ln_x_eps: float | None = None,
-    quantize: str | None = None,
-) -> Model:
-    """A model, in eval mode, out of tensors under BlinkDL's names.
-
-    `tensors` is used up: each leaves the dict once it is copied. `described` is what a config.json says.
+    Raises:
+        InputError: they make no model, or not the one that is described.
     """
     described = described or {}
     for key in list(tensors):
@@ -217,32 +223,37 @@ def assemble(
         if plain != key and plain in tensors:
             raise InputError(f"{plain} is there twice, as {key} too")
         tensors[plain] = tensors.pop(key)
-    for key, x in tensors.items():
-        if not isinstance(x, Tensor):
-            continue  # told below, or by the keys beside it
-        if x.layout != torch.strided or x.is_nested or x.is_meta or x.numel() == 0:
-            raise InputError(f"{key} holds no plain numbers (sparse, nested, meta or empty): save dense tensors")
-        if x.nbytes > x.untyped_storage().nbytes():
-            raise InputError(f"{key} holds fewer numbers than its shape claims; save contiguous tensors instead")
-    packed = _take_packed(tensors, described.get("quantization"))
-    shapes = {key: getattr(x, "shape", torch.Size()) for key, x in tensors.items()}
-    shapes |= {key: torch.Size((len(q), scales.shape[1] * GROUP)) for key, (q, scales) in packed.items()}
-    cls = detect(shapes)
+    cls = detect({key: x.shape for key, x in tensors.items()})
     for key in cls.ignored:
         tensors.pop(key, None)
-        shapes.pop(key, None)
-    for key, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"{key} is {what}, not a floating point tensor; use the original checkpoint")
+    shapes = _unpacked_shapes(tensors, described.get("quantization"))
     config = _config(cls, shapes, described, ln_x_eps)
-    with torch.device("meta"):  # the skeleton takes no memory
-        model = cls(config)
+    _compare(_skeleton(cls, config).state_dict(), shapes)
+    return cls, config
+
+
+def _skeleton(cls: type[Model], config: Any) -> Model:
+    with torch.device("meta"):  # takes no memory
+        return cls(config)
+
+
+def assemble(
+    tensors: Mapping[str, Tensor | Stored],
+    described: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+    quantize: str | None = None,
+) -> Model:
+    """A model, in eval mode, out of tensors under BlinkDL's names. `described` is what a config.json says."""
+    described = described or {}
+    found = stored(tensors)
+    cls, config = identify(found, described, ln_x_eps)
+    packed = _take_packed(found, described.get("quantization"))
+    model = _skeleton(cls, config)
     skeleton = model.state_dict()
-    _compare(skeleton, shapes)
     if dtype is None:
-        dtype = _majority(tensors.values())
-    print_of_file = described.get("fingerprint") if packed else fingerprint(cls.name, config, tensors)
+        dtype = _majority(found.values())
     if packed:
         model.quantization = described["quantization"]
     if quantize is not None:
@@ -250,24 +261,32 @@ def assemble(
         model.quantization = quantize
     large, small = Rooms(device), Rooms(device)  # apart, for quantising gives the matrices back and nothing else
     strict = model.quantization is None
-    for name, linear in matrices(model):  # one matrix at a time is there twice
+    samples: dict[str, Tensor] = {}
+
+    def take(key: str) -> Tensor:
+        """Its numbers, which are nowhere else once they are copied."""
+        x = found.pop(key).read().reshape(skeleton[key].shape)
+        samples[key] = sample(x)
+        return x
+
+    for name, _ in matrices(model):  # one matrix at a time is there twice
         key = f"{name}.weight"
         if key in packed:
             q, scales = packed.pop(key)
         elif quantize is not None:
-            q, scales = FORMATS[quantize](tensors.pop(key).detach().reshape(linear.weight.shape))
+            q, scales = FORMATS[quantize](take(key))
         else:
             continue
         replace_matrix(model, name, q.to(device), scales.to(device), large)
     in_matrices = {f"{name}.weight" for name, _ in matrices(model)}
     copied = {}
-    for name in list(tensors):
-        shape = skeleton[name].shape
+    for name in list(found):
         rooms = large if name in in_matrices else small
-        copied[name] = rooms.room(shape, dtype).copy_(tensors.pop(name).detach().reshape(shape))
+        copied[name] = rooms.room(skeleton[name].shape, dtype).copy_(take(name))
     model.load_state_dict(copied, assign=True, strict=strict)
     model.eval()
-    model._fingerprint = print_of_file
+    own = described.get("fingerprint") if model.quantization and not quantize else None
+    model._fingerprint = own or fingerprint(cls.name, config, samples)
     return model
 
 
@@ -277,90 +296,35 @@ def _in_rows(module: PackedLinear) -> tuple[Tensor, Tensor]:
     return q.contiguous(), scales.contiguous()
 
 
-def _take_packed(tensors: dict[str, Any], format: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Takes the packed matrices out of what a file holds: int8, or uint8 with two codes each, and scales by the
-    matrix's name."""
+def _unpacked_shapes(tensors: Tensors, format: Any) -> dict[str, torch.Size]:
+    """Of all tensors, packed matrices with the shape that they stand for."""
+    for key, x in tensors.items():
+        if not x.is_floating_point and not (format and f"{key.removesuffix('weight')}scales" in tensors):
+            raise InputError(f"{key} is {x.dtype}, not a floating point tensor; use the original checkpoint")
     if format is None:
-        return {}
+        return {key: x.shape for key, x in tensors.items()}
     if format not in FORMATS:
         raise InputError(f"config.json says quantization = {format!r}; known are {', '.join(FORMATS)}")
-    packed = {}
-    kind = torch.int8 if format == "int8" else torch.uint8
-    for key in [key for key in tensors if key.endswith(".scales")]:
-        scales, q = tensors.pop(key), tensors.pop(f"{key.removesuffix('scales')}weight", None)
-        groups = GROUP if format == "int8" else GROUP // 2
-        if q is None or q.dtype != kind or scales.dtype != torch.float16 or q.ndim != 2 or scales.ndim != 2:
+    kind, groups = (torch.int8, GROUP) if format == "int8" else (torch.uint8, GROUP // 2)
+    shapes = {key: x.shape for key, x in tensors.items() if not key.endswith(".scales")}
+    for key in tensors.keys() - shapes.keys():
+        weight = f"{key.removesuffix('scales')}weight"
+        scales, q = tensors[key], tensors.get(weight)
+        if q is None or q.dtype != kind or scales.dtype != torch.float16 or len(q.shape) != 2 or len(scales.shape) != 2:
             raise InputError(f"{key} and its matrix are not what {format} is made of")
-        if (len(q), q.shape[1]) != (len(scales), scales.shape[1] * groups):
+        if tuple(q.shape) != (scales.shape[0], scales.shape[1] * groups):
             raise InputError(f"{key} has the shape {list(scales.shape)}, which does not fit its matrix {list(q.shape)}")
-        packed[f"{key.removesuffix('scales')}weight"] = (q, scales)
+        shapes[weight] = torch.Size((q.shape[0], scales.shape[1] * GROUP))
+    return shapes
+
+
+def _take_packed(tensors: Tensors, format: str | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Takes the packed matrices out of what a file holds: codes and scales by the matrix's name."""
+    packed = {}
+    for key in [key for key in tensors if format and key.endswith(".scales")]:
+        weight = f"{key.removesuffix('scales')}weight"
+        packed[weight] = (tensors.pop(weight).read(), tensors.pop(key).read())
     return packed
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The tensors in a file, mapped wherever it can be, and a folder's config.json.
-
-    What a file is, its first bytes tell; its name may lie.
-    """
-    if os.path.isdir(path):
-        return _read_folder(path)
-    if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
-        raise InputError("no such file or folder")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})") from error
-    if not head:
-        raise InputError("the file is empty")
-    zipped = head.startswith(b"PK")
-    if zipped or head.startswith(b"\x80"):
-        return _read_pickle(path, mapped=zipped), None
-    if head[8:] == b"{" or path.suffix == ".safetensors":
-        return read_safetensors(path), None
-    raise InputError("neither a .pth nor a .safetensors file")
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if (folder / "adapter_config.json").is_file():
-        raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            pieces = any(folder.glob("shard-*.safetensors"))
-            what = ", only the pieces of a run, which writes its model at the end" if pieces else ""
-            raise InputError(f"the folder has no {name}{what}")
-    try:
-        described = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"config.json cannot be read ({error})") from error
-    if not isinstance(described, dict) or described.get("model") not in list(MODELS):
-        raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
-    return read_safetensors(folder / "model.safetensors"), described
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            keys = file.keys()
-            return {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"damaged or truncated safetensors file ({error})") from error
-
-
-def _read_pickle(path: Path, mapped: bool) -> dict[str, Any]:
-    try:
-        tensors = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    except Exception as error:  # a damaged pickle can raise anything
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise InputError(
-                f"refused, for it holds more than tensors: it wants to run {code[1]}; save its state_dict() instead"
-            ) from None
-        first = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise InputError(f"damaged or truncated .pth file ({first[:120]})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-        raise InputError(f"holds a {type(tensors).__name__}, not a dictionary of named tensors")
-    return dict(tensors)
 
 
 def _config(
@@ -376,6 +340,8 @@ def _config(
             raise
         raise InputError(f"its tensors have not the shapes of an {cls.name} checkpoint ({error})") from error
     shown = {"model": cls.name, **asdict(config)}
+    if described.get("model", cls.name) not in list(MODELS):
+        raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
     for key, value in described.items():
         if key in QUANTISED:
             continue
@@ -427,7 +393,7 @@ def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
     return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) <= 1)
 
 
-def _majority(tensors: Iterable[Tensor]) -> torch.dtype:
+def _majority(tensors: Iterable[Stored]) -> torch.dtype:
     """The dtype of most numbers."""
     numbers: Counter[torch.dtype] = Counter()
     for x in tensors:

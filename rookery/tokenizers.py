@@ -55,6 +55,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token a byte of UTF-8, 256 ids, no id for the end of text."""
 
+    vocabulary = tuple(bytes([i]) for i in range(256))  # the bytes of each id
     vocab_size = 256
     stop_ids: frozenset[int] = frozenset()
 
@@ -62,10 +63,10 @@ class ByteTokenizer:
         return list(_utf8(text))
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return b"".join(_BYTES[token] for token in tokens if token < 256).decode(errors="replace")
+        return b"".join(self.vocabulary[token] for token in tokens if token < 256).decode(errors="replace")
 
     def stream(self) -> Stream:
-        return _ByteStream(_BYTES)
+        return _ByteStream(self.vocabulary)
 
 
 class WorldTokenizer:
@@ -82,8 +83,8 @@ class WorldTokenizer:
 
         trie = pyrwkv_tokenizer.RWKVTokenizer()
         self._encode = trie.encode
-        self._vocabulary = _world_vocabulary(trie.vocab_filepath)
-        self.vocab_size = len(self._vocabulary)
+        self.vocabulary = _world_vocabulary(trie.vocab_filepath)
+        self.vocab_size = len(self.vocabulary)
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
@@ -91,10 +92,10 @@ class WorldTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         size = self.vocab_size
-        return b"".join(self._vocabulary[token] for token in tokens if token < size).decode(errors="replace")
+        return b"".join(self.vocabulary[token] for token in tokens if token < size).decode(errors="replace")
 
     def stream(self) -> Stream:
-        return _ByteStream(self._vocabulary)
+        return _ByteStream(self.vocabulary)
 
 
 class HFTokenizer:
@@ -104,13 +105,14 @@ class HFTokenizer:
     library does; in the output they have no text.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, text: str | None = None):
+        """text: what is in the file, where that is known; `path` then only names it."""
         from tokenizers import Tokenizer as Backend  # heavy: only for those who have such a file
 
-        if not Path(path).is_file():
+        if text is None and not Path(path).is_file():
             raise InputError(f"{path}: no such tokenizer file")
         try:
-            self._backend = Backend.from_file(str(path))
+            self._backend = Backend.from_file(str(path)) if text is None else Backend.from_str(text)
         except Exception as error:  # the library raises nothing more precise
             raise InputError(f"{path}: not a tokenizer.json ({error})") from error
         self._backend.no_truncation()  # a file may ask for both; a prompt is read as it is
@@ -182,9 +184,6 @@ class _WindowStream:
     def _piece(self) -> str:
         before = self._tokenizer.decode(self._known)
         return self._tokenizer.decode(self._known + self._new)[len(before) :]
-
-
-_BYTES = tuple(bytes([i]) for i in range(256))
 
 
 def _utf8(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The benchmark suite: what it writes for llama.cpp, what it counts, what it tells. Never a time."""
+"""The benchmark suite: what it counts, what it tells. Never a time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 import os
 
 import pytest
-import torch
 
 from rookery import RWKV4, RWKV7, InputError
 from rookery.bench import TOPICS, bench, measure
 from rookery.bench.contest import Contest, Row
-from rookery.bench.gguf import write_gguf
 from rookery.bench.machine import Machine
 from rookery.bench.ours import Rookery
 from rookery.bench.shapes import Shape
 from rookery.bench.worker import Contestant, Failed, Worker
-from rookery.checkpoint import assemble
 from rookery.models import RWKV4Config, RWKV7Config
 
 TINY = Shape("rwkv7", 2, 64, 300)
@@ -34,29 +31,6 @@ class Dies:
     def load(self) -> None:
         print("something is very wrong", flush=True)
         os._exit(3)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 3e-2)])
-def test_gguf_gives_the_same_logits_in_llama_cpp(random_checkpoint, tmp_path, dtype, tolerance):
-    for module in ("gguf", "llama_cpp"):
-        pytest.importorskip(module, reason=f"{module} is not installed (the extra `bench` brings it)")
-    from llama_cpp import Llama
-
-    model = assemble(random_checkpoint("7", width=128, heads=2, rank=29, ffn=256), dtype=torch.float32)
-    tokens = torch.randint(101, (1, 40), generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "tiny.gguf"
-    write_gguf(model, path, dtype)
-    peer = Llama(str(path), n_ctx=512, n_batch=512, logits_all=True, verbose=False, n_threads=1)
-    peer.eval(tokens[0].tolist())
-    with torch.inference_mode():
-        logits = model(tokens)[0][0]
-    torch.testing.assert_close(torch.from_numpy(peer.scores[:40]), logits, rtol=0, atol=tolerance)
-
-
-def test_gguf_refuses_what_llama_cpp_computes_wrongly(random_checkpoint, tmp_path):
-    model = assemble(random_checkpoint("7", width=96, heads=3))
-    with pytest.raises(InputError, match="heads of 64"):
-        write_gguf(model, tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_paths_and_damage(weights, tmp_path):
     (tmp_path / "empty.pth").touch()
     assert refusal(tmp_path / "empty.pth") == "the file is empty"
     (tmp_path / "text.pth").write_text("these are not weights")
-    assert refusal(tmp_path / "text.pth") == "neither a .pth nor a .safetensors file"
+    assert refusal(tmp_path / "text.pth") == "neither a .pth nor a .safetensors file, nor GGUF, nor an rwkv.cpp file"
     torch.save(weights, tmp_path / "a.pth")
     torch.save(weights, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     save_file(weights, tmp_path / "a.safetensors")

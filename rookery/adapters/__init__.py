@@ -24,9 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import check_note, metadata, read_safetensors
+from ..checkpoint import check_note
 from ..errors import InputError
 from ..files import replacing
+from ..formats.stored import metadata, read_safetensors
 from ..models import Model
 from ..models.parts import Linear, PackedLinear, widen
 
@@ -154,7 +155,7 @@ def read_adapter(folder: str | Path, model: Model) -> Adapter:
         if about.get("fingerprint", base) != base:
             of = settings.get("base_model_name_or_path")
             raise InputError("this adapter was trained on another model" + (f", {of}" if of else ""))
-        tensors = {name.removeprefix(PREFIX): x for name, x in read_safetensors(folder / WEIGHTS).items()}
+        tensors = {name.removeprefix(PREFIX): x.read() for name, x in read_safetensors(folder / WEIGHTS).items()}
         names = _fitting(tensors, settings, model)
         notes = json.loads(about.get("notes", "{}"))
         for key, value in notes.items():

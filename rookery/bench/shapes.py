@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..checkpoint import load, save
-from ..models import MODELS, RWKV7, Model
+from ..convert import convert
+from ..models import MODELS, Model
 from ..quantize import quantize
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "F16": 16, "Q8_0": 8, "Q4_0": 4}
@@ -99,11 +100,7 @@ class Maker:
         elif kind == "transformers":
             pretrained(self.shape).save_pretrained(part)
         elif kind == "F16":
-            from .gguf import write_gguf
-
-            model = load(self.make("pth"))
-            assert isinstance(model, RWKV7)
-            write_gguf(model, part)
+            convert(self.make("pth"), part, to="gguf", dtype="float16")
         else:
             _quantize_gguf(self.make("F16"), part, kind)
         return part.rename(path)

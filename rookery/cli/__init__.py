@@ -192,6 +192,30 @@ def fold(
     merge(source, adapter, target, dtype)
 
 
+@app.command("convert")
+def change(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder of any format.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="NAME.pth, .safetensors, .st, .gguf, .bin, or a new folder."),
+    ],
+    to: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="blinkdl, safetensors, webrwkv, gguf, ggml, rookery, huggingface: if OUT does not say it."),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="float32, bfloat16, float16, for GGUF also q8_0. Without it, what IN has."),
+    ] = None,
+    tokenizer: Vocabulary = None,
+    shard: Annotated[float, typer.Option(help="The largest file of a folder, in GB.")] = 2.0,
+) -> None:
+    """Write a model in another format (docs/conversion.md), and compare the logits of both."""
+    from .convert import run
+
+    run(source, target, to, dtype, tokenizer, shard)
+
+
 @app.command("data")
 def encode(
     sources: Annotated[

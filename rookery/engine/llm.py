@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .. import adapters
-from ..checkpoint import load, locate, read_time_state
+from ..checkpoint import load_found, locate, notes, read_time_state
 from ..errors import InputError
 from ..models import Model, State
-from ..tokenizers import Tokenizer, guess, load_tokenizer
+from ..tokenizers import HFTokenizer, Tokenizer, guess, load_tokenizer
 from .generate import Generation, generate, prefill
 from .sampling import Sampling
 
@@ -65,26 +64,29 @@ class LLM:
         Raises:
             InputError: no such model, no tokenizer that fits it, or an adapter that does not.
         """
-        folder = None
+        told: dict[str, Any] = {}
         if isinstance(path, Model):
             if adapter is not None:
                 raise InputError("adapter= is for a model that is loaded; rookery.adapters.apply puts one on yours")
             self.model = path
+            tokenizer = guess(path.config.vocab_size) if tokenizer is None else tokenizer
         else:
             if path is None and not (BUNDLED / "config.json").is_file():
                 raise InputError("this installation has no bundled model: give the path of one")
             if path is None:  # so small that float32 is the fastest everywhere
                 path, dtype = BUNDLED, dtype or "float32"
             path = locate(path)
-            self.model = load(path, dtype=dtype, device=device, quantize=quantize)
-            folder = path if path.is_dir() else path.parent
-        size = self.model.config.vocab_size
-        self.tokenizer = load_tokenizer(guess(size, folder) if tokenizer is None else tokenizer, size)
-        notes = _notes(path) if isinstance(path, Path) else {}
+            self.model, found = load_found(path, dtype=dtype, device=device, quantize=quantize)
+            told = notes(found.described)
+            if tokenizer is None and found.tokenizer is not None:
+                tokenizer = HFTokenizer(path, found.tokenizer)
+            elif tokenizer is None:
+                tokenizer = guess(self.model.config.vocab_size, path if path.is_dir() else path.parent)
+        self.tokenizer = load_tokenizer(tokenizer, self.model.config.vocab_size)
         if adapter is not None:
-            notes |= adapters.apply(self.model, adapter).notes
-        self.chat_template: str | None = notes.get("chat_template")
-        self.opening: list[int] = list(notes.get("opening_tokens", ()))
+            told |= adapters.apply(self.model, adapter).notes
+        self.chat_template: str | None = told.get("chat_template")
+        self.opening: list[int] = list(told.get("opening_tokens", ()))
         self.start: State | None = None
 
     # fmt: off
@@ -220,11 +222,3 @@ class Hold:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest beginning of `stop` that `text` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _notes(path: Path) -> dict[str, Any]:
-    """A folder's config.json: besides the sizes it may say how the model wants its texts."""
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError:  # a single file has none
-        return {}

@@ -292,6 +292,10 @@ def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
     weights = hashlib.sha256()
     for key in sorted(tensors):
         if not key.endswith(".time_state") and not tensors[key].is_meta:
-            sample = tensors[key].detach().reshape(-1)[:64].bfloat16().float().cpu()
-            weights.update(key.encode() + sample.numpy().tobytes())
+            weights.update(key.encode() + sample(tensors[key]).numpy().tobytes())
     return kind.hexdigest()[:16] + weights.hexdigest()[:16]
+
+
+def sample(x: Tensor) -> Tensor:
+    """What of a tensor enters a fingerprint, float32; a fingerprint of samples is that of the tensors."""
+    return x.detach().reshape(-1)[:64].bfloat16().float().cpu()

@@ -1,0 +1,69 @@
+"""web-rwkv's .st files: safetensors in float16, BlinkDL's names with three words changed, and what one multiplies by
+from the right lying transposed.
+
+Source: convert_safetensors.py of web-rwkv.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from ..errors import InputError
+from .stored import Tensors, transposed
+
+TRANSPOSED = (
+    *("att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2"),
+    *(f"att.{name}{i}" for name in "wavg" for i in (1, 2)),
+    "att.time_state",
+)
+
+
+def from_blinkdl(tensors: Tensors) -> Tensors:
+    """The same under web-rwkv's names.
+
+    RWKV-5.1 becomes a 5.2 with equal decays in a head, for web-rwkv knows no other; 5.0 it does not know at all.
+    """
+    fifth = "blocks.0.att.ln_x.weight" in tensors and "blocks.0.att.time_mix_k" in tensors
+    if fifth and "blocks.0.att.gate.weight" not in tensors:
+        raise InputError("web-rwkv has no RWKV-5.0")
+    made: Tensors = {}
+    for name, x in tensors.items():
+        if name.endswith(TRANSPOSED) and len(x.shape) >= 2:
+            x = x.map(transposed)
+        if fifth and name.endswith(("att.time_decay", "att.time_faaaa")) and x.shape[1:].numel() == 1:
+            size = tensors["blocks.0.att.key.weight"].shape[0] // x.shape[0]
+            x = x.map(partial(_spread, size))
+        made[name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")] = x
+    return made
+
+
+def is_webrwkv(tensors: Tensors) -> bool:
+    """Whether a file with BlinkDL's larger names is one of these."""
+    if "blocks.0.att.time_mix_x" in tensors:  # RWKV-6
+        return True
+    if "blocks.0.att.gate.weight" in tensors:  # RWKV-5: BlinkDL has time_first in 5.0 only, which has no gate
+        return "blocks.0.att.time_first" in tensors
+    if "blocks.0.att.w1" in tensors and "blocks.0.ln1.weight" in tensors:  # RWKV-7
+        shape, width = tensors["blocks.0.att.w1"].shape, tensors["blocks.0.ln1.weight"].numel()
+        return len(shape) == 2 and shape[0] != width == shape[1]
+    return False
+
+
+def to_blinkdl(tensors: Tensors) -> Tensors:
+    """The same under BlinkDL's names."""
+    sixth = "blocks.0.att.time_mix_x" in tensors
+    made: Tensors = {}
+    for name, x in tensors.items():
+        if "blocks.0.att.gate.weight" in tensors:
+            name = name.replace("att.time_first", "att.time_faaaa")
+        if sixth:
+            name = name.replace("time_mix", "time_maa")
+        made[name] = x.map(transposed) if name.endswith(TRANSPOSED) and len(x.shape) >= 2 else x
+    return made
+
+
+def _spread(size: int, x: Tensor) -> Tensor:
+    """[H] -> [H, N], all alike."""
+    return x.reshape(-1, 1).expand(-1, size)

@@ -1,0 +1,429 @@
+"""From every format to every other: the same numbers, the same logits, or a refusal by name; whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rookery
+from rookery import LLM, InputError, formats
+from rookery.cli import app
+from rookery.convert import FOLDERS, SUFFIXES, convert, logits
+from rookery.formats import stored
+
+TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65, 35, 8]])
+ALL = (*SUFFIXES.values(), *FOLDERS)
+# what a format has no place for
+REFUSED = {
+    **{(version, "gguf"): "GGUF files are for RWKV-6 and RWKV-7" for version in ("4", "5.0", "5.0 r2", "5.1", "5.2")},
+    **{(version, "webrwkv"): "web-rwkv has no RWKV-5.0" for version in ("5.0", "5.0 r2")},
+    ("5.1", "ggml"): "rwkv.cpp takes an RWKV-5.1 for a 5.2",
+}
+
+
+@pytest.fixture
+def weights(random_checkpoint):
+    """Of every version, in the sizes that llama.cpp can read, and in numbers that float16 holds."""
+
+    def made(version: str, **options) -> dict[str, torch.Tensor]:
+        sizes = {"width": 128, "heads": 2, "ffn": 192, "rank": 32, "layers": 3} | options
+        return {name: x.half().float() for name, x in random_checkpoint(version, **sizes).items()}
+
+    return made
+
+
+def name_of(format: str, folder: Path, stem: str = "out") -> Path:
+    suffix = next((suffix for suffix, known in SUFFIXES.items() if known == format), "")
+    return folder / f"{stem}-{format}{suffix}"
+
+
+@torch.inference_mode()
+def read(path: Path) -> torch.Tensor:
+    return rookery.load(path, dtype="float32")(TEXT)[0]
+
+
+def refusal(*args, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        convert(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_format_and_back(version, weights, tmp_path):
+    original = weights(version)
+    torch.save(original, tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    for format in ALL:
+        target = name_of(format, tmp_path)
+        if (version, format) in REFUSED:
+            assert REFUSED[version, format] in refusal(tmp_path / "a.pth", target, to=format)
+            assert not target.exists()
+            continue
+        done = convert(tmp_path / "a.pth", target, to=format)
+        assert done.format == format
+        assert done.difference <= 1e-6 * done.largest
+        torch.testing.assert_close(read(target), expected, rtol=0, atol=1e-5)
+        found = formats.read(target)
+        assert found.format in (format, "safetensors", "blinkdl")
+        convert(target, tmp_path / f"back-{format}.pth")
+        back = torch.load(tmp_path / f"back-{format}.pth", weights_only=True)
+        ignored = set(rookery.load(tmp_path / "a.pth").ignored)
+        assert back.keys() - ignored == original.keys() - ignored
+        if (version, format) == ("5.1", "webrwkv"):  # a number a head has become a number a channel
+            continue
+        for name in back.keys() - ignored:
+            assert torch.equal(back[name].float().flatten(), original[name].flatten()), (format, name)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_from_every_format_to_every_other(version, weights, tmp_path):
+    torch.save(weights(version), tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    chain = [format for format in ALL if (version, format) not in REFUSED]
+    at = tmp_path / "a.pth"
+    for number, (_, format) in enumerate(pairwise([*chain, *reversed(chain)])):
+        convert(at, name_of(format, tmp_path, str(number)), to=format)
+        at = name_of(format, tmp_path, str(number))
+        torch.testing.assert_close(read(at), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(dtype, weights, tmp_path):
+    torch.save({name: x.bfloat16() for name, x in weights("7").items()}, tmp_path / "a.pth")
+    for format in ("blinkdl", "safetensors", "rookery", "huggingface", "gguf"):
+        target = name_of(format, tmp_path)
+        convert(tmp_path / "a.pth", target, to=format, dtype=dtype)
+        held = formats.read(target).tensors["head.weight"]
+        assert str(held.dtype) == f"torch.{dtype}"
+    kept = convert(tmp_path / "a.pth", tmp_path / "same.pth")
+    assert kept.difference == 0
+    assert torch.load(tmp_path / "same.pth", weights_only=True)["emb.weight"].dtype == torch.bfloat16
+
+
+def test_q8_0_is_near(tmp_path):
+    bundled = Path(rookery.__file__).parent / "bundled"
+    done = convert(bundled, tmp_path / "a.gguf", dtype="q8_0")
+    assert 0 < done.difference < 0.02 * done.largest
+    assert done.bytes < 0.6 * (bundled / "model.safetensors").stat().st_size
+    model = rookery.load(tmp_path / "a.gguf")
+    assert model.emb.weight.dtype == torch.float32
+
+
+def test_streamed_logits_are_those_of_the_model(version, weights, tmp_path):
+    """What a conversion verifies itself with."""
+    torch.save(weights(version), tmp_path / "a.pth")
+    model = rookery.load(tmp_path / "a.pth")
+    found = formats.read(tmp_path / "a.pth")
+    tokens = torch.arange(1, 25)[None] * 7919 % 101
+    with torch.inference_mode():
+        expected = model(tokens)[0]
+    torch.testing.assert_close(logits(type(model), model.config, found.tensors), expected, rtol=0, atol=2e-5)
+
+
+def test_a_tuned_state_stays_or_is_refused(weights, tmp_path):
+    torch.save(weights("7", tuned=True), tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    for format in ("blinkdl", "safetensors", "rookery", "huggingface", "webrwkv"):
+        convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
+        torch.testing.assert_close(read(name_of(format, tmp_path)), expected, rtol=0, atol=1e-5)
+    for format in ("ggml", "gguf"):
+        assert "tuned initial state" in refusal(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
+
+
+def test_a_constant_of_the_norm_stays(weights, tmp_path):
+    for version in ("5.2", "6", "7"):
+        torch.save(weights(version), tmp_path / "a.pth")
+        rookery.save(rookery.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / version)
+        for format in FOLDERS:
+            convert(tmp_path / version, tmp_path / f"{version}-{format}", to=format)
+            assert rookery.load(tmp_path / f"{version}-{format}").config.ln_x_eps == pytest.approx(1e-5)
+
+
+def test_notes_and_tokenizer_come_along(tmp_path):
+    """The bundled model through every format that can hold them."""
+    text = LLM().generate("Once upon a time", 20, temperature=0)
+    bundled = Path(rookery.__file__).parent / "bundled"
+    for format in FOLDERS:
+        convert(bundled, tmp_path / format, to=format)
+        llm = LLM(tmp_path / format, dtype="float32")
+        assert llm.generate("Once upon a time", 20, temperature=0) == text
+        assert (llm.chat_template, llm.opening) == ("story", [0])
+    convert(bundled, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="no tokenizer is known"):
+        LLM(tmp_path / "a.pth")
+    assert LLM(tmp_path / "a.pth", tokenizer=bundled, dtype="float32").generate("One day", 5, temperature=0)
+
+
+def test_a_gguf_holds_its_tokenizer(weights, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    made.train_from_iterator(["she had her hat on her hand and his hat in her head"] * 9, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    size = made.get_vocab_size()
+    torch.save(weights("7", vocab=size), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "elsewhere" / "a.gguf")
+    llm = LLM(tmp_path / "elsewhere" / "a.gguf")
+    assert llm.tokenizer.encode("her hat") == made.encode("her hat").ids
+    convert(tmp_path / "elsewhere" / "a.gguf", tmp_path / "again")
+    assert LLM(tmp_path / "again").tokenizer.encode("her hat") == made.encode("her hat").ids
+
+
+def test_shards(weights, tmp_path):
+    torch.save(weights("6"), tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    for format in FOLDERS:
+        folder = tmp_path / format
+        convert(tmp_path / "a.pth", folder, to=format, shard=200_000)
+        names = sorted(path.name for path in folder.glob("model-*.safetensors"))
+        assert len(names) > 3
+        assert all((folder / name).stat().st_size < 250_000 for name in names)
+        assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == set(names)
+        assert torch.equal(read(folder), expected)
+        (folder / names[1]).rename(folder / "elsewhere")
+        with pytest.raises(InputError, match=rf"{names[1]} is missing, one of {len(names)} files"):
+            rookery.load(folder)
+        (folder / names[1]).write_bytes((folder / "elsewhere").read_bytes()[:-100])
+        with pytest.raises(InputError, match=rf"{names[1]}: damaged or truncated"):
+            rookery.load(folder)
+
+
+def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypatch):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    written: list[str] = []
+    write = stored.write_safetensors
+
+    def third_fails(tensors, path, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(tensors, path, *rest)
+        written.append(path.name)
+
+    monkeypatch.setattr(stored, "write_safetensors", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "a.pth", tmp_path / "out", shard=200_000)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(stored, "write_safetensors", lambda *args: (written.append(args[1].name), write(*args)))
+    first = list(written)
+    convert(tmp_path / "a.pth", tmp_path / "out", shard=200_000)
+    assert not set(first) & set(written[2:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "out"]
+    assert torch.equal(read(tmp_path / "out"), read(tmp_path / "a.pth"))
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(weights, tmp_path):
+    torch.save(weights("7", width=512, heads=8, ffn=2048, layers=6), tmp_path / "a.pth")
+    command = [sys.executable, "-m", "rookery", "convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]
+    command += ["--shard", "0.004"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(tmp_path.glob(".out.part/model-*")):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert torch.equal(read(tmp_path / "out"), read(tmp_path / "a.pth"))
+
+
+def test_memory_is_that_of_a_matrix(weights, tmp_path):
+    """The whole is 60 MB; what is private to the process grows by less than a third."""
+    torch.save(weights("7", width=512, heads=8, ffn=2048, layers=5), tmp_path / "a.pth")
+    size = (tmp_path / "a.pth").stat().st_size
+    convert(tmp_path / "a.pth", tmp_path / "warm.safetensors")
+    for format in ("safetensors", "huggingface", "gguf", "ggml"):
+        process, most = psutil.Process(), 0
+        before = process.memory_full_info().uss
+
+        def look(count: int, total: int, process=process) -> None:
+            nonlocal most
+            info = process.memory_maps(grouped=True)
+            most = max(most, sum(m.private_dirty for m in info if not m.path.startswith("/") or "(deleted)" in m.path))
+
+        start = sum(m.private_dirty for m in process.memory_maps(grouped=True) if not m.path.startswith("/"))
+        convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=look)
+        assert most - start < size / 3, (format, most - start, size, before)
+
+
+def test_progress_adds_up(weights, tmp_path):
+    torch.save(weights("6"), tmp_path / "a.pth")
+    for format in ("blinkdl", "safetensors", "rookery"):
+        told: list[tuple[int, int]] = []
+        convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=lambda *x, told=told: told.append(x))
+        assert sum(count for count, _ in told) == told[0][1]
+
+
+def test_bad_input(weights, tmp_path, monkeypatch):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    assert "no such file" in refusal(tmp_path / "none.pth", tmp_path / "b.pth")
+    assert "no known format has the suffix .onnxx" in refusal(tmp_path / "a.pth", tmp_path / "b.onnxx")
+    assert "there is no format 'zip'" in refusal(tmp_path / "a.pth", tmp_path / "b", to="zip")
+    assert "is where the original lies" in refusal(tmp_path / "a.pth", tmp_path / "a.pth")
+    assert "dtype int8 is not supported" in refusal(tmp_path / "a.pth", tmp_path / "b.pth", dtype="int8")
+    assert "web-rwkv's files are float16" in refusal(tmp_path / "a.pth", tmp_path / "b.st", dtype="float32")
+    assert "GGUF files are written as" in refusal(tmp_path / "a.pth", tmp_path / "b.gguf", dtype="q4_0")
+    assert "float32 or float16" in refusal(tmp_path / "a.pth", tmp_path / "b.bin", dtype="bfloat16")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert "is there already" in refusal(tmp_path / "a.pth", tmp_path / "full")
+    rookery.save(rookery.quantize(rookery.load(tmp_path / "a.pth"), "int8"), tmp_path / "packed")
+    assert "its matrices are packed" in refusal(tmp_path / "packed", tmp_path / "b.pth")
+    huge = weights("7")
+    huge["blocks.0.ffn.key.weight"] = huge["blocks.0.ffn.key.weight"] * 1e30
+    torch.save(huge, tmp_path / "huge.pth")
+    assert "float16 is too small" in refusal(tmp_path / "huge.pth", tmp_path / "b.pth", dtype="float16")
+    monkeypatch.setattr(stored.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "has 0 MB left" in refusal(tmp_path / "a.pth", tmp_path / "b.pth")
+    monkeypatch.undo()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rookery.convert.write_safetensors", full)
+    assert "cannot be written (No space left on device)" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    left = {"a.pth", "full", "packed", "huge.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_damage_is_named(weights, tmp_path):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    for name in ("a.gguf", "a.bin", "a.st"):
+        convert(tmp_path / "a.pth", tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for size in (12, 40, len(whole) // 2, len(whole) - 1):
+            (tmp_path / "cut").write_bytes(whole[:size])
+            with pytest.raises(InputError) as caught:
+                rookery.load(tmp_path / "cut")
+            assert "truncated" in str(caught.value), (name, size)
+            assert "\n" not in str(caught.value)
+    header = bytearray((tmp_path / "a.bin").read_bytes())
+    header[4:8] = (99).to_bytes(4, "little")
+    (tmp_path / "b.bin").write_bytes(header)
+    with pytest.raises(InputError, match="of version 99"):
+        rookery.load(tmp_path / "b.bin")
+    header[4:12] = (101).to_bytes(4, "little") + (102).to_bytes(4, "little")
+    (tmp_path / "b.bin").write_bytes(header)
+    with pytest.raises(InputError, match=r"its header says \(102, 128, 3\)"):
+        rookery.load(tmp_path / "b.bin")
+
+
+def test_another_architecture(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="a GGUF file of the architecture 'llama'; known are rwkv6, rwkv7"):
+        rookery.load(tmp_path / "a.gguf")
+
+
+def test_a_mislabelled_file_is_what_it_is(weights, tmp_path):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "model.bin", to="gguf")
+    assert formats.read(tmp_path / "model.bin").format == "gguf"
+    assert read(tmp_path / "model.bin").shape == (1, 9, 101)
+
+
+def test_on_the_command_line(weights, tmp_path, capfd):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    app(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.gguf"), "--dtype", "float16"], standalone_mode=False)
+    assert "gguf, " in (told := capfd.readouterr().err)
+    assert "logits of both: the same" in told
+    app(["convert", str(tmp_path / "b.gguf"), str(tmp_path / "b")], standalone_mode=False)
+    assert "rookery, " in capfd.readouterr().err
+    assert load_file(tmp_path / "b" / "model.safetensors")["emb.weight"].dtype == torch.float16
+
+
+def test_shapes_must_fit_what_a_file_says(weights, tmp_path):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key, value, ours in (
+        ("hidden_size", 256, "n_embd"),
+        ("num_hidden_layers", 2, "n_layer"),
+        ("vocab_size", 100, "vocab_size"),
+        ("gate_low_rank_dim", 8, "gate_rank"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {key: value}))
+        with pytest.raises(InputError, match=rf"says {ours} = {value}, but the tensors say"):
+            rookery.load(tmp_path / "hf")
+    for change, complaint in (
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"norm_eps": 1e-6}, "epsilon 1e-06"),
+        ({"hidden_act": "relu"}, "another activation"),
+        ({"attn": {"layers": [1]}}, "attention in some layers"),
+        ({"model_type": "rwkv6"}, "rwkv"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(told | change))
+        with pytest.raises(InputError, match=complaint):
+            rookery.load(tmp_path / "hf")
+
+
+def test_old_bin_folders_and_single_files_of_theirs(weights, tmp_path):
+    """What the hub holds: pytorch_model.bin, one or several, and a file without its config.json."""
+    torch.save(weights("4"), tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(tensors, tmp_path / "alone.safetensors")
+    assert torch.equal(read(tmp_path / "alone.safetensors"), expected)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "hf" / "pytorch_model.bin")
+    assert torch.equal(read(tmp_path / "hf"), expected)
+    (tmp_path / "hf" / "pytorch_model.bin").unlink()
+    names = sorted(tensors)
+    places = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        torch.save({name: tensors[name] for name in names if places[name] == file}, tmp_path / "hf" / file)
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert torch.equal(read(tmp_path / "hf"), expected)
+    outside = dict.fromkeys(names, "../a.pth")
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": outside}))
+    with pytest.raises(InputError, match="which is no file of this folder"):
+        rookery.load(tmp_path / "hf")
+
+
+def test_tied_embeddings(weights, tmp_path):
+    original = weights("4")
+    original["head.weight"] = original["emb.weight"].clone()
+    torch.save(original, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    del tensors["head.weight"]
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(InputError, match="head.weight"):
+        rookery.load(tmp_path / "hf")
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": True}))
+    assert torch.equal(read(tmp_path / "hf"), read(tmp_path / "a.pth"))
+
+
+def test_the_mixes_of_early_goose_repositories(weights, tmp_path):
+    """attn.x_x holds all six."""
+    torch.save(weights("7"), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    for i in range(3):
+        mixes = [tensors.pop(f"model.layers.{i}.attn.x_{name}").flatten() for name in "rwkvag"]
+        tensors[f"model.layers.{i}.attn.x_x"] = torch.stack(mixes)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(read(tmp_path / "hf"), read(tmp_path / "a.pth"))

@@ -129,11 +129,8 @@ def convert(
         result = Converted(to, _size(part), difference.abs().max().item(), wanted.abs().max().item())
         if not difference.isfinite().all():
             raise InputError(f"{target}: not written, for a logit is no number: {kind} is too small for these weights")
-        if (
-            all(x.dtype == found.tensors[name].dtype for name, x in tensors.items())
-            and to in EXACT
-            and result.difference
-        ):
+        same = to in EXACT and all(x.dtype == found.tensors[name].dtype for name, x in tensors.items())
+        if same and result.difference > 1e-5 * result.largest:
             raise InputError(f"{target}: not written, for its logits are not those of {source}")
     return result
 
@@ -239,11 +236,11 @@ def logits(cls: type[Model], config: Any, tensors: Mapping[str, Stored]) -> Tens
     """Of a fixed prompt, [1, T, V] in float32. The large matrices are read when their turn comes and are gone after."""
     with torch.device("meta"):
         model = cls(config).eval()
-    model.sharded = True  # as in a run over many processes, nothing may want all weights at once
+    model.uses_native = False  # which wants all weights at once
     shapes = model.state_dict()
 
     def read(name: str) -> Tensor:
-        return tensors[name].read().float().reshape(shapes[name].shape)
+        return tensors[name].read().float().reshape(shapes[name].shape).contiguous()
 
     large = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     model.load_state_dict({name: read(name) for name in shapes if name not in large}, assign=True, strict=False)

@@ -175,15 +175,23 @@ def describe(told: Mapping[str, Any]) -> dict[str, Any]:
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever is written
     elif kind != "rwkv":
+        sizes |= {ours: told.get(theirs) for ours, theirs in MORE[kind].items()}
         divisor = told.get("head_size_divisor", 8)
         sizes["ln_x_eps"] = _times(divisor * divisor) if isinstance(divisor, int | float) else None
     if kind in ("rwkv", "rwkv7"):
         sizes.pop("head_size" if kind == "rwkv" else "dim_att")
+    if told.get("time_state"):
+        sizes["time_state"] = True
     described = {"model": next(ours for ours, theirs in MODEL_TYPES.items() if theirs == kind)}
     described |= {key: value for key, value in sizes.items() if value is not None}
     return described | dict(told.get("rookery") or {})
 
 
+# what RWKV-5 and 6 of the hub are in one way only, so that their config.json needs not say it
+MORE = {
+    "rwkv5": {"version": "version", "log_bonus": "log_bonus"},
+    "rwkv6": {"mix_rank": "time_mix_extra_dim", "decay_rank": "time_decay_extra_dim"},
+}
 RANKS = {"decay": "decay", "iclr": "a", "value": "v", "gate": "gate"}
 
 
@@ -234,4 +242,6 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
             divisor = 8 if config.ln_x_eps == 64e-5 else (config.ln_x_eps / 1e-5) ** 0.5
             told |= {"head_size": config.head_size, "head_size_divisor": divisor}
             told |= {"num_attention_heads": config.dim_att // config.head_size}
+            told |= {theirs: getattr(config, ours) for ours, theirs in MORE[kind].items()}
+    told |= {"time_state": True} if config.time_state else {}
     return told | ({"rookery": dict(notes)} if notes else {})

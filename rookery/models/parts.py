@@ -136,6 +136,7 @@ class Model(nn.Module):
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
     state_tuning = False  # only the initial state is trained, see `tune_state`
     adapted_from: str | None = None  # with adapters beside its matrices: the fingerprint it had without (adapters/)
+    uses_native = True  # the C++ step may take the place of the modules, see `native_step`
     sharded = False  # every process holds a piece of each parameter, and all must call the model together
     config: Any
     emb: nn.Embedding
@@ -223,7 +224,7 @@ class Model(nn.Module):
             fits = rows <= native.ROWS and cu is None
         else:
             fits = rows <= native.MOST_ROWS or (cu is None and len(tokens) <= native.MOST_ROWS)
-        if not fits or self.sharded or isinstance(cu, Spread):
+        if not fits or not self.uses_native or self.sharded or isinstance(cu, Spread):
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None

@@ -410,7 +410,7 @@ def test_tied_embeddings(weights, tmp_path):
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     del tensors["head.weight"]
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    with pytest.raises(InputError, match="head.weight"):
+    with pytest.raises(InputError, match=r"head\.weight"):
         rookery.load(tmp_path / "hf")
     told = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": True}))

@@ -1,0 +1,83 @@
+"""Files of the Hugging Face hub, by name: hf://OWNER/REPOSITORY/FILE, hf://OWNER/REPOSITORY or OWNER/REPOSITORY.
+
+huggingface_hub fetches them, once: its cache, its tokens and HF_HUB_OFFLINE are respected. A name may end in @REVISION.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+# of a whole repository; the weights as safetensors where it has them
+TEXTS = ["*.json", "*.txt", "*.jinja"]
+NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def is_name(path: str | Path) -> bool:
+    """Whether this says something on the hub: with hf://, or as OWNER/REPOSITORY where no such folder is near."""
+    text = str(path)
+    if text.startswith("hf:/"):
+        return True
+    return bool(NAME.fullmatch(text)) and not os.path.exists(text) and not os.path.isdir(text.split("/")[0])
+
+
+def fetch(path: str | Path, **options: Any) -> Path:
+    """Where the file or the folder of the repository lies now.
+
+    options: of huggingface_hub: revision, cache_dir, token, local_files_only, force_download.
+
+    Raises:
+        InputError: no such repository or file, or no way to it.
+    """
+    text = re.sub("^hf:/{1,2}", "", str(path))
+    text, _, revision = text.partition("@")
+    if revision:
+        options = {"revision": revision, **options}
+    owner, _, rest = text.partition("/")
+    name, _, file = rest.partition("/")
+    if not name:
+        raise InputError(f"{path}: give hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE")
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository = f"{owner}/{name}"
+    try:
+        if file:
+            return Path(hf_hub_download(repository, file, **options))
+        return _whole(snapshot_download, repository, options)
+    except GatedRepoError as error:
+        raise InputError(
+            f"{path}: {repository} is only for those whom its owner lets in; log in with hf auth"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{path}: no such file or folder here, and no repository {repository} on the hub") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{path}: {repository} has no revision {options.get('revision')}") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(f"{path}: {repository} has no file {file}") from error
+        raise InputError(
+            f"{path}: not in the cache of the hub, and the hub cannot be reached (offline, or no network)"
+        ) from error
+    except (EntryNotFoundError, HFValidationError) as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _whole(download: Any, repository: str, options: dict[str, Any]) -> Path:
+    """A repository without what is of no use: pickles beside safetensors, other frameworks' weights."""
+    folder = Path(download(repository, allow_patterns=[*TEXTS, "*.safetensors"], **options))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(download(repository, allow_patterns=[*TEXTS, "pytorch_model*.bin"], **options))
+    return folder

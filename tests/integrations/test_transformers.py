@@ -1,0 +1,347 @@
+"""Our models in transformers' own hands: generate, pipelines, Trainer, peft, saving."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rookery
+from rookery import InputError
+from rookery.convert import convert
+
+transformers = pytest.importorskip("transformers")
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    RwkvForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from rookery.integrations.transformers import RwkvPreTrainedModel, RwkvTokenizer, register  # noqa: E402
+
+register()
+SIZES = {"width": 64, "heads": 2, "ffn": 96, "rank": 8, "vocab": 256}
+TEXTS = ["Once upon a time", "The", "A little bird said that it was going"]
+
+
+@pytest.fixture
+def folder(version, random_checkpoint, tmp_path) -> Path:
+    """Of every version, in the hub's layout, over bytes."""
+    torch.save(random_checkpoint(version, **SIZES), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    return tmp_path / "hf"
+
+
+def loaded(folder, **options):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or "\x00"
+    return AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer
+
+
+def test_the_auto_classes(folder, version):
+    model, tokenizer = loaded(folder)
+    assert isinstance(model, RwkvPreTrainedModel)
+    assert model.rwkv.name == f"rwkv{version[0]}"
+    assert isinstance(tokenizer, RwkvTokenizer)
+    ours = rookery.load(folder)
+    tokens = torch.tensor([list(b"The rook")])
+    with torch.inference_mode():
+        output = model(tokens, output_hidden_states=True)
+        head = model.rwkv.head(model.rwkv.ln_out(output.hidden_states[-1]))
+        logits, _ = ours(tokens)
+        again = model(tokens[:, 5:], state=model(tokens[:, :5]).state).logits
+        torch.testing.assert_close(output.logits, logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(again, logits[:, 5:], rtol=0, atol=5e-5)
+    assert len(output.hidden_states) == 3
+    torch.testing.assert_close(head, logits, rtol=0, atol=2e-5)
+    assert AutoConfig.from_pretrained(folder).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_its_rows_alone(folder, side):
+    """Greedy texts and every logit, also those of the first pass."""
+    model, tokenizer = loaded(folder, dtype="float64")
+    tokenizer.padding_side = side
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    for i, text in enumerate(TEXTS):
+        alone = tokenizer(text, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model(**alone).logits[0]
+        places = batch.attention_mask[i].bool()
+        torch.testing.assert_close(logits[i][places], expected, rtol=0, atol=1e-9)
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options["eos_token_id"] = None
+    together = model.generate(**batch, **options)
+    for i, text in enumerate(TEXTS):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **options)
+        assert torch.equal(alone.sequences[0, -12:], together.sequences[i, -12:])
+        for a, b in zip(alone.logits, together.logits, strict=True):
+            torch.testing.assert_close(a[0], b[i], rtol=0, atol=1e-9)
+
+
+def test_generate_is_what_our_engine_says(folder):
+    model, tokenizer = loaded(folder)
+    llm = rookery.LLM(rookery.load(folder), tokenizer="bytes")
+    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)[
+        0, inputs.input_ids.shape[1] :
+    ]
+    with torch.inference_mode():
+        state, said = None, []
+        logits, state = llm.model(inputs.input_ids, last_only=True)
+        for _ in range(20):
+            said.append(int(logits[0, -1].argmax()))
+            logits, state = llm.model(torch.tensor([said[-1:]]), state)
+    assert tokens.tolist() == said
+
+
+def test_without_a_cache_the_same(folder):
+    model, tokenizer = loaded(folder, dtype="float64")
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="left")
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, use_cache=False, **options))
+
+
+def test_beams_and_sampling(folder):
+    model, tokenizer = loaded(folder, dtype="float64")
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="left")
+    options = {"max_new_tokens": 8, "eos_token_id": None}
+    cached = model.generate(**batch, num_beams=3, do_sample=False, **options)
+    whole = model.generate(**batch, num_beams=3, do_sample=False, use_cache=False, **options)
+    assert torch.equal(cached, whole)
+    single = [model.generate(**tokenizer(text, return_tensors="pt"), num_beams=3, **options)[0, -8:] for text in TEXTS]
+    assert torch.equal(cached[:, -8:], torch.stack(single))
+    several = model.generate(**batch, do_sample=True, num_return_sequences=2, top_p=0.9, temperature=0.7, **options)
+    assert several.shape[0] == 6
+    torch.manual_seed(3)
+    first = model.generate(**batch, do_sample=True, **options)
+    torch.manual_seed(3)
+    assert torch.equal(first, model.generate(**batch, do_sample=True, **options))
+
+
+def test_loss_and_gradients(folder):
+    model, tokenizer = loaded(folder)
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    loss = model(**batch, labels=labels).loss
+    single, count = torch.zeros(()), 0
+    for text in TEXTS:
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        logits, _ = model.rwkv(tokens)
+        single = single + torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
+        count += tokens.shape[1] - 1
+    torch.testing.assert_close(loss, single / count)
+    loss.backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    assert model.rwkv.gradient_checkpointing
+    model.train()
+    model(**batch, labels=labels).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, plain[name], rtol=1e-4, atol=1e-6)
+
+
+def test_saved_and_read_again(folder, tmp_path):
+    model, tokenizer = loaded(folder)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again, words = loaded(tmp_path / "saved")
+    for name, x in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x)
+    assert rookery.load(tmp_path / "saved").config == rookery.load(folder).config
+    assert words("The rook").input_ids == list(b"The rook")
+    original = load_file(folder / "model.safetensors")
+    assert model.state_dict().keys() == original.keys()
+    other = type(model)(model.config)
+    assert other.load_state_dict(original).missing_keys == []
+    assert all(torch.equal(other.state_dict()[name].flatten(), x.flatten()) for name, x in original.items())
+
+
+def test_a_new_model_begins_as_the_recipe_says(folder):
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.rwkv.config.n_layer == 2
+    output = model.rwkv.blocks[0].att.output.weight
+    assert not output.any()
+
+
+def test_trainer(folder, tmp_path):
+    """Learns, stops, goes on from its checkpoint as if it had not stopped."""
+    rows = [{"input_ids": list(f"the rook has {n} eggs".encode()), "labels": None} for n in range(10, 42)]
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+
+    def run(name: str, **options):
+        arguments = TrainingArguments(
+            tmp_path / name, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[], save_strategy="steps",
+            save_steps=4, logging_steps=1, max_steps=8, seed=0, use_cpu=True, disable_tqdm=True, **options,
+        )  # fmt: skip
+        return Trainer(AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=rows)
+
+    whole = run("whole")
+    whole.train()
+    losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    second = run("second")
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, x in whole.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], x, rtol=0, atol=1e-6)
+
+
+def test_peft(folder, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.tensor([list(b"the rook")])
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["key", "value", "receptance"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
+    with torch.inference_mode():
+        assert torch.equal(again(tokens).logits, expected)
+    merged = again.merge_and_unload()
+    with torch.inference_mode():
+        torch.testing.assert_close(merged(tokens).logits, expected, rtol=0, atol=1e-4)
+    assert again.generate(input_ids=tokens, max_new_tokens=3, eos_token_id=None).shape == (1, 11)
+
+
+def test_pipeline_with_the_bundled_model(tmp_path):
+    convert(Path(rookery.__file__).parent / "bundled", tmp_path / "hf", to="huggingface")
+    generator = pipeline("text-generation", model=str(tmp_path / "hf"), dtype="float32")
+    text = generator("Once upon a time", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    ours = rookery.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
+    assert text.startswith("Once upon a time, there was")
+    assert ours.startswith(", there was")
+
+
+def test_more_tokens(folder):
+    model, _ = loaded(folder)
+    model.resize_token_embeddings(260)
+    tokens = torch.tensor([[1, 259]])
+    assert model(tokens).logits.shape == (1, 2, 260)
+    assert model.config.vocab_size == 260
+
+
+def test_packed_weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, quantize="int8")
+    assert model.rwkv.quantization == "int8"
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.tensor([list(b"the rook")])
+    with torch.inference_mode():
+        assert (model(tokens).logits - exact(tokens).logits).abs().mean() < 0.1
+
+
+def test_bad_input(folder):
+    model, _ = loaded(folder)
+    with pytest.raises(InputError, match="no way in for inputs_embeds"):
+        model(inputs_embeds=torch.ones(1, 2, 64))
+    with pytest.raises(InputError, match="row 1 of the batch is nothing but padding"):
+        model(torch.ones(2, 3).long(), attention_mask=torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    with pytest.raises(InputError, match="quantize='int8'"):
+        AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
+    with pytest.raises(InputError, match="not split over devices"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"rwkv.emb": "cpu", "rwkv.head": "cpu"})
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"hidden_size": 128}))
+    with pytest.raises(InputError, match="says n_embd = 128, but the tensors say 64"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_world_as_a_tokenizer():
+    words = RwkvTokenizer()
+    ours = rookery.tokenizers.load_tokenizer("world")
+    text = "Über 我爱 🐦 and \n\n so <s>"
+    assert words(text).input_ids == ours.encode(text)
+    assert words.decode(words(text).input_ids) == text
+    assert words.decode(ours.encode("🐦")[:1]) == "\ufffd"
+    assert words.decode([*ours.encode("end"), 0], skip_special_tokens=True) == "end"
+    assert words("a<|endoftext|>b").input_ids == [98, 0, 99]
+    assert words.eos_token_id == 0
+
+
+def test_registering_twice_and_importing_light():
+    register()
+    code = "import sys, rookery; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout == "False\n"
+
+
+class TestWhatTheirOwnClassGetsWrong:
+    """RWKV-4: transformers' RwkvForCausalLM and ours from the same folder."""
+
+    @pytest.fixture
+    def both(self, random_checkpoint, tmp_path):
+        torch.save(random_checkpoint("4", **SIZES, layers=8), tmp_path / "a.pth")
+        convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+        from transformers import RwkvConfig
+
+        config = RwkvConfig.from_pretrained(tmp_path / "hf")
+        theirs = RwkvForCausalLM.from_pretrained(tmp_path / "hf", config=config)
+        return theirs, AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tmp_path / "hf"
+
+    def test_equal_with_its_rescaling_off(self, both):
+        theirs, ours, _ = both
+        theirs.config.rescale_every = 0
+        tokens = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=2e-5)
+
+    def test_evaluating_changes_its_weights(self, both):
+        theirs, ours, _ = both
+        tokens = torch.tensor([[1, 2, 3]])
+        with torch.no_grad():
+            before = theirs.state_dict()["rwkv.blocks.7.attention.output.weight"].clone()
+            theirs.eval()(tokens)
+            assert torch.equal(theirs.state_dict()["rwkv.blocks.7.attention.output.weight"], before / 2)
+            before = ours.state_dict()["rwkv.blocks.7.attention.output.weight"].clone()
+            ours.eval()(tokens)
+            assert torch.equal(ours.state_dict()["rwkv.blocks.7.attention.output.weight"], before)
+
+    def test_a_cached_step_of_a_batch(self, both):
+        theirs, ours, _ = both
+        theirs.config.rescale_every = 0
+        tokens = torch.randint(256, (3, 9), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            for model, right in ((theirs, False), (ours, True)):
+                whole = model(tokens).logits[:, -1]
+                state = model(tokens[:, :-1], use_cache=True).state
+                last = model(tokens[:, -1:], state=state, use_cache=True).logits[:, -1]
+                assert torch.allclose(last, whole, atol=1e-4) == right
+
+    def test_padding(self, both):
+        theirs, ours, _ = both
+        tokens = torch.tensor([[0, 0, 7, 8, 9]])
+        mask = torch.tensor([[0, 0, 1, 1, 1]])
+        with torch.inference_mode():
+            for model, right in ((theirs, False), (ours, True)):
+                padded = model(tokens, attention_mask=mask).logits[:, -1]
+                assert torch.allclose(padded, model(tokens[:, 2:]).logits[:, -1], atol=1e-4) == right
+
+    def test_a_new_one(self, both):
+        theirs, ours, _ = both
+        fresh = RwkvForCausalLM(theirs.config)
+        assert fresh.rwkv.blocks[0].attention.output.weight.any()  # the recipe begins with zeros
+        assert not AutoModelForCausalLM.from_config(ours.config).rwkv.blocks[0].att.output.weight.any()

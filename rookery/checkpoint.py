@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import formats
+from . import formats, hub
 from .errors import InputError
 from .files import replacing
 from .formats.stored import Stored, Tensors, metadata, stored
@@ -61,7 +61,8 @@ def load(
     """The model in a file or folder, in eval mode.
 
     Args:
-        path: a file or folder of any format in docs/conversion.md, or a folder that `save` wrote.
+        path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or one of the hub's:
+            "hf://OWNER/REPOSITORY/FILE", "OWNER/REPOSITORY".
         dtype: of the weights, "float32", "bfloat16" or "float16" or as torch names them; None keeps the file's.
         device: where the model goes.
         ln_x_eps: of the norm after the recurrence (RWKV-5 to 7), for files that want another than 64e-5.
@@ -97,9 +98,9 @@ def notes(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locate(path: str | Path) -> Path:
-    """The path with ~ expanded; for the model.safetensors of a folder of ours or Hugging Face's the folder, whose
-    config.json may say what the tensors do not."""
-    path = Path(path).expanduser()
+    """The path with ~ expanded, or where the hub's file of that name lies; for the model.safetensors of a folder of
+    ours or Hugging Face's the folder, whose config.json may say what the tensors do not."""
+    path = hub.fetch(path) if hub.is_name(path) else Path(path).expanduser()
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
             described = json.loads((path.parent / "config.json").read_text())

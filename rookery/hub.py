@@ -1,6 +1,7 @@
 """Files of the Hugging Face hub, by name: hf://OWNER/REPOSITORY/FILE, hf://OWNER/REPOSITORY or OWNER/REPOSITORY.
 
-huggingface_hub fetches them, once: its cache, its tokens and HF_HUB_OFFLINE are respected. A name may end in @REVISION.
+huggingface_hub fetches them, once: its cache, its tokens and HF_HUB_OFFLINE are respected. A REPOSITORY may be followed
+by @REVISION.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .errors import InputError
 
 # of a whole repository; the weights as safetensors where it has them
 TEXTS = ["*.json", "*.txt", "*.jinja"]
-NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 def is_name(path: str | Path) -> bool:
@@ -33,14 +34,12 @@ def fetch(path: str | Path, **options: Any) -> Path:
     Raises:
         InputError: no such repository or file, or no way to it.
     """
-    text = re.sub("^hf:/{1,2}", "", str(path))
-    text, _, revision = text.partition("@")
+    parts = re.fullmatch(r"(?:hf:/{1,2})?([\w.-]+)/([\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", str(path))
+    if not parts:
+        raise InputError(f"{path}: give hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE")
+    owner, name, revision, file = parts.groups()
     if revision:
         options = {"revision": revision, **options}
-    owner, _, rest = text.partition("/")
-    name, _, file = rest.partition("/")
-    if not name:
-        raise InputError(f"{path}: give hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -81,3 +80,20 @@ def _whole(download: Any, repository: str, options: dict[str, Any]) -> Path:
     if not any(folder.glob("*.safetensors")):
         folder = Path(download(repository, allow_patterns=[*TEXTS, "pytorch_model*.bin"], **options))
     return folder
+
+
+def push(folder: Path, repository: str) -> None:
+    """Uploads a folder to a repository of the hub, which is made if there is none.
+
+    Raises:
+        InputError: it is not yours, or there is no way to the hub.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(f"{repository}: the hub did not take it ({str(error).splitlines()[0]})") from error

@@ -216,6 +216,24 @@ def change(
     run(source, target, to, dtype, tokenizer, shard)
 
 
+@app.command("eval")
+def weigh(
+    files: Annotated[list[Path], typer.Argument(help="Texts, or .jsonl with one text a line.")],
+    model: Model = None,
+    tokenizer: Vocabulary = None,
+    dtype: Precision = None,
+    device: Device = "cpu",
+    quantize: Quantize = None,
+    adapter: Adapter = None,
+    lambada: Annotated[bool, typer.Option("--lambada", help="Measure the last word of each line, not all.")] = False,
+    key: Annotated[str, typer.Option(help="The field of a line that holds its text.")] = "text",
+) -> None:
+    """How well a model knows texts: bits a byte and perplexity, or LAMBADA (docs/evaluation.md)."""
+    from .evaluate import run
+
+    run(files, model, tokenizer, dtype, device, quantize, adapter, lambada, key)
+
+
 @app.command("data")
 def encode(
     sources: Annotated[

@@ -1,0 +1,140 @@
+"""The harness itself, over tasks that lie here: what it asks, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+import rookery  # noqa: E402
+from rookery.evaluate import lambada  # noqa: E402
+from rookery.integrations.lm_eval import RookeryLM, register  # noqa: E402
+
+PASSAGES = ["Once upon a time there was a little girl", "The dog was very happy", "Tom and Lily went to the park"]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """LAMBADA over a local file, and a task of choices."""
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))
+    (tmp_path / "local_lambada.yaml").write_text(
+        f"""
+task: local_lambada
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "lambada.jsonl"}}}}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{{{text.split(' ')[:-1]|join(' ')}}}}"
+doc_to_target: "{{{{' '+text.split(' ')[-1]}}}}"
+metric_list: [{{metric: perplexity}}, {{metric: acc}}]
+"""
+    )
+    rows = [{"q": "The bird can", "choices": ["fly", "read the morning paper"], "gold": 0}]
+    rows += [{"q": "Lily was very", "choices": ["table", "happy"], "gold": 1}]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "local_choices.yaml").write_text(
+        f"""
+task: local_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "choices.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
+    )
+    return tmp_path
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=one, idx=i) for i, one in enumerate(arguments)]
+
+
+def test_the_harness_runs_tasks(tasks):
+    register()
+    register()
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        "rookery", tasks=["local_lambada", "local_choices"], task_manager=manager, bootstrap_iters=0
+    )
+    perplexity, accuracy = lambada(rookery.LLM(), PASSAGES)
+    results = found["results"]["local_lambada"]
+    assert results["perplexity,none"] == pytest.approx(perplexity, rel=1e-3)
+    assert results["acc,none"] == pytest.approx(accuracy)
+    assert found["results"]["local_choices"]["acc,none"] == 1.0
+
+
+def test_as_a_command(tasks):
+    command = [sys.executable, "-m", "rookery.integrations.lm_eval", "run", "--model", "rookery"]
+    command += ["--tasks", "local_lambada", "--include_path", str(tasks), "--model_args", "dtype=float32"]
+    command += ["--output_path", str(tasks / "out")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "|local_lambada|" in done.stdout, done.stderr
+    assert list((tasks / "out").rglob("results_*.json"))
+
+
+def test_the_same_as_the_harness_own_class(tmp_path):
+    """The bundled model through lm_eval's HFLM and ours: likelihoods, whole texts and generated texts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rookery.convert import convert
+    from rookery.integrations import transformers as ours
+
+    ours.register()
+    convert(
+        os.path.join(os.path.dirname(rookery.__file__), "bundled"), tmp_path / "hf", to="huggingface", dtype="float32"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer.add_special_tokens(
+        {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    )
+    theirs = HFLM(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tokenizer=tokenizer, batch_size=2, device="cpu"
+    )
+    mine = RookeryLM(dtype="float32")
+    mine.llm.opening = []  # theirs puts nothing in front of a text
+    pairs = [
+        ("The cat", " sat on the mat."),
+        ("The cat", " ran"),
+        ("Once upon", " a time"),
+        ("", "One day"),
+        ("A ", "dog"),
+    ]
+    for (a, hit), (b, right) in zip(
+        mine.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True),
+        theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True),
+        strict=True,
+    ):
+        assert a == pytest.approx(b, abs=1e-3)
+        assert hit == right
+    texts = [("Once upon a time there was a bird.",), ("It was big.",)]
+    a = mine.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    b = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-3)
+    asked = [
+        ("Once upon a time", {"until": ["."], "max_gen_toks": 20}),
+        ("The dog", {"until": ["\n"], "max_gen_toks": 8}),
+    ]
+    a = mine.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    b = theirs.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    assert a == b
+
+
+def test_a_vocabulary_without_an_end(random_checkpoint, tmp_path):
+    torch.save(random_checkpoint("4", width=32, ffn=40, heads=1, vocab=256), tmp_path / "a.pth")
+    model = RookeryLM(str(tmp_path / "a.pth"))
+    with pytest.raises(rookery.InputError, match="no end of text"):
+        model.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)
+    assert len(model.loglikelihood(instances("loglikelihood", [("ab", "c")]), disable_tqdm=True)) == 1

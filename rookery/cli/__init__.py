@@ -197,11 +197,11 @@ def change(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder of any format.")],
     target: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="NAME.pth, .safetensors, .st, .gguf, .bin, or a new folder."),
+        typer.Argument(metavar="OUT", help="NAME.pth, .safetensors, .st, .gguf, .bin, .onnx, or a new folder."),
     ],
     to: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="blinkdl, safetensors, webrwkv, gguf, ggml, rookery, huggingface: if OUT does not say it."),
+        typer.Option(help="blinkdl, safetensors, webrwkv, gguf, ggml, rookery, huggingface, onnx, onnx-step."),
     ] = None,
     dtype: Annotated[
         Optional[str],  # noqa: UP045

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..checkpoint import DTYPES, QUANTISED, identify, locate, notes
+from ..checkpoint import DTYPES, QUANTISED, assemble, identify, locate, notes
 from ..errors import InputError
 from ..files import replacing
 from ..formats import ggml, gguf, huggingface, webrwkv
@@ -30,6 +30,7 @@ from ..tokenizers import Tokenizer, guess, load_tokenizer
 
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
 FOLDERS = ("rookery", "huggingface")
+GRAPHS = ("onnx", "onnx-step")  # that are written only
 SHARD = 2 << 30  # bytes of a file in a folder, unless said otherwise
 PROMPT = 24  # tokens that both files are asked about
 
@@ -60,8 +61,8 @@ def convert(
     Args:
         source: a file or folder of any format.
         target: a file, or a new folder. Its suffix says the format: .pth, .safetensors, .st (web-rwkv), .gguf, .bin
-            (rwkv.cpp); no suffix means a folder of ours.
-        to: the format, where the name does not say it: a value of SUFFIXES or of FOLDERS.
+            (rwkv.cpp), .onnx; no suffix means a folder of ours.
+        to: the format, where the name does not say it: a value of SUFFIXES or one of FOLDERS and GRAPHS.
         dtype: "float32", "bfloat16" or "float16", for GGUF also "q8_0"; None keeps what the source has, as far as the
             format can.
         tokenizer: as for LLM, where the target holds one; None = what lies with the source, or is known by its size.
@@ -73,8 +74,8 @@ def convert(
     """
     source, target = locate(source), Path(target).expanduser()
     to = to or _format(target)
-    if to not in (*SUFFIXES.values(), *FOLDERS):
-        raise InputError(f"there is no format {to!r}; choose one of {', '.join((*SUFFIXES.values(), *FOLDERS))}")
+    if to not in (known := (*SUFFIXES.values(), *FOLDERS, *GRAPHS)):
+        raise InputError(f"there is no format {to!r}; choose one of {', '.join(known)}")
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is where the original lies; give another name")
     try:
@@ -84,6 +85,8 @@ def convert(
         cls, config = identify(found.tensors, found.described)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    if to in GRAPHS:
+        return _draw(found, target, to, dtype)
     told = notes(found.described)
     words = _Words(source, found, config.vocab_size, tokenizer)
     tensors = _typed(found.tensors, to, dtype)
@@ -135,12 +138,34 @@ def convert(
     return result
 
 
+def _draw(found: formats.Found, target: Path, to: str, dtype: str | None) -> Converted:
+    """The model as a graph, and what onnxruntime makes of it."""
+    from . import onnx
+
+    if dtype not in (None, "float32"):
+        raise InputError(f"ONNX files are float32, not {dtype}")
+    model = assemble(found.tensors, found.described, torch.float32)
+    space_for(sum(p.nbytes for p in model.parameters()), target)
+    tokens = _prompt(model.config.vocab_size)
+    with torch.no_grad():
+        wanted = model(tokens)[0]
+    with replacing(target) as part:
+        onnx.write(model, part, target.name, step=to == "onnx-step")
+        difference = onnx.logits(part, tokens, model) - wanted
+        result = Converted(to, _size(part), difference.abs().max().item(), wanted.abs().max().item())
+        if not result.difference <= 1e-4 * max(1.0, result.largest):
+            raise InputError(f"{target}: not written, for onnxruntime's logits are {result.difference:.2g} away")
+    return result
+
+
 EXACT = ("blinkdl", "safetensors", *FOLDERS)  # that hold any dtype
 
 
 def _format(target: Path) -> str:
     if target.suffix in SUFFIXES:
         return SUFFIXES[target.suffix]
+    if target.suffix == ".onnx":
+        return "onnx"
     if target.suffix and not target.is_dir() and target.suffix[1:].isalpha():
         raise InputError(f"{target}: no known format has the suffix {target.suffix}; say it with --to")
     return "rookery"
@@ -247,8 +272,11 @@ def logits(cls: type[Model], config: Any, tensors: Mapping[str, Stored]) -> Tens
     for name, module in large.items():
         module.register_forward_pre_hook(partial(_fill, partial(read, name)))
         module.register_forward_hook(_drop)
-    tokens = torch.arange(1, PROMPT + 1)[None] * 7919 % config.vocab_size
-    return model(tokens)[0]
+    return model(_prompt(config.vocab_size))[0]
+
+
+def _prompt(vocab_size: int) -> Tensor:
+    return torch.arange(1, PROMPT + 1)[None] * 7919 % vocab_size
 
 
 def _fill(read: Callable[[], Tensor], module: nn.Module, inputs: object) -> None:

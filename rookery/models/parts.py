@@ -219,14 +219,14 @@ class Model(nn.Module):
         Where PyTorch has fast products a pack is the plain model's: who else is in it must not decide, by the number
         of tokens, which of the two reads a prompt.
         """
+        if not self.uses_native or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
         rows = tokens.numel()
         if self.quantization is None and native.fast_in_torch(self.emb.weight.dtype):
             fits = rows <= native.ROWS and cu is None
         else:
             fits = rows <= native.MOST_ROWS or (cu is None and len(tokens) <= native.MOST_ROWS)
-        if not fits or not self.uses_native or self.sharded or isinstance(cu, Spread):
-            return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not fits or self.sharded or isinstance(cu, Spread):
             return None
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
@@ -262,15 +262,15 @@ class Model(nn.Module):
                     f"{self.name} cannot be spread over processes: what it reads of its state does not add up"
                 )
             cu = cu_seqlens
-        rows = len(tokens) if cu is None else len(cu) - 1
+        rows = tokens.shape[0] if cu is None else len(cu) - 1
         if state is None:
             return self.initial_state(rows), cu
         # in training the weights move under a carried state, so that only the configuration must agree
         digits = 16 if self.training else 32
         if state.fingerprint[:digits] != self.fingerprint[:digits]:
             raise InputError("this state belongs to another model")
-        if len(state) != rows:
-            raise InputError(f"a state of {len(state)} sequences was given for a batch of {rows}")
+        if state.rows != rows:
+            raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
         if self._step is not None and state is self._step.left[0] and tokens.device.type == "cpu":
             return state, cu  # nobody has touched it since it was made
         first = state.layers[0]

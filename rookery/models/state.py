@@ -29,6 +29,7 @@ class State:
     so keeping a reference is keeping that moment. One that was made under inference_mode can be trained from once
     it is cloned.
 
+    rows: how many; len() says the same, but not while a model is exported for any number of them.
     fingerprint: of the model it belongs to; another model refuses it.
     texts: what each row stands for, where known; "" where not.
     """
@@ -36,11 +37,11 @@ class State:
     def __init__(self, layers: Iterable[LayerState], fingerprint: str, texts: Sequence[str] | None = None):
         self._layers: tuple[LayerState, ...] | None = tuple(layers)
         self._stacks: LayerState | None = None
-        self._rows = len(self._layers[0].wkv)
+        self.rows = self._layers[0].wkv.shape[0]
         self.fingerprint = fingerprint
-        self.texts = tuple(texts) if texts is not None else ("",) * self._rows
-        if len(self.texts) != self._rows:
-            raise ValueError(f"{len(self.texts)} texts for {self._rows} rows")
+        self._texts = None if texts is None else tuple(texts)
+        if self._texts is not None and len(self._texts) != self.rows:
+            raise ValueError(f"{len(self._texts)} texts for {self.rows} rows")
 
     @classmethod
     def of_stacks(cls, stacks: LayerState, fingerprint: str) -> State:
@@ -48,9 +49,13 @@ class State:
         never does, and cutting takes as long as a small model computes."""
         state = cls.__new__(cls)
         state._layers, state._stacks = None, stacks
-        state._rows = stacks.wkv.shape[1]
-        state.fingerprint, state.texts = fingerprint, ("",) * state._rows
+        state.rows = stacks.wkv.shape[1]
+        state.fingerprint, state._texts = fingerprint, None
         return state
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return ("",) * self.rows if self._texts is None else self._texts
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
@@ -62,7 +67,7 @@ class State:
 
     def __len__(self) -> int:
         """Sequences (rows)."""
-        return self._rows
+        return self.rows
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> State:
         """Some of the rows, as a State; state[i] has one row."""
@@ -91,7 +96,7 @@ class State:
 
     def _map(self, change) -> State:
         layers = (LayerState(*(change(x) for x in layer)) for layer in self.layers)
-        return State(layers, self.fingerprint, self.texts)
+        return State(layers, self.fingerprint, self._texts)
 
     def clone(self) -> State:
         """A copy that shares no memory."""

@@ -51,8 +51,10 @@ def forward(
 @forward.register_fake
 def _fake_forward(r, log_w, k, v, u, state, cu, keep):
     batch, tokens, heads, size = r.shape
-    lengths = [tokens] * batch if cu is None else [end - start for start, end in pairwise(cu)]
-    chunks = sum(-(-length // CHUNK) for length in lengths) if keep else 0
+    chunks = 0
+    if keep:
+        lengths = [tokens] * batch if cu is None else [end - start for start, end in pairwise(cu)]
+        chunks = sum(-(-length // CHUNK) for length in lengths)
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(chunks, heads, size, size)
 
 

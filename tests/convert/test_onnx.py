@@ -1,0 +1,146 @@
+"""ONNX graphs of every generation in onnxruntime: any batch, any length, a step; packed by its own tools."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import rookery
+from rookery import InputError
+from rookery.checkpoint import assemble
+from rookery.convert import convert
+from rookery.convert.onnx import INPUTS, OUTPUTS, STATE, Graph, exported, stacked
+
+SMALL = {"width": 64, "heads": 2, "ffn": 96, "rank": 8}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def graphs(random_checkpoint, tmp_path_factory):
+    """Model and onnxruntime session of a version; exporting takes seconds, so each is made once."""
+    folder, made = tmp_path_factory.mktemp("onnx"), {}
+
+    def graph(version: str, to: str, **options):
+        key = f"{version}-{to}-{options}"
+        if key not in made:
+            torch.save(random_checkpoint(version, **SMALL, **options), folder / "a.pth")
+            path = folder / f"{len(made)}.onnx"
+            convert(folder / "a.pth", path, to=to)
+            made[key] = rookery.load(folder / "a.pth"), path
+        return made[key]
+
+    return graph
+
+
+def run(path: Path, tokens: torch.Tensor, state) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(str(path))
+    assert [x.name for x in session.get_inputs()] == list(INPUTS)
+    feeds = dict(zip(INPUTS, [tokens.numpy(), *(x.numpy() for x in stacked(state))], strict=True))
+    return [torch.from_numpy(x) for x in session.run(list(OUTPUTS), feeds)]
+
+
+@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7"])
+@torch.inference_mode()
+def test_sequences_of_any_length_and_number(graphs, version):
+    model, path = graphs(version, "onnx")
+    generator = torch.Generator().manual_seed(0)
+    for rows, length in ((1, 1), (1, 2), (3, 1), (2, 9), (4, 70)):
+        tokens = torch.randint(101, (rows, length), generator=generator)
+        _, state = model(torch.randint(101, (rows, 5), generator=generator))
+        logits, left = model(tokens, state)
+        for told, expected in zip(run(path, tokens, state), (logits, *stacked(left)), strict=True):
+            torch.testing.assert_close(told, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+@torch.inference_mode()
+def test_steps(graphs, version):
+    model, path = graphs(version, "onnx-step")
+    session = onnxruntime.InferenceSession(str(path))
+    assert session.get_inputs()[0].shape[1] == 1
+    tokens = torch.randint(101, (3, 20), generator=torch.Generator().manual_seed(0))
+    state = model.initial_state(3)
+    carried = [x.numpy() for x in stacked(state)]
+    for i in range(20):
+        told, *carried = session.run(None, dict(zip(INPUTS, [tokens[:, i : i + 1].numpy(), *carried], strict=True)))
+        logits, state = model(tokens[:, i : i + 1], state)
+        torch.testing.assert_close(torch.from_numpy(told), logits, rtol=0, atol=1e-4)
+
+
+def test_what_the_file_says_of_itself(graphs):
+    for version, filling in (("4", [0.0, 0.0, -1e38]), ("7", [0.0])):
+        model, path = graphs(version, "onnx")
+        proto = onnx.load(path)
+        about = {entry.key: entry.value for entry in proto.metadata_props}
+        assert about["model"] == model.name
+        assert json.loads(about["rookery.state"])["wkv"] == pytest.approx(filling)
+        onnx.checker.check_model(proto)
+
+
+@torch.inference_mode()
+def test_packed_by_onnxruntime(graphs, tmp_path):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model, path = graphs("7", "onnx")
+    quantize_dynamic(path, tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.7 * path.stat().st_size
+    tokens = torch.randint(101, (1, 12), generator=torch.Generator().manual_seed(0))
+    state = model.initial_state(1)
+    exact = model(tokens, state)[0]
+    told = run(tmp_path / "int8.onnx", tokens, state)[0]
+    assert 0 < (told - exact).abs().mean() < 0.2 * exact.abs().mean()
+
+
+def test_torch_export_of_every_version(version, random_checkpoint):
+    """The graph runs for sizes that it was not made with, and carries the state."""
+    model = assemble(random_checkpoint(version, **SMALL))
+    program = exported(model, step=False).module()
+    with torch.inference_mode():
+        tokens = torch.randint(101, (3, 8), generator=torch.Generator().manual_seed(0))
+        expected, left = model(tokens)
+        logits, *state = program(tokens, *stacked(model.initial_state(3)))
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        for told, part in zip(state, stacked(left), strict=True):
+            torch.testing.assert_close(told, part, rtol=1e-5, atol=1e-5)
+        again = Graph(model)(tokens, *stacked(model.initial_state(3)))[0]
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+def test_the_example_writes_with_numpy_alone(tmp_path):
+    """examples/onnx_numpy.py imports no torch, and says what we say."""
+    bundled = Path(rookery.__file__).parent / "bundled"
+    convert(bundled, tmp_path / "step.onnx", to="onnx-step")
+    script = ROOT / "examples" / "onnx_numpy.py"
+    command = [
+        sys.executable,
+        script,
+        tmp_path / "step.onnx",
+        bundled / "tokenizer.json",
+        "Once upon a time",
+        "--tokens",
+        "20",
+    ]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
+    expected = rookery.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
+    assert done.stdout.strip() == f"Once upon a time{expected}".strip()
+    assert "torch" not in script.read_text().replace("PyTorch", "")
+
+
+def test_bad_input(random_checkpoint, tmp_path):
+    torch.save(random_checkpoint("4", **SMALL), tmp_path / "a.pth")
+    with pytest.raises(InputError, match="ONNX files are float32"):
+        convert(tmp_path / "a.pth", tmp_path / "a.onnx", dtype="float16")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_state_names():
+    assert STATE == ("att_shift", "wkv", "ffn_shift")
+    assert np.array_equal(np.array(INPUTS[1:]), np.array(STATE))

@@ -29,10 +29,12 @@ def random_checkpoint(
     ffn: int = 200,
     rank: int = 7,
     tuned: bool = False,
+    deep: int = 0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Weights that no initialisation gives, so that every parameter moves the logits; about 1 in size where it
-    enters a product, decays from slow to fast. The four LoRA ranks of RWKV-7 are rank .. rank + 3."""
+    enters a product, decays from slow to fast. The four LoRA ranks of RWKV-7 are rank .. rank + 3. `deep`: of an
+    RWKV-7a, the rows of a token's matrix."""
     random = torch.Generator().manual_seed(seed)
     size = width // heads
 
@@ -98,6 +100,16 @@ def random_checkpoint(
             tensors["receptance.weight"] = matrix(width, width)
         mixes = {"4": ["time_mix_k", "time_mix_r"], "6": ["time_maa_k", "time_maa_r"], "7": ["x_k"]}
         tensors |= {name: mix() for name in mixes.get(version[0], mixes["4"])}
+        if deep:
+            tensors |= {
+                "s_emb.weight": normal(vocab, deep * deep, std=deep**-0.5),
+                "s0": normal(ffn, mean=1.0, std=0.3),
+            }
+            tensors |= {
+                "s_emb_x.weight": matrix(deep * deep, width, gain=deep**-0.5),
+                "s1": normal(width, deep, std=0.1),
+            }
+            tensors["s2"] = normal(deep, ffn, std=0.3)
         return tensors
 
     weights = {"emb.weight": normal(vocab, width), **norm("blocks.0.ln0")}

@@ -240,7 +240,6 @@ def test_tensors_that_do_not_make_a_model(weights, tmp_path):
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("blocks.0.ffn.s_emb.weight", "RWKV-7a"),
         ("blocks.0.qkv.k1", "RWKV-7b"),
         ("blocks.0.ffn.enn.weight", "RWKV-8 rc00"),
         ("blocks.0.rosa.q.weight", "RWKV-8 with ROSA"),

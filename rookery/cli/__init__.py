@@ -182,14 +182,21 @@ def pack(
 @app.command("merge")
 def fold(
     source: Annotated[Path, typer.Argument(metavar="MODEL", help="What the adapter was trained on.")],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA or DoRA adapter.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA or DoRA adapter, or a file of RWKV-PEFT's.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     dtype: Precision = None,
+    alpha: Annotated[Optional[float], typer.Option(help="Of RWKV-PEFT's LoRA: its --lora_alpha.")] = None,  # noqa: UP045
+    beginning: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Of RWKV-PEFT's PiSSA: the file with its initial matrices."),
+    ] = None,
 ) -> None:
     """Merge an adapter into the weights of its model (docs/adapters.md); every command takes the result."""
     from .merge import merge
 
-    merge(source, adapter, target, dtype)
+    merge(source, adapter, target, dtype, alpha, beginning)
 
 
 @app.command("convert")

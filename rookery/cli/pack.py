@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from ..checkpoint import NOTES, load, locate, save
+from ..checkpoint import load, locate, notes, save
 from ..errors import InputError
 from ..models import Model
 from ..quantize import quantize
@@ -42,5 +42,6 @@ def belongings(source: Path, model: Model) -> tuple[Path | None, dict[str, Any]]
         tokenizer = guess(model.config.vocab_size, source if source.is_dir() else source.parent)
     except InputError:
         tokenizer = None  # to be named with the copy as with the original
-    notes = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
-    return tokenizer if isinstance(tokenizer, Path) else None, {key: notes[key] for key in NOTES if key in notes}
+    told = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
+    told |= told.get("rookery") or {}  # where Hugging Face's config.json keeps ours
+    return tokenizer if isinstance(tokenizer, Path) else None, notes(told)

@@ -87,6 +87,8 @@ def convert(
         raise InputError(f"{source}: {error}") from error
     if to in GRAPHS:
         return _draw(found, target, to, dtype)
+    if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):
+        raise InputError(f"{source}: RWKV-7a (DeepEmbed) has no place in {to}")
     told = notes(found.described)
     words = _Words(source, found, config.vocab_size, tokenizer)
     tensors = _typed(found.tensors, to, dtype)

@@ -288,7 +288,9 @@ def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
     bfloat16 from one file shares its states, as does a bfloat16 copy of the file. The first 64 numbers of every
     tensor enter, in whatever shape; a tuned initial state does not, so that a state-tuned model shares its states
     with the model it came from."""
-    sizes = {field: value for field, value in asdict(config).items() if field != "time_state"}
+    sizes = {field: value for field, value in asdict(config).items() if field not in ("time_state", "deep_rank")}
+    if getattr(config, "deep_rank", 0):  # RWKV-7 keeps the fingerprints that it had before there was a 7a
+        sizes["deep_rank"] = config.deep_rank
     kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
     weights = hashlib.sha256()
     for key in sorted(tensors):

@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose" (x070).
+"""RWKV-7 "Goose" (x070), and 7a with DeepEmbed.
 
 What is special about it:
 - the state is edited by a generalised delta rule: what it holds under the key kappa is partly replaced, at an
@@ -7,6 +7,7 @@ What is special about it:
 - values of later layers are mixed with those of layer 0 (v_first)
 - the channel mix has no receptance
 - the bonus for the current token comes after the group norm, not inside the recurrence
+- RWKV-7a: every token and layer has a small matrix of its own, which scales the channel mix
 Source: "RWKV-7 Goose" (arXiv 2503.14456); parameter names are those of BlinkDL's checkpoints.
 """
 
@@ -40,6 +41,7 @@ class RWKV7Config:
     gate_rank: int
     ln_x_eps: float = 64e-5  # BlinkDL divides by 8 = head_size_divisor before a norm of eps 1e-5
     time_state: bool = False  # the initial state is a parameter (state tuning)
+    deep_rank: int = 0  # RWKV-7a: rows and columns of a token's matrix; 0 is RWKV-7
 
     def __post_init__(self) -> None:
         check_heads(self)
@@ -61,6 +63,7 @@ class RWKV7Config:
             value_rank=shapes["blocks.1.att.v1"][1] if "blocks.1.att.v1" in shapes else 0,
             gate_rank=shapes["blocks.0.att.g1"][1],
             time_state="blocks.0.att.time_state" in shapes,
+            deep_rank=shapes["blocks.0.ffn.s1"][1] if "blocks.0.ffn.s1" in shapes else 0,
         )
 
     @classmethod
@@ -149,13 +152,25 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config):
         super().__init__()
-        self.x_k = nn.Parameter(torch.zeros(1, 1, config.n_embd))
-        self.key = Linear(config.n_embd, config.dim_ffn)
-        self.value = Linear(config.dim_ffn, config.n_embd)
+        c, f, d = config.n_embd, config.dim_ffn, config.deep_rank
+        self.x_k = nn.Parameter(torch.zeros(1, 1, c))
+        self.key = Linear(c, f)
+        self.value = Linear(f, c)
+        self.deep_rank = d
+        if d:
+            self.s_emb = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, d * d), freeze=False)
+            self.s_emb_x = Linear(c, d * d)
+            self.s1, self.s2 = nn.Parameter(torch.zeros(c, d)), nn.Parameter(torch.zeros(d, f))
+            self.s0 = nn.Parameter(torch.zeros(f))
 
-    def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None, deep: tuple[Tensor, Tensor] | None) -> Tensor:
         xk = torch.addcmul(x, previous(x, shift, cu) - x, self.x_k)
-        return self.value(torch.relu(self.key(xk)) ** 2)
+        k = torch.relu(self.key(xk)) ** 2  # [B, T, F]
+        if deep is not None:
+            tokens, e = deep
+            matrix = (self.s_emb(tokens) + self.s_emb_x(e)).unflatten(-1, (self.deep_rank, -1))  # [B, T, D, D]
+            k = k * (((x @ self.s1)[..., None, :] @ matrix)[..., 0, :] @ self.s2 + self.s0)
+        return self.value(k)
 
 
 class Block(nn.Module):
@@ -169,13 +184,18 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: Tensor, state: LayerState, v_first: Tensor | None, cu: Boundaries | None
+        self,
+        x: Tensor,
+        state: LayerState,
+        v_first: Tensor | None,
+        cu: Boundaries | None,
+        deep: tuple[Tensor, Tensor] | None,  # RWKV-7a: the tokens, and what they enter the first block as
     ) -> tuple[Tensor, Tensor, LayerState]:
         x1 = self.ln1(x)
         y, wkv, v_first = self.att(x1, state.att_shift, state.wkv, v_first, cu)
         x = x + y
         x2 = self.ln2(x)
-        x = x + self.ffn(x2, state.ffn_shift, cu)
+        x = x + self.ffn(x2, state.ffn_shift, cu, deep)
         return x, v_first, LayerState(carry(x1, cu), wkv, carry(x2, cu))
 
 
@@ -193,6 +213,7 @@ class RWKV7(Model):
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)
+        self.uses_native = not config.deep_rank  # the C++ step is RWKV-7's
         self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -210,10 +231,11 @@ class RWKV7(Model):
         if step := self.native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
+        deep = (tokens, x) if self.config.deep_rank else None
         v_first = None
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, v_first, layer = self.through(block, x, layer, v_first, cu)
+            x, v_first, layer = self.through(block, x, layer, v_first, cu, deep)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)
@@ -260,6 +282,12 @@ class RWKV7(Model):
             att.output.weight.zero_()
             nn.init.orthogonal_(ffn.key.weight, 1.0)
             ffn.value.weight.zero_()
+            if self.config.deep_rank:  # at first every token scales by 1
+                ffn.s_emb.weight.copy_(torch.eye(self.config.deep_rank).flatten())
+                ffn.s_emb_x.weight.zero_()
+                ffn.s1.zero_()
+                nn.init.orthogonal_(ffn.s2, 0.1)
+                ffn.s0.fill_(1)
             att.ln_x.weight.fill_(((1 + i) / layers) ** 0.7)
             att.ln_x.bias.zero_()
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):

@@ -1,9 +1,9 @@
 """The adapters of RWKV-PEFT: a .pth with `NAME.lora_A` [rank, in] and `NAME.lora_B` [out, rank] for the matrices, and,
 under their own names, whatever else was trained (norms, mixes, decays).
 
-The file does not say everything. LoRA needs the alpha of the run: W + alpha / rank B A. PiSSA (arXiv 2404.02948) trained
-what it had first taken out of the matrices, so that it needs the file with that beginning, `NAME.init_lora_A` and
-`NAME.init_lora_B`: W - B0 A0 + B A.
+The file does not say everything. LoRA needs the alpha of the run: W + alpha / rank B A. PiSSA (arXiv 2404.02948)
+trained what it had first taken out of the matrices, so that it needs the file with that beginning,
+`NAME.init_lora_A` and `NAME.init_lora_B`: W - B0 A0 + B A.
 Source: merge.py of RWKV-PEFT.
 """
 

@@ -36,6 +36,7 @@ from transformers.utils import ModelOutput
 
 from .. import hub
 from ..checkpoint import load
+from ..engine.templates import TEMPLATES
 from ..errors import InputError
 from ..formats import huggingface
 from ..formats.stored import Stored
@@ -454,6 +455,7 @@ class RwkvTokenizer(PreTrainedTokenizer):
             options = {"eos_token": END, "bos_token": END, "unk_token": END, "pad_token": END} | options
         self._ids = {name: token for token, name in enumerate(self._names) if name}
         options.setdefault("clean_up_tokenization_spaces", False)
+        options.setdefault("chat_template", chat_template("world"))
         super().__init__(vocabulary=vocabulary, **options)
 
     @property
@@ -477,6 +479,27 @@ class RwkvTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         return ()  # the name says it
+
+
+def chat_template(name: str) -> str:
+    """One of our templates (raven, world, g1, g1-think, g1-fast-think, story) as `tokenizer.chat_template` takes it."""
+    if name not in TEMPLATES:
+        raise InputError(f"there is no chat template {name!r}; known are {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    asked, answered = template.turn.split("{user}")
+    before_system, after_system = template.system.split("{system}")
+    text = "message['content'].replace('\\r\\n', '\\n')"
+    collapse = "{%- for _ in range(8) %}{% set ns.text = ns.text.replace('\\n\\n', '\\n') %}{% endfor %}"
+    return (
+        "{%- for message in messages %}"
+        f"{{%- set ns = namespace(text={text}.strip()) %}}"
+        f"{collapse if template.collapse else ''}"
+        f"{{%- if message['role'] == 'system' %}}{{{{ {before_system!r} + ns.text + {after_system!r} }}}}"
+        f"{{%- elif message['role'] == 'user' %}}{{{{ {asked!r} + ns.text }}}}"
+        f"{{%- if add_generation_prompt or not loop.last %}}{{{{ {answered!r} }}}}{{%- endif %}}"
+        f"{{%- else %}}{{{{ ' ' + ns.text + {template.separator!r} }}}}"
+        "{%- endif %}{%- endfor %}"
+    )
 
 
 def register() -> None:

@@ -27,7 +27,13 @@ from transformers import (  # noqa: E402
     pipeline,
 )
 
-from rookery.integrations.transformers import RwkvPreTrainedModel, RwkvTokenizer, register  # noqa: E402
+from rookery.engine.templates import TEMPLATES  # noqa: E402
+from rookery.integrations.transformers import (  # noqa: E402
+    RwkvPreTrainedModel,
+    RwkvTokenizer,
+    chat_template,
+    register,
+)
 
 register()
 SIZES = {"width": 64, "heads": 2, "ffn": 96, "rank": 8, "vocab": 256}
@@ -280,6 +286,29 @@ def test_world_as_a_tokenizer():
     assert words.decode([*ours.encode("end"), 0], skip_special_tokens=True) == "end"
     assert words("a<|endoftext|>b").input_ids == [98, 0, 99]
     assert words.eos_token_id == 0
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_chat_templates(name):
+    """As our own conversations are: what a chat of the same turns has read."""
+    words = RwkvTokenizer("bytes", chat_template=chat_template(name))
+    template = TEMPLATES[name]
+    messages = [{"role": "system", "content": "Be  kind.\n"}, {"role": "user", "content": " Hi\r\n\n\nthere "}]
+    messages += [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": 'it\'s "so"?'}]
+    expected = template.system.replace("{system}", template.clean(messages[0]["content"]))
+    expected += template.turn.replace("{user}", template.clean(messages[1]["content"])) + " Hello" + template.separator
+    expected += template.turn.replace("{user}", template.clean(messages[3]["content"]))
+    assert words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    ids = words.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert bytes(ids).decode() == expected
+    open_end = words.apply_chat_template(messages, tokenize=False)
+    assert expected.startswith(open_end)
+    assert open_end.endswith('so"?')
+
+
+def test_a_template_that_does_not_exist():
+    with pytest.raises(InputError, match="there is no chat template 'llama'"):
+        chat_template("llama")
 
 
 def test_registering_twice_and_importing_light():

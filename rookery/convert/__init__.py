@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import formats
 from ..checkpoint import DTYPES, QUANTISED, assemble, identify, locate, notes
@@ -33,6 +33,7 @@ FOLDERS = ("rookery", "huggingface")
 GRAPHS = ("onnx", "onnx-step")  # that are written only
 SHARD = 2 << 30  # bytes of a file in a folder, unless said otherwise
 PROMPT = 24  # tokens that both files are asked about
+AT_ONCE = 1 << 20  # weights that are multiplied at a time
 
 Progress = Callable[[int, int], object]  # is told of bytes that are written, and of how many there are in all
 
@@ -258,22 +259,21 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def logits(cls: type[Model], config: Any, tensors: Mapping[str, Stored]) -> Tensor:
-    """Of a fixed prompt, [1, T, V] in float32. The large matrices are read when their turn comes and are gone after."""
+    """Of a fixed prompt, [1, T, V] in float32. Of the large matrices a few rows are in memory at a time."""
     with torch.device("meta"):
         model = cls(config).eval()
-    model.uses_native = False  # which wants all weights at once
+    model.uses_native = False  # C++ wants all weights at once
     shapes = model.state_dict()
-
-    def read(name: str) -> Tensor:
-        return tensors[name].read().float().reshape(shapes[name].shape).contiguous()
-
-    large = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    model.load_state_dict({name: read(name) for name in shapes if name not in large}, assign=True, strict=False)
-    for name, module in large.items():
-        module.register_forward_pre_hook(partial(_fill, partial(read, name)))
-        module.register_forward_hook(_drop)
+    streamed = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    for name, module in streamed.items():
+        kind = _Product if isinstance(module, nn.Linear) else _Lookup
+        model.set_submodule(name, kind(tensors[f"{name}.weight"], module.weight.shape))
+    rest = {
+        name: tensors[name].read().float().reshape(x.shape) for name, x in shapes.items() if name in model.state_dict()
+    }
+    model.load_state_dict(rest, assign=True)
     return model(_prompt(config.vocab_size))[0]
 
 
@@ -281,9 +281,21 @@ def _prompt(vocab_size: int) -> Tensor:
     return torch.arange(1, PROMPT + 1)[None] * 7919 % vocab_size
 
 
-def _fill(read: Callable[[], Tensor], module: nn.Module, inputs: object) -> None:
-    module.weight = nn.Parameter(read(), requires_grad=False)
+class _Product(nn.Module):
+    """A `Linear` whose weight [out, in] stays in its file: some rows of it are float32 at a time."""
+
+    def __init__(self, stored: Stored, shape: torch.Size):
+        super().__init__()
+        self.stored, self.shape = stored, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.stored.read().reshape(self.shape)
+        rows = max(1, AT_ONCE // self.shape[1])
+        return torch.cat([F.linear(x, some.float().contiguous()) for some in weight.split(rows)], dim=-1)
 
 
-def _drop(module: nn.Module, inputs: object, output: object) -> None:
-    module.to("meta")
+class _Lookup(_Product):
+    """The same of an embedding [V, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored.read().reshape(self.shape)[x].float()

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..files import replacing
 from ..formats import ggml, gguf, huggingface, webrwkv
 from ..formats.stored import Stored, Tensors, space_for, write_folder, write_pth, write_safetensors
 from ..models import Model
-from ..tokenizers import Tokenizer, guess, load_tokenizer
+from ..tokenizers import guess, load_tokenizer
 
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
 FOLDERS = ("rookery", "huggingface")
@@ -201,12 +201,10 @@ class _Words:
         self.size, self.inside = size, found.tokenizer if wanted is None else None
         self.spec: str | Path | None = wanted
         if wanted is None and self.inside is None:
-            try:
+            with suppress(InputError):  # then it is to be named with the copy as with the original
                 self.spec = guess(size, source if source.is_dir() else source.parent)
-            except InputError:
-                return  # to be named with the copy as with the original
-        if self.inside is None and self.spec is not None:
-            self.tokenizer: Tokenizer = load_tokenizer(self.spec, size)
+        if wanted is not None:
+            load_tokenizer(wanted, size)  # must fit
 
     def text(self) -> str | None:
         """A tokenizer.json."""
@@ -217,7 +215,9 @@ class _Words:
 
     def bytes(self) -> Sequence[bytes] | None:
         """What each id stands for, if that can be said."""
-        return self.tokenizer.vocabulary if self.spec in ("bytes", "world") else None  # type: ignore[attr-defined]
+        if self.spec not in ("bytes", "world"):
+            return None
+        return load_tokenizer(self.spec).vocabulary  # type: ignore[attr-defined]
 
     def write(self, folder: Path, theirs: bool) -> None:
         """tokenizer.json, and in Hugging Face's folder the file that names its class."""
@@ -270,9 +270,7 @@ def logits(cls: type[Model], config: Any, tensors: Mapping[str, Stored]) -> Tens
     for name, module in streamed.items():
         kind = _Product if isinstance(module, nn.Linear) else _Lookup
         model.set_submodule(name, kind(tensors[f"{name}.weight"], module.weight.shape))
-    rest = {
-        name: tensors[name].read().float().reshape(x.shape) for name, x in shapes.items() if name in model.state_dict()
-    }
+    rest = {name: tensors[name].read().float().reshape(shapes[name].shape) for name in model.state_dict()}
     model.load_state_dict(rest, assign=True)
     return model(_prompt(config.vocab_size))[0]
 

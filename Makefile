@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench storyteller constraints clean
+.PHONY: demo test test-llama lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -13,6 +13,10 @@ demo: .venv/run
 test: .venv/dev lint
 	$(BIN)/python tests/compile_all.py
 	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
+
+# what llama.cpp makes of the GGUF files written here; compiling it takes minutes, so make test leaves it out
+test-llama: .venv/bench
+	$(BIN)/python -m pytest tests/convert/test_peers.py
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

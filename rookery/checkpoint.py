@@ -219,6 +219,8 @@ def identify(
         InputError: they make no model, or not the one that is described.
     """
     described = described or {}
+    if described and described.get("model") not in list(MODELS):
+        raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
     for key in list(tensors):
         plain = key.removeprefix("_forward_module.").removeprefix("_orig_mod.")  # DeepSpeed's wrapper, torch.compile's
         if plain != key and plain in tensors:
@@ -341,8 +343,6 @@ def _config(
             raise
         raise InputError(f"its tensors have not the shapes of an {cls.name} checkpoint ({error})") from error
     shown = {"model": cls.name, **asdict(config)}
-    if described.get("model", cls.name) not in list(MODELS):
-        raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
     for key, value in described.items():
         if key in QUANTISED:
             continue

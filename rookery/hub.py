@@ -67,8 +67,9 @@ def fetch(path: str | Path, **options: Any) -> Path:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(f"{path}: {repository} has no file {file}") from error
+        here = "" if str(path).startswith("hf:/") else "no such file or folder here; as a name of the hub: "
         raise InputError(
-            f"{path}: not in the cache of the hub, and the hub cannot be reached (offline, or no network)"
+            f"{path}: {here}not in the cache of the hub, and the hub cannot be reached (offline, or no network)"
         ) from error
     except (EntryNotFoundError, HFValidationError) as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error

@@ -243,8 +243,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(weights, tmp_path):
 
 
 def test_memory_is_that_of_a_matrix(weights, tmp_path):
-    """The whole is 60 MB; what is private to the process grows by less than a third."""
-    torch.save(weights("7", width=512, heads=8, ffn=2048, layers=5), tmp_path / "a.pth")
+    """The whole is 40 MB; what is private to the process grows by less than a third."""
+    torch.save(weights("7", width=384, heads=6, ffn=1536, layers=6), tmp_path / "a.pth")
     size = (tmp_path / "a.pth").stat().st_size
     convert(tmp_path / "a.pth", tmp_path / "warm.safetensors")
     process = psutil.Process()
@@ -257,7 +257,8 @@ def test_memory_is_that_of_a_matrix(weights, tmp_path):
 
         def look(count: int, total: int) -> None:
             nonlocal most
-            most = max(most, private())
+            if count > 1 << 20:  # looking takes longer than writing
+                most = max(most, private())
 
         convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=look)
         assert most - before < size / 3, (format, most - before, size)

@@ -198,7 +198,7 @@ class _Words:
     """The tokenizer of a model that is converted, as each format wants it."""
 
     def __init__(self, source: Path, found: formats.Found, size: int, wanted: str | Path | None):
-        self.size, self.inside = size, found.tokenizer if wanted is None else None
+        self.inside = found.tokenizer if wanted is None else None
         self.spec: str | Path | None = wanted
         if wanted is None and self.inside is None:
             with suppress(InputError):  # then it is to be named with the copy as with the original

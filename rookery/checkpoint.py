@@ -267,8 +267,11 @@ def assemble(
     samples: dict[str, Tensor] = {}
 
     def take(key: str) -> Tensor:
-        """Its numbers, which are nowhere else once they are copied."""
-        x = found.pop(key).read().reshape(skeleton[key].shape)
+        """Its numbers, which are nowhere else once they are copied; none of a model that is only looked at."""
+        held = found.pop(key)
+        if torch.device(device).type == "meta" and quantize is None:
+            return skeleton[key]
+        x = held.read().reshape(skeleton[key].shape)
         samples[key] = sample(x)
         return x
 
@@ -289,7 +292,7 @@ def assemble(
     model.load_state_dict(copied, assign=True, strict=strict)
     model.eval()
     own = described.get("fingerprint") if model.quantization and not quantize else None
-    model._fingerprint = own or fingerprint(cls.name, config, samples)
+    model._fingerprint = own or (fingerprint(cls.name, config, samples) if samples else None)
     return model
 
 

@@ -142,6 +142,9 @@ wkv7 (r, log_w, k, v, a, b, state) => (y, final)
 """
 
 
+FUNCTIONS = {"rwkv4": WKV4, "rwkv5": WKV6, "rwkv6": WKV6, "rwkv7": WKV7}  # RWKV-5: the same decay at every token
+
+
 class Graph(nn.Module):
     """The model with its state as plain tensors, as it is exported."""
 
@@ -208,9 +211,9 @@ def write(model: Model, path: Path, name: str, step: bool) -> None:
         )
     assert made is not None
     proto = made.model_proto
-    called = f"wkv{4 if model.name == 'rwkv4' else 7 if model.name == 'rwkv7' else 6}"
-    proto.functions.append(onnx.parser.parse_function({"wkv4": WKV4, "wkv6": WKV6, "wkv7": WKV7}[called]))
-    _set_opset(proto)
+    proto.functions.append(onnx.parser.parse_function(FUNCTIONS[model.name]))
+    if not any(opset.domain == "rookery" for opset in proto.opset_import):
+        proto.opset_import.add(domain="rookery", version=1)
     about = {"model": model.name, "vocab_size": model.config.vocab_size, "rookery.state": _filling(model)}
     for key, value in about.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
@@ -238,12 +241,6 @@ def logits(path: Path, tokens: Tensor, model: Model) -> Tensor:
         told, *state = session.run(None, dict(zip(INPUTS, [piece.numpy(), *state], strict=True)))
         parts.append(torch.from_numpy(told))
     return torch.cat(parts, dim=1)
-
-
-def _set_opset(proto: Any) -> None:
-    """The domain of our functions, once."""
-    if not any(opset.domain == "rookery" for opset in proto.opset_import):
-        proto.opset_import.add(domain="rookery", version=1)
 
 
 def _filling(model: Model) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def test_memory_is_that_of_a_matrix(weights, tmp_path):
                 most = max(most, private())
 
         convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=look)
-        assert most - before < size / 3, (format, most - before, size)
+        assert 0 < most < before + size / 3, (format, most - before, size)
 
 
 def test_progress_adds_up(weights, tmp_path):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -17,7 +16,7 @@ import rookery
 from rookery import InputError
 from rookery.checkpoint import assemble
 from rookery.convert import convert
-from rookery.convert.onnx import INPUTS, OUTPUTS, STATE, Graph, exported, stacked
+from rookery.convert.onnx import INPUTS, OUTPUTS, Graph, exported, stacked
 
 SMALL = {"width": 64, "heads": 2, "ffn": 96, "rank": 8}
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +148,16 @@ def test_bad_input(random_checkpoint, tmp_path):
     assert not (tmp_path / "a.onnx").exists()
 
 
-def test_state_names():
-    assert STATE == ("att_shift", "wkv", "ffn_shift")
-    assert np.array_equal(np.array(INPUTS[1:]), np.array(STATE))
+@torch.inference_mode()
+def test_weights_beside_the_file(random_checkpoint, tmp_path, monkeypatch):
+    """As of a model too large for one file."""
+    monkeypatch.setattr("rookery.convert.onnx.INSIDE", 1000)
+    torch.save(random_checkpoint("4", **SMALL), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.onnx")
+    model = rookery.load(tmp_path / "a.pth")
+    size = sum(p.nbytes for p in model.parameters())
+    assert (tmp_path / "a.onnx.data").stat().st_size > 0.8 * size
+    tokens, state = torch.tensor([[5, 7, 9]]), model.initial_state(1)
+    told = run(tmp_path / "a.onnx", tokens, state)[0]
+    torch.testing.assert_close(told, model(tokens, state)[0], rtol=0, atol=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "a.onnx", "a.onnx.data"}

@@ -50,7 +50,7 @@ storyteller: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml
-	$(PIP) $(TORCH) -e ".[dev,plots,train,convert,onnx]"
+	$(PIP) $(TORCH) -e ".[dev,plots,train,convert,onnx,vision]"
 	@touch $@ .venv/run
 
 # llama.cpp is compiled here for this processor, without what reads pictures; with AMX take clang or gcc 13, for what
@@ -65,7 +65,7 @@ constraints:
 	$(BIN)/python -m pip install --quiet uv
 	echo "$(TORCH)" > .venv/torch.txt
 	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra dev --extra plots \
-		--extra train --extra convert --extra onnx --extra bench --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
+		--extra train --extra convert --extra onnx --extra vision --extra bench --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
 

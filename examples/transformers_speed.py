@@ -1,6 +1,7 @@
 """What transformers' generate() adds to our own step, and RWKV-4 beside transformers' own class.
 
     python examples/transformers_speed.py --dtype bfloat16
+    python examples/transformers_speed.py --device cuda
 
 All contestants take turns on the same prompt; medians are told. Random weights of 12 layers of 768.
 """
@@ -45,7 +46,7 @@ def generated(model: torch.nn.Module, tokens: torch.Tensor, count: int) -> None:
 
 
 def trained(model: torch.nn.Module, tokens: torch.Tensor, dtype: torch.dtype) -> None:
-    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype == torch.bfloat16):
         loss = model(tokens, labels=tokens).loss
     loss.backward()
     model.zero_grad()
@@ -58,6 +59,8 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
         for name, run in contestants.items():
             began = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:  # the first one compiles
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(taken) for name, taken in times.items()}
@@ -66,22 +69,28 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--device", default="cpu")
     options.add_argument("--layers", type=int, default=12)
     options.add_argument("--width", type=int, default=768)
     options.add_argument("--vocabulary", type=int, default=50277)
     options.add_argument("--tokens", type=int, default=32)
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args()
-    dtype, count = getattr(torch, args.dtype), args.tokens
+    dtype, device, count = getattr(torch, args.dtype), args.device, args.tokens
     sizes = (args.vocabulary, args.layers, args.width)
-    prompt = torch.arange(1, 9)[None]
-    goose = random_model(RWKV7, RWKV7Config.sized(*sizes)).to(dtype)
-    dove = random_model(RWKV4, RWKV4Config.sized(*sizes)).to(dtype)
+    prompt = torch.arange(1, 9, device=device)[None]
+    goose = random_model(RWKV7, RWKV7Config.sized(*sizes)).to(device, dtype)
+    dove = random_model(RWKV4, RWKV4Config.sized(*sizes)).to(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         RwkvPreTrainedModel.of(dove).save_pretrained(folder)
         config = RwkvConfig.from_pretrained(folder)
         config.rescale_every = 0
-        theirs = RwkvForCausalLM.from_pretrained(Path(folder), config=config, dtype=dtype).eval()
+        theirs = RwkvForCausalLM.from_pretrained(Path(folder), config=config, dtype=dtype).to(device).eval()
+    rows = torch.randint(args.vocabulary, (4, 256), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        expected = theirs(rows).logits.float()
+        apart = (dove(rows)[0].float() - expected).abs().max() / expected.std()
+    print(f"RWKV-4: logits of both at most {apart:.1g} of their spread apart")
     taken = turns(
         {
             "our step, RWKV-7": lambda: ours(goose, prompt, count),
@@ -99,7 +108,6 @@ def main() -> None:
     print(f"generating: {faster:.2f} times as fast as RwkvForCausalLM")
 
     mine = RwkvPreTrainedModel.of(dove.float())
-    rows = torch.randint(args.vocabulary, (4, 256), generator=torch.Generator().manual_seed(0))
     mine.train()
     theirs.float().train()
     taken = turns(

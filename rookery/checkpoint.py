@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -34,7 +34,7 @@ from .errors import InputError
 from .files import replacing
 from .formats.stored import Stored, Tensors, metadata, stored
 from .memory import Rooms
-from .models import MODELS, Model, State, detect
+from .models import MODELS, VISION_MODELS, Model, Network, State, VisionModel, detect
 from .models.parts import PackedLinear, fingerprint, sample
 from .ops.packed import GROUP, untile
 from .quantize import FORMATS, check, matrices, replace_matrix
@@ -46,8 +46,11 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+KNOWN = [*MODELS, *VISION_MODELS]
+Kind = TypeVar("Kind", bound=Network)
+
 QUANTISED = ("quantization", "fingerprint")  # what it says of a quantised model: the format, whose states fit
-NOTES = ("chat_template", "opening_tokens")  # what a config.json may say to LLM, besides the sizes
+NOTES = ("chat_template", "opening_tokens", "labels")  # what a config.json may say besides the sizes
 TIME_STATE = "rookery.time_state"  # the format that the metadata of a tuned state name
 
 
@@ -57,8 +60,8 @@ def load(
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
     quantize: str | None = None,
-) -> Model:
-    """The model in a file or folder, in eval mode.
+) -> Any:
+    """The model in a file or folder, in eval mode: a Model, or for Vision-RWKV a VisionModel.
 
     Args:
         path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or one of the hub's:
@@ -71,7 +74,7 @@ def load(
     Raises:
         InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
     """
-    return load_found(path, dtype, device, ln_x_eps, quantize)[0]
+    return load_found(path, dtype, device, ln_x_eps, quantize, Network)[0]
 
 
 def load_found(
@@ -80,14 +83,19 @@ def load_found(
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
     quantize: str | None = None,
-) -> tuple[Model, formats.Found]:
-    """As `load`, and what else was found where the model lay."""
+    kind: type[Kind] = Model,  # type: ignore[assignment]
+) -> tuple[Kind, formats.Found]:
+    """As `load`, and what else was found where the model lay. `kind`: Model, VisionModel, or Network for both."""
     path = locate(path)
     target = None if dtype is None else _dtype(dtype)
     where = _device(device)
     try:
         found = formats.read(path)
-        return assemble(found.tensors, found.described, target, where, ln_x_eps, quantize), found
+        model = assemble(found.tensors, found.described, target, where, ln_x_eps, quantize)
+        if not isinstance(model, kind):
+            what = "pictures, not text" if isinstance(model, VisionModel) else "text, not pictures"
+            raise InputError(f"this model ({model.name}) reads {what}")
+        return model, found
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -106,13 +114,13 @@ def locate(path: str | Path) -> Path:
             described = json.loads((path.parent / "config.json").read_text())
         except (OSError, ValueError):
             return path  # somebody else's; the tensors alone are enough
-        if isinstance(described, dict) and (described.get("model") in list(MODELS) or "model_type" in described):
+        if isinstance(described, dict) and (described.get("model") in KNOWN or "model_type" in described):
             return path.parent
     return path
 
 
 def save(
-    model: Model,
+    model: Network,
     folder: str | Path,
     tokenizer_file: str | Path | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -122,7 +130,7 @@ def save(
     All files are written before the first takes the place of an old one.
 
     notes: what LLM should know of the model: "chat_template" (a name in engine/chat.py) and "opening_tokens" (the
-        ids that stood in front of every text in training).
+        ids that stood in front of every text in training); of pictures "labels" (the names of the classes).
     """
     unknown = [key for key in notes or {} if key not in NOTES]
     if unknown:
@@ -211,7 +219,7 @@ def initial_state(path: str | Path, model: Model) -> State:
 
 def identify(
     tensors: Tensors, described: Mapping[str, Any] | None = None, ln_x_eps: float | None = None
-) -> tuple[type[Model], Any]:
+) -> tuple[type[Any], Any]:
     """Class and configuration of the model that these tensors are, all of them. Wrappers' prefixes and what the class
     never reads are taken out of `tensors`; packed matrices count with the shapes they stand for.
 
@@ -219,8 +227,8 @@ def identify(
         InputError: they make no model, or not the one that is described.
     """
     described = described or {}
-    if described and described.get("model") not in list(MODELS):
-        raise InputError(f'config.json names no model; "model" must be one of {", ".join(MODELS)}')
+    if described and described.get("model") not in KNOWN:
+        raise InputError(f'config.json names no model; "model" must be one of {", ".join(KNOWN)}')
     for key in list(tensors):
         plain = key.removeprefix("_forward_module.").removeprefix("_orig_mod.")  # DeepSpeed's wrapper, torch.compile's
         if plain != key and plain in tensors:
@@ -235,7 +243,7 @@ def identify(
     return cls, config
 
 
-def _skeleton(cls: type[Model], config: Any) -> Model:
+def _skeleton(cls: type[Network], config: Any) -> Network:
     with torch.device("meta"):  # takes no memory
         return cls(config)
 
@@ -247,7 +255,7 @@ def assemble(
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
     quantize: str | None = None,
-) -> Model:
+) -> Any:
     """A model, in eval mode, out of tensors under BlinkDL's names. `described` is what a config.json says."""
     described = described or {}
     found = stored(tensors)
@@ -334,7 +342,7 @@ def _take_packed(tensors: Tensors, format: str | None) -> dict[str, tuple[Tensor
 
 
 def _config(
-    cls: type[Model], shapes: Mapping[str, torch.Size], described: Mapping[str, Any], ln_x_eps: float | None
+    cls: type[Network], shapes: Mapping[str, torch.Size], described: Mapping[str, Any], ln_x_eps: float | None
 ) -> Any:
     """The configuration that the tensors show; what a config.json says must agree with it."""
     try:
@@ -354,21 +362,29 @@ def _config(
             continue
         if key not in shown:
             raise InputError(f"config.json has an unknown key {key!r}; {cls.name} knows {', '.join(shown)}")
-        if key != "ln_x_eps" and value != shown[key]:
+        if key not in cls.unseen and value != shown[key]:
             raise InputError(f"config.json says {key} = {value!r}, but the tensors say {shown[key]!r}")
-    eps = described.get("ln_x_eps") if ln_x_eps is None else ln_x_eps
-    if eps is None:
-        return config
-    if "ln_x_eps" not in shown:
-        raise InputError(f"{cls.name} has no norm after its recurrence, so ln_x_eps means nothing to it")
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < math.inf:
-        raise InputError(f"ln_x_eps must be a positive number like 64e-5, got {eps!r}")
-    return replace(config, ln_x_eps=float(eps))
+    told = {key: described[key] for key in cls.unseen if key in described}
+    if ln_x_eps is not None:
+        told["ln_x_eps"] = ln_x_eps
+    if "ln_x_eps" in told:
+        eps = told["ln_x_eps"]
+        if "ln_x_eps" not in shown:
+            raise InputError(f"{cls.name} has no norm after its recurrence, so ln_x_eps means nothing to it")
+        if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < math.inf:
+            raise InputError(f"ln_x_eps must be a positive number like 64e-5, got {eps!r}")
+        told["ln_x_eps"] = float(eps)
+    try:
+        return replace(config, **told)
+    except TypeError as error:
+        raise InputError(f"config.json has a setting of a wrong kind ({error})") from error
 
 
 def check_note(key: str, value: Any) -> None:
     if key == "chat_template" and not isinstance(value, str):
         raise InputError(f"config.json says {key} = {value!r}, which is no name of a template")
+    if key == "labels" and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+        raise InputError(f"config.json says {key} = {value!r}, which is no list of names")
     if key == "opening_tokens" and not (isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)):
         raise InputError(f"config.json says {key} = {value!r}, which is no list of token ids")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .memory import Rooms
-from .models import Model
+from .models import Network
 from .models.parts import Linear, PackedLinear
 from .ops.packed import GROUP, LEVELS, pack, tile
 
@@ -26,7 +26,7 @@ BLOCK = 1 << 18  # weights at a time: fits the cache
 TINY, HUGE = 2.0**-24, 65504  # the ends of float16
 
 
-def quantize(model: Model, format: str, progress: Callable[[list], Iterable] = iter) -> Model:
+def quantize(model: Network, format: str, progress: Callable[[list], Iterable] = iter) -> Network:
     """Replaces the matrices of `model` by packed ones, "int8" or "int4", and returns it.
 
     The model is changed in place, runs on as before and cannot be trained; `rookery.save` writes it and
@@ -40,7 +40,7 @@ def quantize(model: Model, format: str, progress: Callable[[list], Iterable] = i
     """
     check(model, format)
     model.fingerprint  # noqa: B018  taken before the weights go: the states stay those of the original
-    rooms = Rooms(model.emb.weight.device)
+    rooms = Rooms(next(model.parameters()).device)
     for name, linear in progress(matrices(model)):
         if not linear.weight.isfinite().all():
             raise InputError(f"{name}.weight holds numbers that are infinite or none")
@@ -50,7 +50,7 @@ def quantize(model: Model, format: str, progress: Callable[[list], Iterable] = i
     return model
 
 
-def check(model: Model, format: str) -> None:
+def check(model: Network, format: str) -> None:
     """InputError if `model` cannot be quantised so; its weights are not looked at."""
     if format not in FORMATS:
         raise InputError(f"there is no quantisation {format!r}; choose one of {', '.join(FORMATS)}")
@@ -63,12 +63,12 @@ def check(model: Model, format: str) -> None:
             raise InputError(f"{name}.weight has rows of {linear.in_features} weights, not whole groups of {GROUP}")
 
 
-def matrices(model: Model) -> list[tuple[str, Linear]]:
+def matrices(model: Network) -> list[tuple[str, Linear]]:
     """The matrices that are quantised, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
-def replace_matrix(model: Model, name: str, q: Tensor, scales: Tensor, rooms: Rooms) -> None:
+def replace_matrix(model: Network, name: str, q: Tensor, scales: Tensor, rooms: Rooms) -> None:
     """Puts a packed matrix in the place of a `Linear`; q and scales as `quantise_int8` or `quantise_int4` give them."""
     parent, _, child = name.rpartition(".")
     data, scales = map(rooms.copy, tile(q, scales))
@@ -94,9 +94,9 @@ def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=w.device)
     # the code nearest to (i - 128) / 2 + 1/4; between two integers the midpoint is a multiple of 1/2, so this is exact
-    nearest = torch.bucketize((torch.arange(256) - 127.5) / 2, (levels[1:] + levels[:-1]) / 2)
+    nearest = torch.bucketize((torch.arange(256, device=w.device) - 127.5) / 2, (levels[1:] + levels[:-1]) / 2)
     rounded = levels[nearest]
 
     def bins(x: Tensor) -> Tensor:

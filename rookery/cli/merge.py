@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .. import adapters
 from ..adapters.rwkv_peft import merge_file
-from ..checkpoint import load, save
+from ..checkpoint import load_found, save
 from ..errors import InputError
+from ..models import Model
 from .pack import apart, belongings
 
 
@@ -16,7 +17,7 @@ def merge(
 ) -> None:
     """Writes the folder `target`, with tokenizer and notes of `source`; the notes of the adapter count for more."""
     source, target = apart(source, target)
-    model = load(source, dtype=dtype)
+    model: Model = load_found(source, dtype=dtype)[0]
     tokenizer, notes = belongings(source, model)
     if folder.is_file():
         merge_file(model, folder, alpha, beginning)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from ..checkpoint import load, locate, notes, save
+from ..checkpoint import load_found, locate, notes, save
 from ..errors import InputError
 from ..models import Model
 from ..quantize import quantize
@@ -20,7 +20,7 @@ def pack(source: Path, target: Path, format: str, dtype: str | None) -> None:
     """Reads `source`, packs its matrices and writes the folder `target`, with tokenizer and notes of `source`."""
     source, target = apart(source, target)
     console = Console(stderr=True)
-    model = load(source, dtype=dtype)
+    model: Model = load_found(source, dtype=dtype)[0]
     size = sum(p.nbytes for p in model.parameters())
     quantize(model, format, lambda matrices: track(matrices, f"packing in {format}", console=console))
     save(model, target, *belongings(source, model))

@@ -24,12 +24,12 @@ def train(settings: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"training needs {error.name}: pip install 'rookery[train]'") from error
     run = Run(told)
-    if run.data.tokenizer is not None:  # else nobody can tell what text its ids are
+    if not told.model.sees and run.data.tokenizer is not None:  # else nobody can tell what text its ids are
         tokenizer = load_tokenizer(run.data.tokenizer, run.plain.config.vocab_size)
 
         def sample(model: Model, prompt: str) -> str:
             llm = LLM(model, tokenizer=tokenizer)
-            llm.opening = run.notes.get("opening_tokens", [])
+            llm.opening = run.passes.notes.get("opening_tokens", [])
             return prompt + llm.generate(prompt, SAMPLE, seed=0)
 
         run.sample = sample

@@ -1,4 +1,4 @@
-"""Every file that holds an RWKV: what it is, and its tensors under BlinkDL's names.
+"""Every file that holds an RWKV: what it is, and its tensors under BlinkDL's names (Vision-RWKV's under its own).
 
 One file a format, each with its table of names, both ways. What a file is, its first bytes and its tensors tell, not
 its name. Nothing here knows a model: rookery.load makes one of what is read, `rookery convert` writes.
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from . import ggml, gguf, huggingface, webrwkv
-from .stored import Tensors, read_folder, read_pth, read_safetensors
+from . import ggml, gguf, huggingface, vision_rwkv, webrwkv
+from .stored import Stored, Tensors, read_folder, read_pth, read_safetensors
+
+__all__ = ["Found", "Stored", "read"]
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Found:
     """What a file or folder holds.
 
     Attributes:
-        format: "blinkdl", "safetensors", "rookery", "huggingface", "gguf", "ggml" or "webrwkv".
+        format: "blinkdl", "safetensors", "rookery", "huggingface", "gguf", "ggml", "webrwkv" or "vision_rwkv".
         tensors: under BlinkDL's names.
         described: what it says of itself, in the words of our configurations; the notes for LLM too.
         tokenizer: the tokenizer.json that is inside.
@@ -71,6 +73,8 @@ def _named(format: str, tensors: Tensors) -> Found:
         return Found("huggingface", huggingface.to_blinkdl(tensors), {})
     if webrwkv.is_webrwkv(tensors):
         return Found("webrwkv", webrwkv.to_blinkdl(tensors), {})
+    if vision_rwkv.is_vision_rwkv(tensors):
+        return Found("vision_rwkv", vision_rwkv.to_ours(tensors), {})
     return Found(format, tensors, {})
 
 

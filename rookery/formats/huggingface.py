@@ -106,6 +106,9 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
 
     tied: the head shares the embedding's weights and may be left out.
     """
+    if "embeddings.weight" in tensors:  # of a base model, which is saved without the name it has in one with a head
+        whole = "model" if "layers.0.attn.r_k" in tensors else "rwkv"
+        tensors = {f"{whole}.{name}": x for name, x in tensors.items()}
     if "model.layers.0.attn.r_k" in tensors:
         made = _from_fla(tensors)
     else:

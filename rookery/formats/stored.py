@@ -83,6 +83,10 @@ def read_pth(path: Path) -> Tensors:
         raise InputError(f"damaged or truncated .pth file ({first[:120]})") from None
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise InputError(f"holds a {type(tensors).__name__}, not a dictionary of named tensors")
+    for key in ("state_dict", "model"):  # as programs that train on pictures keep them, beside what else they keep
+        inside = tensors.get(key)
+        if isinstance(inside, dict) and any("patch_embed." in str(name) for name in inside):
+            tensors = inside
     if not any(isinstance(x, Tensor) for x in tensors.values()):
         keys = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
         raise InputError(f"not an RWKV checkpoint (it holds {keys or 'nothing'})")

@@ -2,7 +2,7 @@
 
     rookery.integrations.transformers.register()
 
-puts these classes into AutoConfig, AutoModelForCausalLM and AutoTokenizer, for the layouts that the hub has:
+puts these classes into AutoConfig, AutoModelForCausalLM, AutoModel and AutoTokenizer, for the layouts that the hub has:
 RWKV/rwkv-4-* ("rwkv"), RWKV/rwkv-5-* ("rwkv5"), RWKV/rwkv-6-* ("rwkv6") and RWKV/RWKV7-Goose-* ("rwkv7"). What
 transformers' own class for RWKV-4 does is done here too, by our model.
 
@@ -16,40 +16,46 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import ModelOutput
 
-from .. import hub
-from ..checkpoint import load
+from .. import formats, hub
+from ..checkpoint import DTYPES, assemble
 from ..errors import InputError
 from ..formats import huggingface
 from ..formats.stored import Stored
-from ..models import MODELS, Model, State
+from ..models import Model, State
+from .configs import CONFIGS, Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
+from .reading import read
 from .tokenizer import RwkvTokenizer, chat_template
 
 __all__ = [
     "RWKV7Config",
     "RWKV7ForCausalLM",
+    "RWKV7Model",
     "Rwkv5Config",
     "Rwkv5ForCausalLM",
+    "Rwkv5Model",
     "Rwkv6Config",
     "Rwkv6ForCausalLM",
+    "Rwkv6Model",
     "RwkvConfig",
     "RwkvForCausalLM",
+    "RwkvModel",
     "RwkvPreTrainedModel",
     "RwkvTokenizer",
     "chat_template",
@@ -57,92 +63,17 @@ __all__ = [
 ]
 
 
-class RwkvBaseConfig(PreTrainedConfig):
-    """What all generations have in common. None stands for what the training recipe takes."""
+@dataclass
+class RwkvOutput(ModelOutput):
+    """
+    last_hidden_state: [B, T, C], what the head would read: after the last norm. A padded place has that of the last
+        token before it.
+    state, hidden_states: as of RwkvCausalLMOutput.
+    """
 
-    model_type: ClassVar[str] = ""
-    attribute_map: ClassVar[dict[str, str]] = {"max_position_embeddings": "context_length"}
-
-    vocab_size: int = 65536
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    intermediate_size: int | None = None
-    context_length: int = 4096
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = None
-    tie_word_embeddings: bool = False
-    use_cache: bool = True
-
-    def ours(self) -> tuple[type[Model], Any]:
-        """The class of the model and its configuration."""
-        told = huggingface.describe({"model_type": self.model_type, **self.to_dict()})
-        cls = MODELS[told.pop("model")]
-        head = {"head_size": told["head_size"]} if "head_size" in told else {}
-        usual = cls.Config.sized(self.vocab_size, self.num_hidden_layers, self.hidden_size, **head)
-        known = {field.name for field in fields(usual)}
-        return cls, replace(usual, **{key: value for key, value in told.items() if key in known})
-
-    @classmethod
-    def of(cls, model: Model, notes: Mapping[str, Any] | None = None) -> RwkvBaseConfig:
-        """The configuration of a model of ours."""
-        told = huggingface.config_json(model.name, model.config, notes or {}, model.emb.weight.dtype)
-        return CONFIGS[told["model_type"]](**told)
-
-
-class RwkvConfig(RwkvBaseConfig):
-    """RWKV-4, in the words of transformers' own class."""
-
-    model_type: ClassVar[str] = "rwkv"
-
-    vocab_size: int = 50277
-    attention_hidden_size: int | None = None
-    layer_norm_epsilon: float = 1e-5
-    rescale_every: int = 6
-
-
-class Rwkv5Config(RwkvConfig):
-    """RWKV-5."""
-
-    model_type: ClassVar[str] = "rwkv5"
-
-    vocab_size: int = 65536
-    head_size: int = 64
-    head_size_divisor: int | float = 8
-    version: str = "5.2"
-
-
-class Rwkv6Config(RwkvConfig):
-    """RWKV-6."""
-
-    model_type: ClassVar[str] = "rwkv6"
-
-    vocab_size: int = 65536
-    head_size: int = 64
-    head_size_divisor: int | float = 8
-    time_mix_extra_dim: int | None = None
-    time_decay_extra_dim: int | None = None
-
-
-class RWKV7Config(RwkvBaseConfig):
-    """RWKV-7, in the words of flash-linear-attention."""
-
-    model_type: ClassVar[str] = "rwkv7"
-
-    head_dim: int = 64
-    decay_low_rank_dim: int | None = None
-    a_low_rank_dim: int | None = None
-    v_low_rank_dim: int | None = None
-    gate_low_rank_dim: int | None = None
-    hidden_act: str = "sqrelu"
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
-
-
-CONFIGS: dict[str, type[RwkvBaseConfig]] = {
-    config.model_type: config for config in (RwkvConfig, Rwkv5Config, Rwkv6Config, RWKV7Config)
-}
+    last_hidden_state: Tensor | None = None
+    state: State | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -160,8 +91,19 @@ class RwkvCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+class _Begun:
+    """What peft is shown in place of a cache: its prompt tuning puts the trained vectors in front of whatever is read,
+    at every step, unless it is given `past_key_values` that hold something already."""
+
+    def get_seq_length(self) -> int:
+        return 1
+
+
+BEGUN = _Begun()
+
+
 class RwkvPreTrainedModel(PreTrainedModel):
-    """The one model class; each generation's differs in its configuration alone."""
+    """What models with and without a head have in common; each generation's differ in their configuration alone."""
 
     base_model_prefix = "rwkv"
     supports_gradient_checkpointing = True
@@ -185,7 +127,18 @@ class RwkvPreTrainedModel(PreTrainedModel):
     def of(cls, model: Model) -> RwkvPreTrainedModel:
         """A model of ours, as it is, in the class of its generation. They share their weights."""
         config = RwkvBaseConfig.of(model)
-        return MODELS_OF[type(config)](config, model)
+        return cls._class(config)(config, model)
+
+    @classmethod
+    def _class(cls, config: RwkvBaseConfig) -> type[RwkvPreTrainedModel]:
+        """That of the generation, with a head or without."""
+        return MODELS_OF[type(config)]
+
+    @classmethod
+    def _load(
+        cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
+    ) -> Model:
+        return load_found(path, dtype, device, quantize=quantize)[0]
 
     def init_weights(self) -> None:
         """Done by the generation's file when the model is made."""
@@ -237,15 +190,43 @@ class RwkvPreTrainedModel(PreTrainedModel):
             known = ("revision", "cache_dir", "token", "local_files_only", "force_download")
             path = hub.fetch(str(path), **{key: options[key] for key in known if options.get(key) is not None})
         wanted = torch_dtype if dtype is None else dtype
-        model = load(path, None if wanted == "auto" else wanted, device=_device(device_map), quantize=quantize)
+        model = cls._load(path, None if wanted == "auto" else wanted, _device(device_map), quantize)
         if config is None or not isinstance(config, RwkvBaseConfig):
             config = RwkvBaseConfig.of(model)
-        made = MODELS_OF[type(config)](config, model).eval()
+        made = cls._class(config)(config, model).eval()
         made.name_or_path = config._name_or_path = str(pretrained_model_name_or_path)
         if (path / "generation_config.json").is_file():
             made.generation_config = GenerationConfig.from_pretrained(path)
         info: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (made, info) if output_loading_info else made
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        state: State | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        rest: Mapping[str, Any],
+        last_only: bool = False,
+    ) -> tuple[Tensor, State | None, tuple[Tensor, ...] | None]:
+        """What `self.rwkv` makes of the arguments of forward, and with a cache the state."""
+        for name in ("past_key_values", "cache"):
+            if rest.get(name) is not None and rest[name] is not BEGUN:
+                raise InputError(
+                    f"RWKV has no {name} (peft's prefix tuning is not for it); what it has read is `state`"
+                )
+        collect = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        out, left, hidden = read(
+            self.rwkv, input_ids, inputs_embeds, attention_mask, state, last_only=last_only, collect=bool(collect)
+        )
+        cached = use_cache if use_cache is not None else self.config.use_cache and not self.training
+        return out, left if cached else None, hidden
+
+
+class _CausalLM(RwkvPreTrainedModel, GenerationMixin):
+    """With a head."""
 
     def forward(
         self,
@@ -267,64 +248,40 @@ class RwkvPreTrainedModel(PreTrainedModel):
             state: what an earlier call returned.
             labels: [B, T], shifted here; -100 does not count.
             logits_to_keep: only for so many of the last places; 0 = all.
+            inputs_embeds: [B, T, C], vectors of the embedding in place of input_ids.
         """
-        if inputs_embeds is not None or input_ids is None:
-            raise InputError("RWKV reads input_ids; it has no way in for inputs_embeds")
-        rows, length = input_ids.shape
-        there = None if attention_mask is None else attention_mask[:, -length:].bool()
-        if there is None or bool(there.all()):
-            there = None
-        collect = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         last_only = logits_to_keep == 1 and labels is None
-        with _Watched(self.rwkv, bool(collect)) as seen:
-            if there is None:
-                logits, left = self.rwkv(input_ids, state, last_only=last_only)
-            else:
-                logits, left = self._read_packed(input_ids, there, state, last_only)
+        logits, left, hidden = self._read(
+            input_ids, inputs_embeds, attention_mask, state, use_cache, output_hidden_states, kwargs, last_only
+        )
         if logits_to_keep > 1 and labels is None:
             logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        cached = use_cache if use_cache is not None else self.config.use_cache and not self.training
-        hidden = None
-        if collect:
-            hidden = tuple(x if there is None else _spread(x, there, rows, length) for x in seen)
-        output = RwkvCausalLMOutput(loss=loss, logits=logits, state=left if cached else None, hidden_states=hidden)
+        output = RwkvCausalLMOutput(loss=loss, logits=logits, state=left, hidden_states=hidden)
         return output if return_dict is not False else output.to_tuple()
 
-    def _read_packed(self, tokens: Tensor, there: Tensor, state: State | None, last_only: bool) -> tuple[Tensor, State]:
-        """Rows of different lengths, side by side without their padding."""
-        counts = there.sum(1).tolist()
-        if 0 in counts:
-            raise InputError(f"row {counts.index(0)} of the batch is nothing but padding")
-        ends = [0]
-        for count in counts:
-            ends.append(ends[-1] + count)
-        logits, left = self.rwkv(tokens[there][None], state, cu_seqlens=ends, last_only=last_only)
-        if last_only:
-            return logits.transpose(0, 1), left  # [B, 1, V]
-        spread = _spread(logits, there, *tokens.shape)
-        if not bool(there[:, -1].all()):
-            place = torch.arange(tokens.shape[1], device=there.device).expand_as(there)
-            before = torch.where(there, place, 0).cummax(1).values
-            spread = spread.gather(1, before[..., None].expand_as(spread))
-        return spread, left
-
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, state: State | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Only what the state has not read yet."""
-        if state is not None and kwargs.get("is_first_iteration") is not True:
-            input_ids = input_ids[:, -1:]
-        return {
-            "input_ids": input_ids,
+        begun = state is not None and kwargs.get("is_first_iteration") is not True
+        told = {
             "state": state,
             "attention_mask": attention_mask,
             "use_cache": kwargs.get("use_cache"),
             "output_hidden_states": kwargs.get("output_hidden_states"),
             "logits_to_keep": 1,
         }
+        if begun:
+            return told | {"input_ids": input_ids[:, -1:], "past_key_values": BEGUN}
+        return told | ({"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})
 
     def _update_model_kwargs_for_generation(
         self,
@@ -333,7 +290,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
         is_encoder_decoder: bool = False,
         num_new_tokens: int = 1,
     ) -> dict[str, Any]:
-        model_kwargs = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+        model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
         if outputs.get("state") is not None:
@@ -346,31 +303,63 @@ class RwkvPreTrainedModel(PreTrainedModel):
         return state[beam_idx.tolist()]
 
 
-class _Watched:
-    """While it is entered, collects what goes into the first block and comes out of each."""
+class _Body(RwkvPreTrainedModel):
+    """Without a head."""
 
-    def __init__(self, model: Model, wanted: bool):
-        self.model, self.wanted, self.hooks, self.seen = model, wanted, [], []  # type: ignore[var-annotated]
+    def __init__(self, config: RwkvBaseConfig, rwkv: Model | None = None):
+        super().__init__(config, rwkv)
+        self.rwkv = _without_head(self.rwkv)
 
-    def __enter__(self) -> list[Tensor]:
-        if self.wanted:
-            self.native, self.model.uses_native = self.model.uses_native, False  # C++ has no places to look in
-            first = self.model.blocks[0]
-            self.hooks.append(first.register_forward_pre_hook(lambda module, inputs: self.seen.append(inputs[0])))
-            for block in self.model.blocks:
-                self.hooks.append(block.register_forward_hook(lambda module, inputs, out: self.seen.append(out[0])))
-        return self.seen
+    @classmethod
+    def _class(cls, config: RwkvBaseConfig) -> type[RwkvPreTrainedModel]:
+        return BODIES_OF[type(config)]
 
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        if self.wanted:
-            self.model.uses_native = self.native
+    @classmethod
+    def _load(
+        cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
+    ) -> Model:
+        if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
+            raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
+        wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        try:
+            found = formats.read(path)
+            if "emb.weight" in found.tensors:  # stands in for the head that the file need not have, and goes with it
+                found.tensors.setdefault("head.weight", found.tensors["emb.weight"])
+            model: Any = assemble(found.tensors, found.described, wanted, device, quantize=quantize)
+            return model
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def get_output_embeddings(self) -> None:  # type: ignore[override]
+        return None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RwkvOutput | tuple:
+        """The arguments are those of the class with a head."""
+        out, left, hidden = self._read(
+            input_ids, inputs_embeds, attention_mask, state, use_cache, output_hidden_states, kwargs
+        )
+        output = RwkvOutput(last_hidden_state=out, state=left, hidden_states=hidden)
+        return output if return_dict is not False else output.to_tuple()
 
 
-def _spread(x: Tensor, there: Tensor, rows: int, length: int) -> Tensor:
-    """A packed [1, sum, C] back in its places [B, T, C]; zeros where nothing was."""
-    return x.new_zeros(rows, length, x.shape[-1]).masked_scatter(there[..., None], x)
+def _without_head(model: Model) -> Model:
+    """A model of the same parts that gives what its head would read; `model` stays as it is."""
+    with torch.device("meta"):
+        body = type(model)(model.config)
+    body.emb, body.blocks, body.ln_out, body.head = model.emb, model.blocks, model.ln_out, nn.Identity()
+    body.quantization = model.quantization
+    body.uses_native = False  # the C++ step gives logits
+    return body.train(model.training)
 
 
 def _device(map: Any) -> torch.device | str:
@@ -419,32 +408,59 @@ def _from_hub(module: RwkvPreTrainedModel, state: dict[str, Any], prefix: str, *
         state[f"{prefix}rwkv.{name}" if name in shapes else prefix + name] = value
 
 
-class RwkvForCausalLM(RwkvPreTrainedModel, GenerationMixin):
+class RwkvForCausalLM(_CausalLM):
     """RWKV-4."""
 
     config_class = RwkvConfig
 
 
-class Rwkv5ForCausalLM(RwkvPreTrainedModel, GenerationMixin):
+class RwkvModel(_Body):
+    """RWKV-4 without its head."""
+
+    config_class = RwkvConfig
+
+
+class Rwkv5ForCausalLM(_CausalLM):
     """RWKV-5."""
 
     config_class = Rwkv5Config
 
 
-class Rwkv6ForCausalLM(RwkvPreTrainedModel, GenerationMixin):
+class Rwkv5Model(_Body):
+    """RWKV-5 without its head."""
+
+    config_class = Rwkv5Config
+
+
+class Rwkv6ForCausalLM(_CausalLM):
     """RWKV-6."""
 
     config_class = Rwkv6Config
 
 
-class RWKV7ForCausalLM(RwkvPreTrainedModel, GenerationMixin):
+class Rwkv6Model(_Body):
+    """RWKV-6 without its head."""
+
+    config_class = Rwkv6Config
+
+
+class RWKV7ForCausalLM(_CausalLM):
     """RWKV-7."""
+
+    config_class = RWKV7Config
+
+
+class RWKV7Model(_Body):
+    """RWKV-7 without its head."""
 
     config_class = RWKV7Config
 
 
 MODELS_OF: dict[type[RwkvBaseConfig], type[RwkvPreTrainedModel]] = {
     cls.config_class: cls for cls in (RwkvForCausalLM, Rwkv5ForCausalLM, Rwkv6ForCausalLM, RWKV7ForCausalLM)
+}
+BODIES_OF: dict[type[RwkvBaseConfig], type[RwkvPreTrainedModel]] = {
+    cls.config_class: cls for cls in (RwkvModel, Rwkv5Model, Rwkv6Model, RWKV7Model)
 }
 
 
@@ -453,4 +469,5 @@ def register() -> None:
     for kind, config in CONFIGS.items():
         AutoConfig.register(kind, config, exist_ok=True)
         AutoModelForCausalLM.register(config, MODELS_OF[config], exist_ok=True)
+        AutoModel.register(config, BODIES_OF[config], exist_ok=True)
         AutoTokenizer.register(config, RwkvTokenizer, exist_ok=True)

@@ -1,16 +1,17 @@
-"""The generations: one file each, found by name or by the keys of a checkpoint."""
+"""The generations, one file each, and Vision-RWKV: found by name or by the keys of a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
-from .parts import Model
+from .parts import Model, Network
 from .rwkv4 import RWKV4, RWKV4Config
 from .rwkv5 import RWKV5, RWKV5Config
 from .rwkv6 import RWKV6, RWKV6Config
 from .rwkv7 import RWKV7, RWKV7Config
 from .state import LayerState, State
+from .vision import VRWKV, VRWKV6, VisionModel
 
 __all__ = [
     "MODELS",
@@ -18,17 +19,23 @@ __all__ = [
     "RWKV5",
     "RWKV6",
     "RWKV7",
+    "VISION_MODELS",
+    "VRWKV",
+    "VRWKV6",
     "LayerState",
     "Model",
+    "Network",
     "RWKV4Config",
     "RWKV5Config",
     "RWKV6Config",
     "RWKV7Config",
     "State",
+    "VisionModel",
     "detect",
 ]
 
 MODELS: dict[str, type[Model]] = {cls.name: cls for cls in (RWKV4, RWKV5, RWKV6, RWKV7)}
+VISION_MODELS: dict[str, type[VisionModel]] = {cls.name: cls for cls in (VRWKV, VRWKV6)}
 
 # Parts of keys that tell a relative of these models, the more special first. Loading such a file as its nearest
 # relation would give wrong numbers without a word.
@@ -46,8 +53,10 @@ UNSUPPORTED = (
 )
 
 
-def detect(shapes: Mapping[str, Sequence[int]]) -> type[Model]:
-    """The generation whose checkpoint has these keys, in whatever order; InputError where there is none."""
+def detect(shapes: Mapping[str, Sequence[int]]) -> type[Network]:
+    """The class whose checkpoint has these keys, in whatever order; InputError where there is none."""
+    if "patch_embed.projection.weight" in shapes:
+        return VRWKV6 if "layers.0.att.time_maa_x" in shapes else VRWKV
     for parts, what in UNSUPPORTED:
         if any(part in key for key in shapes for part in parts):
             raise InputError(f"this checkpoint is {what}")

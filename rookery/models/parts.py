@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from ..ops.packing import boundaries
 from . import native
 from .spread import Boundaries, Spread
 from .state import LayerState, State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def widen(x: Tensor) -> Tensor:
@@ -122,25 +125,22 @@ def check_heads(config: Any) -> None:
         raise InputError(f"{config.dim_att} attention channels do not divide into heads of {config.head_size}")
 
 
-class Model(nn.Module):
-    """The base of every generation: what a caller hands in is checked here, once.
+class Network(nn.Module):
+    """What files and training need of any model, of text or of pictures.
 
-    A generation's file defines `forward`, `init_weights` and `param_groups`, and in its time mix `initial_wkv`.
+    A model's file defines `forward`, `init_weights` and `param_groups`.
     """
 
     name: ClassVar[str]  # "rwkv7"
     Config: ClassVar[Any]
-    affine: ClassVar[bool] = True  # what a text leaves and reads of a state are affine maps of it; see spread.py
     ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
+    unseen: ClassVar[tuple[str, ...]] = ()  # settings that the tensors of a checkpoint do not show
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
-    state_tuning = False  # only the initial state is trained, see `tune_state`
+    state_tuning = False  # only the initial state is trained, see `Model.tune_state`
     adapted_from: str | None = None  # with adapters beside its matrices: the fingerprint it had without (adapters/)
-    uses_native = True  # the C++ step may take the place of the modules, see `native_step`
     sharded = False  # every process holds a piece of each parameter, and all must call the model together
     config: Any
-    emb: nn.Embedding
-    blocks: Any  # a ModuleList of the generation's Block
     init_weights: Callable[[], None]
     param_groups: Callable[[float, float], list[dict]]  # lr, weight_decay
 
@@ -148,7 +148,6 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self._fingerprint: str | None = None
-        self._step: native.Step | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -167,11 +166,34 @@ class Model(nn.Module):
         self._fingerprint = None
         return super().load_state_dict(*args, **options)
 
-    def train(self, mode: bool = True) -> Model:
+    def train(self, mode: bool = True) -> Self:
         """As in any module; leaving the training mode takes a new fingerprint, for the weights may have moved."""
         if self.training and not mode:
             self._fingerprint = None
         return super().train(mode)
+
+    def through(self, block: nn.Module, *inputs: Any) -> Any:
+        """What a block makes of its inputs."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class Model(Network):
+    """The base of every generation: what a caller hands in is checked here, once.
+
+    A generation's time mix defines `initial_wkv`.
+    """
+
+    affine: ClassVar[bool] = True  # what a text leaves and reads of a state are affine maps of it; see spread.py
+    unseen = ("ln_x_eps",)
+    uses_native = True  # the C++ step may take the place of the modules, see `native_step`
+    emb: nn.Embedding
+    blocks: Any  # a ModuleList of the generation's Block
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self._step: native.Step | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: everything but the addresses of this one's weights."""
@@ -206,12 +228,6 @@ class Model(nn.Module):
             att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
             layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
         return State(layers, self.fingerprint)
-
-    def through(self, block: nn.Module, *inputs: Any) -> Any:
-        """What a block makes of its inputs."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def native_step(self, tokens: Tensor, cu: Boundaries | None) -> native.Step | None:
         """The C++ that does the forward of these tokens, or None where the plain model must (native.py says when).

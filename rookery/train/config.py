@@ -1,4 +1,4 @@
-"""What a run is told: a TOML file of four sections, every value with a default that works.
+"""What a run is told: a TOML file of five sections, every value with a default that works.
 
 An unknown key, a value of another type or one that cannot be is named in one line before anything else happens.
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..models import MODELS
+from ..models import MODELS, VISION_MODELS
+from ..models.vision import SHIFTS
 from ..quantize import FORMATS
 
 if sys.version_info >= (3, 11):
@@ -45,9 +46,16 @@ class ModelSection:
     n_embd: int = 768
     vocab_size: int = 0  # 0: the data's vocabulary, up to the next multiple of 64
 
+    @property
+    def sees(self) -> bool:
+        """Whether it is of pictures."""
+        return self.generation in VISION_MODELS
+
     def check(self) -> None:
-        if self.generation not in MODELS:
-            raise InputError(f"model.generation is {self.generation!r}; known are {', '.join(MODELS)}")
+        if self.generation not in (known := [*MODELS, *VISION_MODELS]):
+            raise InputError(f"model.generation is {self.generation!r}; known are {', '.join(known)}")
+        if self.sees and (self.tune != "all" or self.quantize):
+            raise InputError(f"model.tune={self.tune} and model.quantize are not for {self.generation}")
         if self.tune not in TUNED:
             raise InputError(f"model.tune is {self.tune!r}; known are {', '.join(TUNED)}")
         if self.tune != "all" and not self.path:
@@ -74,12 +82,51 @@ class DataSection:
 
     def check(self) -> None:
         if not self.train:
-            raise InputError("data.train is missing: the token file to learn from (see `rookery data --help`)")
+            raise InputError(
+                "data.train is missing: the token file to learn from (see `rookery data --help`), or pictures"
+            )
         if self.order not in ORDERS:
             raise InputError(f"data.order is {self.order!r}; known are {', '.join(ORDERS)}")
         _positive("data", self, "ctx_len", "through")
         if self.through > 1 and self.order != "carried":
             raise InputError(f"data.through is for data.order=carried, not {self.order}")
+
+
+@dataclass(frozen=True)
+class VisionSection:
+    """Of models of pictures, whose data.train and data.eval are folders of one folder a class, .parquet files or
+    hf://NAME[:SPLIT]."""
+
+    size: int = 224  # of the pictures, in pixels
+    patch_size: int = 16
+    post_norm: bool = False
+    init_values: float = 0.0  # of the gammas; 0: there are none
+    drop_path: float = 0.0  # of the last layer, the first has 0
+    shift: str = "q"
+    causal: bool = False
+    crop: tuple[float, float] = (0.08, 1.0)  # shares of a picture's area that are cut out; 1.0, 1.0: no crop
+    flip: bool = True
+    rand_augment: int = 9  # magnitude, of 0 to 30, of two random changes a picture; 0: none
+    erasing: float = 0.25  # how many of the pictures lose a rectangle
+    mixup: float = 0.0  # of Beta(x, x); with cutmix too, each batch has one or the other
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+    workers: int = -1  # processes that read pictures; -1: as many as there are cores to spare, up to 8
+
+    def check(self) -> None:
+        _positive("vision", self, "size", "patch_size")
+        if self.size % self.patch_size:
+            raise InputError(f"vision.size is {self.size}, which patches of {self.patch_size} do not divide")
+        if self.shift not in SHIFTS:
+            raise InputError(f"vision.shift is {self.shift!r}; known are {', '.join(SHIFTS)}")
+        for name in ("drop_path", "erasing", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"vision.{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("init_values", "mixup", "cutmix", "rand_augment"):
+            if getattr(self, name) < 0:
+                raise InputError(f"vision.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise InputError(f"vision.crop must be two shares in (0, 1], got {list(self.crop)}")
 
 
 @dataclass(frozen=True)
@@ -121,7 +168,8 @@ class RunSection:
     seed: int = 0
     log_every: int = 10  # steps
     eval_every: int = 500  # steps; 0: at the end only
-    eval_rows: int = 64
+    eval_rows: int = 0  # 0: 64 of texts, all pictures
+    ema: float = 0.0  # the mean of the weights, of which so much stays at every step, is measured and kept; 0: none
     sample_every: int = 500  # steps; 0: never
     sample_prompt: str = "\n"
     save_minutes: float = 5.0  # between checkpoints
@@ -130,12 +178,12 @@ class RunSection:
     wandb: str = ""  # a project to log to, where wandb is installed
 
     def check(self) -> None:
-        _positive(
-            "run", self, "batch", "accumulate", "sequence_parallel", "log_every", "eval_rows", "keep", "save_minutes"
-        )
-        for name in ("steps", "epochs", "eval_every", "sample_every", "save_every"):
+        _positive("run", self, "batch", "accumulate", "sequence_parallel", "log_every", "keep", "save_minutes")
+        for name in ("steps", "epochs", "eval_every", "sample_every", "save_every", "eval_rows"):
             if getattr(self, name) < 0:
                 raise InputError(f"run.{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"run.ema must lie in [0, 1), got {self.ema}")
         if self.seed < 0:
             raise InputError(f"run.seed must not be negative, got {self.seed}")
         if self.precision not in PRECISIONS:
@@ -150,6 +198,7 @@ class Config:
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
+    vision: VisionSection = field(default_factory=VisionSection)
 
     def check(self) -> Config:
         """Itself; InputError if a value cannot be."""
@@ -158,13 +207,19 @@ class Config:
         pieces, length = self.run.sequence_parallel, self.data.ctx_len
         if length % pieces:
             raise InputError(f"data.ctx_len is {length}, which run.sequence_parallel = {pieces} does not divide")
+        if self.model.sees and (pieces > 1 or self.run.shard != "none"):
+            raise InputError(f"run.sequence_parallel and run.shard are not for {self.model.generation}")
+        if not self.model.sees and self.vision != VisionSection():
+            raise InputError(f"the section vision is for {', '.join(VISION_MODELS)}, not {self.model.generation}")
+        if self.run.ema and (self.run.shard != "none" or self.model.tune != "all"):
+            raise InputError("run.ema is for whole models: not with run.shard or model.tune")
         if self.run.shard != "none" and self.model.tune in ("lora", "dora"):
             raise InputError(f"run.shard is not for model.tune={self.model.tune}: adapters are small, and stay whole")
         if self.run.shard != "none" and self.optim.muon:
             raise InputError("optim.muon needs whole matrices: not with run.shard")
         if self.run.compile and pieces > 1:
             raise InputError("run.compile does not reach over processes: not with run.sequence_parallel")
-        if self.run.compile and self.data.order in ("documents", "carried"):
+        if self.run.compile and not self.model.sees and self.data.order in ("documents", "carried"):
             raise InputError("run.compile needs windows (data.order=shuffle): packed documents compile anew every step")
         return self
 

@@ -15,8 +15,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from ..errors import InputError
 from ..files import replacing
-from ..models import Model
-from ..models.parts import PackedLinear
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -30,6 +28,7 @@ class Journal:
         self.file = run.out / "log.jsonl"
         self.waiting: list[float] = run.waiting  # the losses since the last line
         self.since = (run.tokens, run.seconds)
+        self.speed = f"{run.passes.unit}s_per_second"
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task = TaskID(0)
@@ -52,14 +51,14 @@ class Journal:
 
             self.wandb = wandb.init(project=run.config.run.wandb, dir=run.out, resume="allow", id=_name(run.out))
         parameters = sum(p.numel() for p in run.plain.parameters() if p.requires_grad)
-        rows = f"{run.steps} steps of {run.passes.a_step} x {run.config.data.ctx_len} tokens"
-        tokens = len(run.data.tokens) / 1e6
-        self.say(f"{run.plain.name}: {parameters / 1e6:.1f} M parameters to train, {tokens:.1f} M tokens, {rows}")
+        self.say(
+            f"{run.plain.name}: {parameters / 1e6:.1f} M parameters to train, {run.passes.told()}, "
+            f"{run.steps} steps of {run.passes.a_step}"
+        )
         if run.step:
             self.say(f"going on from step {run.step}")
         self.peak = matrix_peak(run.accelerator.device, run.precision)
-        # once forward, twice backward; frozen weights have no gradient of their own
-        self.flops = flops_a_token(run.plain) * (3 if run.plain.emb.weight.requires_grad else 2)
+        self.flops = run.passes.flops(run.plain)
         columns = (TextColumn("{task.fields[told]}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console)
         self.task = self.bar.add_task("", total=run.steps, completed=run.step, told="")
@@ -84,22 +83,25 @@ class Journal:
         if run.step % run.config.run.log_every and run.step != run.steps:
             return
         tokens, seconds = run.tokens - self.since[0], run.seconds - self.since[1]
-        row: dict[str, Any] = {"step": run.step, "tokens": run.tokens, "seconds": round(run.seconds, 3)}
+        row: dict[str, Any] = {"step": run.step, f"{run.passes.unit}s": run.tokens, "seconds": round(run.seconds, 3)}
         row |= {"loss": sum(self.waiting) / len(self.waiting) if self.waiting else None, "grad_norm": norm}
-        row |= {"lr": run.optimizer.param_groups[0]["lr"], "tokens_per_second": round(tokens / seconds, 1)}
+        row |= {"lr": run.optimizer.param_groups[0]["lr"], self.speed: round(tokens / seconds, 1)}
         if not self.quiet:
             row["flops_share"] = round(tokens / seconds * self.flops / (self.peak * run.accelerator.num_processes), 4)
             loss_told = f"{row['loss']:.4f}" if self.waiting else "none"
-            told = f"loss {loss_told}  {row['tokens_per_second']:,.0f} tokens/s  {row['flops_share']:.0%} of peak"
+            told = f"loss {loss_told}  {row[self.speed]:,.0f} {run.passes.unit}s/s  {row['flops_share']:.0%} of peak"
             assert self.bar is not None
             self.bar.update(self.task, completed=run.step, told=told)
         self.since = run.tokens, run.seconds
         self.waiting.clear()
         self._write(row)
 
-    def measure(self, nats: float) -> None:
-        self.say(f"step {self.run.step}: {nats:.4f} nats a token on {self.run.config.data.eval}")
-        self._write({"step": self.run.step, "eval_loss": nats})
+    def measure(self, found: dict[str, float]) -> None:
+        told = f"step {self.run.step}: {found['eval_loss']:.4f} nats a {self.run.passes.unit}"
+        if "eval_accuracy" in found:
+            told += f", {found['eval_accuracy']:.2%} right"
+        self.say(f"{told} on {self.run.config.data.eval}")
+        self._write({"step": self.run.step, **found})
 
     def text(self, text: str) -> None:
         self.say(f"step {self.run.step} writes: {text}")
@@ -140,13 +142,6 @@ class Journal:
                 continue
         with replacing(self.file) as part:
             part.write_text("".join(kept), encoding="utf-8")
-
-
-def flops_a_token(model: Model) -> int:
-    """Of the forward pass: two for every weight of a matrix, the embedding apart, which is only looked up."""
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "emb.weight")
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
-    return 2 * (matrices + packed)
 
 
 def matrix_peak(device: torch.device, precision: str) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters import restore_adapter, save_adapter
 from ..checkpoint import read_time_state, save, save_time_state
@@ -35,7 +35,8 @@ log = logging.getLogger("rookery")
 
 NAME = re.compile(r"step-(\d{8})")
 OPTIMIZER, STANDING, TUNED = "optimizer.safetensors", "run.json", "time_state.safetensors"
-CARRIED = "carried.safetensors"
+CARRIED, MEAN = "carried.safetensors", "mean.safetensors"
+CUDA_RANDOM = "random_cuda"  # among the optimiser's tensors
 
 
 def keep(
@@ -48,10 +49,19 @@ def keep(
     tokenizer_file: Path | None = None,
     notes: Mapping[str, Any] | None = None,
     carried: State | None = None,
+    mean: nn.Module | None = None,
 ) -> Path:
-    """Writes the checkpoint of a step into `folder` and removes all but the `most` newest. `standing` is what else is
-    to be found again, as JSON can say it; `carried` the states that the next step begins from. OSError, and nothing
-    changed, where the disk is full. By the main process alone; of a model in pieces, by all together."""
+    """Writes the checkpoint of a step into `folder` and removes all but the `most` newest. By the main process alone;
+    of a model in pieces, by all together.
+
+    Args:
+        standing: what else is to be found again, as JSON can say it.
+        carried: the states that the next step begins from.
+        mean: the mean of the weights, torch's AveragedModel.
+
+    Raises:
+        OSError: the disk is full; nothing has changed.
+    """
     target = folder / f"step-{step:08}"
     part = folder / f".{target.name}.part"
     if shards.rank() == 0:
@@ -75,6 +85,8 @@ def keep(
             save_file(_tensors(model, optimizer), part / OPTIMIZER)
         if carried is not None:
             carried.save(part / CARRIED)
+        if mean is not None:
+            save_file({name: x.detach().cpu().contiguous() for name, x in mean.state_dict().items()}, part / MEAN)
         hashes |= _settled([file for file in part.iterdir() if file.name not in hashes])
         (part / STANDING).write_text(json.dumps({"step": step, **standing, "files": hashes}, indent=1) + "\n")
         _to_disk(part / STANDING)
@@ -121,7 +133,7 @@ def _damaged(path: Path, hashes: Mapping[str, str]) -> str | None:
     return next((file.name for file in path.glob("*.safetensors") if file.name not in hashes), None)
 
 
-def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, mean: nn.Module | None = None) -> None:
     """Puts the numbers of a checkpoint, random state included, where they were. By all processes."""
     if model.sharded or any(path.glob(shards.FILES)):
         shards.read(path, model, optimizer)
@@ -137,6 +149,12 @@ def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
         raise InputError(f"{path}: is a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from error
     tensors = load_file(path / OPTIMIZER)
     torch.set_rng_state(tensors.pop("random"))
+    if CUDA_RANDOM in tensors:
+        there = tensors.pop(CUDA_RANDOM)
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(there)
+    if mean is not None:
+        mean.load_state_dict(load_file(path / MEAN))
     names = _names(model, optimizer)
     found = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
@@ -152,6 +170,8 @@ def _tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     names = {place: name for name, place in _names(model, optimizer).items()}
     state = optimizer.state_dict()["state"]
     tensors = {f"{names[i]}|{what}": x.detach().cpu() for i, parts in state.items() for what, x in parts.items()}
+    if torch.cuda.is_available():
+        tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()  # dropout's, of the main process
     return {**tensors, "random": torch.get_rng_state()}
 
 

@@ -23,17 +23,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..adapters import WEIGHTS, save_adapter
 from ..checkpoint import save, save_time_state
 from ..errors import InputError
-from ..models import Model
+from ..models import Model, Network
 from . import keeping, making, shards
 from .config import Config
 from .journal import Journal
-from .optim import losses, optimizer, rate, set_rate
-from .passes import Passes, counted, sampler
-from .sampling import collate
+from .optim import optimizer, rate, set_rate
+from .passes import Passes
 from .tokens import TokenFile
 
 Sample = Callable[[Model, str], str]  # what a model writes after a prompt
@@ -47,28 +47,22 @@ class Stopped(Exception):
 class Run:
     """One run: everything that is made once."""
 
-    def __init__(self, config: Config, quiet: bool = False, model: Model | None = None):
+    def __init__(self, config: Config, quiet: bool = False, model: Network | None = None):
         """model: a new one to train in place of what `config.model` names, like those in models/baselines.py."""
         self.config = config
         self.sample: Sample | None = None  # who can turn ids into text puts it here
         self.out = Path(config.run.out).expanduser()
-        self.data = TokenFile(config.data.train)
-        self.measured = TokenFile(config.data.eval) if config.data.eval else None
         views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[views])
         self.precision = making.precision(config, self.accelerator.device)
         set_seed(config.run.seed)
-        if model is None:
-            model = making.place(config, self.data.vocab_size, self.precision, self.accelerator)
-        else:
-            if config.run.shard != "none":
-                raise InputError("run.shard is for models that config.model names")
-            model = making.fit(model, config, self.data.vocab_size, self.precision)
-        self.plain = model.to(self.accelerator.device).train()
-        self.passes = Passes(config, self.data, self.plain, self.accelerator)
-        self.rows = self.passes.rows
+        self.plain, self.passes = self._parts(model)
+        self.data, self.rows = self.passes.data, self.passes.rows
         self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_an_epoch / self.passes.a_step)
         self.optimizer = optimizer(self.plain, config.optim)
+        self.mean: AveragedModel | None = None
+        if config.run.ema:
+            self.mean = AveragedModel(self.plain, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema))
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.waiting: list[float] = []  # losses that no line of the log tells yet
@@ -79,13 +73,25 @@ class Run:
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.journal = Journal(self, quiet or not self.accelerator.is_main_process)
 
-    @property
-    def notes(self) -> dict[str, Any]:
-        """For the model's config.json. Windows over texts without marks between them have no opening."""
-        notes = dict(self.data.notes)
-        if self.config.data.order not in ("documents", "carried") and self.data.about.get("end_of_text") is None:
-            del notes["opening_tokens"]
-        return notes
+    def _parts(self, model: Any) -> tuple[Any, Any]:
+        """The model, on the device, and what it reads."""
+        config, device = self.config, self.accelerator.device
+        if config.model.sees:
+            from .pictures import PicturePasses, Pictures
+
+            pictures = Pictures(config.data.train)
+            if model is None:
+                model = making.make_vision(config, len(pictures.labels), self.precision)
+            return model.to(device).train(), PicturePasses(config, pictures, self.accelerator)
+        data = TokenFile(config.data.train)
+        if model is None:
+            model = making.place(config, data.vocab_size, self.precision, self.accelerator)
+        else:
+            if config.run.shard != "none":
+                raise InputError("run.shard is for models that config.model names")
+            model = making.fit(model, config, data.vocab_size, self.precision)
+        model = model.to(device).train()
+        return model, Passes(config, data, model, self.accelerator)
 
     # ---- going on ------------------------------------------------------------------------------------------------
 
@@ -107,7 +113,7 @@ class Run:
                 raise InputError(
                     f"{path}: was made with {key} = {value!r}, not {mine[key]!r}; give another run.out to begin anew"
                 )
-        keeping.restore(path, self.plain, self.optimizer)
+        keeping.restore(path, self.plain, self.optimizer, self.mean)
         self.step, self.tokens, self.seconds = (standing[name] for name in ("step", "tokens", "seconds"))
         self.waiting.extend(standing["waiting"])
         if (path / keeping.CARRIED).exists():
@@ -116,10 +122,12 @@ class Run:
     def _decisive(self) -> dict[str, Any]:
         """The settings that a run cannot change on its way, for its losses would no longer be those of one run."""
         told = dataclasses.asdict(self.config)
-        settings = {f"{name}.{key}": value for name in ("model", "data", "optim") for key, value in told[name].items()}
-        settings |= {"run.precision": self.precision, "run.seed": self.config.run.seed}
+        sections = ("model", "data", "optim", "vision")
+        settings = {f"{name}.{key}": value for name in sections for key, value in told[name].items()}
+        settings |= {"run.precision": self.precision, "run.seed": self.config.run.seed, "run.ema": self.config.run.ema}
         settings["rows in a step"] = self.passes.a_step
         settings.pop("data.eval")
+        settings.pop("vision.workers")
         return json.loads(json.dumps(settings))
 
     def keep(self) -> None:
@@ -128,9 +136,11 @@ class Run:
         if self.accelerator.is_main_process or self.plain.sharded:
             standing = {"tokens": self.tokens, "seconds": self.seconds, "waiting": self.waiting}
             standing["config"] = self._decisive()
-            most, about = self.config.run.keep, (self.data.tokenizer_file, self.notes)
+            most, about = self.config.run.keep, (self.data.tokenizer_file, self.passes.notes)
             try:
-                keeping.keep(self.checkpoints, self.step, self.plain, self.optimizer, standing, most, *about, carried)
+                keeping.keep(
+                    self.checkpoints, self.step, self.plain, self.optimizer, standing, most, *about, carried, self.mean
+                )
             except OSError as error:
                 self.journal.say(f"no checkpoint at step {self.step}: {error}")
         self.accelerator.wait_for_everyone()
@@ -151,8 +161,8 @@ class Run:
                     raise InputError(f"{PATIENCE} steps in a row had no finite gradients; lower optim.lr")
                 self.journal.step(loss, norm)
                 end = self.step == self.steps
-                if self.measured and (end or (told.eval_every and self.step % told.eval_every == 0)):
-                    self.journal.measure(self.evaluate())
+                if self.passes.measured and (end or (told.eval_every and self.step % told.eval_every == 0)):
+                    self.journal.measure(self.measure())
                 if self.sample and told.sample_every and (end or self.step % told.sample_every == 0):
                     self.journal.text(self.write())
                 due = told.save_every and self.step % told.save_every == 0
@@ -166,10 +176,13 @@ class Run:
         model = self._whole()
         if self.accelerator.is_main_process:
             self._save(model)
-        return self.plain.eval()
+        return model.eval() if self.mean is not None else self.plain.eval()
 
     def _whole(self) -> Model:
-        """The model; that of pieces is put together on the CPU of the main process, and elsewhere has no numbers."""
+        """The model, or the mean of its weights; that of pieces is put together on the CPU of the main process, and
+        elsewhere has no numbers."""
+        if self.mean is not None:
+            return self.mean.module  # type: ignore[return-value]
         if not self.plain.sharded:
             return self.plain
         model = making.make(self.config, self.data.vocab_size, self.precision, "meta")
@@ -181,11 +194,11 @@ class Run:
         """What the run was for."""
         try:
             if model.state_tuning:
-                save_time_state(model, self.out / keeping.TUNED, self.notes)
+                save_time_state(model, self.out / keeping.TUNED, self.passes.notes)
             elif model.adapted_from is not None:
-                save_adapter(model, self.out, self.notes)
+                save_adapter(model, self.out, self.passes.notes)
             else:
-                save(model, self.out, self.data.tokenizer_file, self.notes)
+                save(model, self.out, self.data.tokenizer_file, self.passes.notes)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: cannot be written ({error}); the same command goes on") from error
 
@@ -194,9 +207,8 @@ class Run:
         that is not finite the weights stay what they are."""
         told, device = self.config, self.accelerator.device
         passes, entered = list(self.passes.of(self.step)), self.passes.states
-        batches = [batch for chunks in passes for _, batch in chunks]
-        all_counted = self._sum(torch.tensor(float(sum(map(counted, batches)))))
-        positions = self._sum(torch.tensor(float(sum(batch.targets.numel() for batch in batches))))
+        sizes = torch.tensor([self.passes.size(chunk) for chunks in passes for chunk in chunks], dtype=torch.float64)
+        all_counted, positions = self._sum(sizes.sum(0)).tolist()
         set_rate(self.optimizer, rate(self.step, self.steps, told.optim))
         total = torch.zeros((), dtype=torch.float64)
         for i, chunks in enumerate(passes):
@@ -204,16 +216,11 @@ class Run:
             waiting = i < len(passes) - 1 and not self.plain.sharded
             with self.accelerator.no_sync(self.model) if waiting else contextlib.nullcontext():
                 ours = torch.zeros((), device=device)
-                for rows, batch in chunks:
-                    with self._autocast():
-                        entering = self.passes.enter(rows)
-                        logits, state = self.model(batch.inputs.to(device), entering, cu_seqlens=batch.cu_seqlens)
-                    logits = self.passes.leave(rows, batch, logits, state)
-                    mask = None if batch.mask is None else batch.mask.to(device)
-                    nats, squares = losses(logits, batch.targets.to(device), mask)
-                    pull = told.optim.l2wrap / positions.item() * squares
+                for chunk in chunks:
+                    nats, squares = self.passes.losses(self.model, chunk, self._autocast())
+                    pull = told.optim.l2wrap / positions * squares
                     # the processes' gradients are averaged, so each gives its part as often as there are processes
-                    ours = ours + (nats / max(1.0, all_counted.item()) + pull) * self.accelerator.num_processes
+                    ours = ours + (nats / max(1.0, all_counted) + pull) * self.accelerator.num_processes
                     total += nats.detach().double().cpu()
                 self.accelerator.backward(ours)
         if self.plain.sharded:
@@ -221,13 +228,15 @@ class Run:
         norm = self._norm()
         if math.isfinite(norm):
             self.optimizer.step()
+            if self.mean is not None:
+                self.mean.update_parameters(self.plain)
             self.passes.states = {lane: state.detach() for lane, state in self.passes.states.items()}
         else:
             self.passes.states = entered  # what is not finite must not be carried on
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += int(positions.item())
-        return (self._sum(total) / max(1.0, all_counted.item())).item(), norm
+        self.tokens += int(positions)
+        return (self._sum(total) / max(1.0, all_counted)).item(), norm
 
     def _norm(self) -> float:
         clip = self.config.optim.clip or math.inf
@@ -246,26 +255,19 @@ class Run:
 
     # ---- looking -------------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> float:
-        """The mean loss of the measured data, its first rows in order, in nats a token that counts."""
-        assert self.measured is not None
-        rows, device = sampler(self.config, self.measured), self.accelerator.device
-        number, size = min(self.config.run.eval_rows, rows.rows_an_epoch), self.config.run.batch
-        mine = range(self.accelerator.process_index, number, self.accelerator.num_processes)
-        nats, all_counted = torch.zeros(2, dtype=torch.float64)
-        self.plain.eval()
-        with torch.no_grad(), self._autocast():
-            for i in range(math.ceil(number / (self.accelerator.num_processes * size))):
-                numbers = mine[i * size : (i + 1) * size]
-                # a model in pieces is called by all together, so that who has no row left takes one that is not counted
-                batch = collate([rows.row(j) for j in numbers or [0]])
-                logits, _ = self.plain(batch.inputs.to(device), cu_seqlens=batch.cu_seqlens)
-                mask = None if batch.mask is None else batch.mask.to(device)
-                if numbers:
-                    nats += losses(logits, batch.targets.to(device), mask)[0].cpu()
-                    all_counted += counted(batch)
+    def measure(self) -> dict[str, float]:
+        """Of the measured data the "eval_loss", in nats, and what else its kind is measured by; with the mean of the
+        weights where there is one."""
+        model = self.plain if self.mean is None else self.mean.module
+        model.eval()
+        with torch.no_grad():
+            found = self.passes.measure(model, self._autocast(), self._sum)
         self.plain.train()
-        return (self._sum(nats) / self._sum(all_counted).clamp_min(1)).item()
+        return found
+
+    def evaluate(self) -> float:
+        """The mean loss of the measured data, in nats a token that counts."""
+        return self.measure()["eval_loss"]
 
     def write(self) -> str:
         """A text that the main process samples. The run's own random numbers are left as they were."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from accelerate import Accelerator
 
-from ..checkpoint import load
+from ..checkpoint import load_found
 from ..errors import InputError
-from ..models import MODELS, Model
+from ..models import MODELS, VISION_MODELS, Model, VisionModel
 from ..models.native import fast_in_torch
 from . import shards
 from .config import Config
@@ -28,7 +30,7 @@ def make(config: Config, vocabulary: int, precision: str, device: str = "cpu") -
     """
     told = config.model
     if told.path:
-        model = load(told.path, _wide(precision), device, quantize=told.quantize or None)
+        model: Model = load_found(told.path, _wide(precision), device, quantize=told.quantize or None)[0]
         if model.quantization is not None and told.tune != "lora":
             raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained; model.tune=lora can")
         if told.tune == "state":
@@ -45,6 +47,30 @@ def make(config: Config, vocabulary: int, precision: str, device: str = "cpu") -
         if device != "meta":
             model.init_weights()
     return fit(model, config, vocabulary, precision)
+
+
+def make_vision(config: Config, classes: int, precision: str) -> VisionModel:
+    """The model of pictures of so many classes; one from a file with other classes gets a new head."""
+    told, sizes = config.model, config.vision
+    cls = VISION_MODELS[told.generation]
+    if told.path:
+        read, _ = load_found(told.path, _wide(precision), kind=VisionModel)
+        if not isinstance(read, cls):
+            raise InputError(f"{told.path}: is a {read.name}, not a {told.generation}")
+        model = cls(replace(read.config, drop_path=sizes.drop_path)).to(_wide(precision))
+        model.load_state_dict(read.state_dict())
+        if classes != model.config.num_classes:
+            model.reset_classifier(classes)
+        return model
+    other = {"num_classes": classes, "image_size": sizes.size, "init_values": sizes.init_values or None}
+    other |= {name: getattr(sizes, name) for name in ("patch_size", "post_norm", "drop_path", "shift")}
+    if sizes.causal:
+        if told.generation != "vrwkv":
+            raise InputError(f"vision.causal is for vrwkv, not {told.generation}")
+        other["causal"] = True
+    model = cls(cls.Config.sized(told.n_embd, told.n_layer, **other))
+    model.init_weights()
+    return model.to(_wide(precision))
 
 
 def fit(model: Model, config: Config, vocabulary: int, precision: str) -> Model:

@@ -24,7 +24,7 @@ def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
     inner = []
     if of.muon and model.adapted_from is None:
         named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and p in trained]
-        inner = [p for name, p in named if name.startswith("blocks.") and name.endswith(".weight")]
+        inner = [p for name, p in named if name.startswith(("blocks.", "layers.")) and name.endswith(".weight")]
     groups = [_of(group, trained.difference(inner)) for group in groups]
     groups = [group for group in groups if group["params"]]
     if model.sharded:  # pieces cost as much for each call as they hold; what stays whole cannot go among them

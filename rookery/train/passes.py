@@ -7,19 +7,28 @@ of processes. A group is one process, or with sequence_parallel the neighbours t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import InputError
 from ..models import LayerState, Model, State
+from ..models.parts import PackedLinear
 from ..models.spread import Spread
 from .config import Config
+from .optim import losses
 from .sampling import Batch, Documents, Lanes, Row, Windows, collate
 from .tokens import TokenFile
+
+Chunk = tuple[dict[int, Row], Batch]  # what the model reads at once: a batch, also as rows by their lane
+ROWS_MEASURED = 64  # where the configuration does not say
 
 
 def sampler(config: Config, file: TokenFile, lanes: int = 0) -> Documents | Lanes | Windows:
@@ -36,11 +45,16 @@ class Passes:
     """Of one process. Every attribute but `states` is made once.
 
     Attributes:
+        data: the token file.
         a_step: rows that all processes together read in a step.
         states: where they are carried, that of each lane of this process.
     """
 
+    unit = "token"
+
     def __init__(self, config: Config, file: TokenFile, model: Model, accelerator: Accelerator):
+        self.data = file
+        self.measured = TokenFile(config.data.eval) if config.data.eval else None
         self.config, self.model, self.accelerator = config, model, accelerator
         self.pieces = config.run.sequence_parallel  # of each row, one a process
         self.group, self.groups = self._group(), accelerator.num_processes // self.pieces
@@ -66,7 +80,7 @@ class Passes:
             raise InputError(f"run.sequence_parallel = {self.pieces} does not divide the number of processes, {number}")
         return dist.new_subgroups(self.pieces)[0]
 
-    def of(self, step: int) -> Iterator[list[tuple[dict[int, Row], Batch]]]:
+    def of(self, step: int) -> Iterator[list[Chunk]]:
         """Those of a step: what one backward pass goes through, one batch after the other, each also as rows by their
         lane."""
         size, mine = self.config.run.batch, self._lanes(self.accelerator.process_index)
@@ -86,6 +100,57 @@ class Passes:
         return [
             (i * self.groups + group) * told.batch + row for i in range(told.accumulate) for row in range(told.batch)
         ]
+
+    def told(self) -> str:
+        """What is read, for the first line of the log."""
+        return f"{len(self.data.tokens) / 1e6:.1f} M tokens, rows of {self.config.data.ctx_len} tokens"
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """For the model's config.json. Windows over texts without marks between them have no opening."""
+        notes = dict(self.data.notes)
+        if self.config.data.order not in ("documents", "carried") and self.data.about.get("end_of_text") is None:
+            del notes["opening_tokens"]
+        return notes
+
+    def flops(self, model: Model) -> int:
+        """Operations of a token's way forward and back: once forward, twice backward; frozen weights have no gradient
+        of their own."""
+        return flops_a_token(model) * (3 if model.emb.weight.requires_grad else 2)
+
+    def size(self, chunk: Chunk) -> tuple[int, int]:
+        """Of a batch: predictions that count in the loss, and all."""
+        return counted(chunk[1]), chunk[1].targets.numel()
+
+    def losses(self, model: Any, chunk: Chunk, autocast: AbstractContextManager) -> tuple[Tensor, Tensor]:
+        """What a batch loses, and what L2Wrap pulls at: sums as in optim.losses."""
+        (rows, batch), device = chunk, self.accelerator.device
+        with autocast:
+            entering = self.enter(rows)
+            logits, state = model(batch.inputs.to(device), entering, cu_seqlens=batch.cu_seqlens)
+        logits = self.leave(rows, batch, logits, state)
+        return losses(logits, batch.targets.to(device), None if batch.mask is None else batch.mask.to(device))
+
+    def measure(self, model: Model, autocast: AbstractContextManager, add: Callable[[Tensor], Tensor]) -> dict:
+        """The mean loss of the measured data, its first rows in order, in nats a token that counts. `add` sums over all
+        processes."""
+        assert self.measured is not None
+        told, device = self.config.run, self.accelerator.device
+        rows = sampler(self.config, self.measured)
+        number, size = min(told.eval_rows or ROWS_MEASURED, rows.rows_an_epoch), told.batch
+        mine = range(self.accelerator.process_index, number, self.accelerator.num_processes)
+        nats, all_counted = torch.zeros(2, dtype=torch.float64)
+        with autocast:
+            for i in range(math.ceil(number / (self.accelerator.num_processes * size))):
+                numbers = mine[i * size : (i + 1) * size]
+                # a model in pieces is called by all together, so that who has no row left takes one that is not counted
+                batch = collate([rows.row(j) for j in numbers or [0]])
+                logits, _ = model(batch.inputs.to(device), cu_seqlens=batch.cu_seqlens)
+                mask = None if batch.mask is None else batch.mask.to(device)
+                if numbers:
+                    nats += losses(logits, batch.targets.to(device), mask)[0].cpu()
+                    all_counted += counted(batch)
+        return {"eval_loss": (add(nats) / add(all_counted).clamp_min(1)).item()}
 
     def enter(self, rows: dict[int, Row]) -> State | None:
         """The states that these rows begin from: one for each document in them."""
@@ -129,6 +194,13 @@ class Passes:
 def counted(batch: Batch) -> int:
     """Predictions that count in the loss."""
     return int(batch.targets.numel() if batch.mask is None else batch.mask.sum())
+
+
+def flops_a_token(model: Model) -> int:
+    """Of the forward pass: two for every weight of a matrix, the embedding apart, which is only looked up."""
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "emb.weight")
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    return 2 * (matrices + packed)
 
 
 def _with_no_share(state: State, of: State) -> State:

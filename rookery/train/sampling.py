@@ -116,7 +116,7 @@ class Documents:
         """Documents in their order, and int64 where each ends in the epoch's tokens."""
         last = self._last  # another thread may put the next epoch there meanwhile
         if last is None or last[0] != epoch:
-            order = _random(self.seed, epoch).permutation(len(self._documents))
+            order = random(self.seed, epoch).permutation(len(self._documents))
             last = self._last = epoch, self._documents[order], np.cumsum(self._lengths[order])
         return last[1:]
 
@@ -196,7 +196,7 @@ class Windows:
     def _start(self, i: int) -> int:
         n = self.rows_an_epoch
         if self.order == "random":
-            return int(_random(self.seed, i).integers(max(1, len(self.file.tokens) - self.length)))
+            return int(random(self.seed, i).integers(max(1, len(self.file.tokens) - self.length)))
         if self.order == "cubic":
             return int(n * GOLDEN) * (i + 1) ** 3 % n * self.length
         epoch, j = divmod(i, n)
@@ -204,7 +204,7 @@ class Windows:
             return j * self.length
         last = self._last
         if last is None or last[0] != epoch:
-            last = self._last = epoch, _random(self.seed, epoch).permutation(n)
+            last = self._last = epoch, random(self.seed, epoch).permutation(n)
         return int(last[1][j]) * self.length
 
 
@@ -236,7 +236,7 @@ def _check(length: int, seed: int) -> None:
         raise InputError(f"the seed must be 0 to 2^64 - 1, got {seed}")
 
 
-def _random(seed: int, number: int) -> np.random.Generator:
+def random(seed: int, number: int) -> np.random.Generator:
     """Random numbers that depend on these two alone."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 

@@ -262,8 +262,6 @@ def test_packed_weights(folder):
 
 def test_bad_input(folder):
     model, _ = loaded(folder)
-    with pytest.raises(InputError, match="no way in for inputs_embeds"):
-        model(inputs_embeds=torch.ones(1, 2, 64))
     with pytest.raises(InputError, match="row 1 of the batch is nothing but padding"):
         model(torch.ones(2, 3).long(), attention_mask=torch.tensor([[1, 1, 0], [0, 0, 0]]))
     with pytest.raises(InputError, match="quantize='int8'"):

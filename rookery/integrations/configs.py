@@ -1,0 +1,104 @@
+"""The configurations of all generations as `transformers` has them, in the words of the hub's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from ..formats import huggingface
+from ..models import MODELS, Model
+
+
+class RwkvBaseConfig(PreTrainedConfig):
+    """What all generations have in common. None stands for what the training recipe takes."""
+
+    model_type: ClassVar[str] = ""
+    attribute_map: ClassVar[dict[str, str]] = {"max_position_embeddings": "context_length"}
+
+    vocab_size: int = 65536
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    intermediate_size: int | None = None
+    context_length: int = 4096
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+
+    def ours(self) -> tuple[type[Model], Any]:
+        """The class of the model and its configuration."""
+        told = huggingface.describe({"model_type": self.model_type, **self.to_dict()})
+        cls = MODELS[told.pop("model")]
+        head = {"head_size": told["head_size"]} if "head_size" in told else {}
+        usual = cls.Config.sized(self.vocab_size, self.num_hidden_layers, self.hidden_size, **head)
+        known = {field.name for field in fields(usual)}
+        return cls, replace(usual, **{key: value for key, value in told.items() if key in known})
+
+    @classmethod
+    def of(cls, model: Model, notes: Mapping[str, Any] | None = None) -> RwkvBaseConfig:
+        """The configuration of a model of ours."""
+        told = huggingface.config_json(model.name, model.config, notes or {}, model.emb.weight.dtype)
+        return CONFIGS[told["model_type"]](**told)
+
+
+class RwkvConfig(RwkvBaseConfig):
+    """RWKV-4, in the words of transformers' own class."""
+
+    model_type: ClassVar[str] = "rwkv"
+
+    vocab_size: int = 50277
+    attention_hidden_size: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    rescale_every: int = 6
+    num_attention_heads: int | None = 1  # it has no heads, but peft asks for their number
+
+
+class Rwkv5Config(RwkvConfig):
+    """RWKV-5."""
+
+    model_type: ClassVar[str] = "rwkv5"
+
+    vocab_size: int = 65536
+    head_size: int = 64
+    head_size_divisor: int | float = 8
+    num_attention_heads: int | None = None
+    version: str = "5.2"
+
+
+class Rwkv6Config(RwkvConfig):
+    """RWKV-6."""
+
+    model_type: ClassVar[str] = "rwkv6"
+
+    vocab_size: int = 65536
+    head_size: int = 64
+    head_size_divisor: int | float = 8
+    num_attention_heads: int | None = None
+    time_mix_extra_dim: int | None = None
+    time_decay_extra_dim: int | None = None
+
+
+class RWKV7Config(RwkvBaseConfig):
+    """RWKV-7, in the words of flash-linear-attention."""
+
+    model_type: ClassVar[str] = "rwkv7"
+
+    head_dim: int = 64
+    num_heads: int | None = None
+    decay_low_rank_dim: int | None = None
+    a_low_rank_dim: int | None = None
+    v_low_rank_dim: int | None = None
+    gate_low_rank_dim: int | None = None
+    hidden_act: str = "sqrelu"
+    norm_first: bool = True
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+
+
+CONFIGS: dict[str, type[RwkvBaseConfig]] = {
+    config.model_type: config for config in (RwkvConfig, Rwkv5Config, Rwkv6Config, RWKV7Config)
+}

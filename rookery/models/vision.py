@@ -1,0 +1,564 @@
+"""Vision-RWKV: pictures read by a bidirectional RWKV. VRWKV with the operator of RWKV-4, VRWKV6 with that of RWKV-6.
+
+What is special about it:
+- patches of a picture are the tokens, row by row; attention looks both ways (ops/biwkv, ops/biwkv6), so that its cost
+  grows with the number of patches and not with its square
+- decay and bonus are divided by the number of tokens, with no exp: the same model sees pictures of any size
+- Q-shift in place of the token shift: a quarter of the channels comes from each of the four neighbours
+- no class token: the mean over all patches goes to the head
+- T norms before a branch, all larger ones after it, and scale each branch by a gamma
+Source: "Vision-RWKV" (arXiv 2403.02308) and its released code; parameter names are those of its checkpoints without
+their "backbone.".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import formats
+from ..errors import InputError
+from ..ops import biwkv, biwkv6, wkv4
+from .parts import Linear, Network, group_norm, widen
+
+Grid = tuple[int, int]  # rows and columns of patches
+SHIFTS = ("q", "previous", "none")
+
+
+@dataclass(frozen=True)
+class VRWKVConfig:
+    n_embd: int
+    n_layer: int
+    dim_ffn: int
+    num_classes: int = 1000  # 0: no head
+    image_size: int = 224  # of the position embedding, in pixels; other sizes are interpolated
+    patch_size: int = 16
+    head_hidden: int = 0  # of a head with a hidden layer, as L has
+    key_norm: bool = False
+    # what no tensor shows
+    post_norm: bool = False
+    init_values: float | None = None  # what the gammas begin with; None: there are none
+    drop_path: float = 0.0  # of the last layer, in training; the first has 0
+    shift: str = "q"  # "q", or for comparisons "previous" (the token shift of text) or "none"
+    causal: bool = False  # for comparisons: attention looks back only
+    segments: int | None = None  # 32: the arithmetic of the released CUDA kernel, see ops/biwkv
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.segments is not None and (type(self.segments) is not int or self.segments < 1 or self.causal):
+            raise InputError(f"segments must be a positive number and the attention bidirectional, got {self.segments}")
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VRWKVConfig:
+        """Reads every size off the tensors of a checkpoint."""
+        return cls(**sizes(shapes), key_norm="layers.0.att.key_norm.weight" in shapes)
+
+    @classmethod
+    def sized(cls, n_embd: int, n_layer: int, **other: Any) -> VRWKVConfig:
+        """A new model with the widths of the published ones."""
+        return cls(n_embd, n_layer, 4 * n_embd, **other)
+
+
+@dataclass(frozen=True)
+class VRWKV6Config:
+    n_embd: int
+    n_layer: int
+    dim_ffn: int
+    num_classes: int = 1000
+    image_size: int = 224
+    patch_size: int = 16
+    head_hidden: int = 0
+    head_size: int = 64
+    mix_rank: int = 32
+    decay_rank: int = 64
+    # what no tensor shows
+    post_norm: bool = False
+    init_values: float | None = None
+    drop_path: float = 0.0
+    shift: str = "q"
+
+    causal = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.head_size < 1 or self.n_embd % self.head_size:
+            raise InputError(f"{self.n_embd} channels do not divide into heads of {self.head_size}")
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VRWKV6Config:
+        """Reads every size off the tensors of a checkpoint."""
+        att = "layers.0.att."
+        ranks: dict[str, Any] = {
+            "mix_rank": shapes[f"{att}time_maa_w2"][1],
+            "decay_rank": shapes[f"{att}time_decay_w1"][1],
+        }
+        return cls(**sizes(shapes), head_size=shapes[f"{att}time_faaaa"][1], **ranks)
+
+    @classmethod
+    def sized(cls, n_embd: int, n_layer: int, **other: Any) -> VRWKV6Config:
+        """A new model with the widths of the published ones."""
+        return cls(n_embd, n_layer, 4 * n_embd, **other)
+
+
+def sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What both kinds have in common. Norms stand after the branches where gammas are, as in all published models."""
+    _, tokens, n_embd = shapes["pos_embed"]
+    patch = shapes["patch_embed.projection.weight"][2]
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise InputError(f"its position embedding of {tokens} tokens is no square")
+    layers = {int(key.split(".")[1]) for key in shapes if key.startswith("layers.")}
+    if missing := sorted(set(range(len(layers))) - layers):
+        raise InputError(f"layers.{missing[0]} is missing")
+    head = next((shapes[key] for key in ("head.fc.weight", "head.2.weight") if key in shapes), (0,))
+    scaled = "layers.0.gamma1" in shapes
+    return {
+        "n_embd": n_embd,
+        "n_layer": len(layers),
+        "dim_ffn": shapes["layers.0.ffn.key.weight"][0],
+        "num_classes": head[0],
+        "image_size": math.isqrt(tokens) * patch,
+        "patch_size": patch,
+        "head_hidden": shapes["head.0.weight"][0] if "head.0.weight" in shapes else 0,
+        "post_norm": scaled,
+        "init_values": 1.0 if scaled else None,
+    }
+
+
+def check(config: VRWKVConfig | VRWKV6Config) -> None:
+    """InputError unless the numbers can be."""
+    for name in ("n_embd", "n_layer", "dim_ffn", "patch_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.num_classes < 0:
+        raise InputError(f"num_classes must be at least 0 (which is no head), got {config.num_classes}")
+    if config.image_size < config.patch_size or config.image_size % config.patch_size:
+        raise InputError(f"image_size {config.image_size} is not made of patches of {config.patch_size}")
+    if config.shift not in SHIFTS:
+        raise InputError(f"there is no shift {config.shift!r}; known are {', '.join(SHIFTS)}")
+    if not 0 <= config.drop_path < 1:
+        raise InputError(f"drop_path must lie in [0, 1), got {config.drop_path}")
+
+
+def q_shift(x: Tensor, grid: Grid, heads: int = 1) -> Tensor:
+    """x [B, T, C] with the four quarters of each head's channels from the left, the right, the upper and the lower
+    neighbour, zeros at the border; what four does not divide stays."""
+    x = x.unflatten(1, grid).unflatten(-1, (heads, -1))  # [B, H, W, heads, N]
+    quarter = x.shape[-1] // 4
+    left, right, above, below, rest = x.split([quarter] * 4 + [x.shape[-1] - 4 * quarter], -1)
+    columns, rows = (0, 0, 0, 0), (0, 0, 0, 0, 0, 0)  # what F.pad leaves as it is, from the last axis on
+    moved = (
+        F.pad(left[:, :, :-1], (*columns, 1, 0)),
+        F.pad(right[:, :, 1:], (*columns, 0, 1)),
+        F.pad(above[:, :-1], (*rows, 1, 0)),
+        F.pad(below[:, 1:], (*rows, 0, 1)),
+    )
+    return torch.cat([*moved, rest], -1).flatten(-2).flatten(1, 2)
+
+
+def shifted(x: Tensor, grid: Grid, config: VRWKVConfig | VRWKV6Config, heads: int = 1) -> Tensor:
+    """What the mixes mix x [B, T, C] with."""
+    if config.shift == "q":
+        return q_shift(x, grid, heads)
+    return F.pad(x[:, :-1], (0, 0, 1, 0)) if config.shift == "previous" else x
+
+
+class SpatialMix(nn.Module):
+    def __init__(self, config: VRWKVConfig):
+        super().__init__()
+        c = config.n_embd
+        self.config = config
+        self.spatial_decay = nn.Parameter(torch.zeros(c))
+        self.spatial_first = nn.Parameter(torch.zeros(c))
+        # the share of the token itself
+        self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r = (
+            nn.Parameter(torch.zeros(1, 1, c)) for _ in range(3)
+        )
+        self.key, self.value, self.receptance, self.output = (Linear(c, c) for _ in range(4))
+        self.key_norm = nn.LayerNorm(c) if config.key_norm else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        near = shifted(x, grid, self.config)  # [B, T, C]
+        mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
+        k, v, r = (
+            f(torch.lerp(near, x, m)) for f, m in zip((self.key, self.value, self.receptance), mixes, strict=True)
+        )
+        tokens = x.shape[1]
+        log_w, u = -widen(self.spatial_decay) / tokens, widen(self.spatial_first) / tokens
+        k, v = widen(k), widen(v)
+        if self.config.causal:
+            y, _ = wkv4(log_w, k, v, u)
+        else:
+            y = biwkv(log_w, k, v, u, segments=self.config.segments)
+        return self.output(torch.sigmoid(r) * self.key_norm(y.to(x.dtype)))
+
+    def init_weights(self, rho: float, tau: float) -> None:
+        channel, along, zigzag = _channels(self.config.n_embd)
+        self.spatial_decay.copy_(-5 + 8 * along ** (0.7 + 1.3 * rho))
+        self.spatial_first.copy_(math.log(0.3) + 0.5 * zigzag)
+        self.spatial_mix_k.copy_(channel**tau)
+        self.spatial_mix_v.copy_(channel**tau + 0.3 * rho)
+        self.spatial_mix_r.copy_(channel ** (tau / 2))
+
+
+class SpatialMix6(nn.Module):
+    def __init__(self, config: VRWKV6Config):
+        super().__init__()
+        c, size = config.n_embd, config.head_size
+        self.config, self.heads = config, c // size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape))
+
+        # the share of the neighbours; what the other five depend on comes first
+        self.time_maa_x, self.time_maa_w, self.time_maa_k = (parameter(1, 1, c) for _ in range(3))
+        self.time_maa_v, self.time_maa_r, self.time_maa_g = (parameter(1, 1, c) for _ in range(3))
+        # low-rank: y = (x @ _w1) @ _w2, not in the layout of nn.Linear
+        self.time_maa_w1 = parameter(c, 5 * config.mix_rank)
+        self.time_maa_w2 = parameter(5, config.mix_rank, c)
+        self.time_decay = parameter(1, 1, c)
+        self.time_decay_w1 = parameter(c, config.decay_rank)
+        self.time_decay_w2 = parameter(config.decay_rank, c)
+        self.time_faaaa = parameter(self.heads, size)
+        self.receptance, self.key, self.value, self.gate, self.output = (Linear(c, c) for _ in range(5))
+        self.ln_x = nn.GroupNorm(self.heads, c)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        d = shifted(x, grid, self.config, self.heads) - x  # [B, T, C]
+        low = torch.tanh(torch.addcmul(x, d, self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
+        moved = torch.einsum("btmd,mdc->mbtc", low, self.time_maa_w2)
+        mixes = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        xw, xk, xv, xr, xg = (torch.addcmul(x, d, m + by) for m, by in zip(mixes, moved, strict=True))
+
+        def per_head(x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, H, N]
+            return x.unflatten(-1, (self.heads, -1))
+
+        log_w = -torch.exp(widen(self.time_decay) + widen(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2))
+        r, k, v = per_head(self.receptance(xr)), per_head(self.key(xk)), per_head(self.value(xv))
+        y = biwkv6(r, per_head(log_w), k, v, self.time_faaaa)  # [B, T, H, N]
+        return self.output(group_norm(y, self.ln_x) * F.silu(self.gate(xg)))
+
+    def init_weights(self, rho: float, tau: float) -> None:
+        channel, along, zigzag = _channels(self.config.n_embd)
+        for mix in (self.time_maa_x, self.time_maa_w, self.time_maa_k):
+            mix.copy_(1 - channel**tau)
+        self.time_maa_v.copy_(1 - (channel**tau + 0.3 * rho))
+        for mix in (self.time_maa_r, self.time_maa_g):
+            mix.copy_(1 - channel ** (tau / 2))
+        self.time_decay.copy_(-6 + 5 * along ** (0.7 + 1.3 * rho))
+        self.time_faaaa.copy_((rho * (1 - along) + 0.1 * zigzag).view_as(self.time_faaaa))
+        for low in (self.time_maa_w1, self.time_maa_w2, self.time_decay_w1, self.time_decay_w2):
+            nn.init.uniform_(low, -1e-4, 1e-4)
+
+
+def _channels(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each channel: its place as a share of them all, the same from 0 to 1, and 0, 1, -1, 0, ..."""
+    channel = torch.arange(count)
+    return channel / count, channel / max(1, count - 1), (channel + 1) % 3 - 1
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, config: VRWKVConfig | VRWKV6Config):
+        super().__init__()
+        c, f = config.n_embd, config.dim_ffn
+        self.config = config
+        self.heads = config.n_embd // config.head_size if isinstance(config, VRWKV6Config) else 1
+        self.spatial_mix_k, self.spatial_mix_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(2))
+        self.key = Linear(c, f)
+        self.key_norm = nn.LayerNorm(f) if getattr(config, "key_norm", False) else nn.Identity()
+        self.receptance = Linear(c, c)
+        self.value = Linear(f, c)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        near = shifted(x, grid, self.config, self.heads)
+        xk, xr = torch.lerp(near, x, self.spatial_mix_k), torch.lerp(near, x, self.spatial_mix_r)
+        return torch.sigmoid(self.receptance(xr)) * self.value(self.key_norm(torch.relu(self.key(xk)) ** 2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: VRWKVConfig | VRWKV6Config, layer: int):
+        super().__init__()
+        c = config.n_embd
+        self.post_norm = config.post_norm
+        self.drop_path = config.drop_path * layer / max(1, config.n_layer - 1)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(c)
+        self.ln1, self.ln2 = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.att = SpatialMix6(config) if isinstance(config, VRWKV6Config) else SpatialMix(config)
+        self.ffn = ChannelMix(config)
+        if config.init_values is not None:
+            self.gamma1, self.gamma2 = (nn.Parameter(torch.zeros(c)) for _ in range(2))
+        else:
+            self.register_parameter("gamma1", None)
+            self.register_parameter("gamma2", None)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self._branch(self.att, self.ln1, self.gamma1, x, grid)
+        return x + self._branch(self.ffn, self.ln2, self.gamma2, x, grid)
+
+    def _branch(self, mix: nn.Module, norm: nn.Module, gamma: Tensor | None, x: Tensor, grid: Grid) -> Tensor:
+        y = norm(mix(x, grid)) if self.post_norm else mix(norm(x), grid)
+        if gamma is not None:
+            y = gamma * y
+        if not self.training or self.drop_path == 0:
+            return y
+        kept = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path  # a whole picture goes without the branch
+        return y * kept / (1 - self.drop_path)
+
+
+class Patches(nn.Module):
+    def __init__(self, config: VRWKVConfig | VRWKV6Config):
+        super().__init__()
+        self.projection = nn.Conv2d(3, config.n_embd, config.patch_size, config.patch_size)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """[B, 3, height, width] -> [B, T, C] and the grid; what is no whole patch is filled up with zeros."""
+        size = self.projection.kernel_size[0]
+        height, width = images.shape[2:]
+        if height % size or width % size:
+            images = F.pad(images, (0, -width % size, 0, -height % size))
+        x = self.projection(images)
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+
+
+class VisionModel(Network):
+    """`logits = model(images)`: images float [B, 3, height, width], normalised by MEAN and STD (pictures.py does), of
+    any size; logits [B, classes], with num_classes = 0 the pooled features [B, C].
+
+    It has the habits of timm: `forward_features`, `forward_head`, `forward_intermediates`, `get_classifier`,
+    `reset_classifier`, `num_features`.
+    """
+
+    unseen = ("post_norm", "init_values", "drop_path", "shift", "causal", "segments")
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.patch_embed = Patches(config)
+        side = config.image_size // config.patch_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, side * side, config.n_embd))
+        self.layers: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.head = _head(config)
+
+    @property
+    def num_features(self) -> int:
+        """Channels."""
+        return self.config.n_embd
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W]: of every patch, after the last norm."""
+        x, grid = self.embed(images)
+        for block in self.layers:
+            x = self.through(block, x, grid)
+        return _as_map(self.ln1(x), grid)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, C, H, W] -> logits [B, classes]; with pre_logits, or without a head, [B, C]."""
+        pooled = features.mean((2, 3))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_intermediates(self, images: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """What comes out of the blocks `indices` (of the last so many, for a number; of all for None), each
+        [B, C, H, W]; that of the last block after the last norm."""
+        number = len(self.layers)
+        if indices is None or isinstance(indices, int):
+            indices = range(number - (number if indices is None else indices), number)
+        wanted = [i + number if i < 0 else i for i in indices]
+        for i in wanted:
+            if not 0 <= i < number:
+                raise InputError(f"there is no block {i}: this model has {number}")
+        x, grid = self.embed(images)
+        seen = {}
+        for i, block in enumerate(self.layers[: max(wanted) + 1]):
+            x = self.through(block, x, grid)
+            if i in wanted:
+                seen[i] = _as_map(self.ln1(x) if i == number - 1 else x, grid)
+        return [seen[i] for i in wanted]
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """What the first block reads, [B, T, C], and the grid of patches."""
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+            what = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            raise InputError(f"images must be floating point [B, 3, height, width], got {what}")
+        x, grid = self.patch_embed(images)
+        return self.layers[0].ln0(x + self.positions(grid)), grid
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The position embedding for a picture of so many patches, [1, T, C]."""
+        side = self.config.image_size // self.config.patch_size
+        if grid == (side, side):
+            return self.pos_embed
+        square = self.pos_embed.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        resized = F.interpolate(widen(square), size=grid, mode="bicubic", align_corners=False)
+        return resized.to(square.dtype).flatten(2).transpose(1, 2)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head; 0: none."""
+        self.config = replace(self.config, num_classes=num_classes, head_hidden=0)
+        self.head = _head(self.config).to(self.pos_embed.device, self.pos_embed.dtype)
+        with torch.no_grad():
+            _init_linears(self.head)
+        self._fingerprint = None
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The released code's "fancy" initialisation."""
+        config, c = self.config, self.config.n_embd
+        _init_linears(self)
+        self.patch_embed.projection.reset_parameters()
+        self.pos_embed.zero_()
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)):
+            norm.reset_parameters()
+        channel = torch.arange(c) / c
+        for i, block in enumerate(self.layers):
+            rho = i / (config.n_layer - 1) if config.n_layer > 1 else 0.0  # 0 .. 1 over the layers
+            tau = 1 - i / config.n_layer  # 1 .. 1 / layers
+            for mix in (block.ffn.spatial_mix_k, block.ffn.spatial_mix_r):
+                mix.copy_(channel**tau)
+            for gamma in (block.gamma1, block.gamma2):
+                if gamma is not None:
+                    gamma.fill_(config.init_values)
+            block.att.init_weights(rho, tau)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        """Norms and biases do not decay, everything else does, as in the released recipe."""
+        norms: set[nn.Parameter] = {
+            p for m in self.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm) for p in m.parameters()
+        }
+        fixed: list[nn.Parameter] = []
+        decaying: list[nn.Parameter] = []
+        for name, p in self.named_parameters():
+            (fixed if p in norms or name.endswith("bias") else decaying).append(p)
+        return [
+            {"params": fixed, "lr": lr, "weight_decay": 0.0},
+            {"params": decaying, "lr": lr, "weight_decay": weight_decay},
+        ]
+
+
+class VRWKV(VisionModel):
+    name = "vrwkv"
+    Config = VRWKVConfig
+
+
+class VRWKV6(VisionModel):
+    name = "vrwkv6"
+    Config = VRWKV6Config
+
+
+def _as_map(x: Tensor, grid: Grid) -> Tensor:
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def _head(config: VRWKVConfig | VRWKV6Config) -> nn.Module:
+    c, hidden, classes = config.n_embd, config.head_hidden, config.num_classes
+    if not classes:
+        return nn.Identity()
+    if hidden:
+        return nn.Sequential(nn.Linear(c, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+    return nn.Sequential(OrderedDict(fc=nn.Linear(c, classes)))
+
+
+def _init_linears(module: nn.Module) -> None:
+    for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if linear.bias is not None:
+            linear.bias.zero_()
+
+
+SMALL, BASE = {"post_norm": True, "drop_path": 0.3}, {"post_norm": True, "init_values": 1e-5, "drop_path": 0.5}
+LARGE = {"init_values": 1e-5, "drop_path": 0.1, "key_norm": True, "head_hidden": 3072, "image_size": 192}
+VARIANTS: dict[str, VRWKVConfig | VRWKV6Config] = {
+    "vrwkv_tiny": VRWKVConfig.sized(192, 12),
+    "vrwkv_small": VRWKVConfig.sized(384, 12, **SMALL, init_values=1.0),
+    "vrwkv_base": VRWKVConfig.sized(768, 12, **BASE),
+    "vrwkv_large": VRWKVConfig.sized(1024, 24, post_norm=True, **LARGE),
+    "vrwkv6_tiny": VRWKV6Config.sized(192, 12),
+    "vrwkv6_small": VRWKV6Config.sized(384, 12, **SMALL, init_values=1e-5),
+    "vrwkv6_base": VRWKV6Config.sized(768, 12, **BASE),
+}
+
+
+def create(
+    name: str, pretrained: str | Path | None = None, num_classes: int | None = None, **changes: Any
+) -> VisionModel:
+    """A model by name, vrwkv_tiny to vrwkv_large and vrwkv6_tiny to vrwkv6_base, in training mode.
+
+    Args:
+        pretrained: a checkpoint as the authors published them, or one of ours; without it the weights are new.
+        num_classes: other classes than the variant's (and the file's) 1000 get a new head; 0: no head.
+        changes: of the configuration, like drop_path=0.1 or segments=32.
+
+    Raises:
+        InputError: an unknown name or setting, a file of another variant.
+    """
+    if name not in VARIANTS:
+        raise InputError(f"there is no model {name!r}; known are {', '.join(VARIANTS)}")
+    usual = VARIANTS[name]
+    unknown = [key for key in changes if not hasattr(usual, key)]
+    if unknown:
+        raise InputError(f"{name} has no setting {unknown[0]!r}")
+    config = replace(usual, **changes)
+    if pretrained is None:
+        model = _kind(config)(config if num_classes is None else replace(config, num_classes=num_classes))
+        model.init_weights()
+        return model
+    path = Path(pretrained).expanduser()
+    try:
+        tensors = formats.read(path).tensors
+        shapes = {key: x.shape for key, x in tensors.items()}
+        if "pos_embed" not in shapes:
+            raise InputError(f"no Vision-RWKV (it holds {', '.join(list(shapes)[:3])}, ...)")
+        kind = VRWKV6Config if "layers.0.att.time_maa_x" in shapes else VRWKVConfig
+        try:
+            found = kind.from_shapes(shapes)
+        except (KeyError, IndexError, ValueError) as error:
+            raise InputError(f"no complete Vision-RWKV: {error}") from error
+        for key in ("n_embd", "n_layer", "dim_ffn", "patch_size", "key_norm", "head_size"):
+            if kind is not type(config) or getattr(found, key, None) != getattr(config, key, None):
+                raise InputError(f"holds {_told(found)}, not {name}")
+        sizes = {key: getattr(found, key) for key in ("image_size", "num_classes", "head_hidden")}
+        model = _kind(config)(replace(config, **sizes))
+        _fill(model, tensors)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if num_classes is not None and num_classes != found.num_classes:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def _fill(model: VisionModel, tensors: Mapping[str, formats.Stored]) -> None:
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in tensors]
+    unexpected = [key for key in tensors if key not in wanted]
+    wrong = [key for key in wanted if key in tensors and wanted[key].numel() != tensors[key].numel()]
+    for what, names in (("is missing", missing), ("is not of this model", unexpected), ("has another shape", wrong)):
+        if names:
+            raise InputError(f"{names[0]} {what}")
+    with torch.no_grad():
+        for key, x in wanted.items():
+            x.copy_(tensors[key].read().reshape(x.shape))
+
+
+def _kind(config: VRWKVConfig | VRWKV6Config) -> type[VisionModel]:
+    return VRWKV6 if isinstance(config, VRWKV6Config) else VRWKV
+
+
+def _told(config: VRWKVConfig | VRWKV6Config) -> str:
+    kind = "vrwkv6" if isinstance(config, VRWKV6Config) else "vrwkv"
+    for name, variant in VARIANTS.items():
+        if type(variant) is type(config) and (variant.n_embd, variant.n_layer) == (config.n_embd, config.n_layer):
+            return name
+    return f"a {kind} of {config.n_layer} layers and {config.n_embd} channels"

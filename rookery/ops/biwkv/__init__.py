@@ -1,0 +1,52 @@
+"""Bi-WKV, the attention of Vision-RWKV: WKV4's weighted mean over what is before a token and what is after it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dispatch import choose, expect, longest, sizes
+from .chunked import chunked
+from .cpu import cpu
+from .recurrent import recurrent
+from .reference import reference
+from .released import released
+
+BODIES = {"reference": reference, "chunked": chunked, "recurrent": recurrent, "cpu": cpu}
+
+
+def biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, segments: int | None = None, impl: str = "auto") -> Tensor:
+    """Per channel, for all tokens t of a picture:
+
+        y_t = (sum_{i != t} e^(log_w (|t - i| - 1) + k_i) v_i + e^(u + k_t) v_t) / (the same with v = 1)
+
+    Args:
+        log_w, u: [A], what a token's weight changes by for each token that it lies farther away, and the bonus of the
+            token itself. Vision-RWKV passes -spatial_decay / T and spatial_first / T; a log_w above 0, by which weights
+            grow with the distance, is allowed.
+        k, v: [B, T, A], any floating dtype.
+        segments: None for the formula. With 32 the arithmetic of the CUDA kernel that the released weights were trained
+            with, which cuts the tokens into so many pieces and differs a little from the formula (see README.md).
+        impl: "auto", "reference", "chunked", "recurrent" (token by token in constant memory) or "cpu" (C++). With
+            segments "auto" or "chunked".
+
+    Returns:
+        y [B, T, A] in v's dtype. There is no state: a picture has no continuation.
+
+    Raises:
+        ValueError: a shape, dtype, impl or number of segments that does not fit, named.
+
+    Source: Vision-RWKV (arXiv 2403.02308), equation 5.
+    """
+    batch, tokens, channels = sizes("biwkv", "k", k, "BTA")
+    expect("biwkv", "v", v, (batch, tokens, channels))
+    expect("biwkv", "log_w", log_w, (channels,))
+    expect("biwkv", "u", u, (channels,))
+    if segments is not None:
+        if segments < 1:
+            raise ValueError(f"biwkv: segments must be at least 1, got {segments}")
+        if impl not in ("auto", "chunked"):
+            raise ValueError(f"biwkv has no body {impl!r} with segments; choose one of auto, chunked")
+        return choose("biwkv", "chunked", {"chunked": released}, longest(tokens, None), k.device)(
+            log_w, k, v, u, segments
+        )
+    return choose("biwkv", impl, BODIES, longest(tokens, None), k.device)(log_w, k, v, u)

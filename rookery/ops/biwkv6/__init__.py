@@ -1,0 +1,47 @@
+"""The attention of VRWKV6: WKV6's matrix state of what is before a token, and another of what is after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import expect, sizes
+from ..wkv6 import BODIES as WKV6_BODIES
+from ..wkv6 import wkv6
+from .recurrent import recurrent
+
+BODIES = (*WKV6_BODIES, "recurrent")
+
+
+def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: str = "auto") -> Tensor:
+    """Per head, with w = exp(log_w), all vectors columns, and two states that begin with zeros at the two ends:
+
+        y_t = (P_t + F_t + v_t k_t^T diag(u)) r_t
+        P_{t+1} = P_t diag(w_t) + v_t k_t^T
+        F_{t-1} = F_t diag(w_t) + v_t k_t^T
+
+    Args:
+        r, log_w, k, v: [B, T, H, N], any floating dtype. log_w <= 0 without a lower bound, -inf included.
+        u: [H, N], the bonus of the token itself, which counts once.
+        impl: "auto", "reference", "chunked" or "cpu" (C++), which are WKV6's, or "recurrent" (token by token).
+
+    Returns:
+        y [B, T, H, N] in v's dtype. There is no state: a picture has no continuation.
+
+    Raises:
+        ValueError: a shape, dtype or impl that does not fit, named.
+
+    Source: the released code of VRWKV6 (OpenGVLab/Vision-RWKV).
+    """
+    shape = sizes("biwkv6", "r", r, "BTHN")
+    for name, x in (("log_w", log_w), ("k", k), ("v", v)):
+        expect("biwkv6", name, x, shape)
+    expect("biwkv6", "u", u, shape[2:])
+    if impl != "auto" and impl not in BODIES:
+        raise ValueError(f"biwkv6 has no body {impl!r}; choose one of auto, {', '.join(BODIES)}")
+    if impl == "recurrent":
+        return recurrent(r, log_w, k, v, u)
+    past, _ = wkv6(r, log_w, k, v, u, impl=impl)
+    back = [x.flip(1) for x in (r, log_w, k, v)]
+    future, _ = wkv6(back[0], back[1], back[2], back[3], torch.zeros_like(u), impl=impl)
+    return past + future.flip(1)

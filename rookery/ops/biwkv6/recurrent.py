@@ -1,0 +1,43 @@
+"""VRWKV6's operator as a picture is read token by token: two states a head, each updated from the last.
+
+The future of a reader is undone as it comes: F_t = (F_{t-1} - v_t k_t^T) diag(1 / w_t). Dividing by a decay again and
+again lets every rounding grow by as much as the decays of all tokens since the future was gathered, so it is held in
+float64 and gathered anew from what is still to come once some channel has grown by `GROWTH`. The decays of VRWKV6 are
+of the token and not, as Bi-WKV's, divided by the number of tokens: that is every few dozen tokens (README.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..wkv6 import wkv6
+
+GROWTH = 20.0  # the logarithm: e^20 roundings of float64 are 1e-7
+
+
+def gather(log_w: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The state [B, H, N_v, N_k] of all these tokens, read from the last to the first; float64."""
+    log_w, k, v = (x.double().flip(1) for x in (log_w, k, v))
+    return wkv6(torch.zeros_like(k), log_w, k, v, torch.zeros_like(k[0, 0]))[1]
+
+
+def recurrent(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+    """See `biwkv6`."""
+    dtype = v.dtype
+    r, log_w, k, v, u = (x.double() for x in (r, log_w, k, v, u))
+    past = torch.zeros_like(v[:, 0, :, :, None] * k[:, 0, :, None])  # [B, H, N_v, N_k]
+    future, grown = gather(log_w, k, v), torch.zeros_like(k[:, 0])
+    ys = []
+    for t, (r_t, log_w_t, k_t, v_t) in enumerate(zip(*(x.unbind(1) for x in (r, log_w, k, v)), strict=True)):
+        own = v_t[..., :, None] * k_t[..., None, :]
+        grown = grown - log_w_t.detach()
+        if t + 1 == k.shape[1]:
+            future = torch.zeros_like(future)
+        elif bool((grown > GROWTH).any()):
+            future, grown = gather(log_w[:, t + 1 :], k[:, t + 1 :], v[:, t + 1 :]), torch.zeros_like(grown)
+        else:
+            future = (future - own) * (-log_w_t).exp()[..., None, :]
+        ys.append(((past + future + own * u[..., None, :]) @ r_t[..., None])[..., 0])
+        past = past * log_w_t.exp()[..., None, :] + own
+    return torch.stack(ys, dim=1).to(dtype)

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .. import formats, hub
-from ..checkpoint import DTYPES, assemble
+from ..checkpoint import DTYPES, assemble, load_found
 from ..errors import InputError
 from ..formats import huggingface
 from ..formats.stored import Stored

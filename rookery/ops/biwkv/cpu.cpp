@@ -1,8 +1,3 @@
-// Bi-WKV, forward and backward. Channels never meet: each lane of a vector is one, with sums (a, b) in units of e^p: the
-// past of a token, which goes on from the left, and its future, which goes on from the right.
-//
-// The future is read first and kept at every chunk's end; going from left to right, a chunk's is computed again from
-// there. As in WKV4 units are subtracted first, and to the gradients they are constants: see README.md.
 #include "simd.h"
 
 #include <algorithm>
@@ -10,10 +5,10 @@
 
 namespace {
 
-constexpr int CHANNELS = 256;  // of a unit of work at most: rows long enough to be read well
-constexpr double NOTHING = -1e38;
-constexpr int ROOM = 16;
-constexpr int LINES = 32;      // channels in whole cache lines of any dtype: no two threads write to one
+constexpr int CHANNELS = 256;       // of a unit of work at most: rows long enough to be read well
+constexpr int LINES = 32;           // channels in whole cache lines of any dtype: no two threads write to one
+constexpr double NOTHING = -1e38;   // the unit of an empty sum: unlike -inf it can be subtracted from itself
+constexpr double ROOM = 16;         // what the logarithm of a run's decay may reach; float32 has 87
 
 // One call, as Python hands it over. Tensors are [.., .., A] with head stride 1: a head is a channel to begin at.
 struct Call {
@@ -34,13 +29,34 @@ struct Unit {
     template <class R> int vectors() const { return (n + LANES<R> - 1) / LANES<R>; }
 };
 
-// A number for every channel of a unit; the last unit has fewer, and zeros after them.
-template <class R> struct Row {
-    alignas(64) R x[CHANNELS] = {};
-    Vec<R> operator[](int j) const { return load(x + j * LANES<R>); }
-    void set(int j, const Vec<R>& value) { store(x + j * LANES<R>, value); }
-};
+#ifndef LEAN
+#define LEAN 1
+#endif
+// e^x for x < 88
+INLINE Vec<float> power(const Vec<float>& x) {
+#if LEAN
+    const Vec<float> clamped = choose(x < -87.33f, -87.33f, x);
+    const Vec<float> magic = 12582912.f;
+    const Vec<float> shifted = clamped * 1.44269504f + magic;
+    const Vec<float> n = shifted - magic;
+    Vec<float> r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Vec<float> p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return choose(x < -87.33f, 0.f, p * as_floats((as_ints(shifted) + 127) << 23));
+#else
+    return exp(x);
+#endif
+}
+INLINE Vec<double> power(const Vec<double>& x) { return exp(x); }
 
+// The rows of a chunk's tokens, of the channels of a unit. An odd number of cache lines lies between two rows: a column
+// of them then finds room in the first cache, of which lines a power of two apart share few places.
 template <class R> struct Rows {
     struct alignas(64) Lanes {
         R x[LANES<R>] = {};
@@ -60,6 +76,14 @@ template <class R> struct Rows {
     }
 };
 
+// A number for every channel of a unit; the last unit has fewer, and zeros after them.
+template <class R> struct Row {
+    alignas(64) R x[CHANNELS] = {};
+    Vec<R> operator[](int j) const { return load(x + j * LANES<R>); }
+    void set(int j, const Vec<R>& value) { store(x + j * LANES<R>, value); }
+};
+
+// Sums of weighted values and of weights, in units of e^p
 template <class R> struct Sums {
     Vec<R> a, b, p;
 };
@@ -86,26 +110,40 @@ template <class R> struct Channels {
 };
 
 template <class R> struct Token {
-    Vec<R> weight;             // in units of its run's largest key
-    Vec<R> a, b, c, d;         // the sums of its past and its future, in units of its run
-    Vec<R> share, y;           // dy (in the forward pass 1) / the sum of all weights
-    Vec<R> ga, gb;             // the gradient's sums from the left
+    Vec<R> weight;      // in units of its run's largest key
+    Sums<R> past, future, left;
+    Vec<R> share, y;    // dy / the sum of all weights
 };
 
 template <class R> struct Run {
     int64_t begin, count;
-    Vec<R> key;  // the largest
-    Sums<R> past, future, left;
-    Vec<R> p, q, m, own;
-    bool alone() const { return count == 1; }
+    Vec<R> key, m, own;
 };
 
-// Sums that decay while others are added up
-template <class R> INLINE Sums<R> pass(const Sums<R>& s, const Vec<R>& fade, const Sums<R>& joined) {
-    const Vec<R> unit = larger(s.p + fade, joined.p);
-    const Vec<R> old = exp(s.p - unit + fade), own = exp(joined.p - unit);
-    return {old * s.a + own * joined.a, old * s.b + own * joined.b, unit};
-}
+// Sums as the tokens of a run meet them one after the other, in one unit
+template <class R> struct Chain {
+    Sums<R> entered, now;
+    Vec<R> key, scale;
+    INLINE Chain(const Sums<R>& s, const Vec<R>& key, int64_t count) : entered(s), key(key) {
+        now.p = count == 1 ? s.p : larger(s.p, key);
+        const Vec<R> factor = power(s.p - now.p);
+        now.a = factor * s.a, now.b = factor * s.b, scale = power(key - now.p);
+    }
+    // a: weighted value and weight in units of the key
+    INLINE void join(const Vec<R>& a, const Vec<R>& b, const Vec<R>& growth) {
+        now.a = now.a + scale * a + now.a * growth;
+        now.b = now.b + scale * b + now.b * growth;
+    }
+    INLINE Sums<R> left(const Vec<R>& log_w, int64_t count, const Vec<R>& a, const Vec<R>& b) const {
+        const Vec<R> fade = R(count) * log_w, unit = larger(entered.p + fade, key);
+        if (count == 1) {
+            const Vec<R> old = power(entered.p - unit + fade), own = power(key - unit);
+            return {old * entered.a + own * a, old * entered.b + own * b, unit};
+        }
+        const Vec<R> factor = power(now.p - unit);
+        return {factor * now.a, factor * now.b, unit};
+    }
+};
 
 template <class R>
 struct Column {
@@ -116,64 +154,53 @@ struct Column {
 
     Column(int64_t chunk) : token(chunk), run(chunk) {}
 
-    INLINE void weigh(const Rows<R>& k, int j, int64_t count) {
-        runs = 0;
-        for (int64_t begin = 0; begin < count; begin += x.run) {
-            Run<R>& r = run[runs++];
-            r.begin = begin, r.count = std::min(x.run, count - begin), r.key = R(NOTHING);
-            for (int64_t t = begin; t < begin + r.count; t++) r.key = larger(k(t, j), r.key);
-            for (int64_t t = begin; t < begin + r.count; t++) token[t].weight = exp(k(t, j) - r.key);
-        }
-    }
-    // the future before the tokens of a run, given that after them
-    INLINE Sums<R> before(const Run<R>& r, const Sums<R>& future, const Rows<R>& v, int j) const {
-        Sums<R> joined{R(0), R(0), r.key};
-        for (int64_t t = r.begin + r.count - 1; t >= r.begin; t--) {
-            const Vec<R> weight = token[t].weight;
-            joined.a = joined.a + weight * v(t, j) + joined.a * x.growth;
-            joined.b = joined.b + weight + joined.b * x.growth;
-        }
-        return pass(future, R(r.count) * x.log_w, joined);
-    }
-    INLINE Sums<R> meet(Sums<R> past, Sums<R> future, const Rows<R>& v, const Rows<R>* dy, int j) {
+    INLINE Sums<R> from_right(const Rows<R>& k, const Rows<R>& v, int j, int64_t tokens, Sums<R> future) {
+        runs = (tokens + x.run - 1) / x.run;
         for (int64_t i = runs - 1; i >= 0; i--) {
-            run[i].future = future;
-            if (i > 0) future = before(run[i], future, v, j);
+            Run<R>& r = run[i];
+            r.begin = i * x.run, r.count = std::min(x.run, tokens - r.begin), r.key = R(NOTHING);
+            for (int64_t t = 0; t < r.count; t++) r.key = larger(k(r.begin + t, j), r.key);
+            Chain<R> chain(future, r.key, r.count);
+            Vec<R> weight, weighted;
+            for (int64_t t = r.begin + r.count - 1; t >= r.begin; t--) {
+                weight = power(k(t, j) - r.key), weighted = weight * v(t, j);
+                token[t].weight = weight, token[t].future = chain.now;
+                chain.join(weighted, weight, x.growth);
+            }
+            future = chain.left(x.log_w, r.count, weighted, weight);
         }
+        return future;
+    }
+    template <bool GRADIENT>
+    INLINE Sums<R> from_left(const Rows<R>& v, Rows<R>& dy, int j, Sums<R> past, Sums<R>& left) {
         for (int64_t i = 0; i < runs; i++) {
             Run<R>& r = run[i];
-            const int64_t begin = r.begin, end = begin + r.count;
-            r.past = past;
-            const Vec<R> joins = r.alone() ? Vec<R>(R(NOTHING)) : r.key;
-            r.p = larger(past.p, joins), r.q = larger(r.future.p, joins);
-            r.m = larger(r.p, r.q);
-            if (r.alone()) r.m = larger(r.m, r.key + x.u);
-            r.own = exp(r.key - r.m + x.u);
-            const Vec<R> key_p = exp(r.key - r.p), key_q = exp(r.key - r.q);
-            const Vec<R> of_past = exp(r.p - r.m), of_future = exp(r.q - r.m);
-            const Vec<R> enters_p = exp(past.p - r.p), enters_q = exp(r.future.p - r.q);
-            Vec<R> c = enters_q * r.future.a, d = enters_q * r.future.b;
-            for (int64_t t = end - 1; t >= begin; t--) {
-                const Vec<R> weight = key_q * token[t].weight;
-                token[t].c = c, token[t].d = d;
-                c = c + weight * v(t, j) + c * x.growth;
-                d = d + weight + d * x.growth;
-            }
-            Vec<R> a = enters_p * past.a, b = enters_p * past.b;
-            Sums<R> joined{R(0), R(0), r.key};
-            for (int64_t t = begin; t < end; t++) {
+            Chain<R> chain(past, r.key, r.count);
+            const Vec<R> q = token[r.begin].future.p;
+            r.m = larger(chain.now.p, q);
+            if (r.count == 1) r.m = larger(r.m, r.key + x.u);
+            r.own = power(r.key - r.m + x.u);
+            const Vec<R> of_past = power(chain.now.p - r.m), of_future = power(q - r.m);
+            Vec<R> weighted, share;
+            Chain<R> back(left, -r.m, r.count);
+            for (int64_t t = r.begin; t < r.begin + r.count; t++) {
                 Token<R>& token = this->token[t];
-                const Vec<R> v_t = v(t, j), own = r.own * token.weight, weight = key_p * token.weight;
-                const Vec<R> inverse = R(1) / (of_past * b + (of_future * token.d + own));
-                token.a = a, token.b = b;
-                token.y = (of_past * a + (of_future * token.c + own * v_t)) * inverse;
-                token.share = dy ? (*dy)(t, j) * inverse : inverse;
-                a = a + weight * v_t + a * x.growth;
-                b = b + weight + b * x.growth;
-                joined.a = joined.a + token.weight * v_t + joined.a * x.growth;
-                joined.b = joined.b + token.weight + joined.b * x.growth;
+                const Vec<R> own = r.own * token.weight;
+                const Vec<R> total = of_past * chain.now.b + (of_future * token.future.b + own);
+                weighted = token.weight * v(t, j);
+                const Vec<R> sum = of_past * chain.now.a + (of_future * token.future.a + r.own * weighted);
+                if constexpr (GRADIENT) {
+                    const Vec<R> inverse = R(1) / total;
+                    token.past = chain.now, token.left = back.now;
+                    token.y = sum * inverse, token.share = share = dy(t, j) * inverse;
+                    back.join(share, -share * token.y, x.growth);
+                } else
+                    dy.set(t, j, sum / total);
+                chain.join(weighted, token.weight, x.growth);
             }
-            past = pass(past, R(r.count) * x.log_w, joined);
+            const int64_t last = r.begin + r.count - 1;
+            past = chain.left(x.log_w, r.count, weighted, token[last].weight);
+            if constexpr (GRADIENT) left = back.left(x.log_w, r.count, share, -share * token[last].y);
         }
         return past;
     }
@@ -203,6 +230,7 @@ template <class R> void forward(const Call& call, const Unit& at) {
     State<R> past, future;
     const auto all = channels<R>(call, at);
     Column<R> column(call.chunk);
+    Sums<R> none;
 
     for (int64_t c = call.chunks() - 1; c >= 0; c--) {
         future.put(kept, call, at, c);
@@ -210,10 +238,7 @@ template <class R> void forward(const Call& call, const Unit& at) {
         k.get(k_in, call, at, c), v.get(v_in, call, at, c);
         for (int j = 0; j < at.vectors<R>(); j++) {
             column.x = all[j];
-            column.weigh(k, j, call.count(c));
-            Sums<R> s = future[j];
-            for (int64_t i = column.runs - 1; i >= 0; i--) s = column.before(column.run[i], s, v, j);
-            future.set(j, s);
+            future.set(j, column.from_right(k, v, j, call.count(c), future[j]));
         }
     }
     for (int64_t c = 0; c < call.chunks(); c++) {
@@ -221,15 +246,78 @@ template <class R> void forward(const Call& call, const Unit& at) {
         future.get(kept, call, at, c);
         for (int j = 0; j < at.vectors<R>(); j++) {
             column.x = all[j];
-            column.weigh(k, j, call.count(c));
-            past.set(j, column.meet(past[j], future[j], v, nullptr, j));
-            for (int64_t t = 0; t < call.count(c); t++) y.set(t, j, column.token[t].y);
+            column.from_right(k, v, j, call.count(c), future[j]);
+            past.set(j, column.template from_left<false>(v, y, j, past[j], none));
         }
         y.put(y_out, call, at, c);
     }
 }
 
 template <class R> void backward(const Call& call, const Unit& at) {
+    const Array &k_in = call.x[1], &v_in = call.x[2], &kept = call.x[4], &dy_in = call.x[5], &noted = call.x[6];
+    const Array &dlog_w_out = call.x[7], &dk_out = call.x[8], &dv_out = call.x[9], &du_out = call.x[10];
+    Rows<R> k(call, at), v(call, at), dy(call, at), dk(call, at), dv(call, at);
+    Row<R> dlog_w, du;
+    State<R> past, future, left, right;
+    const auto all = channels<R>(call, at);
+    Column<R> column(call.chunk);
+    const auto get = [&](int64_t c) {
+        k.get(k_in, call, at, c), v.get(v_in, call, at, c), dy.get(dy_in, call, at, c);
+        future.get(kept, call, at, c);
+    };
+    for (int64_t c = 0; c < call.chunks(); c++) {
+        past.put(noted, call, at, c), left.put(noted, call, at, c, 3);
+        get(c);
+        for (int j = 0; j < at.vectors<R>(); j++) {
+            column.x = all[j];
+            column.from_right(k, v, j, call.count(c), future[j]);
+            Sums<R> s = left[j];
+            past.set(j, column.template from_left<true>(v, dy, j, past[j], s));
+            left.set(j, s);
+        }
+    }
+    for (int64_t c = call.chunks() - 1; c >= 0; c--) {
+        past.get(noted, call, at, c), left.get(noted, call, at, c, 3);
+        get(c);
+        for (int j = 0; j < at.vectors<R>(); j++) {
+            column.x = all[j];
+            column.from_right(k, v, j, call.count(c), future[j]);
+            Sums<R> s = left[j];
+            column.template from_left<true>(v, dy, j, past[j], s);
+            Sums<R> h = right[j];
+            Vec<R> dlog_w_sum = R(0), du_sum = R(0);
+            const Vec<R> log_w = all[j].log_w;
+            for (int64_t i = column.runs - 1; i >= 0; i--) {
+                const Run<R>& r = column.run[i];
+                Chain<R> chain(h, -r.m, r.count);
+                const Token<R>& first = column.token[r.begin];
+                const Vec<R> by_left = power(r.key + first.left.p), by_right = power(r.key + chain.now.p);
+                const Vec<R> decay_left = power(first.future.p + first.left.p + log_w);
+                const Vec<R> decay_right = power(first.past.p + chain.now.p + log_w);
+                Vec<R> left_sum = R(0), right_sum = R(0), share, lost;
+                for (int64_t t = r.begin + r.count - 1; t >= r.begin; t--) {
+                    const Token<R>& token = column.token[t];
+                    share = token.share, lost = -share * token.y;
+                    const Vec<R> v_t = v(t, j), own = r.own * share, by_bonus = own * (v_t - token.y);
+                    const Vec<R> ga = by_left * token.left.a + by_right * chain.now.a;
+                    const Vec<R> gb = by_left * token.left.b + by_right * chain.now.b;
+                    dv.set(t, j, token.weight * (ga + own));
+                    dk.set(t, j, token.weight * (ga * v_t + gb + by_bonus));
+                    du_sum += token.weight * by_bonus;
+                    left_sum += token.left.a * token.future.a + token.left.b * token.future.b;
+                    right_sum += chain.now.a * token.past.a + chain.now.b * token.past.b;
+                    chain.join(share, lost, all[j].growth);
+                }
+                dlog_w_sum += decay_left * left_sum + decay_right * right_sum;
+                h = chain.left(log_w, r.count, share, lost);
+            }
+            right.set(j, h);
+            dlog_w.set(j, dlog_w[j] + dlog_w_sum), du.set(j, du[j] + du_sum);
+        }
+        dk.put(dk_out, call, at, c), dv.put(dv_out, call, at, c);
+    }
+    dlog_w_out.put(dlog_w.x, at.sequence, 0, at.channel, at.n);
+    du_out.put(du.x, at.sequence, 0, at.channel, at.n);
 }
 
 // work(unit) for all units of work: as few blocks of channels as give every thread as many units as any other
@@ -257,7 +345,7 @@ extern "C" void biwkv_forward(const Array* x, const int64_t*, int64_t sequences,
         each(call, sequences, threads, [&](const Unit& unit) { forward<float>(call, unit); });
 }
 
-// x: log_w, k, v, u, kept, dy, room for a note [sequences * chunks, 5, A], then the gradients of log_w, k, v, u. Those of
+// x: log_w, k, v, u, kept, dy, room for a note [sequences * chunks, 6, A], then the gradients of log_w, k, v, u. Those of
 // log_w and u are a row a sequence.
 extern "C" void biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
                                int64_t chunk, int64_t threads) {

@@ -37,7 +37,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of log_w, k, v and u."""
     dlog_w, dk, dv, du = _fake_backward(log_w, k, v, u, kept, dy)
-    noted = kept.new_empty(len(kept), 5, kept.shape[2])
+    noted = kept.new_empty(len(kept), 6, kept.shape[2])
     # one gradient a sequence, added in one order: the same for any number of threads
     dlog_w_parts, du_parts = kept.new_empty(2, len(k), 1, k.shape[2])
     tensors = (log_w[None, None], k, v, u[None, None], kept, dy, noted, dlog_w_parts, dk, dv, du_parts)

@@ -23,6 +23,8 @@ from rookery.checkpoint import assemble, load, save
 from rookery.convert import convert
 from rookery.engine.llm import BUNDLED
 from rookery.models import LayerState, Model
+from rookery.models.vision import create
+from rookery.ops import biwkv, biwkv6
 from rookery.quantize import FORMATS, quantize
 from rookery.train.config import read_config
 from rookery.train.loop import Run, Stopped
@@ -427,3 +429,65 @@ def test_transformers(version, random_checkpoint, tmp_path):
     loaded = type(mine).from_pretrained(tmp_path / "hf", device_map="auto")
     assert loaded.device.type == DEVICE
     assert loaded.generate(**moved_batch, **options).tolist() == expected.tolist()
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def drawn_picture(operator: str, tokens: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    if operator == "biwkv":
+        return [-noise(12) / tokens, 3 * noise(2, tokens, 12), noise(2, tokens, 12), noise(12)]
+    r, k, v = (noise(2, tokens, 3, 8) for _ in range(3))
+    return [r, -noise(2, tokens, 3, 8).exp(), k, v, noise(3, 8)]
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [(biwkv, {"impl": "chunked"}), (biwkv, {"segments": 32}), (biwkv, {"impl": "recurrent"}), (biwkv6, {})],
+    ids=["chunked", "segments", "recurrent", "biwkv6"],
+)
+def test_both_directions(operator, options, tokens):
+    found = []
+    for device in ("cpu", DEVICE):
+        leaves = [x.to(device).requires_grad_() for x in drawn_picture(operator.__name__, tokens)]
+        y = operator(*leaves, **options)
+        gradients = torch.autograd.grad((y * torch.arange(y.numel(), device=device).view_as(y).sin()).sum(), leaves)
+        found.append([x.detach().cpu() for x in (y, *gradients)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vrwkv_tiny", "vrwkv6_tiny"])
+def test_vision(name):
+    torch.manual_seed(0)
+    model = create(name, num_classes=10, n_layer=3).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+        images = torch.randn(2, 3, 100, 64)
+        expected = model(images)
+        there = copy.deepcopy(model).to(DEVICE)
+        near(there(images.to(DEVICE)), expected, 1e-4)
+        low = there.bfloat16()(images.to(DEVICE).bfloat16())
+    assert (low.float().cpu() - expected).norm() / expected.norm() < 0.05
+
+
+def test_pictures_are_learnt(tmp_path):
+    from PIL import Image
+
+    for i in range(40):
+        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20 + i, 24), colour).save(tmp_path / "data" / name / f"{i}.png")
+    told = ["model.generation=vrwkv", "model.n_layer=2", "model.n_embd=32", "vision.size=16", "vision.patch_size=4"]
+    told += [f"data.train={tmp_path / 'data'}", f"data.eval={tmp_path / 'data'}", "run.batch=16", "run.steps=60"]
+    made = Run(read_config(None, [*told, "optim.lr=3e-3", "optim.eps=1e-8", f"run.out={tmp_path / 'out'}"]))
+    made()
+    assert made.plain.pos_embed.device.type == DEVICE
+    assert made.measure()["eval_accuracy"] == 1

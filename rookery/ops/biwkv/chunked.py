@@ -1,36 +1,39 @@
-"""Bi-WKV as two scans in chunks, from the left and from the right, side by side in one batch."""
+"""Bi-WKV as two scans over all tokens at once, from the left and from the right.
+
+A sum over what is before a token is, with the decay taken out, a running sum of e^(k_i - i log_w): one cumulative
+operation of PyTorch, in logarithms so that nothing overflows, and in float64, whose digits do for exponents that
+grow with the number of tokens. Values may be negative and have no logarithm, but a mean moves with its values: they are
+lifted above 0 and the mean is lowered again.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator
-from ..packing import Chunks
-from ..wkv4.chunked import LENGTH, NOTHING, running_sums
+NOTHING = -1e38  # the logarithm of an empty sum: unlike that of -inf its gradient is 0
 
 
 def chunked(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
-    dtype, batch = v.dtype, len(k)
-    log_w, k, v, u = (x.to(accumulator(k)) for x in (log_w, k, v, u))
-    sums, units = scan(log_w, torch.cat([k, k.flip(1)]), torch.cat([v, v.flip(1)]))
-    (past, future), (p, q) = (sums[:batch], sums[batch:].flip(1)), (units[:batch], units[batch:].flip(1))
-    own = torch.stack([v, torch.ones_like(v)], dim=2)
-    return mean([(past, p), (future, q), (own, k + u)]).to(dtype)
+    dtype = v.dtype
+    log_w, k, v, u = (x.double() for x in (log_w, k, v, u))
+    weighted, floor = lift(k, v)
+    past, future = scan(log_w, weighted), scan(log_w, weighted.flip(2)).flip(2)
+    total, ones = torch.stack([past, future, weighted + u]).logsumexp(0)
+    return ((total - ones).exp() + floor).to(dtype)
 
 
-def scan(log_w: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What each token meets of those before it: [B, T, 2, A], the sums of weighted values and of weights, in units
-    e^p, p [B, T, A]."""
-    cut = Chunks.of(k.shape[0], k.shape[1], None, min(LENGTH, k.shape[1]))
-    state = torch.stack([torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), torch.full_like(k[:, 0], NOTHING)], 1)
-    sums, units, _ = running_sums(cut, log_w, k, v, state)
-    return cut.join(sums), cut.join(units)
+def lift(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of e^k (v - floor) and of e^k, [2, B, T, A], and the floor [B, 1, A], which is below all v."""
+    low, high = v.detach().amin(1, keepdim=True), v.detach().amax(1, keepdim=True)
+    floor = low - (high - low).clamp_min(1e-30 + 1e-12 * high.abs())
+    return torch.stack([k + (v - floor).log(), k]), floor
 
 
-def mean(terms: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The quotient of the two sums, each given in parts [B, T, 2, A] with their exponents [B, T, A]."""
-    top = torch.stack([exponent for _, exponent in terms]).amax(0).detach()
-    total = torch.stack([(exponent - top).exp()[:, :, None] * part for part, exponent in terms]).sum(0)
-    return total[:, :, 0] / total[:, :, 1]
+def scan(log_w: Tensor, x: Tensor) -> Tensor:
+    """The logarithm of what each token meets of those before it: of sum_{i < t} e^(log_w (t - 1 - i) + x_i), for x
+    [2, B, T, A]."""
+    faded = torch.arange(x.shape[2], device=x.device)[:, None] * log_w  # [T, A]
+    sums = (x[:, :, :-1] - faded[:-1]).logcumsumexp(2) + faded[:-1]
+    return torch.cat([torch.full_like(x[:, :, :1], NOTHING), sums], 2)

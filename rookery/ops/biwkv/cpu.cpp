@@ -1,3 +1,8 @@
+// Bi-WKV, forward and backward. Channels never meet: each lane of a vector is one.
+//
+// Tokens are read in chunks, and a chunk in runs: as many tokens as decay by e^ROOM at most, which is all of a chunk
+// unless decays are steep. Inside a run sums have one unit and decay for real, with one exponential a token; from run to
+// run they change their unit, so that nothing overflows. See README.md.
 #include "simd.h"
 
 #include <algorithm>
@@ -5,10 +10,10 @@
 
 namespace {
 
-constexpr int CHANNELS = 256;       // of a unit of work at most: rows long enough to be read well
-constexpr int LINES = 32;           // channels in whole cache lines of any dtype: no two threads write to one
-constexpr double NOTHING = -1e38;   // the unit of an empty sum: unlike -inf it can be subtracted from itself
-constexpr double ROOM = 16;         // what the logarithm of a run's decay may reach; float32 has 87
+constexpr int CHANNELS = 256;      // of a unit of work at most: rows long enough to be read well
+constexpr int LINES = 32;          // channels in whole cache lines of any dtype: no two threads write to one
+constexpr double NOTHING = -1e38;  // the unit of an empty sum: unlike -inf it can be subtracted from itself
+constexpr double ROOM = 16;        // all weights of an output then add up to e^-32 at least; float32 ends at e^-87
 
 // One call, as Python hands it over. Tensors are [.., .., A] with head stride 1: a head is a channel to begin at.
 struct Call {
@@ -29,18 +34,10 @@ struct Unit {
     template <class R> int vectors() const { return (n + LANES<R> - 1) / LANES<R>; }
 };
 
-#ifndef LEAN
-#define LEAN 1
-#endif
-// e^x for x < 88
+// e^x for x below 88, where float's own exp pays for all others too
 INLINE Vec<float> power(const Vec<float>& x) {
-#if LEAN
-    const Vec<float> clamped = choose(x < -87.33f, -87.33f, x);
-    const Vec<float> magic = 12582912.f;
-    const Vec<float> shifted = clamped * 1.44269504f + magic;
-    const Vec<float> n = shifted - magic;
-    Vec<float> r = clamped - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
+    const Vec<float> shifted = x * 1.44269504f + magic, n = shifted - magic, r = x - n * 0.693147182f;
     Vec<float> p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -48,33 +45,9 @@ INLINE Vec<float> power(const Vec<float>& x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return choose(x < -87.33f, 0.f, p * as_floats((as_ints(shifted) + 127) << 23));
-#else
-    return exp(x);
-#endif
+    return choose(x < -87.f, 0.f, p * as_floats((as_ints(shifted) + 127) << 23));
 }
 INLINE Vec<double> power(const Vec<double>& x) { return exp(x); }
-
-// The rows of a chunk's tokens, of the channels of a unit. An odd number of cache lines lies between two rows: a column
-// of them then finds room in the first cache, of which lines a power of two apart share few places.
-template <class R> struct Rows {
-    struct alignas(64) Lanes {
-        R x[LANES<R>] = {};
-    };
-    int64_t stride;
-    std::vector<Lanes> all;
-    Rows(const Call& call, const Unit& at) : stride(at.vectors<R>() | 1), all(call.chunk * stride) {}
-    INLINE Vec<R> operator()(int64_t t, int j) const { return load(all[t * stride + j].x); }
-    INLINE void set(int64_t t, int j, const Vec<R>& value) { store(all[t * stride + j].x, value); }
-    void get(const Array& from, const Call& call, const Unit& at, int64_t c) {
-        for (int64_t t = 0; t < call.count(c); t++)
-            from.get(all[t * stride].x, at.sequence, c * call.chunk + t, at.channel, at.n);
-    }
-    void put(const Array& to, const Call& call, const Unit& at, int64_t c) const {
-        for (int64_t t = 0; t < call.count(c); t++)
-            to.put(all[t * stride].x, at.sequence, c * call.chunk + t, at.channel, at.n);
-    }
-};
 
 // A number for every channel of a unit; the last unit has fewer, and zeros after them.
 template <class R> struct Row {
@@ -83,235 +56,287 @@ template <class R> struct Row {
     void set(int j, const Vec<R>& value) { store(x + j * LANES<R>, value); }
 };
 
-// Sums of weighted values and of weights, in units of e^p
-template <class R> struct Sums {
-    Vec<R> a, b, p;
+// The rows of a chunk. An odd number of cache lines lies between two of them: a column then finds room in the first
+// cache, where lines that lie a power of two apart share few places.
+template <class R> struct Rows {
+    struct alignas(64) Line {
+        R x[LANES<R>] = {};
+    };
+    int64_t stride;
+    std::vector<Line> lines;
+
+    Rows(const Call& call, const Unit& at) : stride(at.vectors<R>() | 1), lines(call.chunk * stride) {}
+    INLINE Vec<R> operator()(int64_t t, int j) const { return load(lines[t * stride + j].x); }
+    INLINE void set(int64_t t, int j, const Vec<R>& value) { store(lines[t * stride + j].x, value); }
+    // next: the chunk to send for
+    void get(const Array& from, const Call& call, const Unit& at, int64_t c, int64_t next) {
+        for (int64_t t = 0; t < call.count(c); t++) {
+            from.get(lines[t * stride].x, at.sequence, c * call.chunk + t, at.channel, at.n);
+            from.prefetch(at.sequence, next * call.chunk + t, at.channel, at.n);
+        }
+    }
+    void put(const Array& to, const Call& call, const Unit& at, int64_t c) const {
+        for (int64_t t = 0; t < call.count(c); t++)
+            to.put(lines[t * stride].x, at.sequence, c * call.chunk + t, at.channel, at.n);
+    }
+};
+
+// Two sums, of weighted values and of weights, or of what their gradients are made of
+template <class R> struct Pair {
+    Vec<R> a, b;
+};
+
+template <class R> struct Sums {  // in units of e^p
+    Pair<R> pair;
+    Vec<R> p;
 };
 
 template <class R> struct State {
     Row<R> a, b, p;
     State() { std::fill(p.x, p.x + CHANNELS, R(NOTHING)); }
-    Sums<R> operator[](int j) const { return {a[j], b[j], p[j]}; }
-    void set(int j, const Sums<R>& s) { a.set(j, s.a), b.set(j, s.b), p.set(j, s.p); }
+    Sums<R> operator[](int j) const { return {{a[j], b[j]}, p[j]}; }
+    void set(int j, const Sums<R>& s) { a.set(j, s.pair.a), b.set(j, s.pair.b), p.set(j, s.p); }
     void get(const Array& states, const Call& call, const Unit& at, int64_t c, int first = 0) {
-        const int64_t row = at.sequence * call.chunks() + c;
-        for (Row<R>* x : {&a, &b, &p}) states.get(x->x, row, first++, at.channel, at.n);
+        for (Row<R>* x : {&a, &b, &p}) states.get(x->x, at.sequence * call.chunks() + c, first++, at.channel, at.n);
     }
     void put(const Array& states, const Call& call, const Unit& at, int64_t c, int first = 0) const {
-        const int64_t row = at.sequence * call.chunks() + c;
-        for (const Row<R>* x : {&a, &b, &p}) states.put(x->x, row, first++, at.channel, at.n);
+        for (const Row<R>* x : {&a, &b, &p})
+            states.put(x->x, at.sequence * call.chunks() + c, first++, at.channel, at.n);
+    }
+};
+
+// Sums as the tokens of a run meet them, one after the other from either side
+template <class R> struct Chain {
+    Sums<R> entered, now;
+    Vec<R> key, scale;  // what joins is in units of e^key
+    bool alone;         // a run of one token, which meets nothing of the run: no unit need hold both
+
+    INLINE Chain(const Sums<R>& s, const Vec<R>& key, int64_t count) : entered(s), key(key), alone(count == 1) {
+        now.p = alone ? s.p : larger(s.p, key);
+        const Vec<R> factor = power(s.p - now.p);
+        now.pair = {factor * s.pair.a, factor * s.pair.b};
+        scale = power(key - now.p);
+    }
+    // growth = w - 1: w itself is rounded, and the same error would come back at every token. What joins and what is
+    // lost are added first: a slow decay alone, half a digit of the sum, would always be rounded the same way.
+    INLINE void join(const Pair<R>& x, const Vec<R>& growth) {
+        now.pair.a += scale * x.a + now.pair.a * growth;
+        now.pair.b += scale * x.b + now.pair.b * growth;
+    }
+    // In the unit of the next run; fade: log_w times the tokens of this one; x: what joined last. Units are subtracted
+    // first: the difference of near numbers is exact, and what rounding a faded unit lost shows up in it.
+    INLINE Sums<R> left(const Vec<R>& fade, const Pair<R>& x) const {
+        const Vec<R> unit = larger(entered.p + fade, key);
+        if (alone) {
+            const Vec<R> old = power(entered.p - unit + fade), own = power(key - unit);
+            return {{old * entered.pair.a + own * x.a, old * entered.pair.b + own * x.b}, unit};
+        }
+        const Vec<R> factor = power(now.p - unit);
+        return {{factor * now.pair.a, factor * now.pair.b}, unit};
     }
 };
 
 // What the channels of a vector have for all tokens
 template <class R> struct Channels {
-    Vec<R> log_w, growth, u;  // growth = w - 1
-    int64_t run;              // tokens
+    Vec<R> log_w, growth, u;
+    int64_t run;  // tokens
 };
 
-template <class R> struct Token {
-    Vec<R> weight;      // in units of its run's largest key
-    Sums<R> past, future, left;
-    Vec<R> share, y;    // dy / the sum of all weights
-};
-
-template <class R> struct Run {
-    int64_t begin, count;
-    Vec<R> key, m, own;
-};
-
-// Sums as the tokens of a run meet them one after the other, in one unit
-template <class R> struct Chain {
-    Sums<R> entered, now;
-    Vec<R> key, scale;
-    INLINE Chain(const Sums<R>& s, const Vec<R>& key, int64_t count) : entered(s), key(key) {
-        now.p = count == 1 ? s.p : larger(s.p, key);
-        const Vec<R> factor = power(s.p - now.p);
-        now.a = factor * s.a, now.b = factor * s.b, scale = power(key - now.p);
-    }
-    // a: weighted value and weight in units of the key
-    INLINE void join(const Vec<R>& a, const Vec<R>& b, const Vec<R>& growth) {
-        now.a = now.a + scale * a + now.a * growth;
-        now.b = now.b + scale * b + now.b * growth;
-    }
-    INLINE Sums<R> left(const Vec<R>& log_w, int64_t count, const Vec<R>& a, const Vec<R>& b) const {
-        const Vec<R> fade = R(count) * log_w, unit = larger(entered.p + fade, key);
-        if (count == 1) {
-            const Vec<R> old = power(entered.p - unit + fade), own = power(key - unit);
-            return {old * entered.a + own * a, old * entered.b + own * b, unit};
-        }
-        const Vec<R> factor = power(now.p - unit);
-        return {factor * now.a, factor * now.b, unit};
-    }
-};
-
-template <class R>
-struct Column {
-    Channels<R> x;
-    std::vector<Token<R>> token;
-    std::vector<Run<R>> run;
-    int64_t runs;
-
-    Column(int64_t chunk) : token(chunk), run(chunk) {}
-
-    INLINE Sums<R> from_right(const Rows<R>& k, const Rows<R>& v, int j, int64_t tokens, Sums<R> future) {
-        runs = (tokens + x.run - 1) / x.run;
-        for (int64_t i = runs - 1; i >= 0; i--) {
-            Run<R>& r = run[i];
-            r.begin = i * x.run, r.count = std::min(x.run, tokens - r.begin), r.key = R(NOTHING);
-            for (int64_t t = 0; t < r.count; t++) r.key = larger(k(r.begin + t, j), r.key);
-            Chain<R> chain(future, r.key, r.count);
-            Vec<R> weight, weighted;
-            for (int64_t t = r.begin + r.count - 1; t >= r.begin; t--) {
-                weight = power(k(t, j) - r.key), weighted = weight * v(t, j);
-                token[t].weight = weight, token[t].future = chain.now;
-                chain.join(weighted, weight, x.growth);
-            }
-            future = chain.left(x.log_w, r.count, weighted, weight);
-        }
-        return future;
-    }
-    template <bool GRADIENT>
-    INLINE Sums<R> from_left(const Rows<R>& v, Rows<R>& dy, int j, Sums<R> past, Sums<R>& left) {
-        for (int64_t i = 0; i < runs; i++) {
-            Run<R>& r = run[i];
-            Chain<R> chain(past, r.key, r.count);
-            const Vec<R> q = token[r.begin].future.p;
-            r.m = larger(chain.now.p, q);
-            if (r.count == 1) r.m = larger(r.m, r.key + x.u);
-            r.own = power(r.key - r.m + x.u);
-            const Vec<R> of_past = power(chain.now.p - r.m), of_future = power(q - r.m);
-            Vec<R> weighted, share;
-            Chain<R> back(left, -r.m, r.count);
-            for (int64_t t = r.begin; t < r.begin + r.count; t++) {
-                Token<R>& token = this->token[t];
-                const Vec<R> own = r.own * token.weight;
-                const Vec<R> total = of_past * chain.now.b + (of_future * token.future.b + own);
-                weighted = token.weight * v(t, j);
-                const Vec<R> sum = of_past * chain.now.a + (of_future * token.future.a + r.own * weighted);
-                if constexpr (GRADIENT) {
-                    const Vec<R> inverse = R(1) / total;
-                    token.past = chain.now, token.left = back.now;
-                    token.y = sum * inverse, token.share = share = dy(t, j) * inverse;
-                    back.join(share, -share * token.y, x.growth);
-                } else
-                    dy.set(t, j, sum / total);
-                chain.join(weighted, token.weight, x.growth);
-            }
-            const int64_t last = r.begin + r.count - 1;
-            past = chain.left(x.log_w, r.count, weighted, token[last].weight);
-            if constexpr (GRADIENT) left = back.left(x.log_w, r.count, share, -share * token[last].y);
-        }
-        return past;
-    }
-};
-
-template <class R> std::vector<Channels<R>> channels(const Call& call, const Unit& at) {
+template <class R> std::vector<Channels<R>> read_channels(const Call& call, const Unit& at) {
     Row<R> log_w, u, growth;
     call.x[0].get(log_w.x, 0, 0, at.channel, at.n);
     call.x[3].get(u.x, 0, 0, at.channel, at.n);
     std::vector<Channels<R>> all;
     for (int j = 0; j < at.vectors<R>(); j++) {
-        R steep = 0, bonus = 0;
+        R decay = 0, bonus = 0;
         for (int i = j * LANES<R>; i < (j + 1) * LANES<R>; i++) {
             growth.x[i] = std::expm1(log_w.x[i]);
-            steep = std::max(steep, std::fabs(log_w.x[i])), bonus = std::max(bonus, std::fabs(u.x[i]));
+            decay = std::max(decay, std::fabs(log_w.x[i])), bonus = std::max(bonus, std::fabs(u.x[i]));
         }
-        int64_t run = bonus > ROOM ? 1 : call.chunk;
-        if (steep * run > ROOM) run = std::max(int64_t(ROOM / steep), int64_t(1));
+        int64_t run = bonus > R(ROOM) ? 1 : call.chunk;
+        if (decay * run > R(ROOM)) run = std::max<int64_t>(R(ROOM) / decay, 1);
         all.push_back({log_w[j], growth[j], u[j], run});
     }
     return all;
 }
 
+template <class R> struct Token {
+    Vec<R> weight, share, y;  // e^(k - the run's key), dy / the sum of all weights in units of e^m
+    Pair<R> past, future, left;
+};
+
+template <class R> struct Run {
+    int64_t begin, count;
+    Vec<R> key, past, future, left;  // the largest key, and the units inside
+    Vec<R> m, own;                   // the unit of the output, and the factor of a token's own weight in it
+};
+
+// A vector of channels over a chunk
+template <class R> struct Column {
+    Channels<R> x;
+    std::vector<Token<R>> tokens;
+    std::vector<Run<R>> runs;
+    int64_t count;  // of runs
+
+    Column(int64_t chunk) : tokens(chunk), runs(chunk) {}
+
+    // Weighs the tokens and finds what each meets of those after it; the future before the chunk, given that after it.
+    INLINE Sums<R> from_right(const Rows<R>& k, const Rows<R>& v, int j, int64_t length, Sums<R> future) {
+        count = (length + x.run - 1) / x.run;
+        for (int64_t i = count - 1; i >= 0; i--) {
+            Run<R>& run = runs[i];
+            run.begin = i * x.run, run.count = std::min(x.run, length - run.begin), run.key = R(NOTHING);
+            const int64_t end = run.begin + run.count;
+            for (int64_t t = run.begin; t < end; t++) run.key = larger(k(t, j), run.key);
+            Chain<R> chain(future, run.key, run.count);
+            run.future = chain.now.p;
+            Pair<R> joins;
+            for (int64_t t = end - 1; t >= run.begin; t--) {
+                const Vec<R> weight = power(k(t, j) - run.key);
+                tokens[t].weight = weight, tokens[t].future = chain.now.pair;
+                joins = {weight * v(t, j), weight};
+                chain.join(joins, x.growth);
+            }
+            future = chain.left(R(run.count) * x.log_w, joins);
+        }
+        return future;
+    }
+
+    // The outputs, after from_right; the past after the chunk, given that before it. Without GRADIENT `row` is y to be
+    // written; with it dy to be read, and `left` the gradient's sums before the chunk, to become those after it.
+    template <bool GRADIENT>
+    INLINE Sums<R> from_left(const Rows<R>& v, Rows<R>& row, int j, Sums<R> past, Sums<R>& left) {
+        for (int64_t i = 0; i < count; i++) {
+            Run<R>& run = runs[i];
+            Chain<R> chain(past, run.key, run.count);
+            run.past = chain.now.p, run.m = larger(run.past, run.future);
+            if (chain.alone) run.m = larger(run.m, run.key + x.u);
+            run.own = power(run.key - run.m + x.u);
+            const Vec<R> of_past = power(run.past - run.m), of_future = power(run.future - run.m);
+            Chain<R> back(left, -run.m, run.count);
+            run.left = back.now.p;
+            Pair<R> joins, joins_back;
+            for (int64_t t = run.begin; t < run.begin + run.count; t++) {
+                Token<R>& token = tokens[t];
+                const Pair<R>&before = chain.now.pair, &after = token.future;
+                joins = {token.weight * v(t, j), token.weight};
+                const Vec<R> values = of_past * before.a + (of_future * after.a + run.own * joins.a);
+                const Vec<R> weights = of_past * before.b + (of_future * after.b + run.own * joins.b);
+                if constexpr (GRADIENT) {
+                    const Vec<R> inverse = R(1) / weights;
+                    token.y = values * inverse, token.share = row(t, j) * inverse;
+                    token.past = before, token.left = back.now.pair;
+                    joins_back = {token.share, -token.share * token.y};
+                    back.join(joins_back, x.growth);
+                } else {
+                    row.set(t, j, values / weights);
+                }
+                chain.join(joins, x.growth);
+            }
+            past = chain.left(R(run.count) * x.log_w, joins);
+            if constexpr (GRADIENT) left = back.left(R(run.count) * x.log_w, joins_back);
+        }
+        return past;
+    }
+
+    // The gradients, after both: `right` are the gradient's sums after the chunk, to become those before it.
+    INLINE void back(const Rows<R>& v, Rows<R>& dk, Rows<R>& dv, int j, Sums<R>& right, Vec<R>& dlog_w,
+                     Vec<R>& du) const {
+        for (int64_t i = count - 1; i >= 0; i--) {
+            const Run<R>& run = runs[i];
+            Chain<R> chain(right, -run.m, run.count);
+            const Vec<R> of_left = power(run.key + run.left), of_right = power(run.key + chain.now.p);
+            Vec<R> over_past = R(0), over_future = R(0);
+            Pair<R> joins;
+            for (int64_t t = run.begin + run.count - 1; t >= run.begin; t--) {
+                const Token<R>& token = tokens[t];
+                const Pair<R>&left = token.left, &right = chain.now.pair;
+                const Vec<R> own = run.own * token.share, by_bonus = token.weight * own * (v(t, j) - token.y);
+                const Vec<R> a = of_left * left.a + of_right * right.a, b = of_left * left.b + of_right * right.b;
+                dv.set(t, j, token.weight * (a + own));
+                dk.set(t, j, token.weight * (a * v(t, j) + b) + by_bonus);
+                du += by_bonus;
+                over_past += right.a * token.past.a + right.b * token.past.b;
+                over_future += left.a * token.future.a + left.b * token.future.b;
+                joins = {token.share, -token.share * token.y};
+                chain.join(joins, x.growth);
+            }
+            dlog_w += power(run.past + chain.now.p + x.log_w) * over_past;
+            dlog_w += power(run.future + run.left + x.log_w) * over_future;
+            right = chain.left(R(run.count) * x.log_w, joins);
+        }
+    }
+};
+
 template <class R> void forward(const Call& call, const Unit& at) {
     const Array &k_in = call.x[1], &v_in = call.x[2], &y_out = call.x[4], &kept = call.x[5];
+    const auto channels = read_channels<R>(call, at);
     Rows<R> k(call, at), v(call, at), y(call, at);
     State<R> past, future;
-    const auto all = channels<R>(call, at);
     Column<R> column(call.chunk);
-    Sums<R> none;
+    Sums<R> no_gradient;
 
     for (int64_t c = call.chunks() - 1; c >= 0; c--) {
         future.put(kept, call, at, c);
         if (c == 0) break;
-        k.get(k_in, call, at, c), v.get(v_in, call, at, c);
+        k.get(k_in, call, at, c, c - 1), v.get(v_in, call, at, c, c - 1);
         for (int j = 0; j < at.vectors<R>(); j++) {
-            column.x = all[j];
+            column.x = channels[j];
             future.set(j, column.from_right(k, v, j, call.count(c), future[j]));
         }
     }
     for (int64_t c = 0; c < call.chunks(); c++) {
-        k.get(k_in, call, at, c), v.get(v_in, call, at, c);
+        k.get(k_in, call, at, c, c + 1), v.get(v_in, call, at, c, c + 1);
         future.get(kept, call, at, c);
         for (int j = 0; j < at.vectors<R>(); j++) {
-            column.x = all[j];
+            column.x = channels[j];
             column.from_right(k, v, j, call.count(c), future[j]);
-            past.set(j, column.template from_left<false>(v, y, j, past[j], none));
+            past.set(j, column.template from_left<false>(v, y, j, past[j], no_gradient));
         }
         y.put(y_out, call, at, c);
     }
 }
 
+// The gradient's sums come from both sides too. From left to right those from the left and the past are noted at every
+// chunk's beginning; from right to left each chunk then has all four.
 template <class R> void backward(const Call& call, const Unit& at) {
     const Array &k_in = call.x[1], &v_in = call.x[2], &kept = call.x[4], &dy_in = call.x[5], &noted = call.x[6];
     const Array &dlog_w_out = call.x[7], &dk_out = call.x[8], &dv_out = call.x[9], &du_out = call.x[10];
+    const auto channels = read_channels<R>(call, at);
     Rows<R> k(call, at), v(call, at), dy(call, at), dk(call, at), dv(call, at);
-    Row<R> dlog_w, du;
     State<R> past, future, left, right;
-    const auto all = channels<R>(call, at);
+    Row<R> dlog_w, du;
     Column<R> column(call.chunk);
-    const auto get = [&](int64_t c) {
-        k.get(k_in, call, at, c), v.get(v_in, call, at, c), dy.get(dy_in, call, at, c);
+
+    // a chunk's column with all that its tokens meet; the past after it
+    const auto meet = [&](int64_t c, int j, Sums<R>& left_sums) __attribute__((always_inline)) {
+        column.x = channels[j];
+        column.from_right(k, v, j, call.count(c), future[j]);
+        return column.template from_left<true>(v, dy, j, past[j], left_sums);
+    };
+    const auto get = [&](int64_t c, int64_t next) {
+        k.get(k_in, call, at, c, next), v.get(v_in, call, at, c, next), dy.get(dy_in, call, at, c, next);
         future.get(kept, call, at, c);
     };
+
     for (int64_t c = 0; c < call.chunks(); c++) {
         past.put(noted, call, at, c), left.put(noted, call, at, c, 3);
-        get(c);
+        get(c, c + 1);
         for (int j = 0; j < at.vectors<R>(); j++) {
-            column.x = all[j];
-            column.from_right(k, v, j, call.count(c), future[j]);
-            Sums<R> s = left[j];
-            past.set(j, column.template from_left<true>(v, dy, j, past[j], s));
-            left.set(j, s);
+            Sums<R> left_sums = left[j];
+            past.set(j, meet(c, j, left_sums));
+            left.set(j, left_sums);
         }
     }
     for (int64_t c = call.chunks() - 1; c >= 0; c--) {
         past.get(noted, call, at, c), left.get(noted, call, at, c, 3);
-        get(c);
+        get(c, c - 1);
         for (int j = 0; j < at.vectors<R>(); j++) {
-            column.x = all[j];
-            column.from_right(k, v, j, call.count(c), future[j]);
-            Sums<R> s = left[j];
-            column.template from_left<true>(v, dy, j, past[j], s);
-            Sums<R> h = right[j];
-            Vec<R> dlog_w_sum = R(0), du_sum = R(0);
-            const Vec<R> log_w = all[j].log_w;
-            for (int64_t i = column.runs - 1; i >= 0; i--) {
-                const Run<R>& r = column.run[i];
-                Chain<R> chain(h, -r.m, r.count);
-                const Token<R>& first = column.token[r.begin];
-                const Vec<R> by_left = power(r.key + first.left.p), by_right = power(r.key + chain.now.p);
-                const Vec<R> decay_left = power(first.future.p + first.left.p + log_w);
-                const Vec<R> decay_right = power(first.past.p + chain.now.p + log_w);
-                Vec<R> left_sum = R(0), right_sum = R(0), share, lost;
-                for (int64_t t = r.begin + r.count - 1; t >= r.begin; t--) {
-                    const Token<R>& token = column.token[t];
-                    share = token.share, lost = -share * token.y;
-                    const Vec<R> v_t = v(t, j), own = r.own * share, by_bonus = own * (v_t - token.y);
-                    const Vec<R> ga = by_left * token.left.a + by_right * chain.now.a;
-                    const Vec<R> gb = by_left * token.left.b + by_right * chain.now.b;
-                    dv.set(t, j, token.weight * (ga + own));
-                    dk.set(t, j, token.weight * (ga * v_t + gb + by_bonus));
-                    du_sum += token.weight * by_bonus;
-                    left_sum += token.left.a * token.future.a + token.left.b * token.future.b;
-                    right_sum += chain.now.a * token.past.a + chain.now.b * token.past.b;
-                    chain.join(share, lost, all[j].growth);
-                }
-                dlog_w_sum += decay_left * left_sum + decay_right * right_sum;
-                h = chain.left(log_w, r.count, share, lost);
-            }
-            right.set(j, h);
+            Sums<R> left_sums = left[j], right_sums = right[j];
+            Vec<R> dlog_w_sum = R(0), du_sum = R(0);  // of the chunk first: long sums keep their digits
+            meet(c, j, left_sums);
+            column.back(v, dk, dv, j, right_sums, dlog_w_sum, du_sum);
+            right.set(j, right_sums);
             dlog_w.set(j, dlog_w[j] + dlog_w_sum), du.set(j, du[j] + du_sum);
         }
         dk.put(dk_out, call, at, c), dv.put(dv_out, call, at, c);
@@ -320,7 +345,7 @@ template <class R> void backward(const Call& call, const Unit& at) {
     du_out.put(du.x, at.sequence, 0, at.channel, at.n);
 }
 
-// work(unit) for all units of work: as few blocks of channels as give every thread as many units as any other
+// work(unit) for all units of work: the fewest blocks of channels that give every thread as many units as any other
 template <class F> void each(const Call& call, int64_t sequences, int threads, const F& work) {
     const int64_t most = (call.channels + LINES - 1) / LINES;
     int64_t blocks = (call.channels + CHANNELS - 1) / CHANNELS;
@@ -335,7 +360,7 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 
 }  // namespace
 
-// x: log_w, k, v, u, y, kept [sequences * chunks, 3, A]: the future at every chunk's end
+// x: log_w, k, v, u, y, kept [sequences * chunks, 3, A]: the future after every chunk. Nothing is packed.
 extern "C" void biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
                               int64_t chunk, int64_t threads) {
     const Call call(x, 6, tokens, channels, chunk);
@@ -345,8 +370,8 @@ extern "C" void biwkv_forward(const Array* x, const int64_t*, int64_t sequences,
         each(call, sequences, threads, [&](const Unit& unit) { forward<float>(call, unit); });
 }
 
-// x: log_w, k, v, u, kept, dy, room for a note [sequences * chunks, 6, A], then the gradients of log_w, k, v, u. Those of
-// log_w and u are a row a sequence.
+// x: log_w, k, v, u, kept, dy, room for notes [sequences * chunks, 6, A], then the gradients of log_w, k, v, u. Those
+// of log_w and u are a row a sequence.
 extern "C" void biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
                                int64_t chunk, int64_t threads) {
     const Call call(x, 11, tokens, channels, chunk);

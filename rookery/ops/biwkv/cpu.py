@@ -8,7 +8,7 @@ from torch import Tensor
 from ..build import call
 from ..dispatch import accumulator, native
 
-CHUNK = 16  # tokens from one kept state to the next
+CHUNK = 32  # tokens from one kept state to the next
 
 
 def cpu(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:

@@ -17,35 +17,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import accumulator
-from .chunked import NOTHING, mean, scan
+from .chunked import NOTHING, lift, scan
 
 
 def released(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, segments: int) -> Tensor:
     """See `biwkv`."""
-    dtype, (batch, tokens) = v.dtype, k.shape[:2]
-    log_w, k, v, u = (x.to(accumulator(k)) for x in (log_w, k, v, u))
+    dtype, tokens = v.dtype, k.shape[1]
+    log_w, k, v, u = (x.double() for x in (log_w, k, v, u))
     length = -(-tokens // segments)
-    padding = (0, 0, 0, -tokens % length)
-    k, v = F.pad(k, padding, value=NOTHING), F.pad(v, padding)  # at the end, where it weighs nothing
-    own = torch.stack([v, torch.ones_like(v)], dim=2)  # [B, T, 2, A]
+    weighted, floor = lift(k, v)
+    weighted = F.pad(weighted, (0, 0, 0, -tokens % length), value=NOTHING)  # at the end, where it weighs nothing
 
-    def pieces(x: Tensor) -> Tensor:  # [B, T, ...] -> [B * segments, L, ...]
-        return x.reshape(-1, length, *x.shape[2:])
+    def pieces(x: Tensor) -> Tensor:  # [2, B, T, A] -> [2, B * segments, L, A]
+        return x.unflatten(2, (-1, length)).flatten(1, 2)
 
-    def whole(x: Tensor) -> Tensor:
-        return x.reshape(batch, -1, *x.shape[2:])
-
-    past, p = scan(log_w, k, v)
-    future, q = scan(log_w, k.flip(1), v.flip(1))
-    future, q = future.flip(1), q.flip(1)
-    near, near_p = scan(log_w, pieces(k), pieces(v))
     inner = torch.arange(length, device=k.device)[:, None]  # t - t0
-    far, far_p = pieces(past)[:, :1].expand(-1, length, -1, -1), pieces(p)[:, :1] + log_w * (inner + 1)
+    near = scan(log_w, pieces(weighted))
+    far = pieces(scan(log_w, weighted))[:, :, :1] + log_w * (inner + 1)
     # the last line of the table: a scan with the decay turned round of all but the segment's first, the token included
-    later = torch.where(inner == 0, NOTHING, pieces(k))
-    back, back_p = scan(-log_w, F.pad(later, (0, 0, 0, 1), value=NOTHING), F.pad(pieces(v), (0, 0, 0, 1)))
-    back, back_p = back[:, 1:] * -torch.expm1(-log_w), back_p[:, 1:]
-    parts = [(near, near_p), (far, far_p), (back, back_p)]
-    terms = [(whole(part), whole(exponent)) for part, exponent in parts]
-    return mean([*terms, (future, q + log_w), (own, k + u)])[:, :tokens].to(dtype)
+    later = F.pad(torch.where(inner == 0, NOTHING, pieces(weighted)), (0, 0, 0, 1), value=NOTHING)
+    back = scan(-log_w, later)[:, :, 1:]
+    parts = [x.unflatten(1, (len(k), -1)).flatten(2, 3) for x in (near, far, back)]
+    terms = torch.stack([*parts, scan(log_w, weighted.flip(2)).flip(2) + log_w, weighted + u])[..., :tokens, :]
+    top = terms[:, 1].detach().amax(0)  # a unit, which cancels out of the quotient
+    signs = torch.ones(len(terms), 1, 1, 1, 1, dtype=k.dtype, device=k.device) * torch.ones_like(log_w)
+    signs[2] = -torch.expm1(-log_w)
+    total, ones = (signs * (terms - top).exp()).sum(0)
+    return (total / ones + floor).to(dtype)

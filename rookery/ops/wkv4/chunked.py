@@ -23,19 +23,6 @@ def chunked(
     cut = Chunks.of(k.shape[0], k.shape[1], cu, LENGTH)
     dtype = v.dtype
     log_w, k, v, u = (x.to(state.dtype) for x in (log_w, k, v, u))
-    sums, units, finished = running_sums(cut, log_w, k, v, state)
-    k, v = cut.split(k, fill=NOTHING), cut.split(v)
-    pair = torch.stack([v, torch.ones_like(v)], dim=2)
-    m = torch.maximum(units, k + u).detach()
-    mixed = (units - m).exp()[:, :, None] * sums + (k - m + u).exp()[:, :, None] * pair
-    return cut.join(mixed[:, :, 0] / mixed[:, :, 1]).to(dtype), cut.leave(finished)
-
-
-def running_sums(
-    cut: Chunks, log_w: Tensor, k: Tensor, v: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """What each token meets: the sums A and B [M, L, 2, A] of all tokens before it, in units e^p, p [M, L, A], and the
-    final states as `cut.leave` takes them. k and v are [B, T, A], the decay may also be growth."""
     real = cut.split(torch.ones_like(k[..., :1]))  # [M, L, 1], 0 at padding, which must not decay either
     k, v = cut.split(k, fill=NOTHING), cut.split(v)  # [M, L, A]
     pair = torch.stack([v, torch.ones_like(v)], dim=2)  # [M, L, 2, A], what the two sums A and B add up
@@ -74,4 +61,7 @@ def running_sums(
     for keep_t, add_t in zip(keep.unbind(1), add.unbind(1), strict=True):
         sums.append(ab)
         ab = torch.addcmul(add_t, keep_t, ab)
-    return torch.stack(sums, dim=1), before, finished
+
+    m = torch.maximum(before, k + u).detach()
+    mixed = (before - m).exp()[:, :, None] * torch.stack(sums, dim=1) + (k - m + u).exp()[:, :, None] * pair
+    return cut.join(mixed[:, :, 0] / mixed[:, :, 1]).to(dtype), cut.leave(finished)

@@ -208,7 +208,9 @@ def change(
     ],
     to: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="blinkdl, safetensors, webrwkv, gguf, ggml, rookery, huggingface, onnx, onnx-step."),
+        typer.Option(
+            help="blinkdl, safetensors, webrwkv, gguf, ggml, rookery, huggingface, vision_rwkv, onnx, onnx-step."
+        ),
     ] = None,
     dtype: Annotated[
         Optional[str],  # noqa: UP045
@@ -239,6 +241,33 @@ def weigh(
     from .evaluate import run
 
     run(files, model, tokenizer, dtype, device, quantize, adapter, lambada, key)
+
+
+@app.command("see")
+def look(
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures of any kind that Pillow opens.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.")],
+    top: Annotated[int, typer.Option(help="So many classes, the likeliest first.")] = 5,
+    labels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A text with the names of the classes, one a line; the model's own without it."),
+    ] = None,
+    features: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="OUT", help="Write the pooled features of all pictures to this .safetensors instead."),
+    ] = None,
+    size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Pixels of the square that is cut from the middle; what the model was trained with."),
+    ] = None,
+    dtype: Precision = None,
+    device: Device = "cpu",
+    quantize: Quantize = None,
+) -> None:
+    """Tell what is in pictures, or write their features (docs/vision.md)."""
+    from .see import see
+
+    see(pictures, model, top, labels, features, size, dtype, device, quantize)
 
 
 @app.command("data")

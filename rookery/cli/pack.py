@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.progress import track
 
 from ..checkpoint import load_found, locate, notes, save
 from ..errors import InputError
-from ..models import Model
+from ..models import Model, Network
 from ..quantize import quantize
 from ..tokenizers import guess
 
@@ -20,7 +21,7 @@ def pack(source: Path, target: Path, format: str, dtype: str | None) -> None:
     """Reads `source`, packs its matrices and writes the folder `target`, with tokenizer and notes of `source`."""
     source, target = apart(source, target)
     console = Console(stderr=True)
-    model: Model = load_found(source, dtype=dtype)[0]
+    model: Network = load_found(source, dtype=dtype, kind=Network)[0]
     size = sum(p.nbytes for p in model.parameters())
     quantize(model, format, lambda matrices: track(matrices, f"packing in {format}", console=console))
     save(model, target, *belongings(source, model))
@@ -36,12 +37,12 @@ def apart(source: Path, target: Path) -> tuple[Path, Path]:
     return source, target
 
 
-def belongings(source: Path, model: Model) -> tuple[Path | None, dict[str, Any]]:
+def belongings(source: Path, model: Network) -> tuple[Path | None, dict[str, Any]]:
     """What else a copy of the model in `source` should have: the file of its tokenizer, and its notes."""
-    try:
-        tokenizer = guess(model.config.vocab_size, source if source.is_dir() else source.parent)
-    except InputError:
-        tokenizer = None  # to be named with the copy as with the original
+    tokenizer: str | Path | None = None
+    if isinstance(model, Model):
+        with suppress(InputError):  # it is to be named with the copy as with the original
+            tokenizer = guess(model.config.vocab_size, source if source.is_dir() else source.parent)
     told = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
     told |= told.get("rookery") or {}  # where Hugging Face's config.json keeps ours
     return tokenizer if isinstance(tokenizer, Path) else None, notes(told)

@@ -25,11 +25,12 @@ from ..errors import InputError
 from ..files import replacing
 from ..formats import ggml, gguf, huggingface, webrwkv
 from ..formats.stored import Stored, Tensors, space_for, write_folder, write_pth, write_safetensors
-from ..models import Model
+from ..models import Model, VisionModel
 from ..tokenizers import guess, load_tokenizer
 
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
 FOLDERS = ("rookery", "huggingface")
+PICTURES = ("vision_rwkv",)  # of models of pictures: a .pth under the authors' names
 GRAPHS = ("onnx", "onnx-step")  # that are written only
 SHARD = 2 << 30  # bytes of a file in a folder, unless said otherwise
 PROMPT = 24  # tokens that both files are asked about
@@ -63,7 +64,7 @@ def convert(
         source: a file or folder of any format.
         target: a file, or a new folder. Its suffix says the format: .pth, .safetensors, .st (web-rwkv), .gguf, .bin
             (rwkv.cpp), .onnx; no suffix means a folder of ours.
-        to: the format, where the name does not say it: a value of SUFFIXES or one of FOLDERS and GRAPHS.
+        to: the format, where the name does not say it: a value of SUFFIXES or one of FOLDERS, PICTURES and GRAPHS.
         dtype: "float32", "bfloat16" or "float16", for GGUF also "q8_0"; None keeps what the source has, as far as the
             format can.
         tokenizer: as for LLM, where the target holds one; None = what lies with the source, or is known by its size.
@@ -75,7 +76,7 @@ def convert(
     """
     source, target = locate(source), Path(target).expanduser()
     to = to or _format(target)
-    if to not in (known := (*SUFFIXES.values(), *FOLDERS, *GRAPHS)):
+    if to not in (known := (*SUFFIXES.values(), *FOLDERS, *PICTURES, *GRAPHS)):
         raise InputError(f"there is no format {to!r}; choose one of {', '.join(known)}")
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is where the original lies; give another name")
@@ -86,6 +87,12 @@ def convert(
         cls, config = identify(found.tensors, found.described)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    if issubclass(cls, VisionModel):
+        from .pictures import convert_pictures
+
+        return convert_pictures(found, source, target, to, dtype)
+    if to == "vision_rwkv":
+        raise InputError(f"{source}: is a model of text ({cls.name}), and vision_rwkv is for pictures")
     if to in GRAPHS:
         return _draw(found, target, to, dtype)
     if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):

@@ -5,6 +5,7 @@
 - the state is three tensors, of all layers: att_shift [L, B, C], wkv [L, B, H, N_v, N_k] (RWKV-4: [L, B, 3, A]) and
   ffn_shift [L, B, C]; the file's metadata "rookery.state" tells what each is filled with before the first token, or,
   of a model with a tuned state, that it is an input like any other
+- Vision-RWKV's reads pictures of the size it was trained with: images [B, 3, S, S] -> logits [B, classes]
 - matrices are multiplied for all tokens at once; only the recurrence goes from token to token, in a Scan
 
 torch.export takes the model apart; the recurrence, one operator there, becomes a function of the file, below.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import replacing
-from ..models import Model, State
+from ..models import Model, Network, State, VisionModel
 from ..models.state import LayerState
 from ..ops.dispatch import compiled
+from ..pictures import MEAN, STD
 
 STATE = LayerState._fields
 INPUTS = ("tokens", *STATE)
@@ -141,8 +144,82 @@ wkv7 (r, log_w, k, v, a, b, state) => (y, final)
 }
 """
 
+# As in ops/biwkv/reference.py: what is after each token, read from the last to the first, then the outputs.
+BIWKV = """
+<domain: "rookery", opset_import: ["" : 20]>
+biwkv (log_w, k, v, u) => (y)
+{
+  axis = Constant <value_ints = [1]> ()
+  nothing = Constant <value_float = -1e38> ()
+  difference = Sub (k, k)
+  zeros = ReduceSum <keepdims = 0> (difference, axis)
+  empty = Add (zeros, nothing)
+  c_last, d_last, q_last, c, d, q = Scan <num_scan_inputs = 2, scan_input_axes = [1, 1],
+    scan_input_directions = [1, 1], scan_output_axes = [1, 1, 1], scan_output_directions = [1, 1, 1],
+    body = after (float[s,a] c_in, float[s,a] d_in, float[s,a] q_in, float[s,a] k_t, float[s,a] v_t)
+      => (float[s,a] c_next, float[s,a] d_next, float[s,a] q_next, float[s,a] c_t, float[s,a] d_t, float[s,a] q_t)
+    {
+      c_t = Identity (c_in)
+      d_t = Identity (d_in)
+      q_t = Identity (q_in)
+      qw = Add (q_in, log_w)
+      q_next = Max (qw, k_t)
+      qm = Sub (q_in, q_next)
+      qmw = Add (qm, log_w)
+      old = Exp (qmw)
+      km = Sub (k_t, q_next)
+      new = Exp (km)
+      old_c = Mul (old, c_in)
+      new_v = Mul (new, v_t)
+      c_next = Add (old_c, new_v)
+      old_d = Mul (old, d_in)
+      d_next = Add (old_d, new)
+    }
+  > (zeros, zeros, empty, k, v)
+  a_last, b_last, p_last, y = Scan <num_scan_inputs = 5, scan_input_axes = [1, 1, 1, 1, 1], scan_output_axes = [1],
+    body = step (float[s,a] a_in, float[s,a] b_in, float[s,a] p_in, float[s,a] k_t, float[s,a] v_t,
+                 float[s,a] c_t, float[s,a] d_t, float[s,a] q_t)
+      => (float[s,a] a_next, float[s,a] b_next, float[s,a] p_next, float[s,a] y_t)
+    {
+      ku = Add (k_t, u)
+      pq = Max (p_in, q_t)
+      m = Max (pq, ku)
+      pm = Sub (p_in, m)
+      past = Exp (pm)
+      qm = Sub (q_t, m)
+      future = Exp (qm)
+      km = Sub (k_t, m)
+      kmu = Add (km, u)
+      own = Exp (kmu)
+      past_a = Mul (past, a_in)
+      future_c = Mul (future, c_t)
+      own_v = Mul (own, v_t)
+      two = Add (past_a, future_c)
+      above = Add (two, own_v)
+      past_b = Mul (past, b_in)
+      future_d = Mul (future, d_t)
+      both = Add (past_b, future_d)
+      below = Add (both, own)
+      y_t = Div (above, below)
+      pw = Add (p_in, log_w)
+      p_next = Max (pw, k_t)
+      pn = Sub (p_in, p_next)
+      pnw = Add (pn, log_w)
+      old = Exp (pnw)
+      kn = Sub (k_t, p_next)
+      new = Exp (kn)
+      old_a = Mul (old, a_in)
+      new_v = Mul (new, v_t)
+      a_next = Add (old_a, new_v)
+      old_b = Mul (old, b_in)
+      b_next = Add (old_b, new)
+    }
+  > (zeros, zeros, empty, k, v, c, d, q)
+}
+"""
 
-FUNCTIONS = {"rwkv4": WKV4, "rwkv5": WKV6, "rwkv6": WKV6, "rwkv7": WKV7}  # RWKV-5: the same decay at every token
+# RWKV-5: the same decay at every token
+FUNCTIONS = {"rwkv4": WKV4, "rwkv5": WKV6, "rwkv6": WKV6, "rwkv7": WKV7, "vrwkv": BIWKV, "vrwkv6": WKV6}
 
 
 class Graph(nn.Module):
@@ -182,23 +259,58 @@ def write(model: Model, path: Path, name: str, step: bool) -> None:
     Raises:
         InputError: the package onnx is not there, the model is packed or not in float32, or there is no C++ compiler.
     """
+    _check(model, model.emb.weight.dtype)
+    about = {"vocab_size": model.config.vocab_size, "rookery.state": _filling(model)}
+    _write(model, exported(model, step), INPUTS, OUTPUTS, about, path, name)
+
+
+def write_pictures(model: VisionModel, path: Path, name: str) -> None:
+    """Likewise of a model of pictures: images [B, 3, S, S] of the size that it was trained with, any number of them, ->
+    logits [B, classes] (without a head the pooled features [B, C])."""
+    _check(model, model.pos_embed.dtype)
+    if model.config.causal or getattr(model.config, "segments", None) is not None:
+        raise InputError("an ONNX file is made of a model as published: neither causal nor with segments")
+    size = model.config.image_size
+    example = torch.zeros(2, 3, size, size)
+    with torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    about = {"image_size": size, "mean": list(MEAN), "std": list(STD)}
+    _write(model, program, ("images",), ("logits",), about, path, name)
+
+
+def _check(model: Network, dtype: torch.dtype) -> None:
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxruntime  # noqa: F401  looks at what was made
         import onnxscript  # noqa: F401  torch's exporter is made of it
     except ImportError as error:
         raise InputError(
             "ONNX files take the packages onnx, onnxscript and onnxruntime: pip install 'rookery[onnx]'"
         ) from error
-    if model.quantization is not None or model.emb.weight.dtype != torch.float32:
+    if model.quantization is not None or dtype != torch.float32:
         raise InputError("an ONNX file is made of a model in float32; onnxruntime's own tools pack it")
-    for operator in ("wkv4", "wkv6", "wkv7"):
+    for operator in ("biwkv", "wkv4", "wkv6", "wkv7"):
         if not compiled(operator):
             raise InputError(
                 "torch.export sees the recurrence as one operator only where C++ compiles (g++ or clang++)"
             )
-    program = exported(model, step).run_decompositions(
+
+
+def _write(
+    model: Network,
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    about: Mapping[str, Any],
+    path: Path,
+    name: str,
+) -> None:
+    """The file of an exported model, with what is told `about` it as metadata."""
+    import onnx
+
+    program = program.run_decompositions(
         {
+            torch.ops.rookery.biwkv.default: _biwkv,
             torch.ops.rookery.wkv4.default: _wkv4,
             torch.ops.rookery.wkv6.default: _wkv6,
             torch.ops.rookery.wkv7.default: _wkv7,
@@ -207,15 +319,14 @@ def write(model: Model, path: Path, name: str, step: bool) -> None:
     with warnings.catch_warnings():  # of the exporter, about itself
         warnings.simplefilter("ignore")
         made = torch.onnx.export(
-            program, dynamo=True, verbose=False, opset_version=20, input_names=INPUTS, output_names=OUTPUTS
+            program, dynamo=True, verbose=False, opset_version=20, input_names=inputs, output_names=outputs
         )
     assert made is not None
     proto = made.model_proto
     proto.functions.append(onnx.parser.parse_function(FUNCTIONS[model.name]))
     if not any(opset.domain == "rookery" for opset in proto.opset_import):
         proto.opset_import.add(domain="rookery", version=1)
-    about = {"model": model.name, "vocab_size": model.config.vocab_size, "rookery.state": _filling(model)}
-    for key, value in about.items():
+    for key, value in {"model": model.name, **about}.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     large = sum(p.nbytes for p in model.parameters()) > INSIDE
     if large:
@@ -260,6 +371,11 @@ def _call(name: str, y: Tensor, state: Tensor, *inputs: Tensor) -> tuple[Tensor,
         f"rookery::{name}", inputs, dtypes=(y.dtype, state.dtype), shapes=(y.shape, state.shape), version=1
     )
     return y, final, state.new_empty(0)
+
+
+def _biwkv(log_w, k, v, u):
+    y = torch.onnx.ops.symbolic("rookery::biwkv", (log_w, k, v, u), dtype=v.dtype, shape=v.shape, version=1)
+    return y, k.new_empty(0)
 
 
 def _wkv4(log_w, k, v, u, state, cu, keep):

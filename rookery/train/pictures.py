@@ -177,7 +177,7 @@ class PicturePasses:
         batches = self._ahead[1]
         first = step * self.a_step
         for i in range(self.config.run.accumulate):
-            pixels, classes = next(batches)
+            pixels, classes = _next(batches)
             yield [(first + i, pixels, classes)]
         self._ahead = step + 1, batches
 
@@ -211,7 +211,9 @@ class PicturePasses:
         whole = _Whole(self.measured, self.config.vision.size)
         loader = DataLoader(whole, told.batch, sampler=mine, num_workers=_workers(self.config.vision.workers))
         with autocast:
-            for images, classes in loader:
+            batches = iter(loader)
+            for _ in range(len(loader)):
+                images, classes = _next(batches)
                 logits = model(images.to(device)).float().cpu()
                 nats = F.cross_entropy(logits, classes, reduction="sum")
                 right = (logits.argmax(1) == classes).sum()
@@ -291,6 +293,15 @@ def _changes(told: VisionSection) -> Callable[[Tensor], Tensor] | None:
         return images.clamp(0, 1)
 
     return change
+
+
+def _next(batches: Iterator) -> Any:
+    """The next batch. What a process that reads complains of arrives with its whole traceback, of which the last line is
+    the complaint."""
+    try:
+        return next(batches)
+    except InputError as error:
+        raise InputError(str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]) from None
 
 
 def _workers(wanted: int) -> int:

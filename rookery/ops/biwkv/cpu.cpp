@@ -1,8 +1,8 @@
 // Bi-WKV, forward and backward. Channels never meet: each lane of a vector is one.
 //
 // Tokens are read in chunks, and a chunk in runs: as many tokens as decay by e^ROOM at most, which is all of a chunk
-// unless decays are steep. Inside a run sums have one unit and decay for real, with one exponential a token; from run to
-// run they change their unit, so that nothing overflows. See README.md.
+// unless decays are steep. Inside a run sums have one unit and decay for real, with one exponential a token; from run
+// to run they change their unit, so that nothing overflows. See README.md.
 #include "simd.h"
 
 #include <algorithm>
@@ -107,55 +107,56 @@ template <class R> struct State {
 
 // Sums as the tokens of a run meet them, one after the other from either side
 template <class R> struct Chain {
-    Sums<R> entered, now;
-    Vec<R> key, scale;  // what joins is in units of e^key
-    bool alone;         // a run of one token, which meets nothing of the run: no unit need hold both
+    Sums<R> entered, met;
+    Pair<R> joined{R(0), R(0)};  // in units of e^key
+    Vec<R> key, scale;
 
-    INLINE Chain(const Sums<R>& s, const Vec<R>& key, int64_t count) : entered(s), key(key), alone(count == 1) {
-        now.p = alone ? s.p : larger(s.p, key);
-        const Vec<R> factor = power(s.p - now.p);
-        now.pair = {factor * s.pair.a, factor * s.pair.b};
-        scale = power(key - now.p);
+    // A run of one token meets nothing that joins, and its unit need not do for both.
+    INLINE Chain(const Sums<R>& s, const Vec<R>& key, int64_t count) : entered(s), key(key) {
+        met.p = count == 1 ? s.p : larger(s.p, key);
+        const Vec<R> factor = power(s.p - met.p);
+        met.pair = {factor * s.pair.a, factor * s.pair.b};
+        scale = power(key - met.p);
     }
-    // growth = w - 1: w itself is rounded, and the same error would come back at every token. What joins and what is
-    // lost are added first: a slow decay alone, half a digit of the sum, would always be rounded the same way.
-    INLINE void join(const Pair<R>& x, const Vec<R>& growth) {
-        now.pair.a += scale * x.a + now.pair.a * growth;
-        now.pair.b += scale * x.b + now.pair.b * growth;
+    INLINE void join(const Pair<R>& x, const Vec<R>& w) {
+        met.pair = {w * met.pair.a + scale * x.a, w * met.pair.b + scale * x.b};
+        joined = {w * joined.a + x.a, w * joined.b + x.b};
     }
-    // In the unit of the next run; fade: log_w times the tokens of this one; x: what joined last. Units are subtracted
-    // first: the difference of near numbers is exact, and what rounding a faded unit lost shows up in it.
-    INLINE Sums<R> left(const Vec<R>& fade, const Pair<R>& x) const {
-        const Vec<R> unit = larger(entered.p + fade, key);
-        if (alone) {
-            const Vec<R> old = power(entered.p - unit + fade), own = power(key - unit);
-            return {{old * entered.pair.a + own * x.a, old * entered.pair.b + own * x.b}, unit};
-        }
-        const Vec<R> factor = power(now.p - unit);
-        return {{factor * now.pair.a, factor * now.pair.b}, unit};
+    // In the unit of the next run. Not from what was met last: w is rounded, and would leave its error at every token.
+    // Units are subtracted first, for the difference of near numbers is exact: where the unit is a faded one, e^rest is
+    // 1 + rest with rest what rounding that unit lost, and added as such it is not rounded away.
+    INLINE Sums<R> left(const Vec<R>& fade) const {
+        const auto stays = key < entered.p + fade;
+        const Vec<R> unit = choose(stays, entered.p + fade, key), none = R(0);
+        const Vec<R> rest = entered.p - unit + fade, own = power(key - unit);
+        const Vec<R> whole = choose(stays, R(1), none), old = choose(stays, rest, power(rest));
+        const auto sum = [&](const Vec<R>& entered, const Vec<R>& joined) __attribute__((always_inline)) {
+            return whole * entered + (old * entered + own * joined);
+        };
+        return {{sum(entered.pair.a, joined.a), sum(entered.pair.b, joined.b)}, unit};
     }
 };
 
 // What the channels of a vector have for all tokens
 template <class R> struct Channels {
-    Vec<R> log_w, growth, u;
+    Vec<R> log_w, w, u;
     int64_t run;  // tokens
 };
 
 template <class R> std::vector<Channels<R>> read_channels(const Call& call, const Unit& at) {
-    Row<R> log_w, u, growth;
+    Row<R> log_w, w, u;
     call.x[0].get(log_w.x, 0, 0, at.channel, at.n);
     call.x[3].get(u.x, 0, 0, at.channel, at.n);
     std::vector<Channels<R>> all;
     for (int j = 0; j < at.vectors<R>(); j++) {
         R decay = 0, bonus = 0;
         for (int i = j * LANES<R>; i < (j + 1) * LANES<R>; i++) {
-            growth.x[i] = std::expm1(log_w.x[i]);
+            w.x[i] = std::exp(log_w.x[i]);
             decay = std::max(decay, std::fabs(log_w.x[i])), bonus = std::max(bonus, std::fabs(u.x[i]));
         }
         int64_t run = bonus > R(ROOM) ? 1 : call.chunk;
         if (decay * run > R(ROOM)) run = std::max<int64_t>(R(ROOM) / decay, 1);
-        all.push_back({log_w[j], growth[j], u[j], run});
+        all.push_back({log_w[j], w[j], u[j], run});
     }
     return all;
 }
@@ -189,15 +190,13 @@ template <class R> struct Column {
             const int64_t end = run.begin + run.count;
             for (int64_t t = run.begin; t < end; t++) run.key = larger(k(t, j), run.key);
             Chain<R> chain(future, run.key, run.count);
-            run.future = chain.now.p;
-            Pair<R> joins;
+            run.future = chain.met.p;
             for (int64_t t = end - 1; t >= run.begin; t--) {
                 const Vec<R> weight = power(k(t, j) - run.key);
-                tokens[t].weight = weight, tokens[t].future = chain.now.pair;
-                joins = {weight * v(t, j), weight};
-                chain.join(joins, x.growth);
+                tokens[t].weight = weight, tokens[t].future = chain.met.pair;
+                chain.join({weight * v(t, j), weight}, x.w);
             }
-            future = chain.left(R(run.count) * x.log_w, joins);
+            future = chain.left(R(run.count) * x.log_w);
         }
         return future;
     }
@@ -209,32 +208,30 @@ template <class R> struct Column {
         for (int64_t i = 0; i < count; i++) {
             Run<R>& run = runs[i];
             Chain<R> chain(past, run.key, run.count);
-            run.past = chain.now.p, run.m = larger(run.past, run.future);
-            if (chain.alone) run.m = larger(run.m, run.key + x.u);
+            run.past = chain.met.p, run.m = larger(run.past, run.future);
+            if (run.count == 1) run.m = larger(run.m, run.key + x.u);
             run.own = power(run.key - run.m + x.u);
             const Vec<R> of_past = power(run.past - run.m), of_future = power(run.future - run.m);
             Chain<R> back(left, -run.m, run.count);
-            run.left = back.now.p;
-            Pair<R> joins, joins_back;
+            run.left = back.met.p;
             for (int64_t t = run.begin; t < run.begin + run.count; t++) {
                 Token<R>& token = tokens[t];
-                const Pair<R>&before = chain.now.pair, &after = token.future;
-                joins = {token.weight * v(t, j), token.weight};
+                const Pair<R>&before = chain.met.pair, &after = token.future;
+                const Pair<R> joins{token.weight * v(t, j), token.weight};
                 const Vec<R> values = of_past * before.a + (of_future * after.a + run.own * joins.a);
                 const Vec<R> weights = of_past * before.b + (of_future * after.b + run.own * joins.b);
                 if constexpr (GRADIENT) {
                     const Vec<R> inverse = R(1) / weights;
                     token.y = values * inverse, token.share = row(t, j) * inverse;
-                    token.past = before, token.left = back.now.pair;
-                    joins_back = {token.share, -token.share * token.y};
-                    back.join(joins_back, x.growth);
+                    token.past = before, token.left = back.met.pair;
+                    back.join({token.share, -token.share * token.y}, x.w);
                 } else {
                     row.set(t, j, values / weights);
                 }
-                chain.join(joins, x.growth);
+                chain.join(joins, x.w);
             }
-            past = chain.left(R(run.count) * x.log_w, joins);
-            if constexpr (GRADIENT) left = back.left(R(run.count) * x.log_w, joins_back);
+            past = chain.left(R(run.count) * x.log_w);
+            if constexpr (GRADIENT) left = back.left(R(run.count) * x.log_w);
         }
         return past;
     }
@@ -245,12 +242,11 @@ template <class R> struct Column {
         for (int64_t i = count - 1; i >= 0; i--) {
             const Run<R>& run = runs[i];
             Chain<R> chain(right, -run.m, run.count);
-            const Vec<R> of_left = power(run.key + run.left), of_right = power(run.key + chain.now.p);
+            const Vec<R> of_left = power(run.key + run.left), of_right = power(run.key + chain.met.p);
             Vec<R> over_past = R(0), over_future = R(0);
-            Pair<R> joins;
             for (int64_t t = run.begin + run.count - 1; t >= run.begin; t--) {
                 const Token<R>& token = tokens[t];
-                const Pair<R>&left = token.left, &right = chain.now.pair;
+                const Pair<R>&left = token.left, &right = chain.met.pair;
                 const Vec<R> own = run.own * token.share, by_bonus = token.weight * own * (v(t, j) - token.y);
                 const Vec<R> a = of_left * left.a + of_right * right.a, b = of_left * left.b + of_right * right.b;
                 dv.set(t, j, token.weight * (a + own));
@@ -258,12 +254,11 @@ template <class R> struct Column {
                 du += by_bonus;
                 over_past += right.a * token.past.a + right.b * token.past.b;
                 over_future += left.a * token.future.a + left.b * token.future.b;
-                joins = {token.share, -token.share * token.y};
-                chain.join(joins, x.growth);
+                chain.join({token.share, -token.share * token.y}, x.w);
             }
-            dlog_w += power(run.past + chain.now.p + x.log_w) * over_past;
+            dlog_w += power(run.past + chain.met.p + x.log_w) * over_past;
             dlog_w += power(run.future + run.left + x.log_w) * over_future;
-            right = chain.left(R(run.count) * x.log_w, joins);
+            right = chain.left(R(run.count) * x.log_w);
         }
     }
 };

@@ -6,14 +6,15 @@ and grow. Memory is these sums whatever the picture's size.
 
 What leaves the future by subtraction takes digits with it: after a token of weight e^30 is gone, all that is left is
 known to e^30 times the rounding of its sum. So the sums are held in float64, what has been lost is counted in a fifth
-sum, and where it would show in the output the future is gathered once more from the tokens that are still to come. See
-README.md for how often.
+sum, and where it would show in the output the future is gathered once more from the tokens that are still to come.
+README.md says how often. Whoever has the picture at hand keeps the future at the end of every BLOCK tokens, and then
+only gathers from the rest of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ from .reference import NOTHING, add
 
 EPSILON = 2.0**-53  # of one operation in float64
 TOLERANCE = 1e-6  # of the output, as a share of the largest value: what may be lost before the future is gathered anew
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,15 @@ class Past:
 
 @dataclass(frozen=True)
 class Future:
-    """Of all tokens to come, the next one undecayed: likewise in units e^q, and what rounding may have lost."""
+    """Of all tokens to come, the next one undecayed: likewise in units e^(q - read log_w), and how much of d rounding
+    may have lost. read: tokens since it was gathered. Taken off q one by one, their decays would be rounded, and no
+    token would leave with the very weight that it was gathered with."""
 
     c: Tensor
     d: Tensor
     q: Tensor
     lost: Tensor
+    read: int = 0
 
 
 def begin(rows: int, channels: int, device: torch.device | str = "cpu") -> Past:
@@ -55,14 +60,14 @@ def gather(log_w: Tensor, k: Tensor, v: Tensor, beyond: Future | None = None) ->
     be gathered in strips, from its end to its beginning, and need never lie in memory whole."""
     log_w, k, v = (x.double() for x in (log_w, k, v))
     if beyond is None:
-        beyond = Future(*(torch.zeros_like(k[:, 0] if k.shape[1] else k.sum(1)) for _ in range(4)))
-        beyond = replace(beyond, q=torch.full_like(beyond.q, NOTHING))
+        zeros = torch.zeros_like(k.sum(1))
+        beyond = Future(zeros, zeros, torch.full_like(zeros, NOTHING), zeros)
     if k.shape[1] == 0:
         return beyond
-    exponents = k + torch.arange(k.shape[1], device=k.device)[:, None] * log_w  # [B, T, A]
-    end = beyond.q + k.shape[1] * log_w
-    q = torch.maximum(exponents.amax(1), end).detach()
-    weights, far = (exponents - q[:, None]).exp(), (end - q).exp()
+    fade = torch.arange(k.shape[1], device=k.device)[:, None] * log_w  # [T, A]
+    end = (k.shape[1] - beyond.read) * log_w
+    q = torch.maximum((k + fade).amax(1), beyond.q + end).detach()
+    weights, far = (k - q[:, None] + fade).exp(), (beyond.q - q + end).exp()
     c, d = (weights * v).sum(1) + far * beyond.c, weights.sum(1) + far * beyond.d
     return Future(c, d, q, (EPSILON * d + far * beyond.lost).detach())
 
@@ -75,22 +80,22 @@ def step(
     again: gathers the future after this token; called where what has been lost may show in the output.
     """
     log_w, u, k, v = (x.double() for x in (log_w, u, k, v))
-    weight = (k - future.q).exp()
+    weight = (k - future.q + future.read * log_w).exp()
     lost = future.lost + EPSILON * torch.maximum(future.d, weight).detach()
-    # what is left has come a token nearer
-    future = Future(future.c - weight * v, future.d - weight, future.q - log_w, lost)
+    future = Future(future.c - weight * v, future.d - weight, future.q, lost, future.read + 1)
     own = k + u
-    y, error = _read(own, v, past, future)
+    y, error = _read(log_w, own, v, past, future)
     if bool((error > TOLERANCE).any()):
         future = again()
-        y, _ = _read(own, v, past, future)
+        y, _ = _read(log_w, own, v, past, future)
     return y, Past(*add((past.a, past.b, past.p), log_w, k, v)), future
 
 
-def _read(own: Tensor, v: Tensor, past: Past, future: Future) -> tuple[Tensor, Tensor]:
+def _read(log_w: Tensor, own: Tensor, v: Tensor, past: Past, future: Future) -> tuple[Tensor, Tensor]:
     """The output of a token of weight e^own, and by how much of the largest value it may be off."""
-    m = torch.maximum(torch.maximum(past.p, own), future.q).detach()
-    before, here, after = (past.p - m).exp(), (own - m).exp(), (future.q - m).exp()
+    q = future.q - future.read * log_w
+    m = torch.maximum(torch.maximum(past.p, own), q).detach()
+    before, here, after = (past.p - m).exp(), (own - m).exp(), (q - m).exp()
     total = before * past.b + here + after * future.d
     y = (before * past.a + here * v + after * future.c) / total
     return y, (2 * after * future.lost / total).detach().abs().nan_to_num(torch.inf)
@@ -98,10 +103,20 @@ def _read(own: Tensor, v: Tensor, past: Past, future: Future) -> tuple[Tensor, T
 
 def recurrent(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
-    past, future = begin(len(k), k.shape[2], k.device), gather(log_w, k, v)
+    dtype = v.dtype
+    # once for all: of a token that leaves, two large gradients cancel, and float32 would round each of them
+    log_w, k, v, u = (x.double() for x in (log_w, k, v, u))
+    beyond: list[Future | None] = [None]  # every block's end, the last one's first
+    for start in reversed(range(0, k.shape[1], BLOCK)):
+        beyond.append(gather(log_w, k[:, start : start + BLOCK], v[:, start : start + BLOCK], beyond[-1]))
+    past, future, rest = begin(len(k), k.shape[2], k.device), beyond.pop(), None
+    assert future is not None
     ys = []
     for t in range(k.shape[1]):
-        again = partial(gather, log_w, k[:, t + 1 :], v[:, t + 1 :])
+        if t % BLOCK == 0:
+            rest = beyond.pop()
+        block = slice(t + 1, t - t % BLOCK + BLOCK)
+        again = partial(gather, log_w, k[:, block], v[:, block], rest)
         y, past, future = step(log_w, u, k[:, t], v[:, t], past, future, again)
         ys.append(y)
-    return torch.stack(ys, dim=1).to(v.dtype)
+    return torch.stack(ys, dim=1).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import expect, sizes
+from ..dispatch import accumulator, expect, sizes
 from ..wkv6 import BODIES as WKV6_BODIES
 from ..wkv6 import wkv6
 from .recurrent import recurrent
@@ -41,7 +41,8 @@ def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: s
         raise ValueError(f"biwkv6 has no body {impl!r}; choose one of auto, {', '.join(BODIES)}")
     if impl == "recurrent":
         return recurrent(r, log_w, k, v, u)
-    past, _ = wkv6(r, log_w, k, v, u, impl=impl)
-    back = [x.flip(1) for x in (r, log_w, k, v)]
+    wide = v.to(accumulator(r))  # and so both directions: only their sum is rounded
+    past, _ = wkv6(r, log_w, k, wide, u, impl=impl)
+    back = [x.flip(1) for x in (r, log_w, k, wide)]
     future, _ = wkv6(back[0], back[1], back[2], back[3], torch.zeros_like(u), impl=impl)
-    return past + future.flip(1)
+    return (past + future.flip(1)).to(v.dtype)

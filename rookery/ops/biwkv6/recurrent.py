@@ -2,8 +2,9 @@
 
 The future of a reader is undone as it comes: F_t = (F_{t-1} - v_t k_t^T) diag(1 / w_t). Dividing by a decay again and
 again lets every rounding grow by as much as the decays of all tokens since the future was gathered, so it is held in
-float64 and gathered anew from what is still to come once some channel has grown by `GROWTH`. The decays of VRWKV6 are
-of the token and not, as Bi-WKV's, divided by the number of tokens: that is every few dozen tokens (README.md).
+float64 and gathered anew once some channel has grown by GROWTH. The decays of VRWKV6 are of the token and not, as
+Bi-WKV's, divided by the number of tokens: that is every few dozen tokens (README.md). So the future at the end of every
+BLOCK tokens is kept, and only the rest of a block is gathered.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from torch import Tensor
 from ..wkv6 import wkv6
 
 GROWTH = 20.0  # the logarithm: e^20 roundings of float64 are 1e-7
+BLOCK = 64
 
 
-def gather(log_w: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The state [B, H, N_v, N_k] of all these tokens, read from the last to the first; float64."""
+def gather(log_w: Tensor, k: Tensor, v: Tensor, beyond: Tensor | None = None) -> Tensor:
+    """The state [B, H, N_v, N_k] of all these tokens, read from the last to the first; float64. beyond: that after the
+    last, zeros without it."""
     log_w, k, v = (x.double().flip(1) for x in (log_w, k, v))
-    return wkv6(torch.zeros_like(k), log_w, k, v, torch.zeros_like(k[0, 0]))[1]
+    return wkv6(torch.zeros_like(k), log_w, k, v, torch.zeros_like(k[0, 0]), beyond)[1]
 
 
 def recurrent(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
@@ -27,15 +30,22 @@ def recurrent(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tens
     dtype = v.dtype
     r, log_w, k, v, u = (x.double() for x in (r, log_w, k, v, u))
     past = torch.zeros_like(v[:, 0, :, :, None] * k[:, 0, :, None])  # [B, H, N_v, N_k]
-    future, grown = gather(log_w, k, v), torch.zeros_like(k[:, 0])
+    beyond = [past]  # every block's end, the last one's first
+    for start in reversed(range(0, k.shape[1], BLOCK)):
+        block = slice(start, start + BLOCK)
+        beyond.append(gather(log_w[:, block], k[:, block], v[:, block], beyond[-1]))
+    future, rest, grown = beyond.pop(), past, torch.zeros_like(k[:, 0])
     ys = []
     for t, (r_t, log_w_t, k_t, v_t) in enumerate(zip(*(x.unbind(1) for x in (r, log_w, k, v)), strict=True)):
         own = v_t[..., :, None] * k_t[..., None, :]
         grown = grown - log_w_t.detach()
-        if t + 1 == k.shape[1]:
-            future = torch.zeros_like(future)
+        if t % BLOCK == 0:
+            rest = beyond.pop()
+        if t % BLOCK == BLOCK - 1 or t + 1 == k.shape[1]:
+            future, grown = rest, torch.zeros_like(grown)
         elif bool((grown > GROWTH).any()):
-            future, grown = gather(log_w[:, t + 1 :], k[:, t + 1 :], v[:, t + 1 :]), torch.zeros_like(grown)
+            block = slice(t + 1, t - t % BLOCK + BLOCK)
+            future, grown = gather(log_w[:, block], k[:, block], v[:, block], rest), torch.zeros_like(grown)
         else:
             future = (future - own) * (-log_w_t).exp()[..., None, :]
         ys.append(((past + future + own * u[..., None, :]) @ r_t[..., None])[..., 0])

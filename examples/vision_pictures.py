@@ -4,9 +4,8 @@ and which patches a class looks at.
     python examples/vision_pictures.py MODEL PICTURE... --out FOLDER
 
 MODEL is whatever `rookery.load` reads, the name of a variant like vrwkv_tiny, which gets new weights, or the folder of
-a ViT that `examples/cifar10.py` trained, which has no decay and no shift. How far it sees is drawn beside the same
-model with new weights, a new ViT of its width, and those of --beside.
-(`pip install 'rookery[vision,plots]'`)
+a ViT that examples/cifar10.py trained. What a model does not have (decays, a Q-shift, classes) is not drawn. How far it
+sees is drawn beside those of --beside, its like with new weights and a new ViT (`pip install 'rookery[vision,plots]'`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -30,8 +28,6 @@ from rookery.pictures import open_picture, prepare
 from rookery.view import draw_class_maps, draw_decays, draw_q_shift, draw_receptive_fields
 from rookery.view.vision import class_maps, decay_weights, pixels, q_shift_maps, receptive_field
 
-CLASSED = 8  # pictures whose classes are drawn, the first ones
-
 
 def opened(name: str) -> tuple[VisionModel | ViT, list[str] | None]:
     """A model, and what its classes are called."""
@@ -40,7 +36,7 @@ def opened(name: str) -> tuple[VisionModel | ViT, list[str] | None]:
     about = Path(name).expanduser() / "config.json"
     described = json.loads(about.read_text()) if about.is_file() else {}
     if described.get("model") == "vit":
-        model = ViT(ViTConfig(**{field.name: described[field.name] for field in fields(ViTConfig)}))
+        model = ViT(ViTConfig(**{key: x for key, x in described.items() if key not in ("model", "labels")}))
         model.load_state_dict(load_file(about.with_name("model.safetensors")))
         return model.eval(), described.get("labels")
     model, found = load_found(name, "float32", kind=VisionModel)
@@ -57,14 +53,14 @@ def draw(args: argparse.Namespace) -> None:
         return torch.stack([prepare(picture, size) for picture in pictures])
 
     def write(name: str, figure) -> None:
-        figure.savefig(args.out / name, dpi=args.dpi)
-        print(args.out / name, flush=True)
+        figure.savefig(args.out / f"vision-{name}.png", dpi=args.dpi)
+        print(args.out / f"vision-{name}.png", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
     seen = images(config.image_size)
-    width, side = config.n_embd, (config.image_size, config.patch_size, math.gcd(64, config.n_embd))
     compared = {args.model: model} | {name: opened(name)[0] for name in args.beside}
     new = {"its like with new weights": type(model)(config)} if args.model not in VARIANTS else {}
+    width, side = config.n_embd, (config.image_size, config.patch_size, math.gcd(64, config.n_embd))
     new["ViT with new weights"] = ViT(ViTConfig(width, config.n_layer, 4 * width, max(1, config.num_classes), *side))
     for other in new.values():
         other.init_weights()
@@ -72,14 +68,16 @@ def draw(args: argparse.Namespace) -> None:
     for name, other in (compared | new).items():
         print(f"how far {name} sees ...", flush=True)
         seeing[name] = receptive_field(other, images(other.config.image_size))
-    write("receptive_field.png", draw_receptive_fields(seeing))
+    write("receptive-field", draw_receptive_fields(seeing))
     if isinstance(model, VisionModel):
-        write("decay.png", draw_decays(decay_weights(model, seen)))
-        write("q_shift.png", draw_q_shift(pixels(seen)[0], *q_shift_maps(model, seen)))
-    seen = seen[:CLASSED]
-    scores, classes, logits = class_maps(model, seen)
-    titles = [f"{labels[i] if labels else f'class {i}'}: {logit:.2f}" for i, logit in zip(classes, logits, strict=True)]
-    write("classes.png", draw_class_maps(pixels(seen), scores, titles, config.patch_size))
+        write("decay", draw_decays(decay_weights(model, seen)))
+        if config.shift == "q":
+            write("q-shift", draw_q_shift(pixels(seen)[0], *q_shift_maps(model, seen)))
+    if config.num_classes:
+        scores, classes, logits = class_maps(model, seen[:8])  # more do not fit beside each other
+        names = labels or [f"class {i}" for i in range(config.num_classes)]
+        titles = [f"{names[i]}: {logit:.2f}" for i, logit in zip(classes, logits, strict=True)]
+        write("classes", draw_class_maps(pixels(seen[:8]), scores, titles, config.patch_size))
 
 
 def main() -> None:
@@ -92,7 +90,7 @@ def main() -> None:
     args = options.parse_args()
     try:
         draw(args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, json.JSONDecodeError) as error:
         print(f"vision_pictures: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -11,7 +11,7 @@ from rookery import RWKV4, RWKV7, InputError
 from rookery.bench import TOPICS, bench, measure
 from rookery.bench.contest import Contest, Row
 from rookery.bench.machine import Machine
-from rookery.bench.ours import Rookery
+from rookery.bench.ours import Operator, Rookery
 from rookery.bench.shapes import Shape
 from rookery.bench.worker import Contestant, Failed, Worker
 from rookery.models import RWKV4Config, RWKV7Config
@@ -52,6 +52,14 @@ def test_every_row_is_measured_by_rows_that_are_there():
             assert len(set(names)) == len(names)
             for row in contest.rows:
                 assert {*row.against, *filter(None, (row.limit, row.part_of))} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["wkv4", "wkv5", "wkv6", "wkv7", "biwkv", "biwkv6"])
+def test_every_operator_runs(name):
+    operator = Operator(name, 2, 6, 64, "float32")
+    operator.load()
+    operator.forward("chunked", 2)()
+    operator.backward("reference", 2)()
 
 
 def test_what_is_told(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What models of pictures do, as numbers: against definitions written out here, the operators, and the model's logits."""
+"""What models of pictures do, as numbers: beside definitions written out, the operators, and the logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rookery.view.vision import class_maps, decay_weights, feature_map, pixels, 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "vision_pictures.py"
 SIZES = {"num_classes": 5, "image_size": 20, "patch_size": 4}  # 5 x 5 patches
 SIZE6 = {"head_size": 8, "mix_rank": 3, "decay_rank": 4}
-WRITES = {"receptive_field.png", "decay.png", "q_shift.png", "classes.png"}
+WRITES = {f"vision-{name}.png" for name in ("receptive-field", "decay", "q-shift", "classes")}
 
 
 def make(kind: str, width: int = 16, layers: int = 2, **changes):
@@ -35,7 +35,7 @@ def make(kind: str, width: int = 16, layers: int = 2, **changes):
     elif kind == "vrwkv6":
         model = VRWKV6(VRWKV6Config.sized(width, layers, **SIZES, **SIZE6, **changes))
     else:
-        model = VRWKV(VRWKVConfig.sized(width, layers, **SIZES, **changes))
+        model = VRWKV(VRWKVConfig.sized(width, layers, **(SIZES | changes)))
     model.init_weights()
     with torch.no_grad():
         for p in model.parameters():
@@ -88,12 +88,12 @@ def test_attention_sees_everything(kind):
 
 @pytest.mark.parametrize("kind", ["vrwkv6", "vit"])
 def test_the_field_is_the_mean_over_all_signs(kind):
-    """All 2^8 sums of the rows of the Jacobian, of one picture."""
-    model, image = make(kind, width=8, layers=1), images(1)
-    jacobian = torch.autograd.functional.jacobian(lambda x: feature_map(model, x)[0, :, 2, 2], image)[:, 0]
+    """All 2^8 sums of the rows of the Jacobian, of two pictures."""
+    model, seen = make(kind, width=8, layers=1), images(2)
+    rows = [torch.autograd.functional.jacobian(lambda x: feature_map(model, x)[0, :, 2, 2], x) for x in seen.split(1)]
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=8)))
-    wanted = torch.einsum("sc,cpyx->spyx", signs, jacobian).abs().mean((0, 1)).numpy()
-    field = receptive_field(model, image, draws=400)
+    wanted = torch.einsum("sc,cbpyx->sbpyx", signs, torch.cat(rows, 1)).abs().mean((0, 1, 2)).numpy()
+    field = receptive_field(model, seen, draws=400)
     assert np.abs(field - wanted).max() < 0.1 * wanted.max()
     assert abs(field.sum() / wanted.sum() - 1) < 0.03
 
@@ -115,6 +115,7 @@ def test_fields_are_the_mean_over_pictures_and_leave_the_model_as_it_was():
         once = receptive_field(model, images(1))
     assert np.array_equal(once, receptive_field(model, images(1)))
     assert model.training
+    assert np.array_equal(once, receptive_field(model.eval(), images(1)))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert receptive_field(model, images(3, 24, 14)).shape == (24, 14)
 
@@ -316,16 +317,28 @@ def test_the_example_draws_models_in_folders_beside_each_other(run, picture, tmp
         "ViT with new weights",
     ]
     assert {file.name for file in out.iterdir()} == WRITES
+    save(make("vrwkv", num_classes=0, shift="none"), ours)
+    run(ours, picture, "--out", tmp_path / "of features")
+    assert {file.name for file in (tmp_path / "of features").iterdir()} == {
+        "vision-receptive-field.png",
+        "vision-decay.png",
+    }
     run(theirs, picture, "--out", tmp_path / "of ViT")
-    assert {file.name for file in (tmp_path / "of ViT").iterdir()} == {"receptive_field.png", "classes.png"}
+    assert {file.name for file in (tmp_path / "of ViT").iterdir()} == {
+        "vision-receptive-field.png",
+        "vision-classes.png",
+    }
 
 
 def test_the_example_tells_errors_in_one_line(run, picture, tmp_path, capsys):
     picture.with_name("text.png").write_text("no picture")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
     for model, file, what in (
         ("vrwkv_tiny", tmp_path / "none.png", "no such file"),
         ("vrwkv_tiny", picture.with_name("text.png"), "not a picture"),
         (tmp_path / "nothing", picture, "nothing"),
+        (tmp_path / "damaged", picture, "line 1"),
     ):
         with pytest.raises(SystemExit) as left:
             run(model, file, "--out", tmp_path / "drawn")

@@ -80,9 +80,9 @@ class Training:
 
 
 class Operator:
-    """One of wkv4 to wkv7 over a batch of sequences, heads of 64.
+    """One of wkv4 to wkv7 over a batch of sequences, or biwkv or biwkv6 over one of pictures, heads of 64.
 
-    dtype: as the models pass r, k and v; RWKV-4 passes all in float32.
+    dtype: as the models pass r, k and v; RWKV-4 and Vision-RWKV pass all in float32.
     """
 
     def __init__(self, name: str, batch: int, tokens: int, width: int, dtype: str):
@@ -102,6 +102,10 @@ class Operator:
                 normal(width),
             ]
             return
+        if self.name == "biwkv":  # its decays are of a picture, however many tokens it has
+            k, v = normal(batch, tokens, width), normal(batch, tokens, width)
+            self.inputs = [torch.linspace(5, -3, width) / tokens, k, v, normal(width) / tokens]
+            return
         r, k, v, a, b = (normal(batch, tokens, heads, 64).to(self.dtype) for _ in range(5))
         if self.name == "wkv7":
             kappa = F.normalize(a.float(), dim=-1)
@@ -110,12 +114,14 @@ class Operator:
             log_w = -normal(heads, 64).exp() if self.name == "wkv5" else -normal(batch, tokens, heads, 64).exp()
             self.inputs = [r, log_w, k, v, normal(heads, 64)]
 
-    def forward(self, impl: str) -> Job:
+    def forward(self, impl: str, times: int = 1) -> Job:
+        """So many times."""
         operator = getattr(ops, self.name)
 
         @torch.inference_mode()
         def job() -> None:
-            operator(*self.inputs, impl=impl)
+            for _ in range(times):
+                operator(*self.inputs, impl=impl)
 
         return job
 
@@ -126,7 +132,8 @@ class Operator:
 
         def job() -> None:
             for _ in range(times):
-                y, _ = operator(*inputs, impl=impl)
+                out = operator(*inputs, impl=impl)
+                y = out[0] if isinstance(out, tuple) else out  # without the state
                 torch.autograd.grad(y.sum(), inputs)
 
         return job

@@ -37,7 +37,7 @@ def _cells(outcome: Outcome, result: Result) -> tuple[str, ...]:
         beside.append(f"{told['part']:.0%} of the time of {row.part_of}")
     if "best_per_second" in told:
         beside.append(f"at best {told['best_per_second'] / 1e9:,.1f} G{'B' if row.job == 'read' else 'FLOP'}/s")
-    memory = result.memory if outcome.contest.memory and row.file else {}
+    memory = result.memory if outcome.contest.memory and (row.file or not row.cost) else {}
     return (
         row.name,
         f"{told['ms']:,.1f}" if told["ms"] >= 10 else f"{told['ms']:.3g}",

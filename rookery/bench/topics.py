@@ -12,6 +12,7 @@ from .contest import Contest, Row
 from .machine import Machine
 from .ours import Operator, Rookery, Training
 from .peers import LlamaCpp, PyPI, Transformers, TransformersTraining
+from .pictures import vision
 from .shapes import BITS, Shape
 from .worker import Contestant
 
@@ -125,19 +126,29 @@ def _training(layers: int, width: int, vocabulary: int, sequences: int, length: 
 
 
 def operators(quick: bool, large: bool) -> list[Contest]:
-    sequences, length, width = 8, 512, 768
-    contests = []
-    for name in ("wkv4", "wkv5", "wkv6", "wkv7"):
-        contestant = Contestant(Operator, (name, sequences, length, width, "float32"))
-        rows = []
-        for job, told in (("forward", "forward"), ("backward", "forward and backward")):
-            for body in ("reference", "chunked", "cpu"):
-                against = () if body == "reference" else (f"reference, {told}",)
-                units = sequences * length
-                rows.append(Row(f"{body}, {told}", contestant, job, (body,), units=units, against=against))
-        title = f"{name}: {sequences} x {length} tokens, {width} channels"
-        contests.append(Contest("operators", title, "token", rows, blocks=3))
-    return contests
+    sequences = [_bodies(name, 8, 512, 768) for name in ("wkv4", "wkv5", "wkv6", "wkv7")]
+    pictures = [_bodies(name, 8, 196, 192, times=10) for name in ("biwkv", "biwkv6")]
+    rows: list[Row] = []
+    for pixels, tokens, times in ((224, 196, 84), (2048, 16384, 1)):
+        contestant = Contestant(Operator, ("biwkv", 1, tokens, 192, "float32"))
+        against = tuple(row.name for row in rows)
+        name = f"cpu, {pixels} x {pixels} pixels, {tokens} tokens"
+        rows.append(Row(name, contestant, "forward", ("cpu", times), units=times * tokens, against=against))
+    title = "biwkv: 1 picture in patches of 16 x 16, 192 channels, forward"
+    return [*sequences, *pictures, Contest("operators", title, "token", rows)]
+
+
+def _bodies(name: str, sequences: int, length: int, width: int, times: int = 1) -> Contest:
+    """All bodies of an operator, each so many times a block."""
+    contestant = Contestant(Operator, (name, sequences, length, width, "float32"))
+    rows = []
+    for job, told in (("forward", "forward"), ("backward", "forward and backward")):
+        for body in ("reference", "chunked", "cpu"):
+            against = () if body == "reference" else (f"reference, {told}",)
+            units = times * sequences * length
+            rows.append(Row(f"{body}, {told}", contestant, job, (body, times), units=units, against=against))
+    title = f"{name}: {sequences} x {length} tokens, {width} channels"
+    return Contest("operators", title, "token", rows, blocks=3)
 
 
 TOPICS: dict[str, Callable[[bool, bool], list[Contest]]] = {
@@ -149,6 +160,7 @@ TOPICS: dict[str, Callable[[bool, bool], list[Contest]]] = {
     "load": load,
     "train": train,
     "operators": operators,
+    "vision": vision,
 }
 
 

@@ -315,7 +315,7 @@ def learn(
 def measure(
     topics: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="machine, decode, fixed, prefill, batch, load, train, operators; all without it."),
+        typer.Argument(help="machine, decode, fixed, prefill, batch, load, train, operators, vision; all without it."),
     ] = None,
     blocks: Annotated[Optional[int], typer.Option(help="Of each contestant; each topic knows its own number.")] = None,  # noqa: UP045
     quick: Annotated[bool, typer.Option("--quick", help="Three blocks, smaller models only.")] = False,

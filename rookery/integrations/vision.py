@@ -143,7 +143,8 @@ class VisionRwkvBackbone(BackboneMixin, VisionRwkvPreTrainedModel):
     def __init__(self, config: VisionRwkvConfig):
         super().__init__(config)
         channels = config.pyramid_channels
-        self.scales = Scales(config.hidden_size, channels) if channels else None
+        # a map that nobody reads would have parameters without gradients
+        self.scales = Scales(config.hidden_size, channels, self._wanted()) if channels else None
         self.num_features = [channels or config.hidden_size for _ in self.stage_names]
         self.post_init()
 
@@ -156,16 +157,17 @@ class VisionRwkvBackbone(BackboneMixin, VisionRwkvPreTrainedModel):
         **kwargs: Any,
     ) -> BackboneOutput | tuple:
         """feature_maps: of `out_features`. hidden_states: of every block, with output_hidden_states."""
-        wanted = [self.stage_names.index(name) for name in self.out_features]
+        wanted = self._wanted()
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         last = len(self.vision.layers) - 1
         blocks = range(last + 1) if hidden else [last] if self.scales is not None else wanted
         seen = dict(zip(blocks, self.vision.forward_intermediates(pixel_values, blocks), strict=True))
-        maps = seen if self.scales is None else self.scales(seen[last])
-        output = BackboneOutput(
-            feature_maps=tuple(maps[i] for i in wanted), hidden_states=tuple(seen.values()) if hidden else None
-        )
+        maps = [seen[i] for i in wanted] if self.scales is None else self.scales(seen[last]).values()
+        output = BackboneOutput(feature_maps=tuple(maps), hidden_states=tuple(seen.values()) if hidden else None)
         return output.to_tuple() if return_dict is False else output
+
+    def _wanted(self) -> list[int]:
+        return [self.stage_names.index(name) for name in self.out_features]
 
 
 class VisionRwkvModel(VisionRwkvPreTrainedModel):

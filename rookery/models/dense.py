@@ -13,6 +13,7 @@ Perceptual Parsing for Scene Understanding" (UperNet, arXiv 1807.10221).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ class Norm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Scales(nn.ModuleList):
-    """One map [B, size_in, H, W] -> four of `channels` channels: 4 and 2 times as large, as large, half as large."""
+class Scales(nn.ModuleDict):
+    """One map [B, size_in, H, W] -> an OrderedDict "0" to "3" of maps of `channels` channels: 4 and 2 times as large,
+    as large, half as large. `wanted`: which are made."""
 
-    def __init__(self, size_in: int, channels: int = 256):
+    def __init__(self, size_in: int, channels: int = 256, wanted: Iterable[int] = range(4)):
         if size_in < 4 or channels < 1:
             raise InputError(f"a pyramid makes 1 or more channels of 4 or more, got {channels} of {size_in}")
         half, quarter = size_in // 2, size_in // 4
@@ -52,10 +54,10 @@ class Scales(nn.ModuleList):
             out(size_in),
             [nn.MaxPool2d(2, ceil_mode=True), *out(size_in)],  # the last row of an odd number is not lost
         )
-        super().__init__(nn.Sequential(*scale) for scale in layers)
+        super().__init__({str(i): nn.Sequential(*layers[i]) for i in wanted})
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [scale(x) for scale in self]
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return OrderedDict((name, scale(x)) for name, scale in self.items())
 
     def init_weights(self) -> None:
         """torch's own initialisation, which the constructor gives too: norms follow and set the size."""
@@ -79,8 +81,7 @@ class Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps = self.scales(self.backbone.forward_features(images))
-        return OrderedDict((str(i), x) for i, x in enumerate(maps))
+        return self.scales(self.backbone.forward_features(images))
 
 
 class Segmenter(nn.Module):

@@ -296,8 +296,8 @@ def _changes(told: VisionSection) -> Callable[[Tensor], Tensor] | None:
 
 
 def _next(batches: Iterator) -> Any:
-    """The next batch. What a process that reads complains of arrives with its whole traceback, of which the last line is
-    the complaint."""
+    """The next batch. What a process that reads complains of arrives with its traceback, whose last line is the
+    complaint."""
     try:
         return next(batches)
     except InputError as error:

@@ -1,0 +1,100 @@
+"""Models of pictures in other formats: the same logits, the authors' names, graphs that onnxruntime runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import rookery
+from rookery import InputError
+from rookery.convert import convert
+from rookery.models.vision import VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig
+
+SMALL = {"num_classes": 7, "image_size": 32, "patch_size": 8}
+KINDS = {
+    "vrwkv": VRWKVConfig(24, 1, 60, **SMALL, post_norm=True, init_values=0.5, key_norm=True, head_hidden=20),
+    "vrwkv6": VRWKV6Config(32, 1, 64, **SMALL, head_size=8, mix_rank=4, decay_rank=6),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, tmp_path_factory):
+    """A model, and the folder it is in."""
+    torch.manual_seed(0)
+    made = (VRWKV6 if request.param == "vrwkv6" else VRWKV)(KINDS[request.param])
+    made.init_weights()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.2 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("models") / "model"
+    rookery.save(made.eval(), folder, notes={"labels": list("abcdefg")})
+    return made, folder
+
+
+def test_there_and_back(model, tmp_path):
+    made, folder = model
+    x = torch.randn(1, 3, 40, 32)
+    with torch.no_grad():
+        expected = made(x)
+        for name in ("a.pth", "a.safetensors", "a"):
+            told = convert(folder, tmp_path / name)
+            assert told.difference == 0 < told.largest
+            again = rookery.load(tmp_path / name)
+            assert torch.equal(again(x), expected)
+            assert all(torch.equal(p, again.state_dict()[key]) for key, p in made.state_dict().items())
+    held = torch.load(tmp_path / "a.pth")["state_dict"]
+    assert "backbone.layers.0.att.key.weight" in held
+    assert held.keys() >= {"head.0.weight", "head.2.bias"} or "head.fc.weight" in held
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["labels"] == list("abcdefg")
+    told = convert(tmp_path / "a.pth", tmp_path / "half.safetensors", dtype="bfloat16")
+    assert 0 < told.difference < 0.1 * told.largest
+    assert rookery.load(tmp_path / "half.safetensors").pos_embed.dtype == torch.bfloat16
+
+
+def test_onnx(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    made, folder = model
+    told = convert(folder, tmp_path / "a.onnx")
+    assert told.difference < 1e-5 * told.largest
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = made(x)
+    found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["model"] == made.name
+    assert json.loads(about["image_size"]) == 32
+
+
+def test_what_has_no_place_is_told(model, tmp_path):
+    made, folder = model
+    for target, options, told in (
+        ("a.gguf", {}, "a model of pictures has no place in gguf"),
+        ("a", {"to": "huggingface"}, "a model of pictures has no place in huggingface"),
+        ("a.onnx", {"dtype": "bfloat16"}, "ONNX files are float32"),
+        ("a.pth", {"dtype": "int8"}, "dtype int8 is not supported"),
+    ):
+        with pytest.raises(InputError, match=told):
+            convert(folder, tmp_path / target, **options)
+        assert not (tmp_path / target).exists()
+    with pytest.raises(InputError, match="is a model of text"):
+        convert("rookery/bundled", tmp_path / "a.pth", to="vision_rwkv")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(InputError, match="is there already"):
+        convert(folder, tmp_path / "full", to="rookery")
+
+
+def test_what_a_format_cannot_say_is_not_lost_in_silence(tmp_path):
+    """A .pth does not tell of the shift: what would be read from it is another model."""
+    torch.manual_seed(0)
+    made = VRWKV(VRWKVConfig(24, 1, 60, **SMALL, shift="previous"))
+    made.init_weights()
+    rookery.save(made, tmp_path / "model")
+    with pytest.raises(InputError, match=r"a.pth: a blinkdl file has no place for shift = 'previous'"):
+        convert(tmp_path / "model", tmp_path / "a.pth")
+    assert not (tmp_path / "a.pth").exists()
+    assert convert(tmp_path / "model", tmp_path / "copy").difference == 0

@@ -11,7 +11,6 @@ holds shapes.png with pictures, truths and what was found, and the weights.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -69,10 +68,7 @@ def train(args: argparse.Namespace) -> Segmenter:
     backbone.init_weights()
     model = Segmenter(backbone, len(NAMES), args.channels)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
-    warm = max(1, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / warm) * (0.51 + 0.49 * math.cos(math.pi * i / args.steps))
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
     random, began = np.random.default_rng(args.seed), time.perf_counter()
     for step in range(1, args.steps + 1):
         images, classes = batch(random, args.batch, args.size, args.size)

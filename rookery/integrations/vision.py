@@ -105,7 +105,7 @@ class VisionRwkvPreTrainedModel(PreTrainedModel):
     config_class = VisionRwkvConfig
     base_model_prefix = "vision"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
 
@@ -117,8 +117,8 @@ class VisionRwkvPreTrainedModel(PreTrainedModel):
     @classmethod
     def of(cls, model: VisionModel, **options: Any) -> Any:
         """A new one with a copy of the weights of a model of ours; `options` of the configuration."""
-        made = cls(VisionRwkvConfig.of(model, **options)).to(model.pos_embed)
-        fill(made, model)
+        made: Any = cls(VisionRwkvConfig.of(model, **options))
+        fill(made.to(model.pos_embed.device, model.pos_embed.dtype), model)
         return made.train(model.training)
 
     def _initialize_weights(self, module: nn.Module, *rest: Any) -> None:

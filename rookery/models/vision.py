@@ -372,14 +372,17 @@ class VisionModel(Network):
         [B, C, H, W]; that of the last block after the last norm."""
         number = len(self.layers)
         if indices is None or isinstance(indices, int):
-            indices = range(number - (number if indices is None else indices), number)
-        wanted = [i + number if i < 0 else i for i in indices]
-        for i in wanted:
-            if not 0 <= i < number:
+            count = number if indices is None else indices
+            if not 0 < count <= number:
+                raise InputError(f"this model has {number} blocks, not {count}")
+            indices = range(number - count, number)
+        for i in indices:
+            if not -number <= i < number:
                 raise InputError(f"there is no block {i}: this model has {number}")
+        wanted = [i % number for i in indices]
         x, grid = self.embed(images)
         seen = {}
-        for i, block in enumerate(self.layers[: max(wanted) + 1]):
+        for i, block in enumerate(self.layers[: max(wanted, default=-1) + 1]):
             x = self.through(block, x, grid)
             if i in wanted:
                 seen[i] = _as_map(self.ln1(x) if i == number - 1 else x, grid)

@@ -276,6 +276,11 @@ def test_features_and_heads():
         assert torch.equal(model.forward_intermediates(x, 2)[0], maps[1])
         with pytest.raises(InputError, match="there is no block 3: this model has 3"):
             model.forward_intermediates(x, [3])
+        with pytest.raises(InputError, match="there is no block -4: this model has 3"):
+            model.forward_intermediates(x, [-4])
+        for count in (0, 4):
+            with pytest.raises(InputError, match=f"this model has 3 blocks, not {count}"):
+                model.forward_intermediates(x, count)
         model.reset_classifier(0)
         assert torch.equal(model(x), pooled)
         assert model.config.num_classes == 0

@@ -269,7 +269,7 @@ template <class R> void forward(const Call& call, const Unit& at) {
     Rows<R> k(call, at), v(call, at), y(call, at);
     State<R> past, future;
     Column<R> column(call.chunk);
-    Sums<R> no_gradient;
+    Sums<R> no_gradient = past[0];
 
     for (int64_t c = call.chunks() - 1; c >= 0; c--) {
         future.put(kept, call, at, c);

@@ -3,8 +3,8 @@
     python examples/cifar10.py cifar10-train.parquet cifar10-test.parquet --out cifar10
 
 Five models learn from the same pictures in the same order, 64 patches of 4 x 4 pixels each: a ViT, VRWKV as it is, and
-VRWKV without a shift, with the shift of text (the patch before) and with the Q-shift but attention that looks back only,
-which is the comparison of the paper's table 4. A run that was stopped goes on. At the end stand a table and a picture of
+VRWKV without a shift, with the shift of text (the patch before), and with the Q-shift but attention that looks back
+only: the comparison of the paper's ablation. A run that was stopped goes on. At the end stand a table and a picture of
 the curves (`pip install 'rookery[train,vision,plots]'`).
 
 On a GPU several runs share it well: --jobs 5.

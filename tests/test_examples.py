@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import re
@@ -115,3 +116,55 @@ def test_storyteller(run, folder):
         lines.write("".join(json.dumps(row) + "\n" for row in rows))
     told = run("storyteller.py", "--stories", folder / "stories.jsonl.gz", "--out", folder / "teller", "--passes", 1)
     assert 1 < float(re.search(r"held out, all 4: ([\d.]+) bits per byte", told)[1]) < 12
+
+
+def test_segmentation(run, folder):
+    small = ["--steps", 2, "--batch", 2, "--layers", 1, "--width", 16, "--channels", 8]
+    told = run("segmentation.py", "--out", folder / "segmentation", *small)
+    shares = re.findall(r"of (\d+ x \d+), held out: mean IoU ([\d.]+)", told)
+    assert [size for size, _ in shares] == ["48 x 48", "61 x 78"]
+    assert all(0 <= float(share) < 1 for _, share in shares)
+    assert {file.name for file in (folder / "segmentation").iterdir()} == {"segmenter.safetensors", "shapes.png"}
+
+
+def test_detection(run, folder):
+    pytest.importorskip("transformers")
+    told = run("detection.py", "--out", folder / "detection", "--steps", 2, "--batch", 2)
+    assert "step 2 of 2" in told
+    assert 0 <= float(re.search(r"IoU 0.5 ([\d.]+)", told)[1]) < 1
+    assert (folder / "detection" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def pictures(folder) -> Path:
+    """60 pictures of 32 x 32 pixels in ten classes, as CIFAR-10 lies in a .parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    dice = random.Random(0)
+    rows = {"image": [], "label": []}
+    for i in range(60):
+        held = io.BytesIO()
+        Image.new("RGB", (32, 32), tuple(dice.randrange(256) for _ in range(3))).save(held, "png")
+        rows["image"].append({"bytes": held.getvalue(), "path": None})
+        rows["label"].append(i % 10)
+    pq.write_table(pa.table(rows), folder / "pictures.parquet")
+    return folder / "pictures.parquet"
+
+
+def test_cifar10(run, folder, pictures):
+    small = ["--width", 32, "--layers", 1, "--epochs", 1, "--batch", 20, "--models", "ViT", "VRWKV", "VRWKV, causal"]
+    told = run("cifar10.py", pictures, pictures, "--out", folder / "cifar10", *small, "--set", "vision.workers=0")
+    rows = re.findall(r"^\| (\S.*?) \| ([\d.]+)% \| ([\d.]+) \|", told, re.M)
+    assert [name for name, _, _ in rows] == ["ViT", "VRWKV", "VRWKV, causal"]
+    assert all(0 <= float(right) <= 100 and 1 < float(nats) < 4 for _, right, nats in rows)
+    assert (folder / "cifar10" / "cifar10.png").stat().st_size > 5000
+
+
+def test_vision_pictures(run, folder, pictures):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), "red").save(folder / "red.png")
+    run("vision_pictures.py", folder / "cifar10" / "vrwkv-0", folder / "red.png", "--out", folder / "seen")
+    assert len(list((folder / "seen").glob("vision-*.png"))) == 4

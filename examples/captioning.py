@@ -30,7 +30,7 @@ from rookery.models.vision import VRWKVConfig
 from rookery.pictures import prepare
 from rookery.train.pictures import Pictures
 
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TEMPLATES = ["a {light} picture of {thing}.", "{thing} in a {light} picture.", "this is {thing} in a {light} picture."]
 PROMPT = "\n"  # what asks for a caption
 

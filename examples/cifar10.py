@@ -74,9 +74,8 @@ def read(args: argparse.Namespace, name: str, seed: int) -> tuple[list[dict], li
 
 
 def table(args: argparse.Namespace) -> None:
-    print(
-        f"| {args.epochs} epochs, {args.layers} layers of {args.width} | right on the test pictures | nats | pictures/s |"
-    )
+    title = f"{args.epochs:g} epochs, {args.layers} layers of {args.width}"
+    print(f"| {title} | right on the test pictures | nats | pictures/s |")
     print("|---|---|---|---|")
     for name in args.models:
         found = [read(args, name, seed) for seed in args.seeds]

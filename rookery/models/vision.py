@@ -192,12 +192,11 @@ class SpatialMix(nn.Module):
         )
         tokens = x.shape[1]
         log_w, u = -widen(self.spatial_decay) / tokens, widen(self.spatial_first) / tokens
-        k, v = widen(k), widen(v)
-        if self.config.causal:
+        if self.config.causal:  # both operators compute in float32, whatever they read
             y, _ = wkv4(log_w, k, v, u)
         else:
             y = biwkv(log_w, k, v, u, segments=self.config.segments)
-        return self.output(torch.sigmoid(r) * self.key_norm(y.to(x.dtype)))
+        return self.output(torch.sigmoid(r) * self.key_norm(y))
 
     def init_weights(self, rho: float, tau: float) -> None:
         channel, along, zigzag = _channels(self.config.n_embd)
@@ -278,8 +277,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         near = shifted(x, grid, self.config, self.heads)
-        xk, xr = torch.lerp(near, x, self.spatial_mix_k), torch.lerp(near, x, self.spatial_mix_r)
-        return torch.sigmoid(self.receptance(xr)) * self.value(self.key_norm(torch.relu(self.key(xk)) ** 2))
+        k = self.key(torch.lerp(near, x, self.spatial_mix_k)).relu_().square()
+        y = self.value(self.key_norm(k))
+        return torch.sigmoid(self.receptance(torch.lerp(near, x, self.spatial_mix_r))) * y
 
 
 class Block(nn.Module):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import build
 
@@ -60,6 +61,18 @@ def native(operator: str) -> ctypes.CDLL:
 def compiled(operator: str) -> bool:
     """Whether its C++ could be compiled; the first question compiles it."""
     return build.library(source(operator)) is not None
+
+
+def needs_gradients(inputs: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def chosen(operator: Callable, plain: Callable, inputs: Iterable[Tensor]) -> Callable:
+    """torch's operator where somebody looks at it, be it gradients, a compiler or tensors without numbers; else the
+    function that it was made of. The operator takes longer to call, and its first call brings the compiler in, 70 MB.
+    """
+    seen = needs_gradients(inputs) or torch.compiler.is_compiling()
+    return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
 
 
 def _in_full_precision(body: Callable, *args: Any) -> tuple[Tensor, Tensor]:

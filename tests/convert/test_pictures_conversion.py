@@ -70,7 +70,7 @@ def test_onnx(model, tmp_path):
 
 
 def test_what_has_no_place_is_told(model, tmp_path):
-    made, folder = model
+    _, folder = model
     for target, options, told in (
         ("a.gguf", {}, "a model of pictures has no place in gguf"),
         ("a", {"to": "huggingface"}, "a model of pictures has no place in huggingface"),

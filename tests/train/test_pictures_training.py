@@ -132,7 +132,7 @@ def test_the_mean_of_a_text_models_weights(texts, tmp_path):
     run = Run(read_config(None, [f"data.train={texts}", f"run.out={tmp_path / 'out'}", *more]))
     run()
     assert not torch.equal(rookery.load(tmp_path / "out").head.weight, run.plain.head.weight)
-    with pytest.raises(InputError, match="run.ema is for whole models"):
+    with pytest.raises(InputError, match=r"run\.ema is for whole models"):
         read_config(None, [f"data.train={texts}", "run.ema=0.5", "run.shard=full"])
 
 
@@ -250,7 +250,7 @@ def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
     for name in ("a", "b"):
         (few / name).mkdir(parents=True)
         noisy((1, 2, 3), 0).save(few / name / "x.png")
-    with pytest.raises(InputError, match="has 3 classes, .*few 2"):
+    with pytest.raises(InputError, match=r"has 3 classes, .*few 2"):
         Run(read_config(None, settings(few, tmp_path / "out", f"data.eval={folder}")))
 
 

@@ -6,22 +6,25 @@ import torch
 from torch import Tensor
 
 from ..build import call
-from ..dispatch import accumulator, native
+from ..dispatch import accumulator, chosen, native
 
 CHUNK = 32  # tokens from one kept state to the next
 
 
 def cpu(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
-    return forward(log_w, k, v, u)[0]
+    inputs = (log_w, k, v, u)
+    return chosen(forward, _forward, inputs)(*inputs)[0]
 
 
-@torch.library.custom_op("rookery::biwkv", mutates_args=(), device_types="cpu")
-def forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """y, and what the last of every CHUNK tokens meets of those after it, which the backward pass needs too."""
     y, kept = _fake_forward(log_w, k, v, u)
     call(native("biwkv").biwkv_forward, (log_w[None, None], k, v, u[None, None], y, kept), None, *k.shape, CHUNK)
     return y, kept
+
+
+forward = torch.library.custom_op("rookery::biwkv", mutates_args=(), device_types="cpu")(_forward)
 
 
 @forward.register_fake

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..build import call
-from ..dispatch import native
+from ..dispatch import chosen, native, needs_gradients
 
 CHUNK = 16  # tokens from one kept state to the next
 
@@ -24,13 +24,12 @@ def cpu(
 ) -> tuple[Tensor, Tensor]:
     """See `wkv4`; cu is the checked tuple of boundaries."""
     inputs = (log_w, k, v, u, state)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, final, _ = forward(*inputs, cu, keep)
+    keep = needs_gradients(inputs)
+    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
     return y, final
 
 
-@torch.library.custom_op("rookery::wkv4", mutates_args=(), device_types="cpu")
-def forward(
+def _forward(
     log_w: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,6 +43,9 @@ def forward(
     tensors = (log_w[None, None], k, v, u[None, None], state.contiguous(), *outputs)
     call(native("wkv4").wkv4_forward, tensors, cu, len(state), *k.shape[1:], CHUNK)
     return outputs
+
+
+forward = torch.library.custom_op("rookery::wkv4", mutates_args=(), device_types="cpu")(_forward)
 
 
 @forward.register_fake

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..build import call
-from ..dispatch import native
+from ..dispatch import chosen, native, needs_gradients
 
 CHUNK = 32  # tokens from one kept state to the next
 
@@ -25,13 +25,12 @@ def cpu(
 ) -> tuple[Tensor, Tensor]:
     """See `wkv6`; cu is the checked tuple of boundaries. log_w may also be [H, N], the same at every token."""
     inputs = (r, log_w, k, v, u, state)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, final, _ = forward(*inputs, cu, keep)
+    keep = needs_gradients(inputs)
+    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
     return y, final
 
 
-@torch.library.custom_op("rookery::wkv6", mutates_args=(), device_types="cpu")
-def forward(
+def _forward(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
@@ -46,6 +45,9 @@ def forward(
     tensors = (r, log_w.expand(r.shape), k, v, u[None, None], state.contiguous(), *outputs)
     call(native("wkv6").wkv6_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
     return outputs
+
+
+forward = torch.library.custom_op("rookery::wkv6", mutates_args=(), device_types="cpu")(_forward)
 
 
 @forward.register_fake

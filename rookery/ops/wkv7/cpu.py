@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..build import call
-from ..dispatch import native
+from ..dispatch import chosen, native, needs_gradients
 
 CHUNK = 32  # tokens from one kept state to the next
 
@@ -25,13 +25,12 @@ def cpu(
 ) -> tuple[Tensor, Tensor]:
     """See `wkv7`; cu is the checked tuple of boundaries."""
     inputs = (r, log_w, k, v, a, b, state)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, final, _ = forward(*inputs, cu, keep)
+    keep = needs_gradients(inputs)
+    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
     return y, final
 
 
-@torch.library.custom_op("rookery::wkv7", mutates_args=(), device_types="cpu")
-def forward(
+def _forward(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
@@ -47,6 +46,9 @@ def forward(
     tensors = (r, log_w, k, v, a, b, state.contiguous(), *outputs)
     call(native("wkv7").wkv7_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
     return outputs
+
+
+forward = torch.library.custom_op("rookery::wkv7", mutates_args=(), device_types="cpu")(_forward)
 
 
 @forward.register_fake

@@ -108,6 +108,7 @@ def main() -> None:
     options.add_argument("--authors", type=int, default=8)
     options.add_argument("--lr", type=float, default=1e-3)
     options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--texts", type=int, default=320, help="so many of each length are measured")
     args = options.parse_args()
     torch.manual_seed(0)
     names, texts, *held_out = read(args.file, args.authors)
@@ -116,12 +117,12 @@ def main() -> None:
     train(llm, head, texts, args.lr, args.steps)
     save(llm.model, args.out)
     save_file(head.state_dict(), args.out / "head.safetensors")
-    by_counts = train_on_counts(*cut(texts, 8000, LENGTHS[0], LENGTHS[-1], random.Random(2)))
-    print(f"Who of {', '.join(names)}? Of 320 texts are right\n")
+    by_counts = train_on_counts(*cut(texts, 25 * args.texts, LENGTHS[0], LENGTHS[-1], random.Random(2)))
+    print(f"Who of {', '.join(names)}? Of {args.texts} texts are right\n")
     print("| characters | same novels: RWKV | counts | other novels: RWKV | counts |\n|---|---|---|---|---|")
     ways = ((lambda some: last_vectors(llm, some), head), (counts, by_counts))
     for length in LENGTHS:
-        held = [cut(some, 320, length, length, random.Random(3)) for some in held_out]
+        held = [cut(some, args.texts, length, length, random.Random(3)) for some in held_out]
         print(f"| {length} |", *(right(*way, *pieces) for pieces in held for way in ways))
 
 

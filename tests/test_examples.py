@@ -168,3 +168,28 @@ def test_vision_pictures(run, folder, pictures):
     Image.new("RGB", (40, 40), "red").save(folder / "red.png")
     run("vision_pictures.py", folder / "cifar10" / "vrwkv-0", folder / "red.png", "--out", folder / "seen")
     assert len(list((folder / "seen").glob("vision-*.png"))) == 4
+
+
+def test_captioning(run, folder, pictures):
+    small = ["--steps", 2, "--batch", 4, "--captions", 12]
+    told = run("captioning.py", pictures, pictures, "--out", folder / "captioner", *small)
+    assert re.search(r"of 12 held-out captions \d+ name the right class, \d+ tell how bright", told)
+    names = {file.name for file in (folder / "captioner").iterdir()}
+    assert names == {"vision", "language", "projection.safetensors"}
+
+
+def test_sequence_classification(run, folder):
+    dice = random.Random(0)
+    rows = []
+    for author in ("Ash", "Birch"):
+        for title in ("One", "Two"):
+            words = " ".join(dice.choice(WORDS) for _ in range(6000))
+            rows.append(json.dumps({"title": f"{author}_{title}_1900", "text": words}))
+    with gzip.open(folder / "novels.jsonl.gz", "wt", encoding="utf-8") as lines:
+        lines.write("\n".join(rows))
+    told = run(
+        "sequence_classification.py", folder / "novels.jsonl.gz", "--out", folder / "author", "--steps", 2, "--texts", 4
+    )
+    assert "Who of Ash, Birch?" in told
+    assert len(re.findall(r"^\| \d+ \|( [\d.]+% \|){4}$", told, re.M)) == 3
+    assert (folder / "author" / "head.safetensors").exists()

@@ -446,3 +446,9 @@ def test_unknown_bodies_and_segments_are_refused():
     for segments in (0, -1):
         with pytest.raises(ValueError, match=f"biwkv: segments must be at least 1, got {segments}"):
             biwkv(**arguments, segments=segments)
+
+
+def test_without_a_compiler_the_plain_loop_runs_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("rookery.ops.dispatch.compiled", lambda operator: False)
+    arguments = draw(2, 40, 8)
+    assert torch.equal(biwkv(**arguments), biwkv(**arguments, impl="reference"))

@@ -49,4 +49,6 @@ def biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, segments: int | Non
         return choose("biwkv", "chunked", {"chunked": released}, longest(tokens, None), k.device)(
             log_w, k, v, u, segments
         )
-    return choose("biwkv", impl, BODIES, longest(tokens, None), k.device)(log_w, k, v, u)
+    # without C++ the plain loop is the faster body on a CPU, however long
+    many = 1 if k.device.type == "cpu" else longest(tokens, None)
+    return choose("biwkv", impl, BODIES, many, k.device)(log_w, k, v, u)

@@ -175,7 +175,7 @@ def test_captioning(run, folder, pictures):
     told = run("captioning.py", pictures, pictures, "--out", folder / "captioner", *small)
     assert re.search(r"of 12 held-out captions \d+ name the right class, \d+ tell how bright", told)
     names = {file.name for file in (folder / "captioner").iterdir()}
-    assert names == {"vision", "language", "projection.safetensors"}
+    assert names == {"vision", "projection.safetensors"}
 
 
 def test_sequence_classification(run, folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Model, State
+from ..models.parts import in_their_place
 
 
 def read(
@@ -79,19 +80,14 @@ def _hooked(model: Model, tokens: Tensor, embeds: Tensor | None, collect: bool) 
     """While it is entered, `embeds` are what the embedding makes of `tokens`; with `collect`, what enters the first
     block and what leaves each is put into the list. The C++ step does not run for a model that has hooks."""
     seen: list[Tensor] = []
-    hooks = []
-    if embeds is not None:
-        vectors = embeds.to(model.emb.weight.dtype)
-        # of these tokens only: another thread may be reading its own
-        hooks.append(model.emb.register_forward_hook(lambda _, given, made: vectors if given[0] is tokens else made))
-    if collect:
-        hooks.append(model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0])))
-        hooks += [block.register_forward_hook(lambda _, given, made: seen.append(made[0])) for block in model.blocks]
-    try:
+    with ExitStack() as hooks:
+        if embeds is not None:
+            hooks.enter_context(in_their_place(model, tokens, embeds))
+        if collect:
+            hooks.enter_context(model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0])))
+            for block in model.blocks:
+                hooks.enter_context(block.register_forward_hook(lambda _, given, made: seen.append(made[0])))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _spread(x: Tensor, there: Tensor) -> Tensor:

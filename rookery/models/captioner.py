@@ -10,8 +10,7 @@ Source: the projection of LLaVA (arXiv 2304.08485), which VisualRWKV (arXiv 2406
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..files import replacing
-from .parts import Model, Network, fingerprint, widen
+from .parts import Model, Network, fingerprint, in_their_place, widen
 from .state import State
 from .vision import VisionModel
 
@@ -122,19 +121,6 @@ class Captioner(nn.Module):
 
     def _belongs(self) -> dict[str, str]:
         return {"vision": _as_it_is(self.vision), "language": _as_it_is(self.language)}
-
-
-@contextmanager
-def in_their_place(model: Model, tokens: Tensor, vectors: Tensor) -> Iterator[None]:
-    """While it is entered, `vectors` [B, T, C] are what the model's embedding makes of `tokens` [B, T]. The C++ step
-    does not run for a model that has hooks."""
-    vectors = vectors.to(model.emb.weight.dtype)
-    # of these tokens only: another thread may be reading its own
-    hook = model.emb.register_forward_hook(lambda _, given, made: vectors if given[0] is tokens else made)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _as_it_is(model: Network) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
 from ..ops.dispatch import constant_to_the_compiler
@@ -297,6 +298,14 @@ class Model(Network):
         if first.wkv.device != tokens.device:
             raise InputError(f"the state is on {first.wkv.device}, the tokens on {tokens.device}: move it with .to()")
         return state, cu
+
+
+def in_their_place(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
+    """While it is entered (`with`), `vectors` [B, T, C] are what the embedding makes of `tokens` [B, T]. The C++ step
+    does not run for a model that has hooks."""
+    vectors = vectors.to(model.emb.weight.dtype)
+    # of these tokens only: another thread may be reading its own
+    return model.emb.register_forward_hook(lambda _, given, made: vectors if given[0] is tokens else made)
 
 
 def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:

@@ -33,6 +33,8 @@ MODELS = {
 }
 SETTINGS = [
     *("vision.size=32", "vision.patch_size=4", "vision.rand_augment=0", "vision.erasing=0.0", "vision.crop=[0.5, 1.0]"),
+    # decays are divided by the number of patches and move far in the authors' 375,000 steps, but not in a few thousand
+    "vision.decay_lr=30.0",
     *("optim.lr_final=1e-5", "optim.weight_decay=0.05", "optim.betas=[0.9, 0.999]", "optim.eps=1e-8", "optim.clip=5.0"),
     *("model.generation=vrwkv", "run.eval_every=200", "run.log_every=50", "run.save_minutes=10.0", "run.keep=1"),
 ]

@@ -42,8 +42,8 @@ def convert_pictures(found: formats.Found, source: Path, target: Path, to: str, 
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     plain = type(model.config).from_shapes({name: x.shape for name, x in model.state_dict().items()})
-    shown = {"drop_path": model.config.drop_path, "init_values": model.config.init_values}  # of training alone
-    lost = [name for name, x in asdict(replace(plain, **shown)).items() if x != getattr(model.config, name)]
+    training = {name: getattr(model.config, name) for name in ("drop_path", "decay_lr", "init_values")}
+    lost = [name for name, x in asdict(replace(plain, **training)).items() if x != getattr(model.config, name)]
     if to not in ("rookery", "onnx") and lost:
         raise InputError(f"{target}: a {to} file has no place for {lost[0]} = {getattr(model.config, lost[0])!r}")
     exact = dtype is None or DTYPES[dtype] == next(iter(found.tensors.values())).dtype

@@ -47,6 +47,7 @@ class VRWKVConfig:
     post_norm: bool = False
     init_values: float | None = None  # what the gammas begin with; None: there are none
     drop_path: float = 0.0  # of the last layer, in training; the first has 0
+    decay_lr: float = 1.0  # the learning rate of the decays, as a multiple of the others'
     shift: str = "q"  # "q", or for comparisons "previous" (the token shift of text) or "none"
     causal: bool = False  # for comparisons: attention looks back only
     segments: int | None = None  # 32: the arithmetic of the released CUDA kernel, see ops/biwkv
@@ -83,6 +84,7 @@ class VRWKV6Config:
     post_norm: bool = False
     init_values: float | None = None
     drop_path: float = 0.0
+    decay_lr: float = 1.0
     shift: str = "q"
 
     causal = False
@@ -145,6 +147,8 @@ def check(config: VRWKVConfig | VRWKV6Config) -> None:
         raise InputError(f"there is no shift {config.shift!r}; known are {', '.join(SHIFTS)}")
     if not 0 <= config.drop_path < 1:
         raise InputError(f"drop_path must lie in [0, 1), got {config.drop_path}")
+    if not config.decay_lr > 0:
+        raise InputError(f"decay_lr must be positive, got {config.decay_lr}")
 
 
 def q_shift(x: Tensor, grid: Grid, heads: int = 1) -> Tensor:
@@ -336,7 +340,7 @@ class VisionModel(Network):
     `reset_classifier`, `num_features`.
     """
 
-    unseen = ("post_norm", "init_values", "drop_path", "shift", "causal", "segments")
+    unseen = ("post_norm", "init_values", "drop_path", "decay_lr", "shift", "causal", "segments")
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -437,17 +441,24 @@ class VisionModel(Network):
             block.att.init_weights(rho, tau)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        """Norms and biases do not decay, everything else does, as in the released recipe."""
+        """Norms and biases do not decay, everything else does, as in the released recipe; what forgets may have a rate
+        of its own."""
         norms: set[nn.Parameter] = {
             p for m in self.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm) for p in m.parameters()
         }
         fixed: list[nn.Parameter] = []
-        decaying: list[nn.Parameter] = []
+        forgetting: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, p in self.named_parameters():
-            (fixed if p in norms or name.endswith("bias") else decaying).append(p)
+            if p in norms or name.endswith("bias"):
+                fixed.append(p)
+            else:
+                (forgetting if name.endswith("_decay") else others).append(p)
+        faster = self.config.decay_lr  # AdamW multiplies the weight decay by the rate
         return [
             {"params": fixed, "lr": lr, "weight_decay": 0.0},
-            {"params": decaying, "lr": lr, "weight_decay": weight_decay},
+            {"params": forgetting, "lr": lr * faster, "weight_decay": weight_decay / faster},
+            {"params": others, "lr": lr, "weight_decay": weight_decay},
         ]
 
 

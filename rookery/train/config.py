@@ -102,6 +102,7 @@ class VisionSection:
     post_norm: bool = False
     init_values: float = 0.0  # of the gammas; 0: there are none
     drop_path: float = 0.0  # of the last layer, the first has 0
+    decay_lr: float = 1.0  # the decays' rate as a multiple of optim.lr; a short run wants more, patches divide them
     shift: str = "q"
     causal: bool = False
     crop: tuple[float, float] = (0.08, 1.0)  # shares of a picture's area that are cut out; 1.0, 1.0: no crop
@@ -114,7 +115,7 @@ class VisionSection:
     workers: int = -1  # processes that read pictures; -1: as many as there are cores to spare, up to 8
 
     def check(self) -> None:
-        _positive("vision", self, "size", "patch_size")
+        _positive("vision", self, "size", "patch_size", "decay_lr")
         if self.size % self.patch_size:
             raise InputError(f"vision.size is {self.size}, which patches of {self.patch_size} do not divide")
         if self.shift not in SHIFTS:

@@ -57,13 +57,13 @@ def make_vision(config: Config, classes: int, precision: str) -> VisionModel:
         read, _ = load_found(told.path, _wide(precision), kind=VisionModel)
         if not isinstance(read, cls):
             raise InputError(f"{told.path}: is a {read.name}, not a {told.generation}")
-        model = cls(replace(read.config, drop_path=sizes.drop_path)).to(_wide(precision))
+        model = cls(replace(read.config, drop_path=sizes.drop_path, decay_lr=sizes.decay_lr)).to(_wide(precision))
         model.load_state_dict(read.state_dict())
         if classes != model.config.num_classes:
             model.reset_classifier(classes)
         return model
     other = {"num_classes": classes, "image_size": sizes.size, "init_values": sizes.init_values or None}
-    other |= {name: getattr(sizes, name) for name in ("patch_size", "post_norm", "drop_path", "shift")}
+    other |= {name: getattr(sizes, name) for name in ("patch_size", "post_norm", "drop_path", "decay_lr", "shift")}
     if sizes.causal:
         if told.generation != "vrwkv":
             raise InputError(f"vision.causal is for vrwkv, not {told.generation}")

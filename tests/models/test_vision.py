@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -350,13 +351,34 @@ def test_initialisation():
 
 def test_norms_and_biases_do_not_decay():
     model = made(KINDS["6S"])
-    fixed, decaying = model.param_groups(1e-3, 0.05)
-    assert (fixed["weight_decay"], decaying["weight_decay"]) == (0, 0.05)
+    fixed, forgetting, others = model.param_groups(1e-3, 0.05)
+    assert (fixed["weight_decay"], forgetting["weight_decay"], others["weight_decay"]) == (0, 0.05, 0.05)
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p] for p in fixed["params"]} == {
         name for name in names.values() if ".ln" in name or name.startswith("ln1") or name.endswith("bias")
     }
-    assert len(fixed["params"]) + len(decaying["params"]) == len(names)
+    assert {names[p] for p in forgetting["params"]} == {f"layers.{i}.att.time_decay" for i in range(len(model.layers))}
+    assert sum(len(group["params"]) for group in (fixed, forgetting, others)) == len(names)
+
+
+@pytest.mark.parametrize("kind", ["T", "6S"])
+def test_decays_may_learn_faster(kind):
+    """By so much in a step of AdamW, and they are drawn to 0 no faster for it."""
+    model = made(replace(KINDS[kind], decay_lr=20.0))
+    names = [name for name, _ in model.named_parameters() if name.endswith("_decay")]
+    assert len(names) == len(model.layers)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3, 0.0))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = torch.full_like(p, 0.02 if name in names else 0.001)
+        assert torch.allclose(before[name] - p, moved, atol=1e-6), name
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.optim.AdamW(model.param_groups(1e-3, 0.5)).step()
+    assert torch.allclose(model.get_parameter(names[0]), (before[names[0]] - 0.02) * 0.9995)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

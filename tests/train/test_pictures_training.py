@@ -141,11 +141,12 @@ def test_fine_tuning_from_another_model(folder, tmp_path):
 
     base = create("vrwkv_tiny", n_layer=2, n_embd=24, dim_ffn=96, image_size=32, patch_size=4, num_classes=11)
     rookery.save(base, tmp_path / "base")
-    more = (f"model.path={tmp_path / 'base'}", "vision.drop_path=0.2")
+    more = (f"model.path={tmp_path / 'base'}", "vision.drop_path=0.2", "vision.decay_lr=10.0")
     made = Run(read_config(None, settings(folder, tmp_path / "out", *more)))
     assert torch.equal(made.plain.layers[0].att.key.weight, base.layers[0].att.key.weight)
     assert made.plain.config.num_classes == 3
     assert made.plain.layers[1].drop_path == 0.2
+    assert {group["base_lr"] / made.config.optim.lr for group in made.optimizer.param_groups} == {1.0, 10.0}
     made()
     assert rookery.load(tmp_path / "out").config.image_size == 32
     with pytest.raises(InputError, match="base: is a vrwkv, not a vrwkv6"):
@@ -261,6 +262,7 @@ def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
         ("vision.shift=up", "vision.shift is 'up'"),
         ("vision.crop=[0.9, 0.5]", "vision.crop must be two shares"),
         ("vision.mixup=-1.0", "vision.mixup must not be negative"),
+        ("vision.decay_lr=0.0", "vision.decay_lr must be positive"),
         ("vision.drop_path=1.0", r"vision.drop_path must lie in \[0, 1\)"),
         ("model.tune=lora", "model.tune=lora"),
         ("run.shard=full", "run.sequence_parallel and run.shard are not for vrwkv"),

@@ -63,6 +63,7 @@ class VisionRwkvConfig(BackboneConfigMixin, PreTrainedConfig):
     post_norm: bool = False
     init_values: float | None = None
     drop_path: float = 0.0
+    decay_lr: float = 1.0
     shift: str = "q"
     causal: bool = False
     segments: int | None = None

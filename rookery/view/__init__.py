@@ -42,7 +42,7 @@ def draw_decays(weights: np.ndarray) -> Figure:
     layers, channels, offsets = weights.shape
     columns = min(layers, 4)
     rows = math.ceil(layers / columns)
-    figure = _figure(2.6 * columns + 0.8, 2.1 * rows + 0.4)
+    figure = _figure(2.6 * columns + 0.8, max(3.6, 2.1 * rows + 0.4))  # what stands at the sides needs its height
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     reach = offsets // 2
     own = np.arange(offsets) == reach  # the bonus is no part of the decay

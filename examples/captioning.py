@@ -6,7 +6,7 @@ The language model is the bundled storyteller (or --language) and stays what it 
 --vision, the folder of a trained one), and a projection stands between the two. Between the picture and its caption
 there is nothing but a state. The captions are made of the name of the class and of how bright the picture is.
 
-A few minutes on one core; Ctrl-C ends the learning and keeps what was reached. In the folder --out are then the eyes
+Some ten minutes on one core; Ctrl-C ends the learning and keeps what was reached. In the folder --out are then the eyes
 and projection.safetensors (`pip install 'rookery[train,vision]'`).
 """
 

@@ -12,7 +12,8 @@ from .contest import Outcome, Result
 def show(outcome: Outcome, console: Console) -> None:
     """Prints it; columns that no row fills are left out."""
     unit = outcome.contest.unit
-    names = ["", f"ms a {unit}", f"{unit}s a second", "of the limit", "times as fast as"]
+    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+    names = ["", f"ms a {unit}", f"{units} a second", "of the limit", "times as fast as"]
     names += ["resident", "beyond weights", "peak", "load"]
     rows = [_cells(outcome, result) for result in outcome.results.values() if result.seconds]
     table = Table(box=box.MARKDOWN, header_style="")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rookery import InputError, save, view
-from rookery.models import VRWKV, VRWKV6, VisionModel, vision
+from rookery.models import VRWKV, VRWKV6, VisionModel
 from rookery.models.baselines import ViT, ViTConfig
 from rookery.models.vision import VRWKV6Config, VRWKVConfig
 from rookery.ops import biwkv, biwkv6
@@ -155,7 +155,7 @@ def test_decays_of_vrwkv6_are_the_mean_response_of_biwkv6(changes, monkeypatch):
         seen.append((log_w, others[-1]))
         return biwkv6(r, log_w, *others)
 
-    monkeypatch.setattr(vision, "biwkv6", record)
+    monkeypatch.setattr("rookery.models.vision.model.biwkv6", record)
     with torch.no_grad():
         model(images(2, 12, 8))
     monkeypatch.undo()

@@ -46,7 +46,7 @@ HEAD = ("num_classes", "head_hidden")  # what a backbone has none of
 
 
 class VisionRwkvConfig(BackboneConfigMixin, PreTrainedConfig):
-    """VRWKV and VRWKV6. What has no comment is as in models/vision.py."""
+    """VRWKV and VRWKV6. What has no comment is as in models/vision/model.py."""
 
     model_type: ClassVar[str] = "vision_rwkv"
 

@@ -17,17 +17,15 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import formats
-from ..errors import InputError
-from ..ops import biwkv, biwkv6, wkv4
-from .parts import Linear, Network, group_norm, widen
+from ...errors import InputError
+from ...ops import biwkv, biwkv6, wkv4
+from ..parts import Linear, Network, group_norm, widen
 
 Grid = tuple[int, int]  # rows and columns of patches
 SHIFTS = ("q", "previous", "none")
@@ -490,89 +488,3 @@ def _init_linears(module: nn.Module) -> None:
         nn.init.trunc_normal_(linear.weight, std=0.02)
         if linear.bias is not None:
             linear.bias.zero_()
-
-
-SMALL, BASE = {"post_norm": True, "drop_path": 0.3}, {"post_norm": True, "init_values": 1e-5, "drop_path": 0.5}
-LARGE = {"init_values": 1e-5, "drop_path": 0.1, "key_norm": True, "head_hidden": 3072, "image_size": 192}
-VARIANTS: dict[str, VRWKVConfig | VRWKV6Config] = {
-    "vrwkv_tiny": VRWKVConfig.sized(192, 12),
-    "vrwkv_small": VRWKVConfig.sized(384, 12, **SMALL, init_values=1.0),
-    "vrwkv_base": VRWKVConfig.sized(768, 12, **BASE),
-    "vrwkv_large": VRWKVConfig.sized(1024, 24, post_norm=True, **LARGE),
-    "vrwkv6_tiny": VRWKV6Config.sized(192, 12),
-    "vrwkv6_small": VRWKV6Config.sized(384, 12, **SMALL, init_values=1e-5),
-    "vrwkv6_base": VRWKV6Config.sized(768, 12, **BASE),
-}
-
-
-def create(
-    name: str, pretrained: str | Path | None = None, num_classes: int | None = None, **changes: Any
-) -> VisionModel:
-    """A model by name, vrwkv_tiny to vrwkv_large and vrwkv6_tiny to vrwkv6_base, in training mode.
-
-    Args:
-        pretrained: a checkpoint as the authors published them, or one of ours; without it the weights are new.
-        num_classes: other classes than the variant's (and the file's) 1000 get a new head; 0: no head.
-        changes: of the configuration, like drop_path=0.1 or segments=32.
-
-    Raises:
-        InputError: an unknown name or setting, a file of another variant.
-    """
-    if name not in VARIANTS:
-        raise InputError(f"there is no model {name!r}; known are {', '.join(VARIANTS)}")
-    usual = VARIANTS[name]
-    unknown = [key for key in changes if not hasattr(usual, key)]
-    if unknown:
-        raise InputError(f"{name} has no setting {unknown[0]!r}")
-    config = replace(usual, **changes)
-    if pretrained is None:
-        model = _kind(config)(config if num_classes is None else replace(config, num_classes=num_classes))
-        model.init_weights()
-        return model
-    path = Path(pretrained).expanduser()
-    try:
-        tensors = formats.read(path).tensors
-        shapes = {key: x.shape for key, x in tensors.items()}
-        if "pos_embed" not in shapes:
-            raise InputError(f"no Vision-RWKV (it holds {', '.join(list(shapes)[:3])}, ...)")
-        kind = VRWKV6Config if "layers.0.att.time_maa_x" in shapes else VRWKVConfig
-        try:
-            found = kind.from_shapes(shapes)
-        except (KeyError, IndexError, ValueError) as error:
-            raise InputError(f"no complete Vision-RWKV: {error}") from error
-        for key in ("n_embd", "n_layer", "dim_ffn", "patch_size", "key_norm", "head_size"):
-            if kind is not type(config) or getattr(found, key, None) != getattr(config, key, None):
-                raise InputError(f"holds {_told(found)}, not {name}")
-        sizes = {key: getattr(found, key) for key in ("image_size", "num_classes", "head_hidden")}
-        model = _kind(config)(replace(config, **sizes))
-        _fill(model, tensors)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    if num_classes is not None and num_classes != found.num_classes:
-        model.reset_classifier(num_classes)
-    return model
-
-
-def _fill(model: VisionModel, tensors: Mapping[str, formats.Stored]) -> None:
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in tensors]
-    unexpected = [key for key in tensors if key not in wanted]
-    wrong = [key for key in wanted if key in tensors and wanted[key].numel() != tensors[key].numel()]
-    for what, names in (("is missing", missing), ("is not of this model", unexpected), ("has another shape", wrong)):
-        if names:
-            raise InputError(f"{names[0]} {what}")
-    with torch.no_grad():
-        for key, x in wanted.items():
-            x.copy_(tensors[key].read().reshape(x.shape))
-
-
-def _kind(config: VRWKVConfig | VRWKV6Config) -> type[VisionModel]:
-    return VRWKV6 if isinstance(config, VRWKV6Config) else VRWKV
-
-
-def _told(config: VRWKVConfig | VRWKV6Config) -> str:
-    kind = "vrwkv6" if isinstance(config, VRWKV6Config) else "vrwkv"
-    for name, variant in VARIANTS.items():
-        if type(variant) is type(config) and (variant.n_embd, variant.n_layer) == (config.n_embd, config.n_layer):
-            return name
-    return f"a {kind} of {config.n_layer} layers and {config.n_embd} channels"

@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: .venv/run
 	@echo "set-up done"
-	@$(BIN)/rookery generate "Once upon a time" --echo --speed --temperature 0.8 --seed 1
+	@$(BIN)/heronry generate "Once upon a time" --echo --speed --temperature 0.8 --seed 1
 
 test: .venv/dev lint
 	$(BIN)/python tests/compile_all.py
@@ -31,7 +31,7 @@ format: .venv/dev
 # timings: beside the peers, on this machine; nothing else should be running
 bench: .venv/bench
 	mkdir -p build
-	$(BIN)/rookery bench --json build/bench.json
+	$(BIN)/heronry bench --json build/bench.json
 
 # trains the bundled model again: make storyteller STORIES=stories.jsonl.gz PASSES=7
 PASSES ?= 7

@@ -7,7 +7,7 @@ The language model is the bundled storyteller (or --language) and stays what it 
 there is nothing but a state. The captions are made of the name of the class and of how bright the picture is.
 
 Some ten minutes on one core; Ctrl-C ends the learning and keeps what was reached. In the folder --out are then the eyes
-and projection.safetensors (`pip install 'rookery[train,vision]'`).
+and projection.safetensors (`pip install 'heronry[train,vision]'`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from rookery import LLM, load
-from rookery.checkpoint import save
-from rookery.models import VRWKV
-from rookery.models.captioner import Captioner
-from rookery.models.vision import VRWKVConfig
-from rookery.pictures import prepare
-from rookery.train.pictures import Pictures
+from heronry import LLM, load
+from heronry.checkpoint import save
+from heronry.models import VRWKV
+from heronry.models.captioner import Captioner
+from heronry.models.vision import VRWKVConfig
+from heronry.pictures import prepare
+from heronry.train.pictures import Pictures
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PROMPT = "\n"  # what asks for a caption

@@ -1,8 +1,8 @@
 """Teaches the bundled storyteller to take bookings: by LoRA and by state tuning, compared.
 
     python examples/chat.py dialogues.jsonl.gz --out assistant
-    rookery chat --adapter assistant/lora
-    rookery chat --state assistant/state/time_state.safetensors
+    heronry chat --adapter assistant/lora
+    heronry chat --state assistant/state/time_state.safetensors
 
 The file: one JSON object a line with `messages`. Every 20th conversation is only measured, by what its answers cost;
 what the user says counts nowhere. Both runs read the same rows. A run that is there already is not made again.
@@ -14,11 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
-from rookery import LLM
-from rookery.cli.data import data
-from rookery.engine.llm import BUNDLED
-from rookery.train.config import Config, from_dict
-from rookery.train.loop import Run
+from heronry import LLM
+from heronry.cli.data import data
+from heronry.engine.llm import BUNDLED
+from heronry.train.config import Config, from_dict
+from heronry.train.loop import Run
 
 ASK = "I want to find a restaurant in San Jose."
 RATES = {"lora": 4e-3, "state": 1.0}

@@ -5,7 +5,7 @@
 Five models learn from the same pictures in the same order, 64 patches of 4 x 4 pixels each: a ViT, VRWKV as it is, and
 VRWKV without a shift, with the shift of text (the patch before), and with the Q-shift but attention that looks back
 only: the comparison of the paper's ablation. A run that was stopped goes on. At the end stand a table and a picture of
-the curves (`pip install 'rookery[train,vision,plots]'`).
+the curves (`pip install 'heronry[train,vision,plots]'`).
 
 On a GPU several runs share it well: --jobs 5.
 """
@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-from rookery.models.baselines import ViT, ViTConfig
-from rookery.train.config import Config, read_config
-from rookery.train.loop import Run
+from heronry.models.baselines import ViT, ViTConfig
+from heronry.train.config import Config, read_config
+from heronry.train.loop import Run
 
 MODELS = {
     "ViT": [],
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--set", nargs="*", default=[], help="settings of rookery train on top")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of heronry train on top")
     args = parser.parse_args()
     runs = [(name, seed) for seed in args.seeds for name in args.models]
     if args.jobs == 1:

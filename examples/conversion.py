@@ -12,13 +12,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from rookery import InputError
-from rookery.convert import FOLDERS, GRAPHS, SUFFIXES, convert
+from heronry import InputError
+from heronry.convert import FOLDERS, GRAPHS, SUFFIXES, convert
 
 NAMES = {
     "blinkdl": ".pth",
     "safetensors": ".safetensors",
-    "rookery": "ours",
+    "heronry": "ours",
     "huggingface": "Hugging Face",
     "gguf": "GGUF",
     "ggml": "rwkv.cpp",

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from rookery.convert import FOLDERS, SUFFIXES
-from rookery.models import RWKV7, RWKV7Config
+from heronry.convert import FOLDERS, SUFFIXES
+from heronry.models import RWKV7, RWKV7Config
 
 
 def make(path: Path, layers: int, width: int) -> int:
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"copied by the piece: {time.perf_counter() - began:.1f} s")
         for to in args.to:
             assert to in (*SUFFIXES.values(), *FOLDERS)
-            command = [sys.executable, "-m", "rookery", "convert", folder / "a.pth", folder / to, "--to", to]
+            command = [sys.executable, "-m", "heronry", "convert", folder / "a.pth", folder / to, "--to", to]
             began, most = time.perf_counter(), 0
             child = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
             watched = psutil.Process(child.pid)

@@ -1,6 +1,6 @@
-"""Writes a text with onnxruntime and numpy alone: no PyTorch, no rookery.
+"""Writes a text with onnxruntime and numpy alone: no PyTorch, no heronry.
 
-    rookery convert MODEL step.onnx --to onnx-step
+    heronry convert MODEL step.onnx --to onnx-step
     python examples/onnx_numpy.py step.onnx tokenizer.json "Once upon a time"
 
 The state is three arrays that go in and come out; the file's metadata says what fills them before the first token.
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 def begin(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray]:
     """The state before the first token, of one text."""
-    filling = json.loads(session.get_modelmeta().custom_metadata_map["rookery.state"])
+    filling = json.loads(session.get_modelmeta().custom_metadata_map["heronry.state"])
     state = {}
     for told in session.get_inputs()[1:]:
         shape = [size if isinstance(size, int) else 1 for size in told.shape]

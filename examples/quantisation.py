@@ -17,8 +17,8 @@ import torch
 from storyteller import read_texts
 from torch.nn import functional as F
 
-from rookery import LLM, load, quantize
-from rookery.models import Model
+from heronry import LLM, load, quantize
+from heronry.models import Model
 
 FORMATS: dict[str, Callable[[Model], Model]] = {
     "float32": lambda model: model,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rookery.models import RWKV7, RWKV7Config
+from heronry.models import RWKV7, RWKV7Config
 
 SIZES = {
     "0.1B": (12, 768),
@@ -121,7 +121,7 @@ def waiting() -> list[str]:
 
 def saved(generation: str, layers: int, width: int, tokens: int) -> float:
     """Bytes a token that the backward pass of a model waits for, as torch tells of each tensor, its weights apart."""
-    from rookery.models import MODELS
+    from heronry.models import MODELS
 
     cls = MODELS[generation]
     model = cls(cls.Config.sized(256, layers, width)).train()

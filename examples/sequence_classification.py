@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rookery import LLM
-from rookery.checkpoint import save
+from heronry import LLM
+from heronry.checkpoint import save
 
 LENGTHS = (100, 300, 1000)  # characters of the texts that are measured; learned from are all lengths in between
 

@@ -1,4 +1,4 @@
-"""Trains the storyteller: the small RWKV-7 that rookery carries with it.
+"""Trains the storyteller: the small RWKV-7 that heronry carries with it.
 
     python examples/storyteller.py --stories stories.jsonl.gz --out storyteller
 
@@ -29,12 +29,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 
-from rookery import LLM
-from rookery.checkpoint import load, save
-from rookery.cli.data import data
-from rookery.models import Model
-from rookery.train.config import from_dict
-from rookery.train.loop import Run, Stopped
+from heronry import LLM
+from heronry.checkpoint import load, save
+from heronry.cli.data import data
+from heronry.models import Model
+from heronry.train.config import from_dict
+from heronry.train.loop import Run, Stopped
 
 VOCABULARY = 2048
 LAYERS, WIDTH = 6, 192  # 3.8 million parameters: 7.6 MB in bfloat16
@@ -105,7 +105,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def rows(stories: list[str], tales: list[str], passes: int, seed: int) -> list[dict[str, Any]]:
-    """What `rookery data` reads: all passes, one after the other."""
+    """What `heronry data` reads: all passes, one after the other."""
     random_ = random.Random(seed)
     about = subjects(stories)
 

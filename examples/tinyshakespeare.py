@@ -1,7 +1,7 @@
 """Shakespeare, byte by byte, in minutes: an RWKV-7 of 0.8 million parameters on two cores.
 
     python examples/tinyshakespeare.py tinyshakespeare.txt --out shakespeare
-    rookery generate "ROMEO:" --model shakespeare/model
+    heronry generate "ROMEO:" --model shakespeare/model
 
 The first 90% of the file are read in random windows, the last 10% are only measured. The loss is in nats a character,
 as others tell it for this text. Stopped in whatever way, the same command goes on.
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from rookery import LLM
-from rookery.train.config import from_dict
-from rookery.train.loop import Run
-from rookery.train.preparing import prepare
+from heronry import LLM
+from heronry.train.config import from_dict
+from heronry.train.loop import Run
+from heronry.train.preparing import prepare
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from rookery.integrations.transformers import RwkvPreTrainedModel
-from rookery.models import RWKV4, RWKV7, Model, RWKV4Config, RWKV7Config
+from heronry.integrations.transformers import RwkvPreTrainedModel
+from heronry.models import RWKV4, RWKV7, Model, RWKV4Config, RWKV7Config
 
 
 def random_model(cls: type[Model], config: object) -> Model:

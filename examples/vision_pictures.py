@@ -3,9 +3,9 @@ and which patches a class looks at.
 
     python examples/vision_pictures.py MODEL PICTURE... --out FOLDER
 
-MODEL is whatever `rookery.load` reads, the name of a variant like vrwkv_tiny, which gets new weights, or the folder of
+MODEL is whatever `heronry.load` reads, the name of a variant like vrwkv_tiny, which gets new weights, or the folder of
 a ViT that examples/cifar10.py trained. What a model does not have (decays, a Q-shift, classes) is not drawn. How far it
-sees is drawn beside those of --beside, its like with new weights and a new ViT (`pip install 'rookery[vision,plots]'`).
+sees is drawn beside those of --beside, its like with new weights and a new ViT (`pip install 'heronry[vision,plots]'`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rookery import InputError
-from rookery.checkpoint import load_found
-from rookery.models import VisionModel
-from rookery.models.baselines import ViT, ViTConfig
-from rookery.models.vision import VARIANTS, create
-from rookery.pictures import open_picture, prepare
-from rookery.view import draw_class_maps, draw_decays, draw_q_shift, draw_receptive_fields
-from rookery.view.vision import class_maps, decay_weights, pixels, q_shift_maps, receptive_field
+from heronry import InputError
+from heronry.checkpoint import load_found
+from heronry.models import VisionModel
+from heronry.models.baselines import ViT, ViTConfig
+from heronry.models.vision import VARIANTS, create
+from heronry.pictures import open_picture, prepare
+from heronry.view import draw_class_maps, draw_decays, draw_q_shift, draw_receptive_fields
+from heronry.view.vision import class_maps, decay_weights, pixels, q_shift_maps, receptive_field
 
 
 def opened(name: str) -> tuple[VisionModel | ViT, list[str] | None]:

@@ -6,12 +6,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import rookery
-from rookery.ops import build
+import heronry
+from heronry.ops import build
 
 
 def main() -> None:
-    room = Path(rookery.__file__).parent
+    room = Path(heronry.__file__).parent
     sources = [*room.glob("ops/*/*.cpp"), *room.glob("models/*.cpp")]
     levels = list(build.LEVELS)[list(build.LEVELS).index(build.best_level()) :]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from rookery.models import RWKV7
+from heronry.models import RWKV7
 
 RWKV7(RWKV7.Config.sized(64, 1, 64))(torch.ones(1, 5, dtype=torch.long))  # a first forward imports the most
 

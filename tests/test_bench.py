@@ -7,14 +7,14 @@ import os
 
 import pytest
 
-from rookery import RWKV4, RWKV7, InputError
-from rookery.bench import TOPICS, bench, measure
-from rookery.bench.contest import Contest, Row
-from rookery.bench.machine import Machine
-from rookery.bench.ours import Operator, Rookery
-from rookery.bench.shapes import Shape
-from rookery.bench.worker import Contestant, Failed, Worker
-from rookery.models import RWKV4Config, RWKV7Config
+from heronry import RWKV4, RWKV7, InputError
+from heronry.bench import TOPICS, bench, measure
+from heronry.bench.contest import Contest, Row
+from heronry.bench.machine import Machine
+from heronry.bench.ours import Operator, Heronry
+from heronry.bench.shapes import Shape
+from heronry.bench.worker import Contestant, Failed, Worker
+from heronry.models import RWKV4Config, RWKV7Config
 
 TINY = Shape("rwkv7", 2, 64, 300)
 
@@ -66,7 +66,7 @@ def test_what_is_told(tmp_path, capsys):
     out = tmp_path / "figures.json"
 
     def row(name, job, options, **more):
-        return Row(name, Contestant(Rookery, ("float32",)), job, options, file=(TINY, "pth"), units=2, **more)
+        return Row(name, Contestant(Heronry, ("float32",)), job, options, file=(TINY, "pth"), units=2, **more)
 
     size = TINY.bytes_a_token("float32")
     rows = [

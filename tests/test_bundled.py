@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from rookery import LLM
-from rookery.engine.llm import BUNDLED
+from heronry import LLM
+from heronry.engine.llm import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT.parent / "shared" / "data" / "stories.jsonl.gz"

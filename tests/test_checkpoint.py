@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import rookery
-from rookery import InputError, State
-from rookery.files import replacing
-from rookery.models import RWKV7, detect
+import heronry
+from heronry import InputError, State
+from heronry.files import replacing
+from heronry.models import RWKV7, detect
 
 SMALL = {"width": 32, "heads": 2, "ffn": 40, "rank": 3}
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65]])
@@ -45,7 +45,7 @@ def built(weights) -> RWKV7:
 def refusal(path, **options) -> str:
     """The one line that `load` refuses a path with."""
     with pytest.raises(InputError) as caught:
-        rookery.load(path, **options)
+        heronry.load(path, **options)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{path}: ")
@@ -62,15 +62,15 @@ def test_every_kind_of_file_gives_the_same_model(version, random_checkpoint, tmp
     squeezed = {name: x.squeeze() for name, x in weights.items()}
     torch.save(squeezed, tmp_path / "squeezed.pth")
     save_file(weights, tmp_path / "misnamed.pth")
-    model = rookery.load(tmp_path / "a.pth")
+    model = heronry.load(tmp_path / "a.pth")
     assert not model.training
     assert model.name == f"rwkv{version[0]}"
     if version[0] == "5":
         assert model.config.version == version[:3]
-    rookery.save(model, tmp_path / "folder")
+    heronry.save(model, tmp_path / "folder")
     expected = logits(model)
     for name in ("a.safetensors", "legacy.pth", "shuffled.pth", "squeezed.pth", "misnamed.pth", "folder"):
-        other = rookery.load(str(tmp_path / name))
+        other = heronry.load(str(tmp_path / name))
         assert other.config == model.config
         assert other.fingerprint == model.fingerprint
         assert torch.equal(logits(other), expected), name
@@ -90,60 +90,60 @@ def test_dtypes(weights, tmp_path):
         ("bfloat16", torch.bfloat16),
         (torch.float64, torch.float64),
     ):
-        model = rookery.load(path, dtype=asked)
+        model = heronry.load(path, dtype=asked)
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert model(torch.tensor([[1, 2]]))[0].dtype == dtype
     for wrong in ("bf16", torch.int8, "int8"):
         with pytest.raises(InputError, match="choose one of float64, float32, bfloat16, float16"):
-            rookery.load(path, dtype=wrong)
+            heronry.load(path, dtype=wrong)
     with pytest.raises(InputError, match="device nowhere cannot be used"):
-        rookery.load(path, device="nowhere")
+        heronry.load(path, device="nowhere")
 
 
 def test_states_fit_every_dtype_of_one_file(weights, tmp_path):
     torch.save(weights, tmp_path / "a.pth")
-    single, half = (rookery.load(tmp_path / "a.pth", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    single, half = (heronry.load(tmp_path / "a.pth", dtype=dtype) for dtype in ("float32", "bfloat16"))
     with torch.no_grad():
         _, state = half(TEXT)
         single(TEXT, state)
-    rookery.save(half, tmp_path / "copy")
-    rookery.load(tmp_path / "copy")(TEXT, state)
+    heronry.save(half, tmp_path / "copy")
+    heronry.load(tmp_path / "copy")(TEXT, state)
     weights["head.weight"] = weights["head.weight"] + 0.01
     torch.save(weights, tmp_path / "b.pth")
     with pytest.raises(InputError, match="another model"):
-        rookery.load(tmp_path / "b.pth")(TEXT, state)
+        heronry.load(tmp_path / "b.pth")(TEXT, state)
 
 
 def test_home_folder(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    rookery.save(built(weights), "~/model")
-    assert rookery.load("~/model").config.n_embd == 32
+    heronry.save(built(weights), "~/model")
+    assert heronry.load("~/model").config.n_embd == 32
 
 
 def test_loading_leaves_no_trace_on_random_numbers(weights, tmp_path):
     torch.save(weights, tmp_path / "a.pth")
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    rookery.load(tmp_path / "a.pth")
+    heronry.load(tmp_path / "a.pth")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_values_of_layer_0_are_ignored(weights, tmp_path):
     torch.save(weights, tmp_path / "with.pth")
     torch.save({k: x for k, x in weights.items() if k not in RWKV7.ignored}, tmp_path / "without.pth")
-    a, b = rookery.load(tmp_path / "with.pth"), rookery.load(tmp_path / "without.pth")
+    a, b = heronry.load(tmp_path / "with.pth"), heronry.load(tmp_path / "without.pth")
     assert a.fingerprint == b.fingerprint
     assert torch.equal(logits(a), logits(b))
 
 
 def test_ln_x_eps(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("5.2", **SMALL), tmp_path / "5.pth")
-    plain, changed = rookery.load(tmp_path / "5.pth"), rookery.load(tmp_path / "5.pth", ln_x_eps=0.5)
+    plain, changed = heronry.load(tmp_path / "5.pth"), heronry.load(tmp_path / "5.pth", ln_x_eps=0.5)
     assert (plain.config.ln_x_eps, changed.config.ln_x_eps) == (64e-5, 0.5)
     assert not torch.allclose(logits(plain), logits(changed), atol=1e-2)
     assert plain.fingerprint != changed.fingerprint
-    rookery.save(changed, tmp_path / "folder")
-    assert torch.equal(logits(rookery.load(tmp_path / "folder")), logits(changed))
+    heronry.save(changed, tmp_path / "folder")
+    assert torch.equal(logits(heronry.load(tmp_path / "folder")), logits(changed))
     assert "ln_x_eps must be a positive number" in refusal(tmp_path / "5.pth", ln_x_eps=-1.0)
     torch.save(random_checkpoint("4", **SMALL), tmp_path / "4.pth")
     assert "rwkv4 has no norm" in refusal(tmp_path / "4.pth", ln_x_eps=1e-5)
@@ -151,10 +151,10 @@ def test_ln_x_eps(random_checkpoint, tmp_path):
 
 def test_a_file_of_a_folder_is_the_folder(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("5.2"), tmp_path / "a.pth")
-    rookery.save(rookery.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / "folder")
-    assert rookery.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 1e-5
+    heronry.save(heronry.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / "folder")
+    assert heronry.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 1e-5
     (tmp_path / "folder" / "config.json").write_text("{")  # not ours: the tensors tell
-    assert rookery.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 64e-5
+    assert heronry.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 64e-5
 
 
 def test_paths_and_damage(weights, tmp_path):
@@ -259,7 +259,7 @@ def test_relatives_are_refused_by_name(weights, key, name):
 
 
 def test_config_must_agree(weights, tmp_path):
-    rookery.save(built(weights), tmp_path)
+    heronry.save(built(weights), tmp_path)
     file = tmp_path / "config.json"
     right = json.loads(file.read_text())
     assert right["model"] == "rwkv7"
@@ -279,7 +279,7 @@ def test_config_must_agree(weights, tmp_path):
     file.unlink()
     assert refusal(tmp_path) == "the folder has no config.json"
     file.write_text(json.dumps({"model": "rwkv7", "n_layer": 2}))  # what is not said, the tensors say
-    assert rookery.load(tmp_path).config.head_size == 16
+    assert heronry.load(tmp_path).config.head_size == 16
     (tmp_path / "model.safetensors").unlink()
     assert refusal(tmp_path) == "the folder has no model.safetensors"
 
@@ -287,7 +287,7 @@ def test_config_must_agree(weights, tmp_path):
 def test_saving_again_and_failing(weights, tmp_path, monkeypatch):
     model = built(weights)
     (tmp_path / "vocabulary.txt").write_text("a b c")
-    rookery.save(model, tmp_path / "m", tokenizer_file=tmp_path / "vocabulary.txt")
+    heronry.save(model, tmp_path / "m", tokenizer_file=tmp_path / "vocabulary.txt")
     before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     assert before.keys() == {"config.json", "model.safetensors", "tokenizer.txt"}
     assert before["tokenizer.txt"] == b"a b c"
@@ -299,16 +299,16 @@ def test_saving_again_and_failing(weights, tmp_path, monkeypatch):
     with torch.no_grad():
         model.head.weight.add_(1)
     with monkeypatch.context() as patch:
-        patch.setattr(rookery.checkpoint, "save_file", fails)
+        patch.setattr(heronry.checkpoint, "save_file", fails)
         with pytest.raises(OSError, match="No space left"):
-            rookery.save(model, tmp_path / "m")
+            heronry.save(model, tmp_path / "m")
     assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
-    rookery.save(model, tmp_path / "m")
-    assert torch.equal(logits(rookery.load(tmp_path / "m")), logits(model))
+    heronry.save(model, tmp_path / "m")
+    assert torch.equal(logits(heronry.load(tmp_path / "m")), logits(model))
     with pytest.raises(InputError, match="is a file; give the name of a folder"):
-        rookery.save(model, tmp_path / "vocabulary.txt")
+        heronry.save(model, tmp_path / "vocabulary.txt")
     with pytest.raises(InputError, match="no such tokenizer file"):
-        rookery.save(model, tmp_path / "n", tokenizer_file=tmp_path / "none.json")
+        heronry.save(model, tmp_path / "n", tokenizer_file=tmp_path / "none.json")
     assert not (tmp_path / "n").exists()
 
 
@@ -337,7 +337,7 @@ def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
 @torch.no_grad()
 def test_states_as_files(version, random_checkpoint, tmp_path):
     torch.save(random_checkpoint(version, **SMALL), tmp_path / "a.pth")
-    model = rookery.load(tmp_path / "a.pth")
+    model = heronry.load(tmp_path / "a.pth")
     _, state = model(TEXT.repeat(2, 1))
     state = state.with_texts(["one", "a ★"])
     state.save(tmp_path / "s")
@@ -355,21 +355,21 @@ def test_states_as_files(version, random_checkpoint, tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-5])
     with pytest.raises(InputError, match="damaged or truncated state file"):
         State.load(tmp_path / "cut")
-    rookery.save(model, tmp_path / "m")
-    with pytest.raises(InputError, match="not a rookery state file"):
+    heronry.save(model, tmp_path / "m")
+    with pytest.raises(InputError, match="not a heronry state file"):
         State.load(tmp_path / "m" / "model.safetensors")
 
 
 MEASURE = """
 import gc, sys, threading
-import rookery
+import heronry
 
 def private():  # bytes of memory that no file backs
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 path, small, dtype = sys.argv[1:]
-rookery.load(small, dtype=dtype)  # what a first call allocates for good
+heronry.load(small, dtype=dtype)  # what a first call allocates for good
 gc.collect()
 before, peak, done = private(), 0, threading.Event()
 
@@ -380,7 +380,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = rookery.load(path, dtype=dtype)
+model = heronry.load(path, dtype=dtype)
 done.set()
 watcher.join()
 size = sum(p.nbytes for p in model.parameters())

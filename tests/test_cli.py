@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from rookery import LLM, RWKV4, RWKV7, cli, save
-from rookery.models import RWKV4Config, RWKV7Config
+from heronry import LLM, RWKV4, RWKV7, cli, save
+from heronry.models import RWKV4Config, RWKV7Config
 
 
 def random_model(cls, config):
@@ -30,11 +30,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def rookery(monkeypatch, capsys):
+def heronry(monkeypatch, capsys):
     """Runs a command in this process: (exit code, standard output, standard error)."""
 
     def run(*words, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["rookery", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as exit:
             cli.main()
@@ -44,31 +44,31 @@ def rookery(monkeypatch, capsys):
     return run
 
 
-def test_generate_prints_only_the_text(rookery, folder):
-    code, out, err = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
+def test_generate_prints_only_the_text(heronry, folder):
+    code, out, err = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
     assert (code, err) == (0, "")
-    again = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
+    again = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
     assert again == (0, out, "")
-    other = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 4)
+    other = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 4)
     assert other[1] != out
-    echoed = rookery("generate", "-", "-m", folder, "--max-tokens", 20, "--seed", 3, "--echo", stdin="Hello")
+    echoed = heronry("generate", "-", "-m", folder, "--max-tokens", 20, "--seed", 3, "--echo", stdin="Hello")
     assert echoed[1] == "Hello" + out
 
 
-def test_generate_tells_its_speed_on_standard_error(rookery, folder):
-    code, out, err = rookery("generate", "Hello", "-m", folder, "--max-tokens", 20, "--temperature", 0, "--speed")
+def test_generate_tells_its_speed_on_standard_error(heronry, folder):
+    code, out, err = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--temperature", 0, "--speed")
     assert code == 0
     assert "tokens/s" in err
     assert "tokens/s" not in out
 
 
-def test_options_reach_the_sampler(rookery, folder):
-    greedy = rookery("generate", "Hello", "-m", folder, "--max-tokens", 8, "--temperature", 0)
+def test_options_reach_the_sampler(heronry, folder):
+    greedy = heronry("generate", "Hello", "-m", folder, "--max-tokens", 8, "--temperature", 0)
     for options in (["--top-k", 1], ["--top-p", 0], ["--min-p", 1], ["--top-p", 0, "--order", "top-p-first"]):
-        assert rookery("generate", "Hello", "-m", folder, "--max-tokens", 8, *options) == greedy
+        assert heronry("generate", "Hello", "-m", folder, "--max-tokens", 8, *options) == greedy
 
 
-def test_every_option_reaches_the_engine(rookery, folder, monkeypatch, tmp_path):
+def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path):
     LLM(folder).state("Hi").save(tmp_path / "hi")
     seen = {}
     monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **given: seen.update(given, n=n) or iter(()))
@@ -76,26 +76,26 @@ def test_every_option_reaches_the_engine(rookery, folder, monkeypatch, tmp_path)
     numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4}
     words = [word for name, x in numbers.items() for word in (f"--{name.replace('_', '-')}", x)]
     words += ["--max-tokens", 9, "--stop", "a", "--stop", "b", "--state", tmp_path / "hi", "--order", "top-p-first"]
-    assert rookery("generate", "x", "-m", folder, *words)[0] == 0
+    assert heronry("generate", "x", "-m", folder, *words)[0] == 0
     assert seen.pop("state").texts == ("Hi",)
     assert seen == numbers | {"n": 9, "stream": True, "stop": ["a", "b"], "order": "top-p-first"}
 
 
-def test_every_chat_option_reaches_the_conversation(rookery, folder, monkeypatch):
+def test_every_chat_option_reaches_the_conversation(heronry, folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("rookery.cli.talk.talk", lambda *given: seen.extend(given))
+    monkeypatch.setattr("heronry.cli.talk.talk", lambda *given: seen.extend(given))
     words = ["--template", "world", "--system", "Be kind.", "--session", "s", "--max-tokens", 9]
-    assert rookery("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
+    assert heronry("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
     chat, session, max_tokens, seed, sampling = seen
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
     assert (str(session), max_tokens, seed, sampling) == ("s", 9, 3, {"temperature": 0.5, "top_p": 0.6})
 
 
-def test_chat_moves_between_kept_states(rookery, folder, tmp_path):
+def test_chat_moves_between_kept_states(heronry, folder, tmp_path):
     common = ("chat", "-m", folder, "--template", "world", "--max-tokens", 8, "--seed", 1)
     session = tmp_path / "talk.safetensors"
     lines = ["Hello", "/fork other", "More", "/undo", "/switch main", "/switch", f"/save {session}", "/quit"]
-    code, out, err = rookery(*common, stdin="\n".join(lines))
+    code, out, err = heronry(*common, stdin="\n".join(lines))
     assert (code, err) == (0, "")
     assert "took back: More" in out
     assert "* main" in out
@@ -103,24 +103,24 @@ def test_chat_moves_between_kept_states(rookery, folder, tmp_path):
     answer = out.split("\n")[0]
 
     # the same conversation, taken up again
-    code, out, err = rookery(*common, "--session", session, stdin="/retry\n")
+    code, out, err = heronry(*common, "--session", session, stdin="/retry\n")
     assert (code, err) == (0, "")
     assert "user: Hello" in out
     assert out.endswith(answer + "\n")  # the same seed, drawn from the kept logits
 
 
-def test_retry_draws_another_answer(rookery, folder):
+def test_retry_draws_another_answer(heronry, folder):
     words = ("chat", "-m", folder, "--template", "world", "--max-tokens", 12, "--seed", 1)
-    once = rookery(*words, stdin="Hello\n")[1]
-    both = rookery(*words, stdin="Hello\n/retry\n")[1]
+    once = heronry(*words, stdin="Hello\n")[1]
+    both = heronry(*words, stdin="Hello\n/retry\n")[1]
     assert both.startswith(once)
     assert both != once + once
-    assert both == rookery(*words, stdin="Hello\n/retry\n")[1]
+    assert both == heronry(*words, stdin="Hello\n/retry\n")[1]
 
 
-def test_chat_says_what_is_wrong_and_goes_on(rookery, folder):
+def test_chat_says_what_is_wrong_and_goes_on(heronry, folder):
     lines = ["/undo", "/switch nowhere", "/load nothing.safetensors", "/fly", '/save "half', "Hello"]
-    code, out, err = rookery(
+    code, out, err = heronry(
         "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
     )
     assert (code, err) == (0, "")
@@ -128,10 +128,10 @@ def test_chat_says_what_is_wrong_and_goes_on(rookery, folder):
         assert said in out
 
 
-def test_info_reads_every_size(rookery, folder):
-    code, out, _ = rookery("info", folder)
+def test_info_reads_every_size(heronry, folder):
+    code, out, _ = heronry("info", folder)
     assert code == 0
-    assert rookery("info", "--model", folder) == (0, out, "")
+    assert heronry("info", "--model", folder) == (0, out, "")
     rows = dict(line.split(None, 1) for line in out.splitlines())
     assert rows["generation"].strip() == "rwkv7"
     assert rows["n_layer"].strip() == "2"
@@ -143,7 +143,7 @@ def test_info_reads_every_size(rookery, folder):
     assert rows["state"].startswith(f"{2 * (2 * 32 + 2 * 16 * 16) * 4 / 1024:.4g} KiB")
 
 
-def test_bad_input_is_one_line_and_exit_code_2(rookery, folder, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(heronry, folder, tmp_path):
     pile = tmp_path / "pile"
     save(random_model(RWKV4, RWKV4Config.sized(50277, 1, 8)), pile)
     nothing = tmp_path / "empty.pth"
@@ -168,20 +168,20 @@ def test_bad_input_is_one_line_and_exit_code_2(rookery, folder, tmp_path):
         (["chat", "-m", folder, "--template", "klingon"], "no chat template 'klingon'"),
         (["info", tmp_path / "missing"], "no such file"),
     ]:
-        code, out, err = rookery(*words)
+        code, out, err = heronry(*words)
         assert (code, out) == (2, ""), words
         assert said in err, words
-        assert err.startswith("rookery: "), words
+        assert err.startswith("heronry: "), words
         assert err.count("\n") == 1, words
 
 
-def test_unknown_options_exit_with_code_2(rookery):
-    assert rookery("generate", "x", "--no-such-option")[0] == 2
-    assert rookery("fly")[0] == 2
+def test_unknown_options_exit_with_code_2(heronry):
+    assert heronry("generate", "x", "--no-such-option")[0] == 2
+    assert heronry("fly")[0] == 2
 
 
 def test_a_real_process_ends_quietly_when_its_reader_goes(folder):
-    command = [sys.executable, "-m", "rookery", "generate", "Hello", "-m", str(folder), "--max-tokens", "2000"]
+    command = [sys.executable, "-m", "heronry", "generate", "Hello", "-m", str(folder), "--max-tokens", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)
         process.stdout.close()

@@ -17,18 +17,18 @@ import torch
 from ops.cases import OPERATORS, Operator, assert_close, draw, run, to
 from torch import Tensor
 
-from rookery import LLM, InputError, State
-from rookery import evaluate as measures
-from rookery.checkpoint import assemble, load, save
-from rookery.convert import convert
-from rookery.engine.llm import BUNDLED
-from rookery.models import LayerState, Model
-from rookery.models.vision import create
-from rookery.ops import biwkv, biwkv6
-from rookery.quantize import FORMATS, quantize
-from rookery.train.config import read_config
-from rookery.train.loop import Run, Stopped
-from rookery.train.preparing import prepare
+from heronry import LLM, InputError, State
+from heronry import evaluate as measures
+from heronry.checkpoint import assemble, load, save
+from heronry.convert import convert
+from heronry.engine.llm import BUNDLED
+from heronry.models import LayerState, Model
+from heronry.models.vision import create
+from heronry.ops import biwkv, biwkv6
+from heronry.quantize import FORMATS, quantize
+from heronry.train.config import read_config
+from heronry.train.loop import Run, Stopped
+from heronry.train.preparing import prepare
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -387,7 +387,7 @@ def test_the_same_run_on_the_cpu_and_in_a_group_of_one(texts, tmp_path):
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29517"}
     processes = []
     for name, environment in (("cpu", alone), ("group", group)):
-        command = [sys.executable, "-m", "rookery", "train", *settings(texts, tmp_path / name, *more)]
+        command = [sys.executable, "-m", "heronry", "train", *settings(texts, tmp_path / name, *more)]
         told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, env={**os.environ, **environment}, **told))
     trained(texts, tmp_path / "here", *more)
@@ -403,7 +403,7 @@ def test_the_same_run_on_the_cpu_and_in_a_group_of_one(texts, tmp_path):
 
 def test_transformers(version, random_checkpoint, tmp_path):
     pytest.importorskip("transformers")
-    from rookery.integrations.transformers import RwkvPreTrainedModel
+    from heronry.integrations.transformers import RwkvPreTrainedModel
 
     model = assemble(random_checkpoint(version, **{**SIZES, "vocab": 256}))
     mine = RwkvPreTrainedModel.of(model)

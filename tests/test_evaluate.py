@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery import LLM, InputError, evaluate
-from rookery.checkpoint import assemble
-from rookery.cli import app
-from rookery.evaluate import bits, encode_pair, lambada, likelihoods, read_texts
+from heronry import LLM, InputError, evaluate
+from heronry.checkpoint import assemble
+from heronry.cli import app
+from heronry.evaluate import bits, encode_pair, lambada, likelihoods, read_texts
 
 IDS = st.lists(st.integers(0, 100), min_size=1, max_size=7)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import rookery
-from rookery import hub
-from rookery.convert import convert
+import heronry
+from heronry import hub
+from heronry.convert import convert
 
 SMALL = {"width": 64, "heads": 1, "ffn": 64, "rank": 32, "layers": 2, "vocab": 256}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -53,14 +53,14 @@ def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProce
     ],
 )
 def test_from_the_cache_without_a_network(name, cache):
-    done = run(f"import rookery; print(rookery.load({name!r}).fingerprint)", cache)
+    done = run(f"import heronry; print(heronry.load({name!r}).fingerprint)", cache)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == rookery.load(cache.parent / "a.pth").fingerprint
+    assert done.stdout.strip() == heronry.load(cache.parent / "a.pth").fingerprint
 
 
 def test_auto_classes_by_name(cache):
     code = (
-        "from rookery.integrations.transformers import register; register()\n"
+        "from heronry.integrations.transformers import register; register()\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "name = 'RWKV/rwkv-4-169m-pile'\n"
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)\n"
@@ -72,15 +72,15 @@ def test_auto_classes_by_name(cache):
 
 def test_on_the_command_line(cache):
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "rookery", "info", "hf://BlinkDL/rwkv-4-pile-169m/a.pth"]
+    command = [sys.executable, "-m", "heronry", "info", "hf://BlinkDL/rwkv-4-pile-169m/a.pth"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "rwkv4" in done.stdout, done.stderr
     out = cache.parent / "out"
-    command = [sys.executable, "-m", "rookery.convert.huggingface", "--repo_id", "BlinkDL/rwkv-4-pile-169m"]
+    command = [sys.executable, "-m", "heronry.convert.huggingface", "--repo_id", "BlinkDL/rwkv-4-pile-169m"]
     command += ["--checkpoint_file", "a.pth", "--output_dir", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "logits of both at most 0 apart" in done.stdout, done.stderr
-    assert rookery.load(out).name == "rwkv4"
+    assert heronry.load(out).name == "rwkv4"
     done = subprocess.run([*command, "--push_to_hub"], capture_output=True, text=True, env=environment)
     assert "--model_name" in done.stderr
 
@@ -94,7 +94,7 @@ def test_on_the_command_line(cache):
     ],
 )
 def test_without_a_network_in_one_line(name, told, cache):
-    code = f"import rookery\ntry: rookery.load({name!r})\nexcept rookery.InputError as error: print(error)"
+    code = f"import heronry\ntry: heronry.load({name!r})\nexcept heronry.InputError as error: print(error)"
     done = run(code, cache)
     assert told in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1
@@ -102,7 +102,7 @@ def test_without_a_network_in_one_line(name, told, cache):
 
 def test_a_hub_that_does_not_answer(cache):
     began = time.monotonic()
-    code = "import rookery\ntry: rookery.load('hf://a/b/c.pth')\nexcept rookery.InputError as error: print(error)"
+    code = "import heronry\ntry: heronry.load('hf://a/b/c.pth')\nexcept heronry.InputError as error: print(error)"
     done = run(code, cache, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
     assert "the hub cannot be reached" in done.stdout, done.stderr
     assert time.monotonic() - began < 60

@@ -10,7 +10,7 @@ HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "llama_cpp
 
 
 def test_importing_is_light_and_silent(tmp_path):
-    code = f"import sys, rookery; print([name for name in {HEAVY!r} if name in sys.modules])"
+    code = f"import sys, heronry; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -25,9 +25,9 @@ def test_importing_is_light_and_silent(tmp_path):
 def test_loading_and_a_step_bring_no_compiler_of_python():
     """A second and 70 MB, which PyTorch takes when random numbers are drawn on "meta" or functions are decorated."""
     code = (
-        "import sys, torch, rookery\n"
+        "import sys, torch, heronry\n"
         "with torch.inference_mode():\n"
-        "    rookery.LLM().model(torch.tensor([[1]]))\n"
+        "    heronry.LLM().model(torch.tensor([[1]]))\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Pictures of every kind that users have, and `rookery see`."""
+"""Pictures of every kind that users have, and `heronry see`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import rookery
-from rookery import InputError, cli
-from rookery.models.vision import create
-from rookery.pictures import MEAN, STD, cut, open_picture, prepare
+import heronry
+from heronry import InputError, cli
+from heronry.models.vision import create
+from heronry.pictures import MEAN, STD, cut, open_picture, prepare
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -104,13 +104,13 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
         open_picture(b"nothing")
 
 
-# ---- rookery see --------------------------------------------------------------------------------------------------
+# ---- heronry see --------------------------------------------------------------------------------------------------
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
     from unittest.mock import patch
 
-    with patch("sys.argv", ["rookery", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
+    with patch("sys.argv", ["heronry", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
         cli.main()
     told = capsys.readouterr()
     return ended.value.code, told.out, told.err
@@ -123,7 +123,7 @@ def model(tmp_path):
     with torch.no_grad():
         for p in made.parameters():
             p += 0.2 * torch.randn_like(p)
-    rookery.save(made, tmp_path / "model", notes={"labels": ["a rook", "a boat", "a pond"]})
+    heronry.save(made, tmp_path / "model", notes={"labels": ["a rook", "a boat", "a pond"]})
     return made
 
 
@@ -158,10 +158,10 @@ def test_see(model, tmp_path, capsys):
 def test_see_tells_what_is_wrong(model, tmp_path, capsys):
     picture = saved(Image.new("RGB", (8, 8)), tmp_path / "a.png")
     (tmp_path / "names.txt").write_text("x\n")
-    rookery.save(create("vrwkv_tiny", n_layer=1, n_embd=16, dim_ffn=32, num_classes=0), tmp_path / "bare")
+    heronry.save(create("vrwkv_tiny", n_layer=1, n_embd=16, dim_ffn=32, num_classes=0), tmp_path / "bare")
     at = ("--model", tmp_path / "model")
     for arguments, told in (
-        ((picture, "--model", "rookery/bundled"), "reads text, not pictures"),
+        ((picture, "--model", "heronry/bundled"), "reads text, not pictures"),
         ((tmp_path / "b.png", *at), "b.png: no such file"),
         ((picture, *at, "--labels", tmp_path / "names.txt"), "has 1 names, the model 3 classes"),
         ((picture, *at, "--labels", tmp_path / "nowhere"), "cannot be read"),
@@ -180,7 +180,7 @@ def test_info_and_quantize(model, tmp_path, capsys):
     assert "vrwkv" in out
     assert "state" not in out
     wide = create("vrwkv_tiny", n_layer=1, n_embd=32, dim_ffn=64, image_size=32, num_classes=3)
-    rookery.save(wide, tmp_path / "wide", notes={"labels": ["a rook", "a boat", "a pond"]})
+    heronry.save(wide, tmp_path / "wide", notes={"labels": ["a rook", "a boat", "a pond"]})
     run(capsys, "quantize", tmp_path / "wide", tmp_path / "packed")
     picture = saved(Image.new("RGB", (40, 40), "red"), tmp_path / "a.png")
     _, out, _ = run(capsys, "see", picture, "--model", tmp_path / "packed")

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import rookery
-from rookery import InputError
-from rookery.checkpoint import assemble
-from rookery.cli import app
-from rookery.models.parts import Linear, PackedLinear
-from rookery.ops.packed import dequantise, untile
-from rookery.quantize import FORMATS, quantize
+import heronry
+from heronry import InputError
+from heronry.checkpoint import assemble
+from heronry.cli import app
+from heronry.models.parts import Linear, PackedLinear
+from heronry.ops.packed import dequantise, untile
+from heronry.quantize import FORMATS, quantize
 
-BUNDLED = Path(rookery.__file__).parent / "bundled"
+BUNDLED = Path(heronry.__file__).parent / "bundled"
 ERROR = {"int8": 0.03, "int4": 0.4}  # of random models' logits, in units of their spread
 
 
@@ -103,25 +103,25 @@ def test_step_is_the_plain_model(model, format):
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_saved_and_loaded_without_the_original(model, format, dtype, tmp_path):
     model = quantize(model if dtype is None else model.to(getattr(torch, dtype)), format)
-    rookery.save(model, tmp_path / "packed")
-    back = rookery.load(tmp_path / "packed")
+    heronry.save(model, tmp_path / "packed")
+    back = heronry.load(tmp_path / "packed")
     assert back.quantization == format
     assert back.fingerprint == model.fingerprint
     assert torch.equal(logits_of(back), logits_of(model))
-    rookery.save(back, tmp_path / "again")
+    heronry.save(back, tmp_path / "again")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(x, second[name]) for name, x in first.items())
-    text = rookery.load(tmp_path / "packed" / "model.safetensors")  # the folder by its file
+    text = heronry.load(tmp_path / "packed" / "model.safetensors")  # the folder by its file
     assert torch.equal(logits_of(text), logits_of(model))
 
 
 def test_packed_while_loading(random_checkpoint, version, format, tmp_path):
     weights = random_checkpoint(version, ffn=192)
     torch.save(weights, tmp_path / "model.pth")
-    loaded = rookery.load(tmp_path / "model.pth", quantize=format)
+    loaded = heronry.load(tmp_path / "model.pth", quantize=format)
     assert torch.equal(logits_of(loaded), logits_of(quantize(assemble(weights), format)))
-    half = rookery.load(tmp_path / "model.pth", dtype="bfloat16", quantize=format)
+    half = heronry.load(tmp_path / "model.pth", dtype="bfloat16", quantize=format)
     assert half.emb.weight.dtype == torch.bfloat16
     assert torch.equal(half.head.weight, loaded.head.weight)  # packed from the file's numbers, not from rounded ones
 
@@ -133,22 +133,22 @@ def test_states_are_those_of_the_original(random_checkpoint, format, tmp_path):
     small = quantize(copy.deepcopy(model), format)
     with torch.inference_mode():
         small(tokens(1, 1), state)
-    rookery.save(small, tmp_path)
+    heronry.save(small, tmp_path)
     with torch.inference_mode():
-        rookery.load(tmp_path)(tokens(1, 1), state)
+        heronry.load(tmp_path)(tokens(1, 1), state)
 
 
 def test_size_on_disk(tmp_path):
     model = assemble(
         {
             name: x.bfloat16()
-            for name, x in rookery.load(BUNDLED).state_dict().items()  # 3.8 million weights
+            for name, x in heronry.load(BUNDLED).state_dict().items()  # 3.8 million weights
         }
     )
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     rest = sum(p.nbytes for p in model.parameters()) - 2 * matrices
     for format, bits in (("int8", 8.5), ("int4", 4.5)):
-        rookery.save(quantize(copy.deepcopy(model), format), tmp_path / format)
+        heronry.save(quantize(copy.deepcopy(model), format), tmp_path / format)
         size = (tmp_path / format / "model.safetensors").stat().st_size
         assert size == pytest.approx(rest + matrices * bits / 8, rel=0.01)
 
@@ -183,7 +183,7 @@ def test_bad_input(random_checkpoint):
 
 
 def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
-    rookery.save(quantize(assemble(random_checkpoint("7", ffn=192)), format), tmp_path)
+    heronry.save(quantize(assemble(random_checkpoint("7", ffn=192)), format), tmp_path)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole, about = load_file(file), json.loads(config.read_text())
 
@@ -191,7 +191,7 @@ def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
         save_file(tensors, file)
         config.write_text(json.dumps(about | (changes or {})))
         with pytest.raises(InputError) as error:
-            rookery.load(tmp_path)
+            heronry.load(tmp_path)
         return str(error.value)
 
     name = "blocks.1.ffn.key"
@@ -207,15 +207,15 @@ def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
 
 
 def test_already_quantised_files_are_not_quantised_again(random_checkpoint, format, tmp_path):
-    rookery.save(quantize(assemble(random_checkpoint("7", ffn=192)), format), tmp_path)
+    heronry.save(quantize(assemble(random_checkpoint("7", ffn=192)), format), tmp_path)
     with pytest.raises(InputError, match="quantised already"):
-        rookery.load(tmp_path, quantize="int8")
+        heronry.load(tmp_path, quantize="int8")
 
 
 def test_without_a_compiler(random_checkpoint, format, monkeypatch):
     model = quantize(assemble(random_checkpoint("7", ffn=192)), format)
     expected = logits_of(model)
-    monkeypatch.setattr("rookery.ops.build.library", lambda source: None)
+    monkeypatch.setattr("heronry.ops.build.library", lambda source: None)
     model._step = None
     assert (logits_of(model) - expected).norm() < 5e-3 * expected.norm()  # activations half way between integers
 
@@ -249,7 +249,7 @@ def test_commands(tmp_path):
 
 def test_bundled_model_keeps_its_perplexity():
     """On a story the model has not seen; docs/quantisation.md has the figures for all of them."""
-    llm = rookery.LLM()
+    llm = heronry.LLM()
     story = (
         "One day, a boy named Tom went to the lake with his mom. He had a small red boat. He put the boat in the water "
         'and the wind took it far away. Tom was sad. "Do not cry," said his mom. "We can ask the man with the big boat '

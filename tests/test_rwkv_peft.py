@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import rookery
-from rookery import InputError
-from rookery.adapters.rwkv_peft import merge_file
-from rookery.checkpoint import assemble
-from rookery.cli import app
+import heronry
+from heronry import InputError
+from heronry.adapters.rwkv_peft import merge_file
+from heronry.checkpoint import assemble
+from heronry.cli import app
 
 SMALL = {"width": 32, "heads": 2, "ffn": 40, "rank": 3}
 NAMES = ("att.key", "att.receptance", "ffn.value")
@@ -64,7 +64,7 @@ def test_on_the_command_line(random_checkpoint, tmp_path):
     app([*arguments, "--alpha", "10"], standalone_mode=False)
     by_hand = assemble(dict(weights))
     merge_file(by_hand, tmp_path / "lora.pth", alpha=10)
-    assert rookery.load(tmp_path / "out").fingerprint == by_hand.fingerprint
+    assert heronry.load(tmp_path / "out").fingerprint == by_hand.fingerprint
 
 
 def test_bad_input(random_checkpoint, tmp_path):

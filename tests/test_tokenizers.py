@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rookery.errors import InputError
-from rookery.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess, load_tokenizer
+from heronry.errors import InputError
+from heronry.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess, load_tokenizer
 
 SAMPLE = "Once upon a time there was a rook.\n\nUser: Où est-il ? 鳥は木の上です。 🐦‍⬛ ½\n" * 3
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé鳥🐦 \n\u200d\ufffd\x00")), max_size=40)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rookery import InputError, save, view
-from rookery.models import VRWKV, VRWKV6, VisionModel
-from rookery.models.baselines import ViT, ViTConfig
-from rookery.models.vision import VRWKV6Config, VRWKVConfig
-from rookery.ops import biwkv, biwkv6
-from rookery.view.vision import class_maps, decay_weights, feature_map, pixels, q_shift_maps, receptive_field
+from heronry import InputError, save, view
+from heronry.models import VRWKV, VRWKV6, VisionModel
+from heronry.models.baselines import ViT, ViTConfig
+from heronry.models.vision import VRWKV6Config, VRWKVConfig
+from heronry.ops import biwkv, biwkv6
+from heronry.view.vision import class_maps, decay_weights, feature_map, pixels, q_shift_maps, receptive_field
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "vision_pictures.py"
 SIZES = {"num_classes": 5, "image_size": 20, "patch_size": 4}  # 5 x 5 patches
@@ -155,7 +155,7 @@ def test_decays_of_vrwkv6_are_the_mean_response_of_biwkv6(changes, monkeypatch):
         seen.append((log_w, others[-1]))
         return biwkv6(r, log_w, *others)
 
-    monkeypatch.setattr("rookery.models.vision.model.biwkv6", record)
+    monkeypatch.setattr("heronry.models.vision.model.biwkv6", record)
     with torch.no_grad():
         model(images(2, 12, 8))
     monkeypatch.undo()
@@ -263,17 +263,17 @@ def test_drawings_are_written(kind, tmp_path):
 def test_pixels_are_those_of_the_picture():
     from PIL import Image
 
-    from rookery.pictures import prepare
+    from heronry.pictures import prepare
 
     numbers = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     np.testing.assert_allclose(pixels(prepare(Image.fromarray(numbers), 20)[None])[0], numbers / 255, atol=1e-6)
 
 
 def test_matplotlib_comes_when_something_is_drawn(monkeypatch):
-    code = "import sys, rookery.view.vision; print('matplotlib' in sys.modules)"
+    code = "import sys, heronry.view.vision; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"^drawings need matplotlib: pip install 'rookery\[plots\]'$"):
+    with pytest.raises(InputError, match=r"^drawings need matplotlib: pip install 'heronry\[plots\]'$"):
         view.draw_decays(np.ones((1, 4, 5)))
 
 

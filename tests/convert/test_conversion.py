@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import rookery
-from rookery import LLM, InputError, formats
-from rookery.cli import app
-from rookery.convert import FOLDERS, SUFFIXES, convert, logits
-from rookery.formats import stored
+import heronry
+from heronry import LLM, InputError, formats
+from heronry.cli import app
+from heronry.convert import FOLDERS, SUFFIXES, convert, logits
+from heronry.formats import stored
 
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65, 35, 8]])
 ALL = (*SUFFIXES.values(), *FOLDERS)
@@ -50,7 +50,7 @@ def name_of(format: str, folder: Path, stem: str = "out") -> Path:
 
 @torch.inference_mode()
 def read(path: Path) -> torch.Tensor:
-    return rookery.load(path, dtype="float32")(TEXT)[0]
+    return heronry.load(path, dtype="float32")(TEXT)[0]
 
 
 def refusal(*args, **options) -> str:
@@ -79,7 +79,7 @@ def test_every_format_and_back(version, weights, tmp_path):
         assert found.format in (format, "safetensors", "blinkdl")
         convert(target, tmp_path / f"back-{format}.pth")
         back = torch.load(tmp_path / f"back-{format}.pth", weights_only=True)
-        ignored = set(rookery.load(tmp_path / "a.pth").ignored)
+        ignored = set(heronry.load(tmp_path / "a.pth").ignored)
         assert back.keys() - ignored == original.keys() - ignored
         if (version, format) == ("5.1", "webrwkv"):  # a number a head has become a number a channel
             continue
@@ -102,7 +102,7 @@ def test_from_every_format_to_every_other(version, weights, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes(dtype, weights, tmp_path):
     torch.save({name: x.bfloat16() for name, x in weights("7").items()}, tmp_path / "a.pth")
-    for format in ("blinkdl", "safetensors", "rookery", "huggingface", "gguf"):
+    for format in ("blinkdl", "safetensors", "heronry", "huggingface", "gguf"):
         target = name_of(format, tmp_path)
         convert(tmp_path / "a.pth", target, to=format, dtype=dtype)
         held = formats.read(target).tensors["head.weight"]
@@ -113,18 +113,18 @@ def test_dtypes(dtype, weights, tmp_path):
 
 
 def test_q8_0_is_near(tmp_path):
-    bundled = Path(rookery.__file__).parent / "bundled"
+    bundled = Path(heronry.__file__).parent / "bundled"
     done = convert(bundled, tmp_path / "a.gguf", dtype="q8_0")
     assert 0 < done.difference < 0.02 * done.largest
     assert done.bytes < 0.6 * (bundled / "model.safetensors").stat().st_size
-    model = rookery.load(tmp_path / "a.gguf")
+    model = heronry.load(tmp_path / "a.gguf")
     assert model.emb.weight.dtype == torch.float32
 
 
 def test_streamed_logits_are_those_of_the_model(version, weights, tmp_path):
     """What a conversion verifies itself with."""
     torch.save(weights(version), tmp_path / "a.pth")
-    model = rookery.load(tmp_path / "a.pth")
+    model = heronry.load(tmp_path / "a.pth")
     found = formats.read(tmp_path / "a.pth")
     tokens = torch.arange(1, 25)[None] * 7919 % 101
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_streamed_logits_are_those_of_the_model(version, weights, tmp_path):
 def test_a_tuned_state_stays_or_is_refused(weights, tmp_path):
     torch.save(weights("7", tuned=True), tmp_path / "a.pth")
     expected = read(tmp_path / "a.pth")
-    for format in ("blinkdl", "safetensors", "rookery", "huggingface", "webrwkv"):
+    for format in ("blinkdl", "safetensors", "heronry", "huggingface", "webrwkv"):
         convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
         torch.testing.assert_close(read(name_of(format, tmp_path)), expected, rtol=0, atol=1e-5)
     for format in ("ggml", "gguf"):
@@ -145,16 +145,16 @@ def test_a_tuned_state_stays_or_is_refused(weights, tmp_path):
 def test_a_constant_of_the_norm_stays(weights, tmp_path):
     for version in ("5.2", "6", "7"):
         torch.save(weights(version), tmp_path / "a.pth")
-        rookery.save(rookery.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / version)
+        heronry.save(heronry.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / version)
         for format in FOLDERS:
             convert(tmp_path / version, tmp_path / f"{version}-{format}", to=format)
-            assert rookery.load(tmp_path / f"{version}-{format}").config.ln_x_eps == pytest.approx(1e-5)
+            assert heronry.load(tmp_path / f"{version}-{format}").config.ln_x_eps == pytest.approx(1e-5)
 
 
 def test_notes_and_tokenizer_come_along(tmp_path):
     """The bundled model through every format that can hold them."""
     text = LLM().generate("Once upon a time", 20, temperature=0)
-    bundled = Path(rookery.__file__).parent / "bundled"
+    bundled = Path(heronry.__file__).parent / "bundled"
     for format in FOLDERS:
         convert(bundled, tmp_path / format, to=format)
         llm = LLM(tmp_path / format, dtype="float32")
@@ -199,10 +199,10 @@ def test_shards(weights, tmp_path):
         assert torch.equal(read(folder), expected)
         (folder / names[1]).rename(folder / "elsewhere")
         with pytest.raises(InputError, match=rf"{names[1]} is missing, one of {len(names)} files"):
-            rookery.load(folder)
+            heronry.load(folder)
         (folder / names[1]).write_bytes((folder / "elsewhere").read_bytes()[:-100])
         with pytest.raises(InputError, match=rf"{names[1]}: damaged or truncated"):
-            rookery.load(folder)
+            heronry.load(folder)
 
 
 def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypa
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(weights, tmp_path):
     torch.save(weights("7", width=512, heads=8, ffn=2048, layers=6), tmp_path / "a.pth")
-    command = [sys.executable, "-m", "rookery", "convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "heronry", "convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]
     command += ["--shard", "0.004"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while process.poll() is None and not list(tmp_path.glob(".out.part/model-*")):
@@ -266,7 +266,7 @@ def test_memory_is_that_of_a_matrix(weights, tmp_path):
 
 def test_progress_adds_up(weights, tmp_path):
     torch.save(weights("6"), tmp_path / "a.pth")
-    for format in ("blinkdl", "safetensors", "rookery"):
+    for format in ("blinkdl", "safetensors", "heronry"):
         told: list[tuple[int, int]] = []
         convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=lambda *x, told=told: told.append(x))
         assert sum(count for count, _ in told) == told[0][1]
@@ -285,7 +285,7 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is there already" in refusal(tmp_path / "a.pth", tmp_path / "full")
-    rookery.save(rookery.quantize(rookery.load(tmp_path / "a.pth"), "int8"), tmp_path / "packed")
+    heronry.save(heronry.quantize(heronry.load(tmp_path / "a.pth"), "int8"), tmp_path / "packed")
     assert "its matrices are packed" in refusal(tmp_path / "packed", tmp_path / "b.pth")
     huge = weights("7")
     huge["blocks.0.ffn.key.weight"] = huge["blocks.0.ffn.key.weight"] * 1e30
@@ -298,7 +298,7 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("rookery.convert.write_safetensors", full)
+    monkeypatch.setattr("heronry.convert.write_safetensors", full)
     assert "cannot be written (No space left on device)" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors")
     left = {"a.pth", "full", "packed", "huge.pth"}
     assert {path.name for path in tmp_path.iterdir()} == left
@@ -312,18 +312,18 @@ def test_damage_is_named(weights, tmp_path):
         for size in (12, 40, len(whole) // 2, len(whole) - 1):
             (tmp_path / "cut").write_bytes(whole[:size])
             with pytest.raises(InputError) as caught:
-                rookery.load(tmp_path / "cut")
+                heronry.load(tmp_path / "cut")
             assert "truncated" in str(caught.value), (name, size)
             assert "\n" not in str(caught.value)
     header = bytearray((tmp_path / "a.bin").read_bytes())
     header[4:8] = (99).to_bytes(4, "little")
     (tmp_path / "b.bin").write_bytes(header)
     with pytest.raises(InputError, match="of version 99"):
-        rookery.load(tmp_path / "b.bin")
+        heronry.load(tmp_path / "b.bin")
     header[4:12] = (101).to_bytes(4, "little") + (102).to_bytes(4, "little")
     (tmp_path / "b.bin").write_bytes(header)
     with pytest.raises(InputError, match=r"its header says \(102, 128, 3\)"):
-        rookery.load(tmp_path / "b.bin")
+        heronry.load(tmp_path / "b.bin")
 
 
 def test_another_architecture(tmp_path):
@@ -336,7 +336,7 @@ def test_another_architecture(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(InputError, match="a GGUF file of the architecture 'llama'; known are rwkv6, rwkv7"):
-        rookery.load(tmp_path / "a.gguf")
+        heronry.load(tmp_path / "a.gguf")
 
 
 def test_a_mislabelled_file_is_what_it_is(weights, tmp_path):
@@ -352,7 +352,7 @@ def test_on_the_command_line(weights, tmp_path, capfd):
     assert "gguf, " in (told := capfd.readouterr().err)
     assert "logits of both: the same" in told
     app(["convert", str(tmp_path / "b.gguf"), str(tmp_path / "b")], standalone_mode=False)
-    assert "rookery, " in capfd.readouterr().err
+    assert "heronry, " in capfd.readouterr().err
     assert load_file(tmp_path / "b" / "model.safetensors")["emb.weight"].dtype == torch.float16
 
 
@@ -368,7 +368,7 @@ def test_shapes_must_fit_what_a_file_says(weights, tmp_path):
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {key: value}))
         with pytest.raises(InputError, match=rf"says {ours} = {value}, but the tensors say"):
-            rookery.load(tmp_path / "hf")
+            heronry.load(tmp_path / "hf")
     for change, complaint in (
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"norm_eps": 1e-6}, "epsilon 1e-06"),
@@ -378,7 +378,7 @@ def test_shapes_must_fit_what_a_file_says(weights, tmp_path):
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(told | change))
         with pytest.raises(InputError, match=complaint):
-            rookery.load(tmp_path / "hf")
+            heronry.load(tmp_path / "hf")
 
 
 def test_old_bin_folders_and_single_files_of_theirs(weights, tmp_path):
@@ -402,7 +402,7 @@ def test_old_bin_folders_and_single_files_of_theirs(weights, tmp_path):
     outside = dict.fromkeys(names, "../a.pth")
     (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": outside}))
     with pytest.raises(InputError, match="which is no file of this folder"):
-        rookery.load(tmp_path / "hf")
+        heronry.load(tmp_path / "hf")
 
 
 def test_tied_embeddings(weights, tmp_path):
@@ -414,7 +414,7 @@ def test_tied_embeddings(weights, tmp_path):
     del tensors["head.weight"]
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(InputError, match=r"head\.weight"):
-        rookery.load(tmp_path / "hf")
+        heronry.load(tmp_path / "hf")
     told = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": True}))
     assert torch.equal(read(tmp_path / "hf"), read(tmp_path / "a.pth"))

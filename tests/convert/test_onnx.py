@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 import torch
 
-import rookery
-from rookery import InputError
-from rookery.checkpoint import assemble
-from rookery.convert import convert
-from rookery.convert.onnx import INPUTS, OUTPUTS, Graph, exported, stacked
+import heronry
+from heronry import InputError
+from heronry.checkpoint import assemble
+from heronry.convert import convert
+from heronry.convert.onnx import INPUTS, OUTPUTS, Graph, exported, stacked
 
 SMALL = {"width": 64, "heads": 2, "ffn": 96, "rank": 8}
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def graphs(random_checkpoint, tmp_path_factory):
             torch.save(random_checkpoint(version, **SMALL, **options), folder / "a.pth")
             path = folder / f"{len(made)}.onnx"
             convert(folder / "a.pth", path, to=to)
-            made[key] = rookery.load(folder / "a.pth"), path
+            made[key] = heronry.load(folder / "a.pth"), path
         return made[key]
 
     return graph
@@ -80,7 +80,7 @@ def test_what_the_file_says_of_itself(graphs):
         proto = onnx.load(path)
         about = {entry.key: entry.value for entry in proto.metadata_props}
         assert about["model"] == model.name
-        assert json.loads(about["rookery.state"])["wkv"] == pytest.approx(filling)
+        assert json.loads(about["heronry.state"])["wkv"] == pytest.approx(filling)
         onnx.checker.check_model(proto)
 
 
@@ -123,7 +123,7 @@ def test_torch_export_of_every_version(version, random_checkpoint):
 
 def test_the_example_writes_with_numpy_alone(tmp_path):
     """examples/onnx_numpy.py imports no torch, and says what we say."""
-    bundled = Path(rookery.__file__).parent / "bundled"
+    bundled = Path(heronry.__file__).parent / "bundled"
     convert(bundled, tmp_path / "step.onnx", to="onnx-step")
     script = ROOT / "examples" / "onnx_numpy.py"
     command = [
@@ -136,7 +136,7 @@ def test_the_example_writes_with_numpy_alone(tmp_path):
         "20",
     ]
     done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
-    expected = rookery.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
+    expected = heronry.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
     assert done.stdout.strip() == f"Once upon a time{expected}".strip()
     assert "torch" not in script.read_text().replace("PyTorch", "")
 
@@ -151,10 +151,10 @@ def test_bad_input(random_checkpoint, tmp_path):
 @torch.inference_mode()
 def test_weights_beside_the_file(random_checkpoint, tmp_path, monkeypatch):
     """As of a model too large for one file."""
-    monkeypatch.setattr("rookery.convert.onnx.INSIDE", 1000)
+    monkeypatch.setattr("heronry.convert.onnx.INSIDE", 1000)
     torch.save(random_checkpoint("4", **SMALL), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "a.onnx")
-    model = rookery.load(tmp_path / "a.pth")
+    model = heronry.load(tmp_path / "a.pth")
     size = sum(p.nbytes for p in model.parameters())
     assert (tmp_path / "a.onnx.data").stat().st_size > 0.8 * size
     tokens, state = torch.tensor([[5, 7, 9]]), model.initial_state(1)

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-import rookery
-from rookery import InputError
-from rookery.convert import convert
-from rookery.models.vision import VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig
+import heronry
+from heronry import InputError
+from heronry.convert import convert
+from heronry.models.vision import VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig
 
 SMALL = {"num_classes": 7, "image_size": 32, "patch_size": 8}
 KINDS = {
@@ -29,7 +29,7 @@ def model(request, tmp_path_factory):
         for p in made.parameters():
             p += 0.2 * torch.randn_like(p)
     folder = tmp_path_factory.mktemp("models") / "model"
-    rookery.save(made.eval(), folder, notes={"labels": list("abcdefg")})
+    heronry.save(made.eval(), folder, notes={"labels": list("abcdefg")})
     return made, folder
 
 
@@ -41,7 +41,7 @@ def test_there_and_back(model, tmp_path):
         for name in ("a.pth", "a.safetensors", "a"):
             told = convert(folder, tmp_path / name)
             assert told.difference == 0 < told.largest
-            again = rookery.load(tmp_path / name)
+            again = heronry.load(tmp_path / name)
             assert torch.equal(again(x), expected)
             assert all(torch.equal(p, again.state_dict()[key]) for key, p in made.state_dict().items())
     held = torch.load(tmp_path / "a.pth")["state_dict"]
@@ -50,7 +50,7 @@ def test_there_and_back(model, tmp_path):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["labels"] == list("abcdefg")
     told = convert(tmp_path / "a.pth", tmp_path / "half.safetensors", dtype="bfloat16")
     assert 0 < told.difference < 0.1 * told.largest
-    assert rookery.load(tmp_path / "half.safetensors").pos_embed.dtype == torch.bfloat16
+    assert heronry.load(tmp_path / "half.safetensors").pos_embed.dtype == torch.bfloat16
 
 
 def test_onnx(model, tmp_path):
@@ -81,11 +81,11 @@ def test_what_has_no_place_is_told(model, tmp_path):
             convert(folder, tmp_path / target, **options)
         assert not (tmp_path / target).exists()
     with pytest.raises(InputError, match="is a model of text"):
-        convert("rookery/bundled", tmp_path / "a.pth", to="vision_rwkv")
+        convert("heronry/bundled", tmp_path / "a.pth", to="vision_rwkv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(InputError, match="is there already"):
-        convert(folder, tmp_path / "full", to="rookery")
+        convert(folder, tmp_path / "full", to="heronry")
 
 
 def test_what_a_format_cannot_say_is_not_lost_in_silence(tmp_path):
@@ -93,7 +93,7 @@ def test_what_a_format_cannot_say_is_not_lost_in_silence(tmp_path):
     torch.manual_seed(0)
     made = VRWKV(VRWKVConfig(24, 1, 60, **SMALL, shift="previous"))
     made.init_weights()
-    rookery.save(made, tmp_path / "model")
+    heronry.save(made, tmp_path / "model")
     with pytest.raises(InputError, match=r"a.pth: a blinkdl file has no place for shift = 'previous'"):
         convert(tmp_path / "model", tmp_path / "a.pth")
     assert not (tmp_path / "a.pth").exists()

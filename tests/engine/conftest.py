@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from rookery.checkpoint import assemble
-from rookery.models import LayerState, Model, State
-from rookery.tokenizers import _ByteStream
+from heronry.checkpoint import assemble
+from heronry.models import LayerState, Model, State
+from heronry.tokenizers import _ByteStream
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rookery.checkpoint import assemble
-from rookery.engine import chat as chat_file
-from rookery.engine.chat import Chat
-from rookery.engine.llm import LLM
-from rookery.engine.templates import G1, RAVEN, STORY, TEMPLATES, WORLD, Template, usual_template
-from rookery.errors import InputError
-from rookery.models import State
+from heronry.checkpoint import assemble
+from heronry.engine import chat as chat_file
+from heronry.engine.chat import Chat
+from heronry.engine.llm import LLM
+from heronry.engine.templates import G1, RAVEN, STORY, TEMPLATES, WORLD, Template, usual_template
+from heronry.errors import InputError
+from heronry.models import State
 
 
 @pytest.fixture(scope="module")
@@ -453,9 +453,9 @@ def test_files_that_are_refused(llm, tmp_path, random_checkpoint):
     path.write_text("hello")
     refused("damaged or truncated")
     save_file({"x": torch.zeros(1)}, path)
-    refused("not a rookery conversation")
+    refused("not a heronry conversation")
     llm.state("a").save(path)
-    refused("not a rookery conversation")
+    refused("not a heronry conversation")
     refused("no such conversation file", tmp_path / "none")
 
     weights = random_checkpoint("7", vocab=256, width=32, heads=2, layers=2, ffn=40, rank=3, seed=1)
@@ -476,7 +476,7 @@ def test_a_failed_save_leaves_the_old_file(llm, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("rookery.engine.chat.save_file", full)
+    monkeypatch.setattr("heronry.engine.chat.save_file", full)
     with pytest.raises(OSError, match="no space"):
         chat.save(tmp_path / "talk")
     assert (tmp_path / "talk").read_bytes() == whole
@@ -488,7 +488,7 @@ def test_the_file_is_plain_safetensors(llm, tmp_path):
     chat.say("a", max_tokens=3)
     chat.save(tmp_path / "talk")
     with safe_open(tmp_path / "talk", "pt") as file:
-        assert file.metadata()["format"] == "rookery.chat"
+        assert file.metadata()["format"] == "heronry.chat"
         assert file.get_tensor("logits").shape == (1, 256)
         assert file.get_tensor("blocks.0.wkv").shape == (2, 2, 16, 16)
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery.checkpoint import assemble
-from rookery.engine import Generation, Sampling, generate, prefill
-from rookery.engine.generate import _packs
-from rookery.errors import InputError
-from rookery.models import Model, State
+from heronry.checkpoint import assemble
+from heronry.engine import Generation, Sampling, generate, prefill
+from heronry.engine.generate import _packs
+from heronry.errors import InputError
+from heronry.models import Model, State
 
 PROMPTS = [[5, 6, 7], [1], list(range(40)), [9] * 17]
 GREEDY = Sampling(temperature=0)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rookery.checkpoint import assemble, save
-from rookery.engine import Sampling, generate
-from rookery.engine import llm as llm_file
-from rookery.engine.llm import LLM, Hold
-from rookery.errors import InputError
-from rookery.tokenizers import ByteTokenizer, HFTokenizer
+from heronry.checkpoint import assemble, save
+from heronry.engine import Sampling, generate
+from heronry.engine import llm as llm_file
+from heronry.engine.llm import LLM, Hold
+from heronry.errors import InputError
+from heronry.tokenizers import ByteTokenizer, HFTokenizer
 
 PROMPTS = ["Once upon a time", "鳥", "x" * 30]
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery.engine import Sampler, Sampling, probabilities
-from rookery.errors import InputError
+from heronry.engine import Sampler, Sampling, probabilities
+from heronry.errors import InputError
 
 HAND = torch.tensor([0.25, 0.5, 0.1, 0.15]).log()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import rookery
+import heronry
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
@@ -25,7 +25,7 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 def test_logits(name, ln_x_eps, tolerance):
     if not REFERENCE.is_dir():
         pytest.skip(f"the reference models are not at {REFERENCE}")
-    model = rookery.load(REFERENCE / f"{name}.pth", ln_x_eps=ln_x_eps)
+    model = heronry.load(REFERENCE / f"{name}.pth", ln_x_eps=ln_x_eps)
     logits, _ = model(torch.tensor([list(b'"in')]), last_only=True)
     expected = torch.from_numpy(np.load(REFERENCE / f"{name}.expected_logits.npy"))
     assert (logits[0, 0] - expected).abs().max() <= tolerance

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import rookery
-from rookery import InputError
-from rookery.convert import convert
-from rookery.models.parts import PackedLinear
+import heronry
+from heronry import InputError
+from heronry.convert import convert
+from heronry.models.parts import PackedLinear
 
 pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers import RwkvConfig as TheirConfig
 from transformers import RwkvModel as TheirModel
 
-from rookery.integrations.transformers import RwkvModel, RwkvPreTrainedModel, register
+from heronry.integrations.transformers import RwkvModel, RwkvPreTrainedModel, register
 
 register()
 SIZES = {"width": 64, "heads": 2, "ffn": 96, "rank": 8, "vocab": 256}
@@ -141,7 +141,7 @@ def test_gradients(folder):
 
 
 def test_of_a_model_that_is_there(dove):
-    ours = rookery.load(dove)
+    ours = heronry.load(dove)
     body = RwkvModel.of(ours)
     assert type(body) is RwkvModel
     assert body.rwkv.emb.weight is ours.emb.weight

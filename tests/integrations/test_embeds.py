@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery import InputError
-from rookery.checkpoint import assemble
-from rookery.convert import convert
-from rookery.models import Model
+from heronry import InputError
+from heronry.checkpoint import assemble
+from heronry.convert import convert
+from heronry.models import Model
 
 pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
-from rookery.integrations.transformers import RwkvPreTrainedModel, register
+from heronry.integrations.transformers import RwkvPreTrainedModel, register
 
 register()
 SIZES = {"width": 64, "heads": 2, "ffn": 96, "rank": 8, "vocab": 256}

@@ -15,9 +15,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-import rookery  # noqa: E402
-from rookery.evaluate import lambada  # noqa: E402
-from rookery.integrations.lm_eval import RookeryLM, register  # noqa: E402
+import heronry  # noqa: E402
+from heronry.evaluate import lambada  # noqa: E402
+from heronry.integrations.lm_eval import HeronryLM, register  # noqa: E402
 
 PASSAGES = ["Once upon a time there was a little girl", "The dog was very happy", "Tom and Lily went to the park"]
 
@@ -66,9 +66,9 @@ def test_the_harness_runs_tasks(tasks):
     register()
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        "rookery", tasks=["local_lambada", "local_choices"], task_manager=manager, bootstrap_iters=0
+        "heronry", tasks=["local_lambada", "local_choices"], task_manager=manager, bootstrap_iters=0
     )
-    perplexity, accuracy = lambada(rookery.LLM(), PASSAGES)
+    perplexity, accuracy = lambada(heronry.LLM(), PASSAGES)
     results = found["results"]["local_lambada"]
     assert results["perplexity,none"] == pytest.approx(perplexity, rel=1e-3)
     assert results["acc,none"] == pytest.approx(accuracy)
@@ -76,7 +76,7 @@ def test_the_harness_runs_tasks(tasks):
 
 
 def test_as_a_command(tasks):
-    command = [sys.executable, "-m", "rookery.integrations.lm_eval", "run", "--model", "rookery"]
+    command = [sys.executable, "-m", "heronry.integrations.lm_eval", "run", "--model", "heronry"]
     command += ["--tasks", "local_lambada", "--include_path", str(tasks), "--model_args", "dtype=float32"]
     command += ["--output_path", str(tasks / "out")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "0"}
@@ -89,12 +89,12 @@ def test_the_same_as_the_harness_own_class(tmp_path):
     """The bundled model through lm_eval's HFLM and ours: likelihoods, whole texts and generated texts."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rookery.convert import convert
-    from rookery.integrations import transformers as ours
+    from heronry.convert import convert
+    from heronry.integrations import transformers as ours
 
     ours.register()
     convert(
-        os.path.join(os.path.dirname(rookery.__file__), "bundled"), tmp_path / "hf", to="huggingface", dtype="float32"
+        os.path.join(os.path.dirname(heronry.__file__), "bundled"), tmp_path / "hf", to="huggingface", dtype="float32"
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     tokenizer.add_special_tokens(
@@ -103,7 +103,7 @@ def test_the_same_as_the_harness_own_class(tmp_path):
     theirs = HFLM(
         AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tokenizer=tokenizer, batch_size=2, device="cpu"
     )
-    mine = RookeryLM(dtype="float32")
+    mine = HeronryLM(dtype="float32")
     mine.llm.opening = []  # theirs puts nothing in front of a text
     pairs = [
         ("The cat", " sat on the mat."),
@@ -134,7 +134,7 @@ def test_the_same_as_the_harness_own_class(tmp_path):
 
 def test_a_vocabulary_without_an_end(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("4", width=32, ffn=40, heads=1, vocab=256), tmp_path / "a.pth")
-    model = RookeryLM(str(tmp_path / "a.pth"))
-    with pytest.raises(rookery.InputError, match="no end of text"):
+    model = HeronryLM(str(tmp_path / "a.pth"))
+    with pytest.raises(heronry.InputError, match="no end of text"):
         model.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)
     assert len(model.loglikelihood(instances("loglikelihood", [("ab", "c")]), disable_tqdm=True)) == 1

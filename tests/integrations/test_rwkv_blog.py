@@ -9,15 +9,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import rookery
-from rookery.convert import convert
+import heronry
+from heronry.convert import convert
 
 pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers import RwkvConfig as TheirConfig
 from transformers import RwkvForCausalLM as TheirModel
 
-from rookery.integrations.transformers import RwkvForCausalLM, register
+from heronry.integrations.transformers import RwkvForCausalLM, register
 
 register()
 END = "<|endoftext|>"
@@ -35,7 +35,7 @@ def model_id(random_checkpoint, tmp_path, monkeypatch) -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    words.train_from_iterator(["### Instruction: What is a rook?\n### Response: A bird in a rookery."] * 3, trainer)
+    words.train_from_iterator(["### Instruction: What is a rook?\n### Response: A bird in a heronry."] * 3, trainer)
     words.save("tokenizer.json")
     torch.save(random_checkpoint("4", vocab=words.get_vocab_size(), width=64, ffn=96), "a.pth")
     convert("a.pth", "RWKV/rwkv-4-169m-pile", to="huggingface", tokenizer="tokenizer.json")
@@ -58,7 +58,7 @@ def test_text_generation(model_id):
     assert isinstance(model, RwkvForCausalLM)
     assert type(tokenizer).__name__ == "GPTNeoXTokenizer"
     assert output.shape == (1, inputs["input_ids"].shape[1] + 40)
-    assert text == prompt + rookery.LLM(model_id).generate(prompt, 40, temperature=0)
+    assert text == prompt + heronry.LLM(model_id).generate(prompt, 40, temperature=0)
     theirs = TheirModel.from_pretrained(model_id, config=TheirConfig.from_pretrained(model_id, rescale_every=0))
     assert torch.equal(output, theirs.generate(inputs["input_ids"], max_new_tokens=40, do_sample=False))
 
@@ -76,7 +76,7 @@ def test_sampled(model_id):
 
 @torch.inference_mode()
 def sampled(model_id: str, ids: torch.Tensor, count: int, temperature: float, top_p: float) -> list[int]:
-    model, state = rookery.load(model_id), None
+    model, state = heronry.load(model_id), None
     torch.manual_seed(0)
     said, read = ids[0].tolist(), ids
     for _ in range(count):
@@ -98,7 +98,7 @@ def test_pipeline(model_id):
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
 
     greedy = pipe(prompt, max_new_tokens=20, do_sample=False)
-    assert greedy == [{"generated_text": prompt + rookery.LLM(model_id).generate(prompt, 20, temperature=0)}]
+    assert greedy == [{"generated_text": prompt + heronry.LLM(model_id).generate(prompt, 20, temperature=0)}]
     torch.manual_seed(0)
     said = pipe(prompt, max_new_tokens=20, do_sample=True, temperature=0.9, top_p=0.8)
     assert said == [{"generated_text": tokenizer.decode(sampled(model_id, ids, 20, 0.9, 0.8))}]
@@ -119,5 +119,5 @@ def test_raven(model_id):
     output = model.generate(inputs["input_ids"], max_new_tokens=100)
     text = tokenizer.decode(output[0].tolist(), skip_special_tokens=True)
 
-    assert text == prompt + rookery.LLM(model_id).generate(prompt, 100, temperature=0)
+    assert text == prompt + heronry.LLM(model_id).generate(prompt, 100, temperature=0)
     assert len(text) > len(prompt) + 50

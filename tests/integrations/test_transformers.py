@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import rookery
-from rookery import InputError
-from rookery.convert import convert
+import heronry
+from heronry import InputError
+from heronry.convert import convert
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -27,8 +27,8 @@ from transformers import (  # noqa: E402
     pipeline,
 )
 
-from rookery.engine.templates import TEMPLATES  # noqa: E402
-from rookery.integrations.transformers import (  # noqa: E402
+from heronry.engine.templates import TEMPLATES  # noqa: E402
+from heronry.integrations.transformers import (  # noqa: E402
     RwkvPreTrainedModel,
     RwkvTokenizer,
     chat_template,
@@ -59,7 +59,7 @@ def test_the_auto_classes(folder, version):
     assert isinstance(model, RwkvPreTrainedModel)
     assert model.rwkv.name == f"rwkv{version[0]}"
     assert isinstance(tokenizer, RwkvTokenizer)
-    ours = rookery.load(folder)
+    ours = heronry.load(folder)
     tokens = torch.tensor([list(b"The rook")])
     with torch.inference_mode():
         output = model(tokens, output_hidden_states=True)
@@ -99,7 +99,7 @@ def test_a_padded_batch_is_its_rows_alone(folder, side):
 
 def test_generate_is_what_our_engine_says(folder):
     model, tokenizer = loaded(folder)
-    llm = rookery.LLM(rookery.load(folder), tokenizer="bytes")
+    llm = heronry.LLM(heronry.load(folder), tokenizer="bytes")
     inputs = tokenizer(TEXTS[0], return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)[
         0, inputs.input_ids.shape[1] :
@@ -167,7 +167,7 @@ def test_saved_and_read_again(folder, tmp_path):
     again, words = loaded(tmp_path / "saved")
     for name, x in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], x)
-    assert rookery.load(tmp_path / "saved").config == rookery.load(folder).config
+    assert heronry.load(tmp_path / "saved").config == heronry.load(folder).config
     assert words("The rook").input_ids == list(b"The rook")
     original = load_file(folder / "model.safetensors")
     assert model.state_dict().keys() == original.keys()
@@ -235,10 +235,10 @@ def test_peft(folder, tmp_path):
 
 
 def test_pipeline_with_the_bundled_model(tmp_path):
-    convert(Path(rookery.__file__).parent / "bundled", tmp_path / "hf", to="huggingface")
+    convert(Path(heronry.__file__).parent / "bundled", tmp_path / "hf", to="huggingface")
     generator = pipeline("text-generation", model=str(tmp_path / "hf"), dtype="float32")
     text = generator("Once upon a time", max_new_tokens=20, do_sample=False)[0]["generated_text"]
-    ours = rookery.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
+    ours = heronry.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
     assert text.startswith("Once upon a time, there was")
     assert ours.startswith(", there was")
 
@@ -276,7 +276,7 @@ def test_bad_input(folder):
 
 def test_world_as_a_tokenizer():
     words = RwkvTokenizer()
-    ours = rookery.tokenizers.load_tokenizer("world")
+    ours = heronry.tokenizers.load_tokenizer("world")
     text = "Über 我爱 🐦 and \n\n so <s>"
     assert words(text).input_ids == ours.encode(text)
     assert words.decode(words(text).input_ids) == text
@@ -311,7 +311,7 @@ def test_a_template_that_does_not_exist():
 
 def test_registering_twice_and_importing_light():
     register()
-    code = "import sys, rookery; print('transformers' in sys.modules)"
+    code = "import sys, heronry; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "False\n"
 

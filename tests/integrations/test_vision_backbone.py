@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import rookery
-from rookery import InputError
-from rookery.checkpoint import save
-from rookery.models import VRWKV, VRWKV6
-from rookery.models.dense import Pyramid
-from rookery.models.vision import VRWKV6Config, VRWKVConfig
+import heronry
+from heronry import InputError
+from heronry.checkpoint import save
+from heronry.models import VRWKV, VRWKV6
+from heronry.models.dense import Pyramid
+from heronry.models.vision import VRWKV6Config, VRWKVConfig
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -26,7 +26,7 @@ from transformers import (  # noqa: E402
     UperNetForSemanticSegmentation,
 )
 
-from rookery.integrations.vision import (  # noqa: E402
+from heronry.integrations.vision import (  # noqa: E402
     VisionRwkvBackbone,
     VisionRwkvConfig,
     VisionRwkvModel,
@@ -123,7 +123,7 @@ def test_the_pyramid_is_ours(vision, images):
 
 def test_weights_of_our_files(vision, images, tmp_path):
     save(vision, tmp_path / "ours")
-    loaded = rookery.load(tmp_path / "ours")
+    loaded = heronry.load(tmp_path / "ours")
     backbone = VisionRwkvBackbone.of(loaded)
     assert not backbone.training
     backbone.save_pretrained(tmp_path / "theirs")

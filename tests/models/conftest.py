@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rookery.checkpoint import assemble
-from rookery.models import Model, native
+from heronry.checkpoint import assemble
+from heronry.models import Model, native
 
 
 @pytest.fixture

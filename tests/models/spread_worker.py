@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rookery.checkpoint import assemble
-from rookery.errors import InputError
-from rookery.models import LayerState, State
-from rookery.models.spread import Spread
+from heronry.checkpoint import assemble
+from heronry.errors import InputError
+from heronry.models import LayerState, State
+from heronry.models.spread import Spread
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_checkpoint

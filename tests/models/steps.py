@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rookery import State
-from rookery.models import Model
+from heronry import State
+from heronry.models import Model
 
 PACK = [0, 1, 8, 9, 20]  # boundaries
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import rookery
-from rookery import State
+import heronry
+from heronry import State
 
 pytest.importorskip("rwkv", reason="PyPI's rwkv, which these tests compare with, is not installed")
 
@@ -62,7 +62,7 @@ def expected(tmp_path_factory, random_checkpoint) -> dict[str, tuple[Path, list[
 @torch.inference_mode()
 def test_logits(case, expected):
     path, tokens, logits = expected[case]
-    model = rookery.load(path)
+    model = heronry.load(path)
     row = torch.tensor([tokens])
     whole, end = model(row)
     steps, state = [], None

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rookery import InputError
-from rookery.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig, rotate
+from heronry import InputError
+from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig, rotate
 
 MODELS = [GPT(GPTConfig(31, 2, 32, 48, 16)), LSTM(LSTMConfig(31, 2, 24, 20))]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rookery.models import RWKV7, Model, RWKV7Config
+from heronry.models import RWKV7, Model, RWKV7Config
 
 A, B = 65, 66
 

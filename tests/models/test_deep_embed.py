@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import rookery
-from rookery import InputError
-from rookery.checkpoint import assemble
-from rookery.convert import convert
-from rookery.models import RWKV7, RWKV7Config
+import heronry
+from heronry import InputError
+from heronry.checkpoint import assemble
+from heronry.convert import convert
+from heronry.models import RWKV7, RWKV7Config
 
 SMALL = {"width": 64, "heads": 2, "ffn": 96, "rank": 5, "deep": 4}
 TOKENS = torch.randint(101, (1, 33), generator=torch.Generator().manual_seed(0))
@@ -64,18 +64,18 @@ def test_every_parameter_moves_the_loss(model):
 @torch.no_grad()
 def test_files(weights, tmp_path):
     torch.save(weights, tmp_path / "a.pth")
-    model = rookery.load(tmp_path / "a.pth")
+    model = heronry.load(tmp_path / "a.pth")
     assert model.config.deep_rank == 4
-    rookery.save(model, tmp_path / "saved")
-    again = rookery.load(tmp_path / "saved")
+    heronry.save(model, tmp_path / "saved")
+    again = heronry.load(tmp_path / "saved")
     assert again.fingerprint == model.fingerprint
     assert torch.equal(again(TOKENS)[0], model(TOKENS)[0])
     convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
-    assert torch.equal(rookery.load(tmp_path / "a.safetensors")(TOKENS)[0], model(TOKENS)[0])
+    assert torch.equal(heronry.load(tmp_path / "a.safetensors")(TOKENS)[0], model(TOKENS)[0])
     for name, to in (("hf", "huggingface"), ("a.gguf", "gguf"), ("a.bin", "ggml"), ("a.st", "webrwkv")):
         with pytest.raises(InputError, match=r"RWKV-7a \(DeepEmbed\) has no place in"):
             convert(tmp_path / "a.pth", tmp_path / name, to=to)
-    packed = rookery.load(tmp_path / "a.pth", quantize="int8")
+    packed = heronry.load(tmp_path / "a.pth", quantize="int8")
     assert 0 < (packed(TOKENS)[0] - model(TOKENS)[0]).abs().mean() < 0.1
 
 

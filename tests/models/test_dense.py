@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rookery import InputError
-from rookery.models import VRWKV, VRWKV6
-from rookery.models.dense import Pyramid, Segmenter
-from rookery.models.vision import VRWKV6Config, VRWKVConfig
+from heronry import InputError
+from heronry.models import VRWKV, VRWKV6
+from heronry.models.dense import Pyramid, Segmenter
+from heronry.models.vision import VRWKV6Config, VRWKVConfig
 
 SIZES = {"num_classes": 0, "image_size": 64}
 CONFIGS = {"vrwkv": VRWKVConfig.sized(32, 2, **SIZES), "vrwkv6": VRWKV6Config.sized(32, 2, head_size=16, **SIZES)}

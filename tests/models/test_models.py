@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from rookery import RWKV4, InputError, State, ops
-from rookery.checkpoint import assemble
-from rookery.models import LayerState, Model
+from heronry import RWKV4, InputError, State, ops
+from heronry.checkpoint import assemble
+from heronry.models import LayerState, Model
 
 
 @pytest.fixture

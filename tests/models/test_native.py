@@ -11,10 +11,10 @@ from steps import PACK, farthest, plain, same, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
-from rookery import State
-from rookery.checkpoint import assemble
-from rookery.models import MODELS, LayerState, Model, native, parts
-from rookery.ops import build
+from heronry import State
+from heronry.checkpoint import assemble
+from heronry.models import MODELS, LayerState, Model, native, parts
+from heronry.ops import build
 
 SHAPES = {  # what random_checkpoint is given
     "heads of 32": {},

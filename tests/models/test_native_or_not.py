@@ -13,10 +13,10 @@ from steps import PACK, distance, farthest, plain, same, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rookery.checkpoint import assemble
-from rookery.models import Model, native, parts
-from rookery.ops import build
-from rookery.quantize import quantize
+from heronry.checkpoint import assemble
+from heronry.models import Model, native, parts
+from heronry.ops import build
+from heronry.quantize import quantize
 
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.best_level()) :]  # that this processor has
 
@@ -284,7 +284,7 @@ def test_without_a_compiler(version, random_checkpoint, taken, monkeypatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build._library.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING, "rookery"):
+        with caplog.at_level(logging.WARNING, "heronry"):
             for seed in range(2):
                 model = assemble(random_checkpoint(version, seed=seed))
                 for _ in range(2):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rookery.models import RWKV4, RWKV5, RWKV6, RWKV7, Model
+from heronry.models import RWKV4, RWKV5, RWKV6, RWKV7, Model
 
 VOCAB, LAYERS, WIDTH, HEAD_SIZE = 100, 3, 64, 16
 N = torch.arange(WIDTH).double()  # channels

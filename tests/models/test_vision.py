@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import rookery
-from rookery import InputError
-from rookery.formats import vision_rwkv
-from rookery.models import vision
-from rookery.models.vision import VARIANTS, VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig, create, q_shift
+import heronry
+from heronry import InputError
+from heronry.formats import vision_rwkv
+from heronry.models import vision
+from heronry.models.vision import VARIANTS, VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig, create, q_shift
 
 PUBLISHED = {
     "vrwkv_tiny": 6_155_176,
@@ -409,7 +409,7 @@ def test_published_files(published):
     with torch.no_grad():
         expected = model(x)
         assert torch.equal(create(name, pretrained=path, **small).eval()(x), expected)
-        loaded = rookery.load(path)
+        loaded = heronry.load(path)
         assert torch.equal(loaded(x), expected)
         assert loaded.name == model.name
         fine = create(name, pretrained=path, num_classes=3, **small).eval()
@@ -437,21 +437,21 @@ def test_other_variants_are_told(published, tmp_path):
         with pytest.raises(InputError, match=rf"damaged.pth: .*{told}"):
             create(name, pretrained=tmp_path / "damaged.pth", **small)
         with pytest.raises(InputError, match=r"damaged.pth: "):
-            rookery.load(tmp_path / "damaged.pth")
+            heronry.load(tmp_path / "damaged.pth")
     with pytest.raises(InputError, match="no Vision-RWKV"):
-        create(name, pretrained="rookery/bundled")
+        create(name, pretrained="heronry/bundled")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
     model, x = made(KINDS[kind]), images(1, 3, 40, 32)
-    rookery.save(model, tmp_path / "a", notes={"labels": list("abcdefg")})
-    again = rookery.load(tmp_path / "a")
+    heronry.save(model, tmp_path / "a", notes={"labels": list("abcdefg")})
+    again = heronry.load(tmp_path / "a")
     assert again.config == model.config
     assert again.fingerprint == model.fingerprint
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
-    again = rookery.load(tmp_path / "a", dtype="bfloat16")
+    again = heronry.load(tmp_path / "a", dtype="bfloat16")
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
 
 
@@ -460,15 +460,15 @@ def test_int8_is_near():
     x = images(2, 3, 32, 32, dtype=torch.float32)
     with torch.no_grad():
         expected = model(x)
-        found = rookery.quantize(model, "int8")(x)
+        found = heronry.quantize(model, "int8")(x)
     assert 0 < (found - expected).norm() / expected.norm() < 0.03
 
 
 def test_text_and_pictures_are_not_mistaken(tmp_path):
-    rookery.save(made(KINDS["T"]), tmp_path / "a")
+    heronry.save(made(KINDS["T"]), tmp_path / "a")
     with pytest.raises(InputError, match=r"this model \(vrwkv\) reads pictures, not text"):
-        rookery.LLM(tmp_path / "a")
-    assert isinstance(rookery.load(tmp_path / "a"), vision.VisionModel)
+        heronry.LLM(tmp_path / "a")
+    assert isinstance(heronry.load(tmp_path / "a"), vision.VisionModel)
 
 
 @pytest.mark.parametrize("kind", ["T", "6T"])

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rookery.ops import biwkv, build, dispatch
-from rookery.ops.biwkv import BODIES
+from heronry.ops import biwkv, build, dispatch
+from heronry.ops.biwkv import BODIES
 
 from .cases import Arguments, assert_close, to
 from .test_native import last_axis_dense, scattered, threads  # noqa: F401
 
-streaming = importlib.import_module("rookery.ops.biwkv.recurrent")  # the package's own name is the operator's
+streaming = importlib.import_module("heronry.ops.biwkv.recurrent")  # the package's own name is the operator's
 
 pytestmark = pytest.mark.skipif(not dispatch.compiled("biwkv"), reason="there is no C++ compiler")
 
@@ -286,7 +286,7 @@ def test_is_a_well_formed_operator():
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "rookery":
+            if function.namespace == "heronry":
                 calls.append((function, tuple(x.detach() for x in args)))
             return function(*args, **kwargs or {})
 
@@ -449,6 +449,6 @@ def test_unknown_bodies_and_segments_are_refused():
 
 
 def test_without_a_compiler_the_plain_loop_runs_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("rookery.ops.dispatch.compiled", lambda operator: False)
+    monkeypatch.setattr("heronry.ops.dispatch.compiled", lambda operator: False)
     arguments = draw(2, 40, 8)
     assert torch.equal(biwkv(**arguments), biwkv(**arguments, impl="reference"))

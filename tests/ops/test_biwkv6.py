@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import biwkv6, dispatch
-from rookery.ops.biwkv6 import BODIES
+from heronry.ops import biwkv6, dispatch
+from heronry.ops.biwkv6 import BODIES
 
 from .cases import Arguments, assert_close, to
 from .test_native import threads  # noqa: F401
 
-body = importlib.import_module("rookery.ops.biwkv6.recurrent")  # the package's own name is the operator's
+body = importlib.import_module("heronry.ops.biwkv6.recurrent")  # the package's own name is the operator's
 
 pytestmark = pytest.mark.skipif(not dispatch.compiled("wkv6"), reason="there is no C++ compiler")
 

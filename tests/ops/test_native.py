@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rookery.ops import build, dispatch
+from heronry.ops import build, dispatch
 
 from .cases import OPERATORS, Operator, assert_close, draw, run, to
 
@@ -135,7 +135,7 @@ def test_gradient_of_one_output_alone(operator: Operator):
 @pytest.mark.parametrize("operator", NATIVE)
 def test_no_states_are_kept_without_a_gradient(operator: Operator, monkeypatch):
     kept = []
-    module = sys.modules[f"rookery.ops.{'wkv6' if operator.name == 'wkv5' else operator.name}.cpu"]
+    module = sys.modules[f"heronry.ops.{'wkv6' if operator.name == 'wkv5' else operator.name}.cpu"]
     call = module.call
 
     def watched(function, tensors, *rest):
@@ -184,7 +184,7 @@ def test_is_a_well_formed_operator(operator: Operator, gradient: bool):
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "rookery":
+            if function.namespace == "heronry":
                 calls.append((function, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)))
             return function(*args, **kwargs or {})
 
@@ -202,7 +202,7 @@ def test_is_a_well_formed_operator(operator: Operator, gradient: bool):
 SAY = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, format="LOG %(message)s", stream=sys.stdout)
-from rookery.ops import wkv7
+from heronry.ops import wkv7
 x = torch.full((1, 40, 1, 4), -0.3)
 first, _ = wkv7(x, x, x, x, x, x, impl="reference")
 for _ in range(2):
@@ -238,7 +238,7 @@ def test_without_a_compiler_auto_runs_pytorch_and_says_so_once(tmp_path: Path):
 def test_without_a_compiler_cpu_is_refused(tmp_path: Path):
     refused = """
 import torch
-from rookery.ops import wkv7
+from heronry.ops import wkv7
 x = torch.zeros(1, 1, 1, 4)
 try:
     wkv7(x, x, x, x, x, x, impl="cpu")
@@ -251,7 +251,7 @@ except ValueError as error:
 
 def test_a_kept_library_needs_no_second_compilation(tmp_path: Path):
     assert "compiling wkv7" in finish(start(SAY, tmp_path))
-    [library] = (tmp_path / "rookery").iterdir()
+    [library] = (tmp_path / "heronry").iterdir()
     made = library.stat()
     out = finish(start(SAY, tmp_path))
     assert "compiling" not in out
@@ -262,7 +262,7 @@ def test_a_kept_library_needs_no_second_compilation(tmp_path: Path):
 def test_two_processes_may_compile_at_once(tmp_path: Path):
     for out in [finish(process) for process in [start(SAY, tmp_path) for _ in range(2)]]:
         assert "wkv7: impl=auto runs the cpu body" in out
-    assert [file.suffix for file in (tmp_path / "rookery").iterdir()] == [".so"]
+    assert [file.suffix for file in (tmp_path / "heronry").iterdir()] == [".so"]
 
 
 def test_a_killed_compilation_is_never_loaded(tmp_path: Path):
@@ -291,7 +291,7 @@ exec sleep 600
     process.send_signal(signal.SIGKILL)
     process.wait()
     os.kill(int(waiting.read_text()), signal.SIGKILL)
-    halves = list((tmp_path / "rookery").rglob("*.so"))
+    halves = list((tmp_path / "heronry").rglob("*.so"))
     assert [half.read_text() for half in halves] == ["half a library"]
 
     out = finish(start(SAY, tmp_path))
@@ -303,7 +303,7 @@ def test_a_source_that_does_not_compile_is_told(tmp_path: Path, monkeypatch, cap
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "broken.cpp"
     source.write_text("int main() { return missing; }\n")
-    with caplog.at_level(logging.WARNING, "rookery"):
+    with caplog.at_level(logging.WARNING, "heronry"):
         assert build.library(source) is None
         assert build.library(source) is None
     told = [record.message for record in caplog.records if "no native broken" in record.message]
@@ -323,5 +323,5 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path, monkeypatch):
 
 
 def test_importing_compiles_nothing(tmp_path: Path):
-    finish(start("import rookery.ops, rookery.models", tmp_path))
-    assert not (tmp_path / "rookery").exists()
+    finish(start("import heronry.ops, heronry.models", tmp_path))
+    assert not (tmp_path / "heronry").exists()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import build
-from rookery.ops.packed import GROUP, LEVELS, dequantise, packed_matmul, reference, tile, untile
-from rookery.quantize import FORMATS
+from heronry.ops import build
+from heronry.ops.packed import GROUP, LEVELS, dequantise, packed_matmul, reference, tile, untile
+from heronry.quantize import FORMATS
 
 LEVEL = ["avx512", "avx2", "portable"]
 
@@ -114,7 +114,7 @@ def test_gradient_of_the_activations(format):
 
 def test_torch_operator_is_well_formed():
     packed = tile(*FORMATS["int8"](matrix(30, 64)))
-    torch.library.opcheck(torch.ops.rookery.packed_matmul, (matrix(5, 64).requires_grad_(), *packed, 30))
+    torch.library.opcheck(torch.ops.heronry.packed_matmul, (matrix(5, 64).requires_grad_(), *packed, 30))
 
 
 def test_zeros_and_largest_numbers(level):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery.ops import wkv6
-from rookery.ops.packing import Chunks, boundaries
+from heronry.ops import wkv6
+from heronry.ops.packing import Chunks, boundaries
 
 from .cases import BY_NAME, cut, draw
 

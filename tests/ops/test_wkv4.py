@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import wkv4
-from rookery.ops.wkv4 import BODIES
+from heronry.ops import wkv4
+from heronry.ops.wkv4 import BODIES
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

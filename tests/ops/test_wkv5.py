@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import wkv5
-from rookery.ops.wkv5 import BODIES
+from heronry.ops import wkv5
+from heronry.ops.wkv5 import BODIES
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import wkv7
-from rookery.ops.wkv7 import BODIES
+from heronry.ops import wkv7
+from heronry.ops.wkv7 import BODIES
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

@@ -23,10 +23,10 @@ import torch.distributed.fsdp
 from accelerate import PartialState
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from rookery.models import Model
-from rookery.train import keeping
-from rookery.train.config import read_config
-from rookery.train.loop import Run
+from heronry.models import Model
+from heronry.train import keeping
+from heronry.train.config import read_config
+from heronry.train.loop import Run
 
 
 def most_likely(model: Model, prompt: str) -> str:

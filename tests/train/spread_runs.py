@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from rookery.errors import InputError
-from rookery.train.config import read_config
-from rookery.train.loop import Run
+from heronry.errors import InputError
+from heronry.train.config import read_config
+from heronry.train.loop import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from processes import together

@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from test_loop import fails_at
 from torch.nn import functional as F
 
-import rookery
-from rookery import cli
-from rookery.adapters import apply, read_adapter, save_adapter
-from rookery.adapters.attached import attach
-from rookery.checkpoint import assemble, load, save
-from rookery.errors import InputError
-from rookery.models import MODELS, Model
-from rookery.models.parts import Linear, PackedLinear
-from rookery.ops.packed import dequantise, untile
-from rookery.quantize import FORMATS, quantize
-from rookery.train.config import OptimSection, read_config
-from rookery.train.loop import Run
-from rookery.train.optim import optimizer
+import heronry
+from heronry import cli
+from heronry.adapters import apply, read_adapter, save_adapter
+from heronry.adapters.attached import attach
+from heronry.checkpoint import assemble, load, save
+from heronry.errors import InputError
+from heronry.models import MODELS, Model
+from heronry.models.parts import Linear, PackedLinear
+from heronry.ops.packed import dequantise, untile
+from heronry.quantize import FORMATS, quantize
+from heronry.train.config import OptimSection, read_config
+from heronry.train.loop import Run
+from heronry.train.optim import optimizer
 
 VERSION = {"rwkv4": "4", "rwkv5": "5.2", "rwkv6": "6", "rwkv7": "7"}
 TUNE = ["data.ctx_len=32", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
@@ -133,7 +133,7 @@ def test_merged_it_runs_native_and_beside_plain(generation, bases, tmp_path):
     assert model._step is not None
     assert not model._step.runs()
     torch.testing.assert_close(step, expected[:, :3], atol=1e-4, rtol=1e-4)
-    if rookery.ops.build.library(rookery.models.native.source(generation)) is not None:
+    if heronry.ops.build.library(heronry.models.native.source(generation)) is not None:
         assert merged._step.runs()
 
 
@@ -214,11 +214,11 @@ def test_packed_base(format, bases, texts, tmp_path):
     tuning(small, texts, tmp_path / "b")()
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert losses(tmp_path / "a")[-1][1] < losses(tmp_path / "a")[0][1] - 1
-    beside = rookery.LLM(small, tokenizer="bytes", adapter=tmp_path / "a").model
+    beside = heronry.LLM(small, tokenizer="bytes", adapter=tmp_path / "a").model
     assert beside.quantization == format
     assert torch.equal(logits(beside), logits(tuned))
     assert not any(p.requires_grad for p in beside.parameters())
-    merged = rookery.LLM(base, tokenizer="bytes", adapter=tmp_path / "b").model
+    merged = heronry.LLM(base, tokenizer="bytes", adapter=tmp_path / "b").model
     far = (logits(load(base)) - logits(tuned)).norm()
     assert (logits(merged) - logits(tuned)).norm() < 0.5 * far
     assert beside.fingerprint not in (load(small).fingerprint, merged.fingerprint)
@@ -285,8 +285,8 @@ def test_states_know_the_adapter(bases, tmp_path):
     base = bases("rwkv7")
     for seed in (0, 1):
         save_adapter(adapted(base, seed=seed), tmp_path / f"a{seed}")
-    plain = rookery.LLM(base, tokenizer="bytes")
-    first, second = (rookery.LLM(base, tokenizer="bytes", adapter=tmp_path / f"a{seed}") for seed in (0, 1))
+    plain = heronry.LLM(base, tokenizer="bytes")
+    first, second = (heronry.LLM(base, tokenizer="bytes", adapter=tmp_path / f"a{seed}") for seed in (0, 1))
     unmerged = adapted(base)
     assert len({llm.model.fingerprint for llm in (plain, first, second)} | {unmerged.fingerprint}) == 4
     assert unmerged.adapted_from == plain.model.fingerprint
@@ -294,7 +294,7 @@ def test_states_know_the_adapter(bases, tmp_path):
         with pytest.raises(InputError, match="belongs to another model"):
             first.generate("a", 1, state=llm.state("b"))
     save(first.model, tmp_path / "merged")
-    again = rookery.LLM(tmp_path / "merged", tokenizer="bytes")
+    again = heronry.LLM(tmp_path / "merged", tokenizer="bytes")
     assert again.generate("a", 3, state=first.state("b"), seed=0) == first.generate(
         "a", 3, state=first.state("b"), seed=0
     )
@@ -305,7 +305,7 @@ def command(monkeypatch, capsys):
     """Runs a command in this process: (exit code, standard output, standard error)."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["rookery", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             cli.main()
         out, err = capsys.readouterr()
@@ -400,7 +400,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert "has adapters beside its matrices" in refusal(quantize, model, "int8")
     assert "has no adapters" in refusal(save_adapter, load(base), tmp_path / "y")
     assert "adapter= is for a model that is loaded" in refusal(
-        rookery.LLM, load(base), tokenizer="bytes", adapter=folder
+        heronry.LLM, load(base), tokenizer="bytes", adapter=folder
     )
     zero = load(base)
     zero.blocks[0].att.key.weight.data[3] = 0
@@ -453,6 +453,6 @@ def test_without_peft(bases, tmp_path, monkeypatch):
     save_adapter(adapted(base), tmp_path / "adapter")
     save(quantize(load(base), "int8"), tmp_path / "small")
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "rookery.adapters.attached")
+    monkeypatch.delitem(sys.modules, "heronry.adapters.attached")
     apply(load(base), tmp_path / "adapter")
-    assert refusal(apply, load(tmp_path / "small"), tmp_path / "adapter").endswith("pip install 'rookery[train]'")
+    assert refusal(apply, load(tmp_path / "small"), tmp_path / "adapter").endswith("pip install 'heronry[train]'")

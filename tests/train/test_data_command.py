@@ -1,4 +1,4 @@
-"""`rookery data` as a user meets it: every kind of source, stopped on its way, conversations that a chat can use."""
+"""`heronry data` as a user meets it: every kind of source, stopped on its way, conversations that a chat can use."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import psutil
 import pytest
 import torch
 
-from rookery import LLM, RWKV7, InputError, cli
-from rookery.cli.data import Dialogue
-from rookery.engine.llm import BUNDLED
-from rookery.engine.templates import TEMPLATES
-from rookery.models import RWKV7Config
-from rookery.tokenizers import load_tokenizer
-from rookery.train import preparing, reading
-from rookery.train.preparing import prepare
-from rookery.train.sampling import Documents, collate
-from rookery.train.tokens import TokenFile
+from heronry import LLM, RWKV7, InputError, cli
+from heronry.cli.data import Dialogue
+from heronry.engine.llm import BUNDLED
+from heronry.engine.templates import TEMPLATES
+from heronry.models import RWKV7Config
+from heronry.tokenizers import load_tokenizer
+from heronry.train import preparing, reading
+from heronry.train.preparing import prepare
+from heronry.train.sampling import Documents, collate
+from heronry.train.tokens import TokenFile
 
 ENDINGS = (".bin", ".idx", ".mask", ".json")
 TALK = [
@@ -39,11 +39,11 @@ TALK = [
 
 
 @pytest.fixture
-def rookery(monkeypatch, capsys):
+def heronry(monkeypatch, capsys):
     """Runs a command in this process: (exit code, standard output, standard error)."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["rookery", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         with pytest.raises(SystemExit) as exit:
             cli.main()
@@ -75,7 +75,7 @@ def decoded(prefix: Path, tokenizer: str = "bytes") -> list[str]:
     return [known.decode(file.document(d).tolist()) for d in range(len(file))]
 
 
-def test_lines_folders_and_globs(tmp_path, rookery):
+def test_lines_folders_and_globs(tmp_path, heronry):
     written = texts(40)
     folder = tmp_path / "texts"
     (folder / "inner").mkdir(parents=True)
@@ -86,7 +86,7 @@ def test_lines_folders_and_globs(tmp_path, rookery):
     with open(folder / "a.jsonl", "a") as file:
         file.write("\n  \n")
     out = tmp_path / "made" / "x"
-    code, printed, told = rookery("data", folder, "-o", out, "--tokenizer", "bytes")
+    code, printed, told = heronry("data", folder, "-o", out, "--tokenizer", "bytes")
     assert (code, printed) == (0, "")
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
     tokens = sum(len(text.encode()) for text in written[:21])
@@ -96,9 +96,9 @@ def test_lines_folders_and_globs(tmp_path, rookery):
     about = json.loads(out.with_name("x.json").read_text())
     assert (about["tokenizer"], about["vocab_size"], about["end_of_text"]) == ("bytes", 256, None)
     assert sorted(path.name for path in out.parent.iterdir()) == ["x.bin", "x.idx", "x.json"]
-    rookery("data", folder / "*.jsonl", folder / "**/*.txt", "-o", tmp_path / "y", "--tokenizer", "bytes")
+    heronry("data", folder / "*.jsonl", folder / "**/*.txt", "-o", tmp_path / "y", "--tokenizer", "bytes")
     assert decoded(tmp_path / "y") == written[:10] + written[20:21]
-    rookery("data", folder / "a.jsonl", "-o", tmp_path / "z", "--tokenizer", "bytes", "--key", "body")
+    heronry("data", folder / "a.jsonl", "-o", tmp_path / "z", "--tokenizer", "bytes", "--key", "body")
     assert decoded(tmp_path / "z") == ["x"] * 10
 
 
@@ -207,8 +207,8 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
 
 def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(6_000)])
-    script = "from rookery.train import preparing; preparing.SMALL, preparing.NOTE = 0, 0.2; "
-    script += "from rookery.cli import main; main()"  # workers and notes as a longer run has them
+    script = "from heronry.train import preparing; preparing.SMALL, preparing.NOTE = 0, 0.2; "
+    script += "from heronry.cli import main; main()"  # workers and notes as a longer run has them
     options = ["data", str(source), "--tokenizer", str(BUNDLED), "--holdout", "0.1"]
     out = tmp_path / "x"
     notes = tmp_path / "x.progress.json"
@@ -232,7 +232,7 @@ def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
         assert not (tmp_path / "x.bin").exists()
         if sent == signal.SIGINT:
             assert process.returncode == 130
-            assert told == "rookery: stopped; the same command goes on from here\n"
+            assert told == "heronry: stopped; the same command goes on from here\n"
         _, alive = psutil.wait_procs(children, 10)
         assert not alive
         assert standing() > before
@@ -262,7 +262,7 @@ def test_memory_is_not_that_of_the_texts(tmp_path):
     script = """
 import re, sys
 from pathlib import Path
-from rookery.train.preparing import prepare
+from heronry.train.preparing import prepare
 
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -356,7 +356,7 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
     llm = LLM(model.eval(), tokenizer=tokenizer)
     llm.opening = file.notes["opening_tokens"]
     fed: list[int] = []
-    from rookery.engine import chat as engine
+    from heronry.engine import chat as engine
 
     original = engine.prefill
     monkeypatch.setattr(
@@ -373,34 +373,34 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
         assert fed == [0, *(token for piece in pieces for token in piece)]
 
 
-def test_what_is_there_is_kept(tmp_path, rookery):
+def test_what_is_there_is_kept(tmp_path, heronry):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
     out = tmp_path / "x"
     words = ("data", source, "-o", out, "--tokenizer", "bytes")
-    assert rookery(*words)[0] == 0
+    assert heronry(*words)[0] == 0
     before = contents(out)
-    code, _, told = rookery(*words)
-    assert (code, told) == (2, f"rookery: {out}.bin: is there already; replace it with --restart\n")
+    code, _, told = heronry(*words)
+    assert (code, told) == (2, f"heronry: {out}.bin: is there already; replace it with --restart\n")
     assert contents(out) == before
-    assert rookery(*words, "--restart", "--tokenizer", "world")[0] == 0
+    assert heronry(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
     # an unfinished run goes on with the options that it began with, or not at all
     write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)] + [{"words": "x"}])
     words = ("data", tmp_path / "b.jsonl", "-o", tmp_path / "y", "--tokenizer", "bytes")
-    assert rookery(*words) == (2, "", f"rookery: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
+    assert heronry(*words) == (2, "", f"heronry: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
     for other, named in ((("--holdout", "0.5"), "holdout"), (("--key", "words"), "key")):
-        code, _, told = rookery(*words, *other)
+        code, _, told = heronry(*words, *other)
         assert code == 2
         assert f"y.progress.json: an unfinished run had other {named}; begin anew with --restart" in told
     write_lines(tmp_path / "b.jsonl", [{"text": "changed"}])
-    assert "other sources" in rookery(*words)[2]
-    assert rookery(*words, "--restart")[0] == 0
+    assert "other sources" in heronry(*words)[2]
+    assert heronry(*words, "--restart")[0] == 0
     assert decoded(tmp_path / "y") == ["changed"]
     (tmp_path / "z.progress.json").write_text("{")
-    assert "z.progress.json: is damaged" in rookery(*words[:3], tmp_path / "z", *words[4:])[2]
+    assert "z.progress.json: is damaged" in heronry(*words[:3], tmp_path / "z", *words[4:])[2]
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, rookery):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
     def file(name: str, content: bytes) -> Path:
         (tmp_path / name).write_bytes(content)
         return tmp_path / name
@@ -432,13 +432,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, rookery):
         ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: no such tokenizer file"),
         ([good, "--tokenizer", tmp_path / "model"], "config.json: does not tell the size of a vocabulary"),
     ]:
-        code, out, err = rookery("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")
+        code, out, err = heronry("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")
         assert (code, out) == (2, ""), words
         assert said in err, words
-        assert err.startswith("rookery: "), words
+        assert err.startswith("heronry: "), words
         assert err.count("\n") == 1, (words, err)
     pytest.importorskip("pyarrow")
-    code, _, err = rookery("data", file("a.parquet", b"x" * 100), "-o", tmp_path / "out", "--restart")
+    code, _, err = heronry("data", file("a.parquet", b"x" * 100), "-o", tmp_path / "out", "--restart")
     assert (code, err.count("\n")) == (2, 1)
     assert "a.parquet: damaged or not a .parquet" in err
     assert not (tmp_path / "out.bin").exists()

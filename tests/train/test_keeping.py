@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rookery.checkpoint import load
-from rookery.errors import InputError
-from rookery.models import RWKV7, RWKV7Config
-from rookery.train.config import OptimSection
-from rookery.train.keeping import keep, newest, restore
-from rookery.train.optim import optimizer
+from heronry.checkpoint import load
+from heronry.errors import InputError
+from heronry.models import RWKV7, RWKV7Config
+from heronry.train.config import OptimSection
+from heronry.train.keeping import keep, newest, restore
+from heronry.train.optim import optimizer
 
 
 def made(seed: int = 0, layers: int = 2) -> tuple[RWKV7, torch.optim.Optimizer]:
@@ -82,7 +82,7 @@ def test_what_is_damaged_is_left_aside(name, damage, tmp_path, caplog):
         (tmp_path / "step-00000002" / name).write_text("{}")
     else:
         damage(tmp_path / "step-00000002" / name)
-    with caplog.at_level(logging.WARNING, "rookery"):
+    with caplog.at_level(logging.WARNING, "heronry"):
         found = newest(tmp_path)
     if name == "run.json" and damage is cut:  # the last byte is the end of its last line
         assert found is not None
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from test_keeping import made
-        from rookery.train.keeping import keep
+        from heronry.train.keeping import keep
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:

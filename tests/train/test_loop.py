@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rookery.checkpoint import load
-from rookery.errors import InputError
-from rookery.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
-from rookery.ops import build
-from rookery.train.config import read_config
-from rookery.train.loop import Run, Stopped
+from heronry.checkpoint import load
+from heronry.errors import InputError
+from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
+from heronry.ops import build
+from heronry.train.config import read_config
+from heronry.train.loop import Run, Stopped
 
 SMALL = ["model.n_layer=2", "model.n_embd=64", "data.ctx_len=32", "run.batch=2", "run.log_every=1", "optim.lr=3e-3"]
 EXACT = [*SMALL, "run.precision=float32"]
@@ -230,7 +230,7 @@ def test_killed_again_and_again(texts, tmp_path):
     """kill -9 at any moment; the same command until it is through."""
     more = ("run.steps=60", "run.save_every=4", "run.keep=2", f"data.eval={texts}", "run.eval_every=7")
     run(texts, tmp_path / "whole", *more)
-    command = [sys.executable, "-m", "rookery", "train", *settings(texts, tmp_path / "killed", *more)]
+    command = [sys.executable, "-m", "heronry", "train", *settings(texts, tmp_path / "killed", *more)]
     dice, kills, seen = random.Random(0), 0, 0
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     while True:
@@ -268,10 +268,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
     """In a process whose files may not grow beyond 100 KB: nothing but the log fits."""
     code = """
         import resource, signal, sys
-        from rookery.cli import main
+        from heronry.cli import main
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        sys.argv[0] = "rookery"
+        sys.argv[0] = "heronry"
         main()
     """
     told = settings(texts, tmp_path / "out", "run.steps=4", "run.save_every=2")
@@ -309,7 +309,7 @@ def test_what_cannot_be_is_told_first(texts, tmp_path):
 def test_two_processes_are_one(texts, tmp_path):
     """gloo, each with half of the rows."""
     run(texts, tmp_path / "one", "run.steps=6", "run.batch=4")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rookery", "train"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "heronry", "train"]
     told = settings(texts, tmp_path / "two", "run.steps=6")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

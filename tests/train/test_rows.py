@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery import RWKV7, InputError
-from rookery.models import RWKV7Config
-from rookery.train.sampling import ORDERS, Documents, Row, Windows, collate
-from rookery.train.tokens import TokenFile, TokenWriter
+from heronry import RWKV7, InputError
+from heronry.models import RWKV7Config
+from heronry.train.sampling import ORDERS, Documents, Row, Windows, collate
+from heronry.train.tokens import TokenFile, TokenWriter
 
 LENGTHS = st.lists(st.integers(0, 20), min_size=1, max_size=15).filter(any)
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from test_keeping import made
 from test_loop import curve, same, settings
 
-from rookery.checkpoint import load, save
-from rookery.errors import InputError
-from rookery.models import MODELS
-from rookery.train.config import read_config
-from rookery.train.keeping import newest, restore
-from rookery.train.loop import Run
+from heronry.checkpoint import load, save
+from heronry.errors import InputError
+from heronry.models import MODELS
+from heronry.train.config import read_config
+from heronry.train.keeping import newest, restore
+from heronry.train.loop import Run
 
 KEPT = ["run.steps=3", "run.save_every=2", "run.keep=9"]
 CARRIED = [*KEPT, "model.generation=rwkv6", "model.n_layer=1", "data.order=carried", "data.ctx_len=8", "data.through=2"]

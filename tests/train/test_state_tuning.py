@@ -13,15 +13,15 @@ from binidx import write_binidx
 from safetensors.torch import load_file, save_file
 from test_loop import fails_at
 
-import rookery
-from rookery import cli
-from rookery.checkpoint import assemble, initial_state, load, read_time_state, save, save_time_state
-from rookery.engine.generate import prefill
-from rookery.errors import InputError
-from rookery.models import MODELS
-from rookery.ops import wkv5, wkv6, wkv7
-from rookery.train.config import read_config
-from rookery.train.loop import Run
+import heronry
+from heronry import cli
+from heronry.checkpoint import assemble, initial_state, load, read_time_state, save, save_time_state
+from heronry.engine.generate import prefill
+from heronry.errors import InputError
+from heronry.models import MODELS
+from heronry.ops import wkv5, wkv6, wkv7
+from heronry.train.config import read_config
+from heronry.train.loop import Run
 
 SMALL = ["data.ctx_len=64", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
 TUNE = [*SMALL, "model.tune=state", "optim.lr=1", "optim.lr_final=0.01", "optim.weight_decay=0.01", "run.steps=40"]
@@ -107,10 +107,10 @@ def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, m
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
     assert not torch.allclose(logits, prefill(plain, [prompt])[0], atol=1e-2)
 
-    text = rookery.LLM(tuned, tokenizer="bytes")
+    text = heronry.LLM(tuned, tokenizer="bytes")
     text.opening = [0]
     words = ["generate", "\x14", "-m", base, "--tokenizer", "bytes", "--state", file, "--temperature", "0"]
-    monkeypatch.setattr(sys, "argv", ["rookery", *map(str, words), "--max-tokens", "3"])
+    monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words), "--max-tokens", "3"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
@@ -223,11 +223,11 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, random_checkpoint):
     model = load(base)
     save_time_state(load(base).tune_state(), file, {"opening_tokens": [7]})
     assert read_time_state(file, model)[1] == {"opening_tokens": [7]}
-    llm = rookery.LLM(model, tokenizer="bytes")
+    llm = heronry.LLM(model, tokenizer="bytes")
     llm.begin_from(file)
     assert llm.opening == [7]
 
-    def refusal(file: Path, model: rookery.RWKV7) -> str:
+    def refusal(file: Path, model: heronry.RWKV7) -> str:
         with pytest.raises(InputError) as error:
             initial_state(file, model)
         assert str(error.value).startswith(f"{file}: ")

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rookery import InputError
-from rookery.train import tokens
-from rookery.train.tokens import TokenFile, TokenWriter
+from heronry import InputError
+from heronry.train import tokens
+from heronry.train.tokens import TokenFile, TokenWriter
 
 CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 DOCUMENTS = st.lists(st.lists(st.integers(0, 127), max_size=9), min_size=1, max_size=12).filter(any)

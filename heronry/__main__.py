@@ -1,0 +1,5 @@
+"""`python -m heronry`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,312 @@
+"""Conversations as a tree of kept states: whatever was read once is never read again.
+
+A turn keeps two moments: after the template's "Assistant:", with the logits of the first word of the answer
+(`retry` draws from them), and after the answer (the next message goes on from there; `undo`, `fork` and `switch`
+only choose which one).
+
+The second moment stands for exactly this: the prompt, the answer as the model wrote it without white space at its
+end, and the template's separator in front of the next message. An answer is often cut inside of what the model has
+read (a stop string, white space, half a character), so the states of the last steps are kept until it is certain
+what they stand for. The rule: of these, take the longest whose text the conversation begins with; what is missing
+is `owed`, and read in front of the next message. Mostly that is the separator. If a token crosses the cut (".\\n\\nU"),
+its share before the cut is owed as well: a part of one token is then all that is read a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import replacing
+from ..models import LayerState, State
+from ..tokenizers import WorldTokenizer
+from .generate import Generation, prefill
+from .llm import LLM, Hold
+from .sampling import Sampling
+from .templates import TEMPLATES, Template, template_from, usual_template
+
+FORMAT = "heronry.chat"
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A message, its answer, and the two moments that are kept."""
+
+    before: Turn | None
+    message: str
+    asked: State  # the prompt is read; one row, like `state`
+    logits: Tensor  # [V], of the answer's first token
+    answer: str  # as the model wrote it, without white space at its end
+    state: State
+    owed: str  # what the conversation's text has beyond that of `state`
+
+
+class Chat:
+    """A conversation with branches.
+
+    An answer that is broken off (Ctrl-C, a stream that is closed) keeps what was handed out of it. A stream that
+    is still open when its branch moves on ends there.
+
+    Attributes:
+        branch: the name of the branch we are on; the first one is "main".
+    """
+
+    def __init__(self, llm: LLM, template: str | Template | None = None, system: str | None = None):
+        """
+        Args:
+            template: a Template or the name of one in TEMPLATES; None = what the model's folder names, else raven
+                for RWKV-4, g1 for RWKV-7 with the World vocabulary, world for the rest.
+            system: read once, in front of everything.
+        """
+        name = (
+            template or llm.chat_template or usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
+        )
+        if isinstance(name, str) and name not in TEMPLATES:
+            raise InputError(f"there is no chat template {name!r}; known are {', '.join(TEMPLATES)}")
+        self.template: Template = TEMPLATES[name] if isinstance(name, str) else name
+        self.branch = "main"
+        self._llm = llm
+        self._system = self.template.clean(system) if system else None
+        self._opening: State | None = None  # what the first message goes on from
+        if self._system is not None:
+            self._opening = llm.state(self.template.system.replace("{system}", self._system))
+        self._heads: dict[str, Turn | None] = {self.branch: None}  # branch -> its last turn
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(self._heads)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation of this branch: [{"role": "user", "content": ...}, ...], answers without white space
+        around them."""
+        said = [("system", self._system)] if self._system is not None else []
+        for turn in _lineage(self._heads[self.branch]):
+            said += [("user", turn.message), ("assistant", turn.answer.strip())]
+        return [{"role": role, "content": text} for role, text in said]
+
+    @property
+    def text(self) -> str:
+        """All of this branch as the model sees it, up to where the next message begins."""
+        before, owed = self._end(self._heads[self.branch])
+        return (before.texts[0] if before is not None else "") + owed
+
+    @overload
+    def say(self, text: str, stream: Literal[False] = ..., max_tokens: int = ..., **sampling: Any) -> str: ...
+    @overload
+    def say(self, text: str, stream: Literal[True], max_tokens: int = ..., **sampling: Any) -> Iterator[str]: ...
+    def say(self, text: str, stream: bool = False, max_tokens: int = 512, **sampling: Any) -> str | Iterator[str]:
+        """The answer to a message; with `stream` an iterator of its pieces. sampling: fields of `Sampling`."""
+        message = self.template.clean(text)
+        pieces = self._ask(message, max_tokens, self.template.sampling.changed(**sampling))
+        return pieces if stream else "".join(pieces)
+
+    @overload
+    def retry(self, stream: Literal[False] = ..., max_tokens: int = ..., **sampling: Any) -> str: ...
+    @overload
+    def retry(self, stream: Literal[True], max_tokens: int = ..., **sampling: Any) -> Iterator[str]: ...
+    def retry(self, stream: bool = False, max_tokens: int = 512, **sampling: Any) -> str | Iterator[str]:
+        """Another answer to the last message, in place of the one it has."""
+        self._last()  # complains now, not when the stream is read
+        pieces = self._answer(None, max_tokens, self.template.sampling.changed(**sampling))
+        return pieces if stream else "".join(pieces)
+
+    def undo(self) -> str:
+        """Takes the last message and its answer back; returns the message."""
+        turn = self._last()
+        self._heads[self.branch] = turn.before
+        return turn.message
+
+    def fork(self, name: str) -> None:
+        """Begins a branch here and goes on in it; the branch we come from stays as it is."""
+        if name in self._heads:
+            raise InputError(f"there is a branch {name!r} already")
+        self._heads[name] = self._heads[self.branch]
+        self.branch = name
+
+    def switch(self, name: str) -> None:
+        """Goes on in another branch."""
+        if name not in self._heads:
+            raise InputError(f"there is no branch {name!r}; there are {', '.join(self._heads)}")
+        self.branch = name
+
+    def _last(self) -> Turn:
+        turn = self._heads[self.branch]
+        if turn is None:
+            raise InputError("nothing was said yet")
+        return turn
+
+    def _end(self, turn: Turn | None) -> tuple[State | None, str]:
+        """What goes on after a turn: its state and what is owed to it."""
+        return (turn.state, turn.owed) if turn is not None else (self._opening, "")
+
+    def _ask(self, message: str, max_tokens: int, sampling: Sampling) -> Iterator[str]:
+        before = self._heads[self.branch]
+        state, owed = self._end(before)
+        prompt = owed + self.template.turn.replace("{user}", message)
+        tokens = self._llm.encode(prompt, begins=state is None)
+        logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
+        asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
+        turn = Turn(before, message, asked, logits[0], "", asked, self.template.separator)
+        yield from self._answer(turn, max_tokens, sampling)
+
+    def _answer(self, turn: Turn | None, max_tokens: int, sampling: Sampling) -> Iterator[str]:
+        """Draws the answer of `turn` (None: the last), which takes the end of the branch and grows there."""
+        branch, old, retried = self.branch, self._heads[self.branch], turn is None
+        turn = replace(turn or self._last(), answer="", owed=self.template.separator)
+        turn = replace(turn, state=turn.asked)
+        self._heads[branch] = turn
+        hold, decoder = Hold(self.template.stops), self._llm.tokenizer.stream()
+        read = ""  # what the model wrote
+        said = ""  # the beginning of it that is certain to come before a stop string
+        marks = {0: turn.asked}  # characters of `read` -> the state after them
+        stop_ids = self._llm.tokenizer.stop_ids
+        try:
+            for event in Generation(self._llm.model, turn.logits[None], turn.asked, sampling, max_tokens, stop_ids):
+                if event.token is None:
+                    said += hold.finish()
+                else:
+                    piece = decoder.push(event.token)
+                    read += piece
+                    said += hold.push(piece)
+                    if decoder.whole:
+                        marks[len(read)] = event.state
+                if self._heads.get(branch) is not turn:
+                    return  # the conversation moved on while this stream was open
+                answer = said.rstrip()
+                new = answer[len(turn.answer) :] if turn.answer else answer.lstrip()
+                marks = _useful(marks, answer, said, self.template.separator)
+                turn = _settled(turn, answer + self.template.separator, len(answer), read, marks)
+                self._heads[branch] = turn
+                if new:
+                    yield new
+                if hold.stopped:
+                    return
+        except BaseException as error:  # Ctrl-C keeps what was said, if anything was
+            if self._heads.get(branch) is turn and (isinstance(error, Exception) or (retried and not turn.answer)):
+                self._heads[branch] = old
+            raise
+
+    def save(self, path: str | Path) -> None:
+        """Writes all branches with their states to one safetensors file (atomically)."""
+        turns: dict[Turn, int] = {}  # in the order of the file; a turn comes after the one before it
+        for head in self._heads.values():
+            for turn in _lineage(head):
+                turns.setdefault(turn, len(turns))
+        states = [self._opening] if self._opening is not None else []
+        states += [state for turn in turns for state in (turn.asked, turn.state)]
+        about = {
+            "template": asdict(self.template),
+            "system": self._system,
+            "branch": self.branch,
+            "heads": {name: None if head is None else turns[head] for name, head in self._heads.items()},
+            "turns": [
+                {
+                    "before": None if turn.before is None else turns[turn.before],
+                    "message": turn.message,
+                    "answer": turn.answer,
+                    "owed": turn.owed,
+                }
+                for turn in turns
+            ],
+            "texts": [state.texts[0] for state in states],
+        }
+        tensors = {}
+        if turns:
+            tensors["logits"] = torch.stack([turn.logits.float() for turn in turns]).cpu()
+        if states:
+            for i, layer in enumerate(State.stack(states).layers):
+                for name, x in layer._asdict().items():
+                    tensors[f"blocks.{i}.{name}"] = x.cpu().contiguous()
+        conversation = json.dumps(about)
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": self._llm.model.fingerprint,
+            "conversation": conversation,
+            "sha256": _digest(conversation, tensors),
+        }
+        with replacing(Path(path).expanduser()) as part:
+            save_file(tensors, part, metadata=metadata)
+
+    def load(self, path: str | Path) -> None:
+        """Puts a saved conversation, its template included, in place of this one.
+
+        Raises:
+            InputError: no such file, not a conversation, of another model, or damaged; this one then stays.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise InputError(f"{path}: no such conversation file")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise InputError(f"{path}: not a heronry conversation")
+                if metadata["fingerprint"] != self._llm.model.fingerprint:
+                    raise InputError(f"{path}: this conversation was held with another model")
+                keys = file.keys()
+                tensors = {key: file.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{path}: damaged or truncated conversation file ({error})") from error
+        if metadata.get("sha256") != _digest(metadata["conversation"], tensors):
+            raise InputError(f"{path}: damaged conversation file")
+        about = json.loads(metadata["conversation"])  # whole, as the digest says
+        device = self._llm.model.emb.weight.device
+        layers = [
+            LayerState(*(tensors[f"blocks.{i}.{name}"].to(device) for name in LayerState._fields))
+            for i in range(len(tensors) // len(LayerState._fields))
+        ]
+        texts = about["texts"]
+        rows = State(layers, metadata["fingerprint"], texts) if texts else None
+        states = iter([rows[i] for i in range(len(texts))] if rows else [])
+        opening = next(states) if about["system"] is not None else None
+        turns: list[Turn] = []
+        for i, turn in enumerate(about["turns"]):
+            before = None if turn["before"] is None else turns[turn["before"]]
+            asked, state = next(states), next(states)
+            logits = tensors["logits"][i].to(device)
+            turns.append(Turn(before, turn["message"], asked, logits, turn["answer"], state, turn["owed"]))
+        self.template = template_from(about["template"])
+        self.branch, self._system, self._opening = about["branch"], about["system"], opening
+        self._heads = {name: None if head is None else turns[head] for name, head in about["heads"].items()}
+
+
+def _lineage(turn: Turn | None) -> list[Turn]:
+    """The turns from the first to this one."""
+    turns = []
+    while turn is not None:
+        turns.append(turn)
+        turn = turn.before
+    return turns[::-1]
+
+
+def _useful(marks: dict[int, State], answer: str, said: str, separator: str) -> dict[int, State]:
+    """The states that some end of the answer may still need: the last one within it, those within the separator
+    that may follow it, and those of text that is not certain yet."""
+    within = max(n for n in marks if n <= len(answer))
+    after = len(answer) + len(separator)
+    return {n: state for n, state in marks.items() if within <= n <= after or n >= len(said)}
+
+
+def _settled(turn: Turn, text: str, answer: int, read: str, marks: dict[int, State]) -> Turn:
+    """The turn as it stands if its answer ends after `answer` characters of `text`, the separator included."""
+    n = max(n for n in marks if text.startswith(read[:n]))
+    state = marks[n].with_texts([turn.asked.texts[0] + read[:n]])
+    return replace(turn, answer=text[:answer], state=state, owed=text[n:])
+
+
+def _digest(conversation: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(conversation.encode())
+    for key in sorted(tensors):
+        digest.update(tensors[key].numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,161 @@
+"""The whole memory of an RWKV: a few tensors a layer, the same size after ten tokens or ten million."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import replacing
+
+
+class LayerState(NamedTuple):
+    """One layer's memory for S sequences, float32."""
+
+    att_shift: Tensor  # [S, C], the last normalised input of the time mix
+    wkv: Tensor  # [S, H, N_v, N_k]; RWKV-4: [S, 3, A], the triple (a, b, p)
+    ffn_shift: Tensor  # [S, C], the last normalised input of the channel mix
+
+
+class State:
+    """The memory of S sequences after what they have read. Models return new ones and never change old ones,
+    so keeping a reference is keeping that moment. One that was made under inference_mode can be trained from once
+    it is cloned.
+
+    rows: how many; len() says the same, but not while a model is exported for any number of them.
+    fingerprint: of the model it belongs to; another model refuses it.
+    texts: what each row stands for, where known; "" where not.
+    """
+
+    def __init__(self, layers: Iterable[LayerState], fingerprint: str, texts: Sequence[str] | None = None):
+        self._layers: tuple[LayerState, ...] | None = tuple(layers)
+        self._stacks: LayerState | None = None
+        self.rows = self._layers[0].wkv.shape[0]
+        self.fingerprint = fingerprint
+        self._texts = None if texts is None else tuple(texts)
+        if self._texts is not None and len(self._texts) != self.rows:
+            raise ValueError(f"{len(self._texts)} texts for {self.rows} rows")
+
+    @classmethod
+    def of_stacks(cls, stacks: LayerState, fingerprint: str) -> State:
+        """From tensors that hold all layers, [L, S, ...]. They are cut when somebody asks for a layer: a decode loop
+        never does, and cutting takes as long as a small model computes."""
+        state = cls.__new__(cls)
+        state._layers, state._stacks = None, stacks
+        state.rows = stacks.wkv.shape[1]
+        state.fingerprint, state._texts = fingerprint, None
+        return state
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return ("",) * self.rows if self._texts is None else self._texts
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """One LayerState a layer."""
+        if self._layers is None:
+            assert self._stacks is not None
+            self._layers = tuple(map(LayerState, *(x.unbind(0) for x in self._stacks)))
+        return self._layers
+
+    def __len__(self) -> int:
+        """Sequences (rows)."""
+        return self.rows
+
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> State:
+        """Some of the rows, as a State; state[i] has one row."""
+        if isinstance(rows, slice):
+            picked = list(range(len(self)))[rows]
+        else:
+            numbers = [rows] if isinstance(rows, int) else list(rows)
+            if any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in numbers):
+                raise TypeError("rows are picked by number, not by a mask")
+            picked = [range(len(self))[i] for i in numbers]
+        layers = (LayerState(*(x[picked] for x in layer)) for layer in self.layers)
+        return State(layers, self.fingerprint, [self.texts[i] for i in picked])
+
+    @staticmethod
+    def stack(states: Sequence[State]) -> State:
+        """The rows of several states of one model in one."""
+        if not states:
+            raise ValueError("nothing to stack")
+        if len({state.fingerprint for state in states}) > 1:
+            raise InputError("these states belong to different models and cannot be stacked")
+        layers = (
+            LayerState(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+            for rows in zip(*(state.layers for state in states), strict=True)
+        )
+        return State(layers, states[0].fingerprint, [text for state in states for text in state.texts])
+
+    def _map(self, change) -> State:
+        layers = (LayerState(*(change(x) for x in layer)) for layer in self.layers)
+        return State(layers, self.fingerprint, self._texts)
+
+    def clone(self) -> State:
+        """A copy that shares no memory."""
+        return self._map(torch.clone)
+
+    def detach(self) -> State:
+        """The same numbers without their history: gradients stop here."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> State:
+        return self._map(lambda x: x.to(device))
+
+    def with_texts(self, texts: Sequence[str]) -> State:
+        """The same rows under other texts."""
+        return State(self.layers, self.fingerprint, texts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for layer in self.layers for x in layer)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file (atomically): `blocks.i.{att_shift,wkv,ffn_shift}`, fingerprint and texts."""
+        tensors = {
+            f"blocks.{i}.{name}": x.detach().cpu().contiguous()
+            for i, layer in enumerate(self.layers)
+            for name, x in layer._asdict().items()
+        }
+        about = {"format": "heronry.state", "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
+        with replacing(Path(path).expanduser()) as part:
+            save_file(tensors, part, metadata=about)
+
+    @staticmethod
+    def wrote(path: str | Path) -> bool:
+        """Whether a file is one that `save` wrote."""
+        try:
+            with safe_open(Path(path).expanduser(), "pt") as file:
+                return (file.metadata() or {}).get("format") == "heronry.state"
+        except (SafetensorError, OSError):
+            return False
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> State:
+        """Reads what `save` wrote. The model checks the fingerprint when it is given the state."""
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise InputError(f"{path}: no such state file")
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                if about.get("format") != "heronry.state":
+                    raise InputError(f"{path}: not a heronry state file")
+                keys = file.keys()
+                count = 1 + max(int(key.split(".")[1]) for key in keys)
+                layers = [
+                    LayerState(*(file.get_tensor(f"blocks.{i}.{name}") for name in LayerState._fields))
+                    for i in range(count)
+                ]
+                return State(layers, about["fingerprint"], json.loads(about["texts"]))
+        except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: damaged or truncated state file ({error})") from error

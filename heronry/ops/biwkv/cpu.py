@@ -1,0 +1,66 @@
+"""Bi-WKV in C++: cpu.cpp as a PyTorch operator with a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..build import call
+from ..dispatch import accumulator, chosen, native
+
+CHUNK = 32  # tokens from one kept state to the next
+
+
+def cpu(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
+    """See `biwkv`."""
+    inputs = (log_w, k, v, u)
+    return chosen(forward, _forward, inputs)(*inputs)[0]
+
+
+def _forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """y, and what the last of every CHUNK tokens meets of those after it, which the backward pass needs too."""
+    y, kept = _fake_forward(log_w, k, v, u)
+    call(native("biwkv").biwkv_forward, (log_w[None, None], k, v, u[None, None], y, kept), None, *k.shape, CHUNK)
+    return y, kept
+
+
+forward = torch.library.custom_op("heronry::biwkv", mutates_args=(), device_types="cpu")(_forward)
+
+
+@forward.register_fake
+def _fake_forward(log_w, k, v, u):
+    batch, tokens, channels = k.shape
+    kept = k.new_empty(batch * -(-tokens // CHUNK), 3, channels, dtype=accumulator(k))
+    return v.new_empty(v.shape), kept
+
+
+@torch.library.custom_op("heronry::biwkv_backward", mutates_args=(), device_types="cpu")
+def backward(
+    log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, kept: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of log_w, k, v and u."""
+    dlog_w, dk, dv, du = _fake_backward(log_w, k, v, u, kept, dy)
+    noted = kept.new_empty(len(kept), 6, kept.shape[2])
+    # one gradient a sequence, added in one order: the same for any number of threads
+    dlog_w_parts, du_parts = kept.new_empty(2, len(k), 1, k.shape[2])
+    tensors = (log_w[None, None], k, v, u[None, None], kept, dy, noted, dlog_w_parts, dk, dv, du_parts)
+    call(native("biwkv").biwkv_backward, tensors, None, *k.shape, CHUNK)
+    dlog_w.copy_(dlog_w_parts.sum((0, 1)))
+    du.copy_(du_parts.sum((0, 1)))
+    return dlog_w, dk, dv, du
+
+
+@backward.register_fake
+def _fake_backward(log_w, k, v, u, kept, dy):
+    return tuple(x.new_empty(x.shape) for x in (log_w, k, v, u))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(ctx, dy, _):
+    return backward(*ctx.saved_tensors, dy)
+
+
+forward.register_autograd(_gradients, setup_context=_save)

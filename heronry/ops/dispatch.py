@@ -1,0 +1,118 @@
+"""Which body of an operator runs, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import build
+
+log = logging.getLogger("heronry.ops")
+
+STEP = 4  # up to this many tokens the plain loop costs less than cutting chunks
+
+
+def constant_to_the_compiler(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without the second and the 70 MB that importing the compiler takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: int, device: torch.device) -> Callable:
+    """The body for `impl`; "auto" takes the fastest for sequences of at most `longest` tokens."""
+    if impl == "auto":
+        if device.type == "cpu" and compiled(operator):
+            impl = "cpu"
+        else:
+            impl = "reference" if longest <= STEP else "chunked"
+        if not torch.compiler.is_compiling():
+            _say_once(operator, impl)
+    if impl not in bodies:
+        raise ValueError(f"{operator} has no body {impl!r}; choose one of auto, {', '.join(bodies)}")
+    if impl == "cpu" and device.type != "cpu":
+        raise ValueError(f"{operator}: the body 'cpu' cannot run on {device}")
+    if impl == "cpu" and not compiled(operator):
+        raise ValueError(f"{operator}: the body 'cpu' needs a C++ compiler (g++ or clang++)")
+    return partial(_in_full_precision, bodies[impl])
+
+
+@cache
+def source(operator: str) -> Path:
+    """The C++ of an operator. WKV5 is WKV6 with the same decay at every token."""
+    return Path(__file__).parent / ("wkv6" if operator == "wkv5" else operator) / "cpu.cpp"
+
+
+def native(operator: str) -> ctypes.CDLL:
+    """Its compiled C++, for a body that `choose` has found to run."""
+    library = build.library(source(operator))
+    assert library is not None
+    return library
+
+
+@constant_to_the_compiler
+def compiled(operator: str) -> bool:
+    """Whether its C++ could be compiled; the first question compiles it."""
+    return build.library(source(operator)) is not None
+
+
+def needs_gradients(inputs: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def chosen(operator: Callable, plain: Callable, inputs: Iterable[Tensor]) -> Callable:
+    """torch's operator where somebody looks at it, be it gradients, a compiler or tensors without numbers; else the
+    function that it was made of. The operator takes longer to call, and its first call brings the compiler in, 70 MB.
+    """
+    seen = needs_gradients(inputs) or torch.compiler.is_compiling()
+    return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
+
+
+def _in_full_precision(body: Callable, *args: Any) -> tuple[Tensor, Tensor]:
+    """Outside of autocast, which would round the state and, in float16, overflow the factors of the chunks."""
+    device = args[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return body(*args)
+    with torch.autocast(device, enabled=False):
+        return body(*args)
+
+
+@cache
+def _say_once(operator: str, impl: str) -> None:
+    log.info("%s: impl=auto runs the %s body", operator, impl)
+
+
+def longest(tokens: int, cu: tuple[int, ...] | None) -> int:
+    """Tokens of the longest sequence. Packed ones count as long: which body reads a sequence, and with it the last
+    bits of its state, must not depend on what else is in the pack."""
+    return tokens if cu is None else max(tokens, STEP + 1)
+
+
+def sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
+    """The sizes of `x`: ValueError unless it is floating point, has these dimensions and is not empty."""
+    if x.ndim != len(letters) or 0 in x.shape:
+        raise ValueError(f"{operator}: {name} must have shape [{', '.join(letters)}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator}: {name} must be floating point, got {x.dtype}")
+    return tuple(x.shape)
+
+
+def expect(operator: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """ValueError unless `x` is floating point and has one of these shapes."""
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{operator}: {name} must have shape {wanted}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator}: {name} must be floating point, got {x.dtype}")
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype a state is held in: float32, or float64 for float64 activations."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,134 @@
+"""Matrices of 8 or 4 bits a weight, and products with them.
+
+A row is cut into groups of 32 weights with one float16 scale each. int8: a weight is q * scale with q in -127 .. 127.
+int4: it is LEVELS[code] * scale with a code in 0 .. 15; the levels lie as normally distributed weights do, and the
+sign of a scale says which way round.
+
+The activations of a product are rounded to 8 bits too, with one scale for each group of a token, so that a group is
+a sum of integers. Next to what the rounding of the weights costs that is nothing (docs/quantisation.md), and it is
+what makes a product with many tokens fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import build
+from ..dispatch import compiled, native
+
+GROUP = 32
+INT8, INT4 = 4, 5  # Format in matmul.h
+TILE = 16  # output rows that lie together
+# Lloyd's algorithm over groups of normally distributed weights, each with its best scale, one level held at 0: where
+# outliers take the scale, most weights are next to nothing. In 7 bits, which a kernel may want (matmul.h), and no less
+# exact.
+LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
+TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes below 16 [out, in], uint8, two in a byte [out, in / 2]: of every 8, number i with number i + 4."""
+    low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack(q: Tensor) -> Tensor:
+    """What `pack` was given."""
+    fours = q.unflatten(1, (-1, 4))
+    return torch.stack([fours & 15, fours >> 4], dim=2).flatten(1)
+
+
+def tile(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """q, int8 [out, in] or packed codes uint8 [out, in / 2], and scales [out, in / 32] as the kernel reads them:
+    bytes [tiles, in / 4 or in / 8, 16, 4], scales [tiles, in / 32, 16]; rows that fill the last tile are zeros."""
+    more = -len(q) % TILE
+    # 4 bytes move as one number, which PyTorch does 7 times as fast
+    quads = F.pad(q, (0, 0, 0, more)).view(torch.int32).unflatten(0, (-1, TILE)).transpose(1, 2)
+    data = quads.contiguous().view(torch.uint8)
+    if q.dtype == torch.int8:
+        data ^= 128  # -128 .. 127 becomes 0 .. 255
+    scales = F.pad(scales, (0, 0, 0, more)).unflatten(0, (-1, TILE)).transpose(1, 2)
+    return data.unflatten(2, (TILE, 4)), scales.contiguous()
+
+
+def untile(data: Tensor, scales: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """What `tile` was given."""
+    if not is_int4(data, scales):
+        data = (data - 128).view(torch.int8)
+    return data.transpose(1, 2).flatten(0, 1).flatten(1)[:rows], scales.transpose(1, 2).flatten(0, 1)[:rows]
+
+
+def is_int4(data: Tensor, scales: Tensor) -> bool:
+    """Which of the two formats a tiled matrix has."""
+    return data.shape[1] * 4 != scales.shape[1] * GROUP
+
+
+def dequantise(q: Tensor, scales: Tensor) -> Tensor:
+    """The weights [out, in] that they stand for, float32; see `tile`."""
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
+    values = levels[unpack(q).int()] if q.dtype == torch.uint8 else q.float()
+    return (values.unflatten(1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)
+
+
+def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """x [..., in] times the transpose of a tiled matrix [rows, in]: [..., rows] in x's dtype.
+
+    Differentiable in x. In C++ where that compiles, for activations of float32, bfloat16 and float16 on a CPU.
+    """
+    columns = scales.shape[1] * GROUP
+    if x.shape[-1] != columns:
+        raise ValueError(f"packed_matmul: x must have {columns} numbers in its last dimension, got {list(x.shape)}")
+    return _packed_matmul(x.reshape(-1, columns), data, scales, rows).view(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("heronry::packed_matmul", mutates_args=())
+def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """x [M, in] -> [M, rows]."""
+    if x.device.type != "cpu" or x.dtype not in build.DTYPES or not compiled("packed"):
+        return reference(x, data, scales, rows)
+    x = x.contiguous()
+    y = torch.empty(len(x), rows)
+    matrix = (ctypes.c_int64 * 6)(*describe(data, scales, rows))
+    dtype, count, threads = map(ctypes.c_int64, (build.DTYPES.index(x.dtype), len(x), torch.get_num_threads()))
+    where = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
+    native("packed").packed_matmul(matrix, next(where), dtype, next(where), count, threads)
+    return y.to(x.dtype)
+
+
+@_packed_matmul.register_fake
+def _(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
+    return x.new_empty(len(x), rows)
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, data, scales, ctx.rows = inputs
+    ctx.save_for_backward(data, scales)
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple:
+    """Of x, as if its rounding were none."""
+    data, scales = ctx.saved_tensors
+    weights = dequantise(*untile(data, scales, ctx.rows))
+    return gradient @ weights.to(gradient.dtype), None, None, None
+
+
+_packed_matmul.register_autograd(_gradient, setup_context=_remember)
+
+
+def reference(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """The same in PyTorch, on any device: the weights are unpacked for every product."""
+    groups = x.float().unflatten(1, (-1, GROUP))
+    top = groups.abs().amax(-1, keepdim=True)
+    rounded = (groups * torch.where(top > 0, 127 / top, 0)).round() * (top / 127)
+    return F.linear(rounded.flatten(1), dequantise(*untile(data, scales, rows))).to(x.dtype)
+
+
+def describe(data: Tensor, scales: Tensor, rows: int) -> tuple[int, ...]:
+    """The fields of a Tensor of matmul.h."""
+    dtype = INT4 if is_int4(data, scales) else INT8
+    return data.data_ptr(), scales.data_ptr(), dtype, rows, scales.shape[1] * GROUP, ctypes.addressof(TABLE)

@@ -1,0 +1,95 @@
+"""WKV7 in C++: cpu.cpp as a PyTorch operator with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..build import call
+from ..dispatch import chosen, native, needs_gradients
+
+CHUNK = 32  # tokens from one kept state to the next
+
+
+def cpu(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """See `wkv7`; cu is the checked tuple of boundaries."""
+    inputs = (r, log_w, k, v, a, b, state)
+    keep = needs_gradients(inputs)
+    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
+    return y, final
+
+
+def _forward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu: Sequence[int] | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and with `keep` the state before every CHUNK tokens."""
+    outputs = _fake_forward(r, log_w, k, v, a, b, state, cu, keep)
+    tensors = (r, log_w, k, v, a, b, state.contiguous(), *outputs)
+    call(native("wkv7").wkv7_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
+    return outputs
+
+
+forward = torch.library.custom_op("heronry::wkv7", mutates_args=(), device_types="cpu")(_forward)
+
+
+@forward.register_fake
+def _fake_forward(r, log_w, k, v, a, b, state, cu, keep):
+    batch, tokens, heads, size = r.shape
+    chunks = batch * tokens // CHUNK + len(state) if keep else 0  # every sequence may end with a part of one
+    return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(chunks, heads, size, size)
+
+
+@torch.library.custom_op("heronry::wkv7_backward", mutates_args=(), device_types="cpu")
+def backward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+    cu: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of r, log_w, k, v, a, b and of the initial state."""
+    gradients = _fake_backward(r, log_w, k, v, a, b, kept, dy, dfinal, cu)
+    tensors = (r, log_w, k, v, a, b, kept, dy, dfinal.contiguous(), *gradients)
+    call(native("wkv7").wkv7_backward, tensors, cu, len(dfinal), *r.shape[1:], CHUNK)
+    return gradients
+
+
+@backward.register_fake
+def _fake_backward(r, log_w, k, v, a, b, kept, dy, dfinal, cu):
+    return (*(x.new_empty(x.shape) for x in (r, log_w, k, v, a, b)), dfinal.new_empty(dfinal.shape))
+
+
+def _save(ctx, inputs, output):
+    *activations, _, ctx.cu, _ = inputs
+    ctx.save_for_backward(*activations, output[2])
+
+
+def _gradients(ctx, dy, dfinal, _):
+    return *backward(*ctx.saved_tensors, dy, dfinal, ctx.cu), None, None
+
+
+forward.register_autograd(_gradients, setup_context=_save)

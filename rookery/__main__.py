@@ -1,5 +1,0 @@
-"""`python -m rookery`."""
-
-from .cli import main
-
-main()

@@ -18,7 +18,7 @@ from heronry import LLM
 from heronry.cli.data import data
 from heronry.engine.llm import BUNDLED
 from heronry.train.config import Config, from_dict
-from heronry.train.loop import Run
+from heronry.train.trainer import Run
 
 ASK = "I want to find a restaurant in San Jose."
 RATES = {"lora": 4e-3, "state": 1.0}

@@ -22,7 +22,7 @@ from statistics import mean
 
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.train.config import Config, read_config
-from heronry.train.loop import Run
+from heronry.train.trainer import Run
 
 MODELS = {
     "ViT": [],

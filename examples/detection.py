@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import DFineConfig, DFineForObjectDetection
 
+from heronry.data.images import normalise
 from heronry.integrations.vision import VisionRwkvConfig, register
-from heronry.pictures import normalise
 
 KINDS = ("square", "disc", "triangle")
 COLOURS = np.array([[0.9, 0.2, 0.2], [0.2, 0.8, 0.3], [0.3, 0.4, 0.95]])

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from heronry.data.token_file import TokenWriter
 from heronry.models import RWKV4, RWKV7, Model, RWKV4Config, RWKV7Config
 from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
 from heronry.train.config import Config, from_dict
-from heronry.train.loop import Run
-from heronry.train.tokens import TokenWriter
+from heronry.train.trainer import Run
 
 NAMES = {"rwkv7": "RWKV-7", "rwkv4": "RWKV-4", "lstm": "LSTM", "gpt": "GPT"}
 RATES = {"rwkv7": 4e-3, "rwkv4": 8e-3, "lstm": 1.6e-2, "gpt": 4e-3}  # each the best of those that were tried

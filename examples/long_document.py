@@ -21,9 +21,9 @@ from statistics import median
 import numpy as np
 from rich.progress import track
 
+from heronry.data.token_file import TokenWriter
 from heronry.train.config import from_dict
-from heronry.train.loop import Run
-from heronry.train.tokens import TokenWriter
+from heronry.train.trainer import Run
 
 
 def document(file: Path, tokens: int, folder: Path) -> Path:

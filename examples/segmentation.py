@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from heronry.models.dense import Segmenter
+from heronry.data.images import normalise
 from heronry.models.vision import VRWKV, VRWKVConfig
-from heronry.pictures import normalise
+from heronry.models.vision.dense import Segmenter
 
 NAMES = ("noise", "square", "disc", "triangle")
 COLOURS = np.array([[0.5, 0.5, 0.5], [0.9, 0.2, 0.2], [0.2, 0.8, 0.3], [0.3, 0.4, 0.95]])

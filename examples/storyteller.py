@@ -34,7 +34,7 @@ from heronry.checkpoint import load, save
 from heronry.cli.data import data
 from heronry.models import Model
 from heronry.train.config import from_dict
-from heronry.train.loop import Run, Stopped
+from heronry.train.trainer import Run, Stopped
 
 VOCABULARY = 2048
 LAYERS, WIDTH = 6, 192  # 3.8 million parameters: 7.6 MB in bfloat16

@@ -18,9 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from heronry import LLM
+from heronry.data.tokenize_corpus import prepare
 from heronry.train.config import from_dict
-from heronry.train.loop import Run
-from heronry.train.preparing import prepare
+from heronry.train.trainer import Run
 
 
 def main() -> None:

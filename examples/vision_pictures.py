@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 from heronry import InputError
 from heronry.checkpoint import load_found
+from heronry.data.images import open_picture, prepare
 from heronry.models import VisionModel
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.models.vision import VARIANTS, create
-from heronry.pictures import open_picture, prepare
 from heronry.view import draw_class_maps, draw_decays, draw_q_shift, draw_receptive_fields
 from heronry.view.vision import class_maps, decay_weights, pixels, q_shift_maps, receptive_field
 

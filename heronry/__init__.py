@@ -4,7 +4,7 @@ from .checkpoint import initial_state, load, save
 from .engine.llm import LLM
 from .errors import InputError
 from .models import RWKV4, RWKV5, RWKV6, RWKV7, State
-from .quantize import quantize
+from .quantization import quantize
 
 __all__ = [
     "LLM",

@@ -32,12 +32,12 @@ from torch import Tensor
 from . import formats, hub
 from .errors import InputError
 from .files import replacing
-from .formats.stored import Stored, Tensors, metadata, stored
+from .formats.lazy_tensor import Stored, Tensors, metadata, stored
 from .memory import Rooms
 from .models import MODELS, VISION_MODELS, Model, Network, State, VisionModel, detect
-from .models.parts import PackedLinear, fingerprint, sample
+from .models.base import PackedLinear, fingerprint, sample
 from .ops.packed import GROUP, untile
-from .quantize import FORMATS, check, matrices, replace_matrix
+from .quantization import FORMATS, check, matrices, replace_matrix
 
 DTYPES = {
     "float64": torch.float64,

@@ -1,4 +1,4 @@
-"""Random checkpoints of every generation, under BlinkDL's names and in his shapes."""
+"""Random checkpoints of every generation, under BlinkDL's names and in his shapes, and texts to learn from."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other far longer than they work
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from binidx import write_binidx
 from hypothesis import settings
 from torch import Tensor
 
@@ -130,3 +134,15 @@ def _random_checkpoint():
 def version(request) -> str:
     """Every generation and sub-version in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """60 documents of 1 to 40 tokens below 50, with something to learn: the next token is mostly the last one + 1."""
+    random = np.random.default_rng(0)
+    documents = []
+    for _ in range(60):
+        start, length = random.integers(50), random.integers(1, 41)
+        noise = random.integers(0, 50, length) * (random.random(length) < 0.1)
+        documents.append((start + np.arange(length) + noise) % 50)
+    return write_binidx(tmp_path_factory.mktemp("texts") / "texts", documents)

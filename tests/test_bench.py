@@ -8,10 +8,10 @@ import os
 import pytest
 
 from heronry import RWKV4, RWKV7, InputError
-from heronry.bench import TOPICS, bench, measure
 from heronry.bench.contest import Contest, Row
 from heronry.bench.machine import Machine
-from heronry.bench.ours import Operator, Heronry
+from heronry.bench.ours import Heronry, Operator
+from heronry.bench.run import TOPICS, bench, measure
 from heronry.bench.shapes import Shape
 from heronry.bench.worker import Contestant, Failed, Worker
 from heronry.models import RWKV4Config, RWKV7Config

@@ -83,7 +83,7 @@ def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path)
 
 def test_every_chat_option_reaches_the_conversation(heronry, folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("heronry.cli.talk.talk", lambda *given: seen.extend(given))
+    monkeypatch.setattr("heronry.cli.chat.talk", lambda *given: seen.extend(given))
     words = ["--template", "world", "--system", "Be kind.", "--session", "s", "--max-tokens", 9]
     assert heronry("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
     chat, session, max_tokens, seed, sampling = seen

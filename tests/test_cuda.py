@@ -21,14 +21,15 @@ from heronry import LLM, InputError, State
 from heronry import evaluate as measures
 from heronry.checkpoint import assemble, load, save
 from heronry.convert import convert
+from heronry.data.tokenize_corpus import prepare
 from heronry.engine.llm import BUNDLED
 from heronry.models import LayerState, Model
 from heronry.models.vision import create
-from heronry.ops import biwkv, biwkv6
-from heronry.quantize import FORMATS, quantize
+from heronry.ops.biwkv import biwkv
+from heronry.ops.biwkv6 import biwkv6
+from heronry.quantization import FORMATS, quantize
 from heronry.train.config import read_config
-from heronry.train.loop import Run, Stopped
-from heronry.train.preparing import prepare
+from heronry.train.trainer import Run, Stopped
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from heronry import LLM, InputError, evaluate
 from heronry.checkpoint import assemble
-from heronry.cli import app
+from heronry.cli.app import app
 from heronry.evaluate import bits, encode_pair, lambada, likelihoods, read_texts
 
 IDS = st.lists(st.integers(0, 100), min_size=1, max_size=7)

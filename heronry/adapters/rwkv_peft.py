@@ -15,10 +15,10 @@ import torch
 
 from .. import formats
 from ..errors import InputError
-from ..formats.stored import Stored, Tensors
+from ..formats.lazy_tensor import Stored, Tensors
 from ..models import Model
-from ..models.parts import widen
-from . import adaptable
+from ..models.base import widen
+from .lora import adaptable
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from ..checkpoint import load, save
 from ..convert import convert
 from ..models import MODELS, Model
-from ..quantize import quantize
+from ..quantization import quantize
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "F16": 16, "Q8_0": 8, "Q4_0": 4}
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from ..models.native import fast_in_torch
+from ..models.native_step import fast_in_torch
 from .contest import Contest, Row
 from .machine import Machine
-from .ours import Operator, Heronry, Training
+from .ours import Heronry, Operator, Training
 from .peers import LlamaCpp, PyPI, Transformers, TransformersTraining
-from .pictures import vision
 from .shapes import BITS, Shape
+from .vision import vision
 from .worker import Contestant
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")

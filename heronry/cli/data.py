@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..engine.templates import TEMPLATES, Template
+from ..data.sources import find
+from ..data.tokenize_corpus import Standing, prepare
 from ..errors import InputError
-from ..tokenizers import guess, load_tokenizer
-from ..train.preparing import Standing, prepare
-from ..train.reading import find
+from ..text.chat_templates import TEMPLATES, Template
+from ..text.tokenizers import guess, load_tokenizer
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # beyond that the process that reads cannot keep up
 

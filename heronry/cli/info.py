@@ -11,8 +11,8 @@ from rich.table import Table
 from ..checkpoint import load
 from ..errors import InputError
 from ..models import Model, Network
-from ..models.parts import PackedLinear
-from ..tokenizers import guess
+from ..models.base import PackedLinear
+from ..text.tokenizers import guess
 
 
 def info(path: Path) -> None:

@@ -9,7 +9,7 @@ from ..adapters.rwkv_peft import merge_file
 from ..checkpoint import load_found, save
 from ..errors import InputError
 from ..models import Model
-from .pack import apart, belongings
+from .quantize import apart, belongings
 
 
 def merge(

@@ -11,10 +11,10 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from ..checkpoint import load_found
+from ..data.images import open_picture, prepare
 from ..errors import InputError
 from ..files import replacing
 from ..models import VisionModel
-from ..pictures import open_picture, prepare
 
 AT_ONCE = 16  # pictures
 

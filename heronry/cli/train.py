@@ -9,7 +9,7 @@ from pathlib import Path
 from ..engine.llm import LLM
 from ..errors import InputError
 from ..models import Model
-from ..tokenizers import load_tokenizer
+from ..text.tokenizers import load_tokenizer
 from ..train.config import read_config
 
 SAMPLE = 200  # tokens
@@ -20,7 +20,7 @@ def train(settings: Sequence[str]) -> None:
     file = Path(settings[0]) if settings and "=" not in settings[0] else None
     told = read_config(file, settings if file is None else settings[1:])
     try:
-        from ..train.loop import Run, Stopped
+        from ..train.trainer import Run, Stopped
     except ModuleNotFoundError as error:
         raise InputError(f"training needs {error.name}: pip install 'heronry[train]'") from error
     run = Run(told)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import hub
 from ..errors import InputError
-from . import convert
+from .conversion import convert
 
 
 def main(arguments: list[str] | None = None) -> None:

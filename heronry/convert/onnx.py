@@ -26,8 +26,8 @@ from ..errors import InputError
 from ..files import replacing
 from ..models import Model, Network, State, VisionModel
 from ..models.state import LayerState
+from ..models.vision import MEAN, STD
 from ..ops.dispatch import compiled
-from ..pictures import MEAN, STD
 
 STATE = LayerState._fields
 INPUTS = ("tokens", *STATE)

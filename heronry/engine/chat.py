@@ -29,11 +29,11 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import replacing
 from ..models import LayerState, State
-from ..tokenizers import WorldTokenizer
+from ..text.chat_templates import TEMPLATES, Template, template_from, usual_template
+from ..text.tokenizers import WorldTokenizer
 from .generate import Generation, prefill
 from .llm import LLM, Hold
 from .sampling import Sampling
-from .templates import TEMPLATES, Template, template_from, usual_template
 
 FORMAT = "heronry.chat"
 
@@ -108,7 +108,7 @@ class Chat:
     def say(self, text: str, stream: bool = False, max_tokens: int = 512, **sampling: Any) -> str | Iterator[str]:
         """The answer to a message; with `stream` an iterator of its pieces. sampling: fields of `Sampling`."""
         message = self.template.clean(text)
-        pieces = self._ask(message, max_tokens, self.template.sampling.changed(**sampling))
+        pieces = self._ask(message, max_tokens, Sampling(**self.template.sampling).changed(**sampling))
         return pieces if stream else "".join(pieces)
 
     @overload
@@ -118,7 +118,7 @@ class Chat:
     def retry(self, stream: bool = False, max_tokens: int = 512, **sampling: Any) -> str | Iterator[str]:
         """Another answer to the last message, in place of the one it has."""
         self._last()  # complains now, not when the stream is read
-        pieces = self._answer(None, max_tokens, self.template.sampling.changed(**sampling))
+        pieces = self._answer(None, max_tokens, Sampling(**self.template.sampling).changed(**sampling))
         return pieces if stream else "".join(pieces)
 
     def undo(self) -> str:

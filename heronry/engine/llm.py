@@ -17,13 +17,13 @@ from .. import adapters
 from ..checkpoint import load_found, locate, notes, read_time_state
 from ..errors import InputError
 from ..models import Model, State
-from ..tokenizers import HFTokenizer, Tokenizer, guess, load_tokenizer
+from ..text.tokenizers import HFTokenizer, Tokenizer, guess, load_tokenizer
 from .generate import Generation, generate, prefill
 from .sampling import Sampling
 
 if TYPE_CHECKING:  # chat.py stands on this file
+    from ..text.chat_templates import Template
     from .chat import Chat
-    from .templates import Template
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usually sampled with

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .stored import Progress, Stored, Tensors, nth, squeezed, transposed, write_numbers
+from .lazy_tensor import Progress, Stored, Tensors, nth, squeezed, transposed, write_numbers
 
 MAGIC = 0x67676D66
 NUMBERS = {0: torch.float32, 1: torch.float16}

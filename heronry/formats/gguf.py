@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .stored import Progress, Stored, Tensors, nth, squeezed, times, transposed
+from .lazy_tensor import Progress, Stored, Tensors, nth, squeezed, times, transposed
 
 NAMES = {
     "emb.weight": "token_embd.weight",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .stored import Tensors, nth, transposed
+from .lazy_tensor import Tensors, nth, transposed
 
 # model_type -> the class that transformers should make of it
 ARCHITECTURES = {

@@ -6,7 +6,7 @@ The tensors lie in the file under "state_dict" (L: "model"), which read_pth open
 
 from __future__ import annotations
 
-from .stored import Tensors
+from .lazy_tensor import Tensors
 
 PREFIX = "backbone."
 

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from ..errors import InputError
-from .stored import Tensors, transposed
+from .lazy_tensor import Tensors, transposed
 
 TRANSPOSED = (
     *("att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Model, State
-from ..models.parts import in_their_place
+from ..models.base import in_their_place
 
 
 def read(

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from ..engine.templates import TEMPLATES
 from ..errors import InputError
-from ..tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer
+from ..text.chat_templates import TEMPLATES
+from ..text.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer
 
 END = "<|endoftext|>"
 

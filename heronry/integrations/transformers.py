@@ -37,7 +37,7 @@ from .. import formats, hub
 from ..checkpoint import DTYPES, assemble, load_found
 from ..errors import InputError
 from ..formats import huggingface
-from ..formats.stored import Stored
+from ..formats.lazy_tensor import Stored
 from ..models import Model, State
 from .configs import CONFIGS, Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
 from .reading import read

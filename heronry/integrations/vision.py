@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 
 from ..errors import InputError
 from ..models import VISION_MODELS, VisionModel
-from ..models.dense import Scales
+from ..models.vision.dense import Scales
 
 __all__ = [
     "VisionRwkvBackbone",

@@ -1,11 +1,7 @@
-"""The generations, one file each, and Vision-RWKV: found by name or by the keys of a checkpoint."""
+"""The generations, one file each, and Vision-RWKV."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-
-from ..errors import InputError
-from .parts import Model, Network
+from .base import Model, Network
+from .registry import MODELS, VISION_MODELS, detect
 from .rwkv4 import RWKV4, RWKV4Config
 from .rwkv5 import RWKV5, RWKV5Config
 from .rwkv6 import RWKV6, RWKV6Config
@@ -33,38 +29,3 @@ __all__ = [
     "VisionModel",
     "detect",
 ]
-
-MODELS: dict[str, type[Model]] = {cls.name: cls for cls in (RWKV4, RWKV5, RWKV6, RWKV7)}
-VISION_MODELS: dict[str, type[VisionModel]] = {cls.name: cls for cls in (VRWKV, VRWKV6)}
-
-# Parts of keys that tell a relative of these models, the more special first. Loading such a file as its nearest
-# relation would give wrong numbers without a word.
-UNSUPPORTED = (
-    (("_strategy", "_version", "_rescale_layer"), "converted by the rwkv package for one strategy; use the original"),
-    (("rosa.",), "RWKV-8 with ROSA, which is not supported"),
-    (("ffn.enn.",), "RWKV-8 rc00, which is not supported"),
-    (("qkv.",), "RWKV-7b (DeepEmbed attention), which is not supported"),
-    (("time_maa_rkvw_",), "the experiment RWKV-6b or 6c, which is not supported"),
-    (("att.gate_w1", "att.gate_w2"), "the experiment RWKV-6a, which is not supported"),
-    (("ffnPre.",), "an experiment with a channel mix in place of the first time mix (ffnPre), which is not supported"),
-    (("head_q.", "head_k."), "an experiment with head_qk, which is not supported"),
-    (("tiny_q", "tiny_k", "tiny_v", "tiny_ln"), "an experiment with tiny attention, which is not supported"),
-    (("pos_emb_",), "an experiment with position embeddings, which is not supported"),
-)
-
-
-def detect(shapes: Mapping[str, Sequence[int]]) -> type[Network]:
-    """The class whose checkpoint has these keys, in whatever order; InputError where there is none."""
-    if "patch_embed.projection.weight" in shapes:
-        return VRWKV6 if "layers.0.att.time_maa_x" in shapes else VRWKV
-    for parts, what in UNSUPPORTED:
-        if any(part in key for key in shapes for part in parts):
-            raise InputError(f"this checkpoint is {what}")
-    if "blocks.0.att.r_k" in shapes:
-        return RWKV7
-    if "blocks.0.att.time_maa_x" in shapes:
-        return RWKV6
-    if "blocks.0.att.time_decay" in shapes:
-        return RWKV5 if "blocks.0.att.ln_x.weight" in shapes else RWKV4
-    keys = ", ".join(list(shapes)[:3]) + (", ..." if len(shapes) > 3 else "")
-    raise InputError(f"not an RWKV checkpoint (it holds {keys or 'nothing'})")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .parts import Linear, Model, Network, check_heads, embedding
+from .base import Linear, Model, Network, check_heads, embedding
 
 
 @dataclass(frozen=True)

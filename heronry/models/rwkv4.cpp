@@ -3,7 +3,7 @@
 // Activations between the matrices stay in float32. Threads share every phase and wait for each other where the next
 // one needs all of the last; the recurrence has no heads, so each thread goes on with the channels that it made.
 
-#include "parts.h"
+#include "native_step.h"
 
 #define MODEL(X)                                                                              \
     X(emb, "emb.weight")                                                                      \

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops import wkv4
-from .parts import Linear, Model, carry, count_layers, embedding, last_tokens, previous, widen
-from .spread import Boundaries
+from ..ops.wkv4 import wkv4
+from .base import Linear, Model, carry, count_layers, embedding, last_tokens, previous, widen
+from .sequence_parallel import Boundaries
 from .state import LayerState, State
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..ops import wkv5
-from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
-from .spread import Boundaries, recur
+from ..ops.wkv5 import wkv5
+from .base import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .sequence_parallel import Boundaries, recur
 from .state import LayerState, State
 
 

@@ -3,7 +3,7 @@
 // Activations between the matrices stay in float32. Threads share every phase and wait for each other where the next
 // one needs all of the last.
 
-#include "parts.h"
+#include "native_step.h"
 
 #define MODEL(X)                                                                              \
     X(emb, "emb.weight")                                                                      \
@@ -42,7 +42,7 @@ template <int SIZE>
 void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t s, const Projected& from,
               const float* entering, float* state, const Rows& out) {
     const int64_t size = SIZE ? SIZE : c.attention / c.heads, begin = h * size;
-    constexpr int MOST = SIZE ? SIZE : 512;  // native.py sees to it
+    constexpr int MOST = SIZE ? SIZE : 512;  // native_step.py sees to it
     alignas(64) float r[MOST], w[MOST], k[MOST], v[MOST], a[MOST], b[MOST], wr[MOST], y[MOST];
     for (int64_t m = c.starts[s]; m < c.starts[s + 1]; m++) {
         const int64_t row = m * from.stride + begin;

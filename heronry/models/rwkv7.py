@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import wkv7
-from .parts import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
-from .spread import Boundaries, recur
+from ..ops.wkv7 import wkv7
+from .base import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .sequence_parallel import Boundaries, recur
 from .state import LayerState, State
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import InputError
 from ..models import MODELS, VISION_MODELS
 from ..models.vision import SHIFTS
-from ..quantize import FORMATS
+from ..quantization import FORMATS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,5 +1,5 @@
 """What models of pictures do, as arrays: how far they see, how fast they forget, what the Q-shift moves, and which
-patches a class looks at. view/__init__.py draws them.
+patches a class looks at. figures.py draws them.
 
 Images are what the models read, float [B, 3, height, width]; what comes back is float32 of numpy. A model is looked at
 in eval mode and left as it was.
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..models.base import widen
 from ..models.baselines import ViT
-from ..models.parts import widen
-from ..models.vision import Block, Grid, SpatialMix, SpatialMix6, VisionModel, shifted
-from ..pictures import MEAN, STD
+from ..models.vision import MEAN, STD, Block, Grid, SpatialMix, SpatialMix6, VisionModel, shifted
 
 
 def feature_map(model: VisionModel | ViT, images: Tensor) -> Tensor:

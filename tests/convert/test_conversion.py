@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import heronry
 from heronry import LLM, InputError, formats
-from heronry.cli import app
-from heronry.convert import FOLDERS, SUFFIXES, convert, logits
-from heronry.formats import stored
+from heronry.cli.app import app
+from heronry.convert import FOLDERS, SUFFIXES, convert
+from heronry.convert.conversion import logits
+from heronry.formats import lazy_tensor
 
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65, 35, 8]])
 ALL = (*SUFFIXES.values(), *FOLDERS)
@@ -208,7 +209,7 @@ def test_shards(weights, tmp_path):
 def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypatch):
     torch.save(weights("7"), tmp_path / "a.pth")
     written: list[str] = []
-    write = stored.write_safetensors
+    write = lazy_tensor.write_safetensors
 
     def third_fails(tensors, path, *rest):
         if len(written) == 2:
@@ -216,11 +217,11 @@ def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypa
         write(tensors, path, *rest)
         written.append(path.name)
 
-    monkeypatch.setattr(stored, "write_safetensors", third_fails)
+    monkeypatch.setattr(lazy_tensor, "write_safetensors", third_fails)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "a.pth", tmp_path / "out", shard=200_000)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(stored, "write_safetensors", lambda *args: (written.append(args[1].name), write(*args)))
+    monkeypatch.setattr(lazy_tensor, "write_safetensors", lambda *args: (written.append(args[1].name), write(*args)))
     first = list(written)
     convert(tmp_path / "a.pth", tmp_path / "out", shard=200_000)
     assert not set(first) & set(written[2:])
@@ -291,14 +292,14 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     huge["blocks.0.ffn.key.weight"] = huge["blocks.0.ffn.key.weight"] * 1e30
     torch.save(huge, tmp_path / "huge.pth")
     assert "float16 is too small" in refusal(tmp_path / "huge.pth", tmp_path / "b.pth", dtype="float16")
-    monkeypatch.setattr(stored.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(lazy_tensor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert "has 0 MB left" in refusal(tmp_path / "a.pth", tmp_path / "b.pth")
     monkeypatch.undo()
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("heronry.convert.write_safetensors", full)
+    monkeypatch.setattr("heronry.convert.conversion.write_safetensors", full)
     assert "cannot be written (No space left on device)" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors")
     left = {"a.pth", "full", "packed", "huge.pth"}
     assert {path.name for path in tmp_path.iterdir()} == left

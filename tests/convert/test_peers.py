@@ -76,7 +76,7 @@ def test_llama_cpp_tokenizes_as_we_do(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("7", width=64, heads=1, rank=32, ffn=64, vocab=65536, layers=1), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "a.gguf")
     peer = llama_cpp.Llama(str(tmp_path / "a.gguf"), vocab_only=True, verbose=False)
-    ours = heronry.tokenizers.load_tokenizer("world")
+    ours = heronry.text.tokenizers.load_tokenizer("world")
     for text in ("Hello, world!", "Über 3 Äpfel\n\n\tund 'so' \"weiter\"", "我爱北京天安门 🐦 a\\b\x00\x7f"):
         assert peer.tokenize(text.encode(), add_bos=False, special=False) == ours.encode(text)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from heronry.checkpoint import assemble
 from heronry.models import LayerState, Model, State
-from heronry.tokenizers import _ByteStream
+from heronry.text.tokenizers import _ByteStream
 
 
 @pytest.fixture(scope="session")

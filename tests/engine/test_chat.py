@@ -15,9 +15,9 @@ from heronry.checkpoint import assemble
 from heronry.engine import chat as chat_file
 from heronry.engine.chat import Chat
 from heronry.engine.llm import LLM
-from heronry.engine.templates import G1, RAVEN, STORY, TEMPLATES, WORLD, Template, usual_template
 from heronry.errors import InputError
 from heronry.models import State
+from heronry.text.chat_templates import G1, RAVEN, STORY, TEMPLATES, WORLD, Template, usual_template
 
 
 @pytest.fixture(scope="module")

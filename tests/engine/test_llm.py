@@ -16,7 +16,7 @@ from heronry.engine import Sampling, generate
 from heronry.engine import llm as llm_file
 from heronry.engine.llm import LLM, Hold
 from heronry.errors import InputError
-from heronry.tokenizers import ByteTokenizer, HFTokenizer
+from heronry.text.tokenizers import ByteTokenizer, HFTokenizer
 
 PROMPTS = ["Once upon a time", "鳥", "x" * 30]
 

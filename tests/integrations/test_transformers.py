@@ -27,13 +27,13 @@ from transformers import (  # noqa: E402
     pipeline,
 )
 
-from heronry.engine.templates import TEMPLATES  # noqa: E402
 from heronry.integrations.transformers import (  # noqa: E402
     RwkvPreTrainedModel,
     RwkvTokenizer,
     chat_template,
     register,
 )
+from heronry.text.chat_templates import TEMPLATES  # noqa: E402
 
 register()
 SIZES = {"width": 64, "heads": 2, "ffn": 96, "rank": 8, "vocab": 256}
@@ -276,7 +276,7 @@ def test_bad_input(folder):
 
 def test_world_as_a_tokenizer():
     words = RwkvTokenizer()
-    ours = heronry.tokenizers.load_tokenizer("world")
+    ours = heronry.text.tokenizers.load_tokenizer("world")
     text = "Über 我爱 🐦 and \n\n so <s>"
     assert words(text).input_ids == ours.encode(text)
     assert words.decode(words(text).input_ids) == text

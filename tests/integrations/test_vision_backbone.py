@@ -12,8 +12,8 @@ import heronry
 from heronry import InputError
 from heronry.checkpoint import save
 from heronry.models import VRWKV, VRWKV6
-from heronry.models.dense import Pyramid
 from heronry.models.vision import VRWKV6Config, VRWKVConfig
+from heronry.models.vision.dense import Pyramid
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heronry.checkpoint import assemble
-from heronry.models import Model, native
+from heronry.models import Model, native_step
 
 
 @pytest.fixture
@@ -15,14 +15,14 @@ def model(version, random_checkpoint) -> Model:
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list[native.Step]:
+def taken(monkeypatch) -> list[native_step.Step]:
     """One entry for every call that the C++ has done."""
-    calls: list[native.Step] = []
-    done = native.Step.__call__
+    calls: list[native_step.Step] = []
+    done = native_step.Step.__call__
 
     def call(step, *args):
         calls.append(step)
         return done(step, *args)
 
-    monkeypatch.setattr(native.Step, "__call__", call)
+    monkeypatch.setattr(native_step.Step, "__call__", call)
     return calls

@@ -14,9 +14,9 @@ from torch import Tensor
 from heronry import LLM, InputError, State, load
 from heronry.checkpoint import assemble, save
 from heronry.models import RWKV7, VRWKV, Model, RWKV7Config, VisionModel
-from heronry.models.captioner import Captioner
 from heronry.models.vision import VRWKVConfig
-from heronry.quantize import quantize
+from heronry.models.vision.captioner import Captioner
+from heronry.quantization import quantize
 
 SIZES = {"width": 64, "heads": 2, "ffn": 96, "rank": 8, "vocab": 256}
 COLOURS = {"red": (1.8, -1.5, -1.4), "green": (-1.6, 1.7, -1.4), "blue": (-1.5, -1.4, 1.9), "grey": (0, 0, 0)}

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from heronry import InputError
 from heronry.models import VRWKV, VRWKV6
-from heronry.models.dense import Pyramid, Segmenter
 from heronry.models.vision import VRWKV6Config, VRWKVConfig
+from heronry.models.vision.dense import Pyramid, Segmenter
 
 SIZES = {"num_classes": 0, "image_size": 64}
 CONFIGS = {"vrwkv": VRWKVConfig.sized(32, 2, **SIZES), "vrwkv6": VRWKV6Config.sized(32, 2, head_size=16, **SIZES)}

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heronry.ops import wkv4, wkv5, wkv6, wkv7
 from heronry.ops.wkv4 import BODIES as WKV4
+from heronry.ops.wkv4 import wkv4
 from heronry.ops.wkv5 import BODIES as WKV5
+from heronry.ops.wkv5 import wkv5
 from heronry.ops.wkv6 import BODIES as WKV6
+from heronry.ops.wkv6 import wkv6
 from heronry.ops.wkv7 import BODIES as WKV7
+from heronry.ops.wkv7 import wkv7
 
 Arguments = dict[str, Tensor]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heronry.ops import biwkv, build, dispatch
-from heronry.ops.biwkv import BODIES
+from heronry.ops import build, dispatch
+from heronry.ops.biwkv import BODIES, biwkv
 
 from .cases import Arguments, assert_close, to
 from .test_native import last_axis_dense, scattered, threads  # noqa: F401

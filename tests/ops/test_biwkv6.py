@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heronry.ops import biwkv6, dispatch
-from heronry.ops.biwkv6 import BODIES
+from heronry.ops import dispatch
+from heronry.ops.biwkv6 import BODIES, biwkv6
 
 from .cases import Arguments, assert_close, to
 from .test_native import threads  # noqa: F401

@@ -202,7 +202,7 @@ def test_is_a_well_formed_operator(operator: Operator, gradient: bool):
 SAY = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, format="LOG %(message)s", stream=sys.stdout)
-from heronry.ops import wkv7
+from heronry.ops.wkv7 import wkv7
 x = torch.full((1, 40, 1, 4), -0.3)
 first, _ = wkv7(x, x, x, x, x, x, impl="reference")
 for _ in range(2):
@@ -238,7 +238,7 @@ def test_without_a_compiler_auto_runs_pytorch_and_says_so_once(tmp_path: Path):
 def test_without_a_compiler_cpu_is_refused(tmp_path: Path):
     refused = """
 import torch
-from heronry.ops import wkv7
+from heronry.ops.wkv7 import wkv7
 x = torch.zeros(1, 1, 1, 4)
 try:
     wkv7(x, x, x, x, x, x, impl="cpu")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from heronry.ops import build
 from heronry.ops.packed import GROUP, LEVELS, dequantise, packed_matmul, reference, tile, untile
-from heronry.quantize import FORMATS
+from heronry.quantization import FORMATS
 
 LEVEL = ["avx512", "avx2", "portable"]
 

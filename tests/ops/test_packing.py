@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heronry.ops import wkv6
 from heronry.ops.packing import Chunks, boundaries
+from heronry.ops.wkv6 import wkv6
 
 from .cases import BY_NAME, cut, draw
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heronry.ops import wkv4
-from heronry.ops.wkv4 import BODIES
+from heronry.ops.wkv4 import BODIES, wkv4
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heronry.ops import wkv5
-from heronry.ops.wkv5 import BODIES
+from heronry.ops.wkv5 import BODIES, wkv5
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

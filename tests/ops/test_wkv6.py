@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heronry.ops import wkv5, wkv6
-from heronry.ops.wkv6 import BODIES
+from heronry.ops.wkv5 import wkv5
+from heronry.ops.wkv6 import BODIES, wkv6
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

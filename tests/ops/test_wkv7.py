@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heronry.ops import wkv7
-from heronry.ops.wkv7 import BODIES
+from heronry.ops.wkv7 import BODIES, wkv7
 
 from .cases import BY_NAME, assert_close, draw, run, to
 

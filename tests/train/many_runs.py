@@ -24,9 +24,9 @@ from accelerate import PartialState
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from heronry.models import Model
-from heronry.train import keeping
+from heronry.train import checkpointing
 from heronry.train.config import read_config
-from heronry.train.loop import Run
+from heronry.train.trainer import Run
 
 
 def most_likely(model: Model, prompt: str) -> str:
@@ -52,14 +52,14 @@ def full_disk() -> None:
 
 def killed() -> None:
     """When the pieces of step 3 are written and not all of its checkpoint is."""
-    whole = keeping._hash
+    whole = checkpointing._hash
 
     def hashed(file: Path) -> str:
         if "step-00000003" in str(file):
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(file)
 
-    keeping._hash = hashed
+    checkpointing._hash = hashed
 
 
 def work(rank: int, processes: int, runs: list[dict]) -> None:

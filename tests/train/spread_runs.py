@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from heronry.errors import InputError
 from heronry.train.config import read_config
-from heronry.train.loop import Run
+from heronry.train.trainer import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from processes import together

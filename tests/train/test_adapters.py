@@ -17,16 +17,16 @@ from torch.nn import functional as F
 import heronry
 from heronry import cli
 from heronry.adapters import apply, read_adapter, save_adapter
-from heronry.adapters.attached import attach
+from heronry.adapters.inject import attach
 from heronry.checkpoint import assemble, load, save
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
-from heronry.models.parts import Linear, PackedLinear
+from heronry.models.base import Linear, PackedLinear
 from heronry.ops.packed import dequantise, untile
-from heronry.quantize import FORMATS, quantize
+from heronry.quantization import FORMATS, quantize
 from heronry.train.config import OptimSection, read_config
-from heronry.train.loop import Run
 from heronry.train.optim import optimizer
+from heronry.train.trainer import Run
 
 VERSION = {"rwkv4": "4", "rwkv5": "5.2", "rwkv6": "6", "rwkv7": "7"}
 TUNE = ["data.ctx_len=32", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
@@ -133,7 +133,7 @@ def test_merged_it_runs_native_and_beside_plain(generation, bases, tmp_path):
     assert model._step is not None
     assert not model._step.runs()
     torch.testing.assert_close(step, expected[:, :3], atol=1e-4, rtol=1e-4)
-    if heronry.ops.build.library(heronry.models.native.source(generation)) is not None:
+    if heronry.ops.build.library(heronry.models.native_step.source(generation)) is not None:
         assert merged._step.runs()
 
 
@@ -453,6 +453,6 @@ def test_without_peft(bases, tmp_path, monkeypatch):
     save_adapter(adapted(base), tmp_path / "adapter")
     save(quantize(load(base), "int8"), tmp_path / "small")
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "heronry.adapters.attached")
+    monkeypatch.delitem(sys.modules, "heronry.adapters.inject")
     apply(load(base), tmp_path / "adapter")
     assert refusal(apply, load(tmp_path / "small"), tmp_path / "adapter").endswith("pip install 'heronry[train]'")

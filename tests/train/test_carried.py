@@ -12,11 +12,11 @@ from binidx import write_binidx
 from test_loop import curve, run, same, settings, stopped, weights
 from test_sequence_parallel import spread
 
+from heronry.data.batching import Lanes
+from heronry.data.token_file import TokenFile
 from heronry.errors import InputError
 from heronry.train.config import read_config
-from heronry.train.loop import Run
-from heronry.train.sampling import Lanes
-from heronry.train.tokens import TokenFile
+from heronry.train.trainer import Run
 
 CARRIED = ["data.order=carried", "run.batch=3", "model.n_layer=1", "run.precision=float64", "optim.l2wrap=0"]
 

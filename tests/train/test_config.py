@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from heronry.data.batching import _prime
 from heronry.errors import InputError
 from heronry.models import RWKV7, RWKV7Config
 from heronry.train.config import Config, OptimSection, from_dict, read_config
 from heronry.train.optim import optimizer, rate, set_rate
-from heronry.train.sampling import _prime
 
 WRONG = [
     ("optimizer.lr=1", "there is no section 'optimizer'; known are model, data, optim, run"),

@@ -14,7 +14,7 @@ import pytest
 from binidx import write_binidx
 from test_loop import curve, refusal, run, settings
 
-from heronry.train.sampling import Row
+from heronry.data.batching import Row
 
 SHARED = "run.sequence_parallel=2"
 

@@ -19,9 +19,11 @@ from heronry.checkpoint import assemble, initial_state, load, read_time_state, s
 from heronry.engine.generate import prefill
 from heronry.errors import InputError
 from heronry.models import MODELS
-from heronry.ops import wkv5, wkv6, wkv7
+from heronry.ops.wkv5 import wkv5
+from heronry.ops.wkv6 import wkv6
+from heronry.ops.wkv7 import wkv7
 from heronry.train.config import read_config
-from heronry.train.loop import Run
+from heronry.train.trainer import Run
 
 SMALL = ["data.ctx_len=64", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
 TUNE = [*SMALL, "model.tune=state", "optim.lr=1", "optim.lr_final=0.01", "optim.weight_decay=0.01", "run.steps=40"]

@@ -1,7 +1,9 @@
 """Vision-RWKV: model.py has the two kinds, variants.py the published sizes by name."""
 
 from .model import (
+    MEAN,
     SHIFTS,
+    STD,
     VRWKV,
     VRWKV6,
     Block,
@@ -17,7 +19,9 @@ from .model import (
 from .variants import VARIANTS, create
 
 __all__ = [
+    "MEAN",
     "SHIFTS",
+    "STD",
     "VARIANTS",
     "VRWKV",
     "VRWKV6",

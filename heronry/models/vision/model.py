@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ...ops import biwkv, biwkv6, wkv4
-from ..parts import Linear, Network, group_norm, widen
+from ...ops.biwkv import biwkv
+from ...ops.biwkv6 import biwkv6
+from ...ops.wkv4 import wkv4
+from ..base import Linear, Network, group_norm, widen
 
 Grid = tuple[int, int]  # rows and columns of patches
 SHIFTS = ("q", "previous", "none")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0 .. 1: red, green, blue
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ class Patches(nn.Module):
 
 
 class VisionModel(Network):
-    """`logits = model(images)`: images float [B, 3, height, width], normalised by MEAN and STD (pictures.py does), of
+    """`logits = model(images)`: images float [B, 3, height, width], normalised by MEAN and STD (see data/images.py), of
     any size; logits [B, classes], with num_classes = 0 the pooled features [B, C].
 
     It has the habits of timm: `forward_features`, `forward_head`, `forward_intermediates`, `get_classifier`,

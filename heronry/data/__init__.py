@@ -1,0 +1,1 @@
+"""What is learned from: texts and pictures from their sources to batches."""

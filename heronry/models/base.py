@@ -1,0 +1,329 @@
+"""What is identical in every generation: the door, the matrices, the token shift, the group norm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import InputError
+from ..ops.dispatch import constant_to_the_compiler
+from ..ops.packed import GROUP, packed_matmul
+from ..ops.packing import boundaries
+from . import native_step
+from .sequence_parallel import Boundaries, Spread
+from .state import LayerState, State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: what 16 bits are too few for."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Linear(nn.Linear):
+    """y = W x with W [out, in] and no bias.
+
+    Without gradients, float32 on a CPU is multiplied by oneDNN instead of MKL, which torch would take and which is
+    slow on processors that are not Intel's: on an AMD EPYC, 1 row takes 0.4 and 512 rows 0.8 of the time.
+    """
+
+    def __init__(self, size_in: int, size_out: int):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if plain or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class PackedLinear(nn.Module):
+    """y = W x with the weights of a `Linear` in 8 or 4 bits; see ops/packed."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = scales.shape[1] * GROUP, out_features
+        self.weight: Tensor
+        self.scales: Tensor
+        self.register_buffer("weight", weight)  # bytes, in the order of the kernel
+        self.register_buffer("scales", scales)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """As in any module, but .to(dtype) leaves the scales what they are: the kernel reads float16."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.weight.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_matmul(x, self.weight, self.scales, self.out_features)
+
+
+def embedding(config: Any) -> nn.Embedding:
+    """[V, C], zeros. torch's own random numbers, drawn for the skeleton of a model too, cost a second of importing."""
+    return nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
+
+
+def previous(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
+    """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
+    shift = shift.to(x.dtype)
+    if isinstance(cu, Spread):
+        x, shift = cu.shift(x, shift)
+    elif x.shape[1] == 1:  # a decode step, B sequences or a packed one
+        return shift[:, None]
+    if cu is None:
+        return torch.cat([shift[:, None], x[:, :-1]], dim=1)
+    moved = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+    return moved.index_copy(1, torch.tensor(cu[:-1], device=x.device), shift[None])
+
+
+def last_tokens(x: Tensor, cu: Boundaries | None) -> Tensor:
+    """The last token of each sequence: [B, 1, C], packed [1, S, C]."""
+    return x[:, -1:] if cu is None else x[:, [end - 1 for end in cu[1:]]]
+
+
+def carry(x: Tensor, cu: Boundaries | None) -> Tensor:
+    """What the token shift keeps of x [B, T, C]: the last vector of each sequence, [S, C] float32.
+
+    Exact for 16-bit activations, so a carried state continues as if it had not been cut.
+    """
+    last = last_tokens(x, cu).reshape(-1, x.shape[-1])
+    wide = widen(last)
+    return wide.clone() if wide is last and cu is None and x.shape[1] > 1 else wide  # a view would keep all of x
+
+
+def group_norm(y: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Norm over each head, in y's dtype: [B, T, H, N] -> [B, T, H*N]."""
+    batch, tokens, heads, size = y.shape
+    weight, bias = norm.weight.to(y.dtype), norm.bias.to(y.dtype)
+    flat = F.group_norm(y.reshape(batch * tokens, heads * size), heads, weight, bias, norm.eps)
+    return flat.reshape(batch, tokens, heads * size)
+
+
+def count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many blocks a checkpoint holds; none may be missing in between."""
+    found = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
+    missing = sorted(set(range(len(found))) - found)
+    if missing:
+        raise InputError(f"blocks.{missing[0]} is missing")
+    return len(found)
+
+
+def check_heads(config: Any) -> None:
+    """InputError unless the attention's channels make whole heads."""
+    if config.head_size < 1 or config.dim_att % config.head_size:
+        raise InputError(f"{config.dim_att} attention channels do not divide into heads of {config.head_size}")
+
+
+class Network(nn.Module):
+    """What files and training need of any model, of text or of pictures.
+
+    A model's file defines `forward`, `init_weights` and `param_groups`.
+    """
+
+    name: ClassVar[str]  # "rwkv7"
+    Config: ClassVar[Any]
+    ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
+    unseen: ClassVar[tuple[str, ...]] = ()  # settings that the tensors of a checkpoint do not show
+    quantization: str | None = None  # "int8" or "int4" once its matrices are packed
+    gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
+    state_tuning = False  # only the initial state is trained, see `Model.tune_state`
+    adapted_from: str | None = None  # with adapters beside its matrices: the fingerprint it had without (adapters/)
+    sharded = False  # every process holds a piece of each parameter, and all must call the model together
+    config: Any
+    init_weights: Callable[[], None]
+    param_groups: Callable[[float, float], list[dict]]  # lr, weight_decay
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whose states fit: 16 digits for the configuration, 16 for the weights."""
+        if self._fingerprint is None:
+            self._fingerprint = self._taken()
+        return self._fingerprint
+
+    @constant_to_the_compiler  # it cannot look into a hash, and need not
+    def _taken(self) -> str:
+        # no process has all the weights of a model in pieces, so that the configuration alone must do
+        return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As in any module; other weights have another fingerprint."""
+        self._fingerprint = None
+        return super().load_state_dict(*args, **options)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in any module; leaving the training mode takes a new fingerprint, for the weights may have moved."""
+        if self.training and not mode:
+            self._fingerprint = None
+        return super().train(mode)
+
+    def through(self, block: nn.Module, *inputs: Any) -> Any:
+        """What a block makes of its inputs."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class Model(Network):
+    """The base of every generation: what a caller hands in is checked here, once.
+
+    A generation's time mix defines `initial_wkv`.
+    """
+
+    affine: ClassVar[bool] = True  # what a text leaves and reads of a state are affine in it (sequence_parallel.py)
+    unseen = ("ln_x_eps",)
+    uses_native = True  # the C++ step may take the place of the modules, see `native_step`
+    emb: nn.Embedding
+    blocks: Any  # a ModuleList of the generation's Block
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self._step: native_step.Step | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: everything but the addresses of this one's weights."""
+        return self.__dict__ | {"_step": None}
+
+    def tune_state(self) -> Model:
+        """Itself, from now on with the initial state as its only trained parameter: `att.time_state`, which a model
+        without one gets as zeros. The frozen weights stay the memory they are."""
+        self.requires_grad_(False)
+        for name, shape in self.time_states().items():
+            att = self.blocks[int(name.split(".")[1])].att
+            if att.time_state is None:
+                att.time_state = nn.Parameter(self.emb.weight.new_zeros(shape))
+            att.time_state.requires_grad_(True)
+        self.config = replace(self.config, time_state=True)
+        self.state_tuning = True
+        return self
+
+    def time_states(self) -> dict[str, torch.Size]:
+        """Names and shapes of the parameters of a tuned initial state, whether this model has one or not."""
+        with torch.device("meta"):
+            tuned = type(self)(replace(self.config, time_state=True))
+        return {name: p.shape for name, p in tuned.named_parameters() if name.endswith(".time_state")}
+
+    def initial_state(self, rows: int = 1, time_states: Mapping[str, Tensor] | None = None) -> State:
+        """The state of `rows` sequences that have read nothing: zeros, or the tuned state of a checkpoint that
+        carries one (`att.time_state`), through which gradients flow. `time_states` are taken in place of the model's
+        own, by name."""
+        layers = []
+        for i, block in enumerate(self.blocks):
+            wkv = block.att.initial_wkv(time_states and time_states[f"blocks.{i}.att.time_state"])
+            att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
+            layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
+        return State(layers, self.fingerprint)
+
+    def native_step(self, tokens: Tensor, cu: Boundaries | None) -> native_step.Step | None:
+        """The C++ that does the forward of these tokens, or None where the plain model must (native_step.py says when).
+
+        Where PyTorch has fast products a pack is the plain model's: who else is in it must not decide, by the number
+        of tokens, which of the two reads a prompt.
+        """
+        if not self.uses_native or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        rows = tokens.numel()
+        if self.quantization is None and native_step.fast_in_torch(self.emb.weight.dtype):
+            fits = rows <= native_step.ROWS and cu is None
+        else:
+            fits = rows <= native_step.MOST_ROWS or (cu is None and len(tokens) <= native_step.MOST_ROWS)
+        if not fits or self.sharded or isinstance(cu, Spread):
+            return None
+        if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        if self._step is None or not self._step.holds():
+            self._step = native_step.Step(self)
+        return self._step if self._step.runs() else None
+
+    def is_plain(self) -> bool:
+        """Whether it is made of the modules that its class makes, packed matrices apart: no adapters, no surgery."""
+        with torch.device("meta"):
+            made = type(self)(self.config)
+        kinds = {name: (Linear, PackedLinear) if type(m) is Linear else (type(m),) for name, m in made.named_modules()}
+        found = dict(self.named_modules())
+        return kinds.keys() == found.keys() and all(type(found[name]) in kind for name, kind in kinds.items())
+
+    def enter(
+        self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
+    ) -> tuple[State, Boundaries | None]:
+        """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            what = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
+            raise InputError(f"tokens must be integers (int64 or int32) [B, T] with T >= 1, got {what}")
+        if not torch.compiler.is_compiling() and not tokens.is_meta:
+            ids = tokens.flatten().tolist()
+            low, high = min(ids), max(ids)
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise InputError(f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}")
+        cu: Boundaries | None = boundaries(cu_seqlens, *tokens.shape)
+        if isinstance(cu_seqlens, Spread):
+            if not self.affine:
+                raise InputError(
+                    f"{self.name} cannot be spread over processes: what it reads of its state does not add up"
+                )
+            cu = cu_seqlens
+        rows = tokens.shape[0] if cu is None else len(cu) - 1
+        if state is None:
+            return self.initial_state(rows), cu
+        # in training the weights move under a carried state, so that only the configuration must agree
+        digits = 16 if self.training else 32
+        if state.fingerprint[:digits] != self.fingerprint[:digits]:
+            raise InputError("this state belongs to another model")
+        if state.rows != rows:
+            raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
+        if self._step is not None and state is self._step.left[0] and tokens.device.type == "cpu":
+            return state, cu  # nobody has touched it since it was made
+        first = state.layers[0]
+        shift = (rows, self.config.n_embd)
+        fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == first.ffn_shift.shape == shift
+        if not fits or not first.wkv.is_floating_point():
+            raise InputError("this state is damaged: its tensors do not fit the model")
+        if first.wkv.device != tokens.device:
+            raise InputError(f"the state is on {first.wkv.device}, the tokens on {tokens.device}: move it with .to()")
+        return state, cu
+
+
+def in_their_place(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
+    """While it is entered (`with`), `vectors` [B, T, C] are what the embedding makes of `tokens` [B, T]. The C++ step
+    does not run for a model that has hooks."""
+    vectors = vectors.to(model.emb.weight.dtype)
+    # of these tokens only: another thread may be reading its own
+    return model.emb.register_forward_hook(lambda _, given, made: vectors if given[0] is tokens else made)
+
+
+def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
+    """See `Model.fingerprint`; `tensors` in the dtype of the file, so that a model loaded in float32 and in
+    bfloat16 from one file shares its states, as does a bfloat16 copy of the file. The first 64 numbers of every
+    tensor enter, in whatever shape; a tuned initial state does not, so that a state-tuned model shares its states
+    with the model it came from."""
+    sizes = {field: value for field, value in asdict(config).items() if field not in ("time_state", "deep_rank")}
+    if getattr(config, "deep_rank", 0):  # RWKV-7 keeps the fingerprints that it had before there was a 7a
+        sizes["deep_rank"] = config.deep_rank
+    kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
+    weights = hashlib.sha256()
+    for key in sorted(tensors):
+        if not key.endswith(".time_state") and not tensors[key].is_meta:
+            weights.update(key.encode() + sample(tensors[key]).numpy().tobytes())
+    return kind.hexdigest()[:16] + weights.hexdigest()[:16]
+
+
+def sample(x: Tensor) -> Tensor:
+    """What of a tensor enters a fingerprint, float32; a fingerprint of samples is that of the tensors."""
+    return x.detach().reshape(-1)[:64].bfloat16().float().cpu()

@@ -1,0 +1,180 @@
+"""The step of a model in C++: few tokens, no gradients, one call for the whole model.
+
+`rwkv7.cpp` is to `rwkv7.py` what a kernel is to an operator: the same numbers to float32 round-off, without what
+Python and dispatching cost and with every weight read once for all rows. A matrix of 16-bit or packed weights
+multiplies activations of its own precision (ops/matmul.h); all else is float32, logits included.
+
+The plain model is what counts: the step takes over only while it sees exactly the modules and tensors it was made
+for, and nobody listens to them with hooks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..memory import Pool
+from ..ops import build, packed
+from .state import LayerState, State
+
+ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
+MOST_ROWS = 512  # where PyTorch has no fast products; longer inputs are read in pieces
+HEAD = 512  # the largest head that the C++ has room for
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # the last of packed weights
+
+
+class _Tensor(ctypes.Structure):  # Tensor in ops/matmul.h
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "scales", "dtype", "rows", "columns", "table")]
+
+
+class _Call(ctypes.Structure):  # Call in native_step.h
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("model", "layers")),
+        *((name, ctypes.c_int64) for name in ("layer_count", "threads", "rows", "sequences")),
+        *((name, ctypes.c_int64) for name in ("channels", "attention", "heads", "hidden", "vocabulary")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "starts", "entering", "att_shift", "wkv", "ffn_shift")),
+        ("logits", ctypes.c_void_p),
+        ("last_only", ctypes.c_int64),
+        ("ln_x_eps", ctypes.c_double),
+    ]
+
+
+def fast_in_torch(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies many rows in this dtype as fast as this processor can: float16 seldom, bfloat16 with
+    AVX-512 or AMX; with AVX2 alone it is 5 times slower than float32."""
+    return dtype != torch.float16 and (dtype != torch.bfloat16 or build.best_level() != "avx2")
+
+
+def source(name: str) -> Path:
+    """The C++ of a model's step."""
+    return Path(__file__).parent / f"{name}.cpp"
+
+
+class Step:
+    """The step of one model: where its weights are, and what must stay true for that to hold."""
+
+    def __init__(self, model: Any):
+        self.modules = list(model.modules())
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.addresses = [x.data_ptr() for x in self.tensors]
+        self.parts = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules) if part]
+        self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
+        self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.own = [m.__dict__ for m in self.modules[1:]]
+        # The state that left last and where its tensors lie: it enters next as a rule, and a hundred small tensors take
+        # longer to look at than the layers of a small model to compute. A pair, for threads share the step.
+        self.left: tuple[State | None, list[int]] = (None, [])
+        config = model.config
+        head = getattr(config, "head_size", 0)
+        fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
+        self.library = build.library(source(model.name)) if fits and head <= HEAD and model.is_plain() else None
+        if self.library is None:
+            return
+        self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
+        self.layer_count = config.n_layer
+        self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
+        self.states, self.logits = Pool(), Pool()
+        named = dict(chain(model.named_parameters(), model.named_buffers()))
+        self.model = self._table(named, self.library.model_names, "")
+        layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
+        self.layers = (_Tensor * (len(layers) * len(layers[0])))(*chain.from_iterable(layers))
+
+    @staticmethod
+    def _table(named: dict[str, Tensor], names: Any, prefix: str) -> Any:
+        """Tensors in the order of the names that the library tells; one that a layer has not is all zeros."""
+        names.restype = ctypes.c_char_p
+        wanted = names().decode().split()
+        table = (_Tensor * len(wanted))()
+        for place, name in enumerate(wanted):
+            x = named.get(prefix + name)
+            if x is None:
+                continue
+            if x.dtype == torch.uint8:
+                scales = named[prefix + name.removesuffix("weight") + "scales"]
+                table[place] = _Tensor(*packed.describe(x, scales, len(x) * packed.TILE))
+            else:
+                columns = x.shape[-1]
+                dtype = build.DTYPES.index(x.dtype)
+                table[place] = _Tensor(x.data_ptr(), 0, dtype, x.numel() // columns, columns, 0)
+        return table
+
+    def holds(self) -> bool:
+        """Whether the model is still the one that this step was made for."""
+        found = chain.from_iterable(map(dict.values, self.parts))
+        same = all(map(is_, self.objects, found)) and next(found, None) is None
+        return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
+
+    def runs(self) -> bool:
+        """Whether there is C++ for this model and nobody has put anything in between."""
+        return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
+
+    def shapes(self, sequences: int) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors of a layer's state."""
+        channels, attention, heads, *_ = self.sizes
+        size = attention // heads if heads else 0
+        wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
+        return (sequences, channels), wkv, (sequences, channels)
+
+    def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
+        """As the model's forward: logits float32 and the new state."""
+        batch, length = tokens.shape
+        if batch * length > MOST_ROWS:
+            return self._in_pieces(tokens, state, last_only)
+        tokens = tokens.to(torch.int64).contiguous()
+        starts = cu or range(0, batch * length + 1, length)
+        sequences = len(starts) - 1
+        one = self.shapes(sequences)
+        left, pointers = self.left
+        if state is not left:
+            entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
+            if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
+                raise InputError("this state is damaged: its tensors do not fit the model")
+            pointers = [x.data_ptr() for layer in entering for x in layer]
+        count = self.layer_count
+        sizes = [count * math.prod(shape) for shape in one]
+        room = self.states.room(sum(sizes)).split(sizes)
+        leaving = LayerState(*(x.view(count, *shape) for x, shape in zip(room, one, strict=True)))
+        shape = (1, sequences) if cu else (batch, 1 if last_only else length)
+        if cu and not last_only:
+            shape = (1, length)
+        logits = self.logits.room(math.prod(shape) * self.sizes[-1]).view(*shape, -1)
+        call = _Call(
+            ctypes.addressof(self.model),
+            ctypes.addressof(self.layers),
+            count,
+            torch.get_num_threads(),
+            tokens.numel(),
+            sequences,
+            *self.sizes,
+            tokens.data_ptr(),
+            ctypes.addressof(begin := (ctypes.c_int64 * len(starts))(*starts)),
+            ctypes.addressof(pointer := (ctypes.c_int64 * len(pointers))(*pointers)),
+            *(x.data_ptr() for x in leaving),
+            logits.data_ptr(),
+            last_only,
+            self.ln_x_eps,
+        )
+        assert self.library is not None
+        self.library.step(ctypes.byref(call))
+        del begin, pointer  # the call has read them
+        left = State.of_stacks(leaving, state.fingerprint)
+        addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]
+        self.left = left, list(chain.from_iterable(zip(*addresses, strict=True)))
+        return logits, left
+
+    def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:
+        """Along time, with the state carried on."""
+        logits: list[Tensor] = []
+        for piece in tokens.split(MOST_ROWS // len(tokens), dim=1):
+            found, state = self(piece, state, None, last_only)
+            logits = [found] if last_only else [*logits, found]
+        return torch.cat(logits, 1), state

@@ -1,0 +1,131 @@
+"""Pictures read by a language model, the one-to-many of RNNs: a picture becomes a state, a text goes on from it.
+
+What is special about it:
+- Vision-RWKV's features of the patches, projected, stand in place of the rows of the embedding that tokens would choose
+- the language model, of any generation, stays what it is: what it made of the picture is an ordinary state of its own,
+  to generate from, to chat from, to branch and to save
+- which of the three parts learn is said by their parameters' requires_grad
+Source: the projection of LLaVA (arXiv 2304.08485), which VisualRWKV (arXiv 2406.13362) took to RWKV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import InputError
+from ...files import replacing
+from ..base import Model, Network, fingerprint, in_their_place, widen
+from ..state import State
+from . import VisionModel
+
+FORMAT = "heronry.captioner"
+
+
+class Captioner(nn.Module):
+    """`logits, state = captioner(images, tokens)`: the language model's, of tokens [B, T] that follow a picture each.
+
+    Attributes:
+        vision, language, projection: what it is made of; the head of `vision` is not used.
+    """
+
+    def __init__(self, vision: VisionModel, language: Model):
+        super().__init__()
+        if getattr(language.config, "deep_rank", 0):
+            raise InputError("RWKV-7a (DeepEmbed) has a matrix for each token id and cannot read pictures")
+        self.vision, self.language = vision, language
+        like = vision.pos_embed
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        # its scale does not matter: the language model's ln0 follows
+        self.projection = nn.Linear(vision.num_features, language.config.n_embd, device=like.device, dtype=dtype)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What the language model reads of pictures [B, 3, height, width]: a vector a patch, row by row, [B, T, C]."""
+        features = self.vision.forward_features(images).flatten(2).transpose(1, 2)
+        return self.projection(features.to(self.projection.weight.dtype))
+
+    def look(self, images: Tensor, state: State | None = None) -> State:
+        """The language model's state after a picture, a row for each; going on from `state`, a row for each or one for
+        all, or from nothing. Gradients flow through it."""
+        vectors = self.embed(images)
+        tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
+        if state is not None and len(state) == 1:
+            state = state[[0] * len(images)]
+        with in_their_place(self.language, tokens, vectors):
+            return self.language(tokens, state, last_only=True)[1]
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, *, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, State]:
+        """As the language model's forward, after looking at the pictures; packed, the i-th text follows picture i."""
+        return self.language(tokens, self.look(images), cu_seqlens=cu_seqlens)
+
+    def loss(self, images: Tensor, captions: Sequence[Sequence[int]], given: int = 1) -> Tensor:
+        """The mean cross entropy of the captions' tokens, in nats.
+
+        Args:
+            images: [B, 3, height, width].
+            captions: token ids, of any lengths; what generation ends with belongs to them.
+            given: the first so many of each are read and not learned: the prompt that will ask for a caption.
+        """
+        if given < 1 or min(map(len, captions), default=0) <= given:
+            raise InputError(f"a caption needs a token given at least and one to learn; {given} were to be given")
+        cu = [0, *accumulate(len(ids) - 1 for ids in captions)]
+        device = self.projection.weight.device
+        tokens = torch.tensor([*chain.from_iterable(ids[:-1] for ids in captions)], device=device)
+        targets = [[-100] * (given - 1) + list(ids[given:]) for ids in captions]  # -100: counts in no loss
+        logits, _ = self(images, tokens[None], cu_seqlens=cu)
+        return F.cross_entropy(widen(logits[0]), torch.tensor([*chain.from_iterable(targets)], device=device))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the projection as a safetensors file (atomically), with the fingerprints of the two models it stands
+        between. These are saved as all models are, and one that was frozen need not be."""
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.projection.state_dict().items()}
+        with replacing(Path(path).expanduser()) as part:
+            save_file(tensors, part, metadata={"format": FORMAT, **self._belongs()})
+
+    @classmethod
+    def load(cls, path: str | Path, vision: VisionModel, language: Model) -> Captioner:
+        """The captioner of a projection's file and of the two models it was saved with, in eval mode.
+
+        Raises:
+            InputError: no such file, a damaged one, something else, or other models.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        captioner = cls(vision, language)
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dictionary
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged or truncated ({error})") from error
+        if about.get("format") != FORMAT:
+            raise InputError(f"{path}: not a captioner's projection")
+        for part, its in captioner._belongs().items():
+            if about.get(part) != its:
+                raise InputError(f"{path}: belongs to another {part} model")
+        try:
+            captioner.projection.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise InputError(f"{path}: its tensors do not fit the models") from error
+        return captioner.eval()
+
+    def _belongs(self) -> dict[str, str]:
+        return {"vision": _as_it_is(self.vision), "language": _as_it_is(self.language)}
+
+
+def _as_it_is(model: Network) -> str:
+    """The fingerprint of the weights of this moment, which training may have moved; packed ones have that of the file
+    they came from and cannot move."""
+    if model.quantization is not None:
+        return model.fingerprint
+    return fingerprint(model.name, model.config, dict(model.named_parameters()))

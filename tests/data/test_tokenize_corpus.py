@@ -1,0 +1,444 @@
+"""`heronry data` as a user meets it: every kind of source, stopped on its way, conversations that a chat can use."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from heronry import LLM, RWKV7, InputError, cli
+from heronry.cli.data import Dialogue
+from heronry.data import sources, tokenize_corpus
+from heronry.data.batching import Documents, collate
+from heronry.data.token_file import TokenFile
+from heronry.data.tokenize_corpus import prepare
+from heronry.engine.llm import BUNDLED
+from heronry.models import RWKV7Config
+from heronry.text.chat_templates import TEMPLATES
+from heronry.text.tokenizers import load_tokenizer
+
+ENDINGS = (".bin", ".idx", ".mask", ".json")
+TALK = [
+    {"role": "user", "content": "Hi,\n\nwho are you?"},
+    {"role": "assistant", "content": "A rook.\n\nAnd you?"},
+    {"role": "user", "content": "A crow."},
+    {"role": "assistant", "content": "Hello, crow!"},
+]
+
+
+@pytest.fixture
+def heronry(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def texts(count: int, words: int = 60, seed: int = 0) -> list[str]:
+    source = random.Random(seed)
+    vocabulary = ["rook", "crow", "nest", "grey", "élan", "鳥", "said.", "Then\nit", "\n\n", "flew", "", "away"]
+    return ["A " + " ".join(source.choices(vocabulary, k=source.randint(1, 2 * words))) for _ in range(count)]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
+    return path
+
+
+def contents(prefix: Path) -> dict[str, bytes]:
+    """The files of a prefix, without the name of their folder."""
+    found = {ending: prefix.with_name(prefix.name + ending) for ending in ENDINGS}
+    return {ending: path.read_bytes() for ending, path in found.items() if path.is_file()}
+
+
+def decoded(prefix: Path, tokenizer: str = "bytes") -> list[str]:
+    file, known = TokenFile(prefix), load_tokenizer(tokenizer)
+    return [known.decode(file.document(d).tolist()) for d in range(len(file))]
+
+
+def test_lines_folders_and_globs(tmp_path, heronry):
+    written = texts(40)
+    folder = tmp_path / "texts"
+    (folder / "inner").mkdir(parents=True)
+    write_lines(folder / "a.jsonl", [{"text": text, "body": "x"} for text in written[:10]])
+    write_lines(folder / "b.jsonl.gz", [{"text": text} for text in [*written[10:20], ""]])  # "" is no document
+    (folder / "inner" / "c.txt").write_text(written[20], encoding="utf-8")
+    (folder / "readme.md").write_text("not a source")
+    with open(folder / "a.jsonl", "a") as file:
+        file.write("\n  \n")
+    out = tmp_path / "made" / "x"
+    code, printed, told = heronry("data", folder, "-o", out, "--tokenizer", "bytes")
+    assert (code, printed) == (0, "")
+    size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
+    tokens = sum(len(text.encode()) for text in written[:21])
+    assert f"21 documents, {tokens:,} tokens of {size:,} bytes" in told
+    assert "tokens/s" in told
+    assert decoded(out) == written[:21]
+    about = json.loads(out.with_name("x.json").read_text())
+    assert (about["tokenizer"], about["vocab_size"], about["end_of_text"]) == ("bytes", 256, None)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.bin", "x.idx", "x.json"]
+    heronry("data", folder / "*.jsonl", folder / "**/*.txt", "-o", tmp_path / "y", "--tokenizer", "bytes")
+    assert decoded(tmp_path / "y") == written[:10] + written[20:21]
+    heronry("data", folder / "a.jsonl", "-o", tmp_path / "z", "--tokenizer", "bytes", "--key", "body")
+    assert decoded(tmp_path / "z") == ["x"] * 10
+
+
+def test_parquet_and_data_sets(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+    written = texts(700, 10)
+    table = pyarrow.table({"number": list(range(700)), "text": written})
+    (tmp_path / "hub").mkdir()
+    parquet.write_table(table, tmp_path / "hub" / "train.parquet", row_group_size=300)
+    datasets.Dataset(table).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(tmp_path / "dict")
+    talks = pyarrow.table({"messages": [TALK, TALK[:2]]})
+    parquet.write_table(talks, tmp_path / "talks.parquet")
+    datasets.Dataset(talks).save_to_disk(tmp_path / "talks")
+    names = [
+        str(tmp_path / "hub/train.parquet"),
+        str(tmp_path / "set"),
+        str(tmp_path / "dict"),
+        f"hf://{tmp_path}/hub:train",
+    ]
+    for name in names:
+        found = sources.find([name])
+        records = list(sources.read(found))
+        assert [record.content for record in records] == written
+        for at in (0, 255, 299, 300, 650, 699):  # and from every place
+            rest = list(sources.read(found, start=records[at].place))
+            assert rest == records[at + 1 :]
+    for name in ("talks.parquet", "talks"):
+        assert [record.content for record in sources.read(sources.find([str(tmp_path / name)]))] == [TALK, TALK[:2]]
+    with pytest.raises(InputError, match=r"train.parquet: has no column 'words' nor 'messages'"):
+        list(sources.read(sources.find(names[:1]), key="words"))
+    with pytest.raises(InputError, match=r"^hf://.*nowhere"):
+        list(sources.read(sources.find([f"hf://{tmp_path}/nowhere"])))
+    for module, name in (("pyarrow", names[0]), ("datasets", names[1])):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(InputError, match=f"pip install {module}"):
+            list(sources.read(sources.find([name])))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "world", str(BUNDLED / "tokenizer.json")])
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, tokenizer):
+    text = "\n".join(texts(100))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    write_lines(tmp_path / "b.jsonl", [{"text": text}])
+    monkeypatch.setattr(sources, "PIECE", 999)
+    monkeypatch.setattr(tokenize_corpus, "PIECE", 999)
+    assert len(list(sources.read(sources.find([str(tmp_path / "a.txt")])))) > 20
+    for name in ("a.txt", "b.jsonl"):
+        prepare([str(tmp_path / name)], tmp_path / "x", tokenizer, restart=True)
+        known = load_tokenizer(tokenizer)
+        file = TokenFile(tmp_path / "x")
+        assert len(file) == 1
+        assert file.document(0).tolist() == known.encode(text) + sorted(known.stop_ids)[:1]
+    (tmp_path / "c.txt").write_text("鳥" * 5000, encoding="utf-8")  # not a line in it
+    prepare([str(tmp_path / "c.txt")], tmp_path / "x", "bytes", restart=True)
+    assert decoded(tmp_path / "x") == ["鳥" * 5000]
+
+
+def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 400)
+    monkeypatch.setattr(tokenize_corpus, "PIECE", 400)
+    monkeypatch.setattr(tokenize_corpus, "CHUNK", 900)
+    (tmp_path / "a.txt").write_text("\n".join(texts(8)), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("x" * 1200)  # pieces end exactly where it does
+    write_lines(tmp_path / "c.jsonl", [{"text": text} for text in texts(30)])
+    write_lines(tmp_path / "d.jsonl.gz", [{"messages": TALK}, *({"text": text} for text in texts(30, seed=1))])
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl.gz")]
+    options = {"render": Dialogue(TEMPLATES["world"], False), "template": "world", "holdout": 0.2}
+    prepare(paths, tmp_path / "once" / "x", "bytes", **options)
+
+    class Stop(BaseException):
+        pass
+
+    stops = 0
+    for note in (0.0, 100.0):  # a note after every chunk, or only when it stops
+        monkeypatch.setattr(tokenize_corpus, "NOTE", note)
+        out = tmp_path / f"often {note}" / "x"
+        while True:
+            calls = 0
+
+            def tell(done, standing):
+                nonlocal calls
+                calls += 1
+                if calls == 3:
+                    raise Stop
+
+            try:
+                prepare(paths, out, "bytes", **options, tell=tell)
+                break
+            except Stop:
+                stops += 1
+                with open(out.with_name("x.bin.part"), "ab") as file:
+                    file.write(b"what came after the last note")
+        for name in ("x", "x-eval"):
+            assert contents(out.with_name(name)) == contents(tmp_path / "once" / name)
+        assert not list(out.parent.glob("*.part"))
+        assert not list(out.parent.glob("*progress*"))
+    assert stops > 20
+    kept, held = (TokenFile(tmp_path / "once" / name) for name in ("x", "x-eval"))
+    assert (len(kept), len(held)) == (51, 12)  # 63 documents, every fifth
+    assert held.document(0).tobytes() == np.frombuffer(texts(30)[2].encode(), np.uint8).astype(np.uint16).tobytes()
+
+
+def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(6_000)])
+    script = "from heronry.train import preparing; preparing.SMALL, preparing.NOTE = 0, 0.2; "
+    script += "from heronry.cli.app import main; main()"  # workers and notes as a longer run has them
+    options = ["data", str(source), "--tokenizer", str(BUNDLED), "--holdout", "0.1"]
+    out = tmp_path / "x"
+    notes = tmp_path / "x.progress.json"
+
+    def standing() -> int:
+        return json.loads(notes.read_text())["standing"]["documents"] if notes.exists() else 0
+
+    before = 0
+    for sent, workers in ((signal.SIGKILL, 2), (signal.SIGINT, 1)):
+        command = [sys.executable, "-c", script, *options, "-o", str(out), "--workers", str(workers)]
+        # shells let what they start in the background ignore Ctrl-C, and children inherit that
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=heed) as process:
+            while standing() <= before:
+                assert process.poll() is None
+                time.sleep(0.02)
+            children = psutil.Process(process.pid).children(recursive=True)
+            assert len(children) >= workers or workers == 1
+            process.send_signal(sent)
+            told = process.stderr.read().decode()
+        assert not (tmp_path / "x.bin").exists()
+        if sent == signal.SIGINT:
+            assert process.returncode == 130
+            assert told == "heronry: stopped; the same command goes on from here\n"
+        _, alive = psutil.wait_procs(children, 10)
+        assert not alive
+        assert standing() > before
+        before = standing()
+    assert 0 < before < 6_000
+    seen = []
+    sources = [str(source)]
+    prepare(sources, out, BUNDLED / "tokenizer.json", holdout=0.1, tell=lambda done, standing: seen.append(standing))
+    assert seen[0].documents == before
+    prepare(sources, tmp_path / "y", BUNDLED / "tokenizer.json", holdout=0.1)  # in one go, by one process
+    for name in ("", "-eval"):
+        one, other = contents(tmp_path / f"x{name}"), contents(tmp_path / f"y{name}")
+        assert one.pop(".json").replace(b"x.tokenizer", b"y.tokenizer") == other.pop(".json")
+        assert one == other
+    assert TokenFile(out).tokenizer_file == tmp_path / "x.tokenizer.json"
+    assert (tmp_path / "x.tokenizer.json").read_bytes() == (BUNDLED / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_memory_is_not_that_of_the_texts(tmp_path):
+    line = (json.dumps({"text": " ".join(texts(20))}) + "\n").encode()
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
+        for _ in range(60 * 2**20 // len(line)):
+            file.write(line)
+    (tmp_path / "b.txt").write_bytes(b"a line of it\n" * (40 * 2**20 // 13))
+    (tmp_path / "c.txt").write_text("warm\n" * 1000)
+    script = """
+import re, sys
+from pathlib import Path
+from heronry.data.tokenize_corpus import prepare
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+for source in sys.argv[1:]:
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    prepare([source], "x", "bytes", restart=True)
+    print((memory("VmHWM") - before) / 1024)
+"""
+    command = [sys.executable, "-c", script, "c.txt", "a.jsonl.gz", "b.txt"]
+    grown = [float(word) for word in subprocess.check_output(command, cwd=tmp_path).split()]
+    assert max(grown) < 30, grown  # MiB; the smaller text alone has 40
+
+
+@pytest.mark.parametrize("name", ["raven", "world", "g1", "story", "g1-fast-think"])
+def test_conversations_as_a_template_shows_them(name):
+    """What the loss counts is what a chat must be answered with, up to where it stops listening."""
+    template = TEMPLATES[name]
+    for marked in (True, False):
+        pieces = Dialogue(template, marked)([{"role": "system", "content": "Be a bird. "}, *TALK])
+        text = "".join(piece for piece, _ in pieces)
+        counted = "".join(piece[:n] + "|" * (n > 0) for piece, n in pieces).split("|")
+        first = "A rook.\nAnd you?" if name == "raven" else "A rook.\n\nAnd you?"
+        begins = {"raven": "Bob: Hi,\nwho are you?\n\nAlice:", "story": "User: Hi,\n\nwho are you?\n\nAssistant:"}
+        begin = begins.get(name, "User: Hi,\nwho are you?\n\nAssistant:")
+        think, answer = (" <think>\n</think", ">\n") if name == "g1-fast-think" else ("", " ")
+        opening = "System: Be a bird.\n\n" if name.startswith("g1") else "Be a bird.\n\n"
+        assert text.startswith(f"{opening}{begin}{think}{answer}{first}\n\n")
+        stop = template.stops[0]
+        assert "".join(counted[:-2]) == f"{answer}{first}{stop}"
+        assert counted[-2] == f"{answer}Hello, crow!{'' if marked else stop}"
+
+
+def test_thinking_and_bad_conversations():
+    think = Dialogue(TEMPLATES["g1-think"], True)
+    talk = [TALK[0], {"role": "assistant", "content": "<think>Hm.</think>Me."}]
+    assert think(talk)[1] == (">Hm.</think>Me.", 15)
+    for messages, said in [
+        (TALK[:2], "an answer does not begin with '<think'"),
+        ([TALK[0]], "not of user and assistant in turn"),
+        (TALK[1:], "not of user and assistant in turn"),
+        ([TALK[0], TALK[0]], "not of user and assistant in turn"),
+        ([TALK[0], {"role": "assistant"}], "a message has no role or no content"),
+        ([TALK[0], {"role": "assistant", "content": " \n"}], "an answer is empty"),
+        ([{"role": "user", "content": ""}, TALK[1]], "the message is empty"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            think(messages)
+    world = Dialogue(TEMPLATES["world"], True)
+    assert world(TALK[:3]) == world(TALK[:2])  # what nobody answered teaches nothing
+
+
+@pytest.fixture
+def alone():
+    """One thread: two of a model so small wait for each other, and long where other work is running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("name", "tokenizer"), [("raven", "bytes"), ("world", str(BUNDLED / "tokenizer.json"))])
+def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, name, tokenizer):
+    """From messages to `chat`: a model that knows two talks by heart says its lines, stops by itself, and was fed
+    the very ids that it learned from."""
+    talks = [TALK, [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."}]]
+    source = write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    known = load_tokenizer(tokenizer)
+    prepare(
+        [str(source)], tmp_path / "x", tokenizer, render=Dialogue(TEMPLATES[name], bool(known.stop_ids)), template=name
+    )
+    file = TokenFile(tmp_path / "x")
+    batch = collate([Documents(file, 1000).row(0)])
+    assert batch.cu_seqlens is not None
+    assert batch.mask is not None
+    torch.manual_seed(0)
+    model = RWKV7(RWKV7Config.sized(-(-file.vocab_size // 64) * 64, 2, 64, head_size=32))
+    model.init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(200):
+        logits, _ = model(batch.inputs, cu_seqlens=batch.cu_seqlens)
+        loss = torch.nn.functional.cross_entropy(logits[batch.mask], batch.targets[batch.mask])
+        if loss < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.01
+    llm = LLM(model.eval(), tokenizer=tokenizer)
+    llm.opening = file.notes["opening_tokens"]
+    fed: list[int] = []
+    from heronry.engine import chat as engine
+
+    original = engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda model, tokens, state: fed.extend(tokens[0]) or original(model, tokens, state)
+    )
+    for talk in talks:
+        chat = llm.chat(name)
+        fed.clear()
+        for question, answer in zip(talk[::2], talk[1::2], strict=True):
+            wanted = answer["content"].replace("\n\n", "\n") if name == "raven" else answer["content"]
+            assert chat.say(question["content"], temperature=0, presence_penalty=0, frequency_penalty=0) == wanted
+            # all that the model read, in the order of its training text, but for the answers that it made itself
+        pieces = [known.encode(piece) for piece, _ in Dialogue(TEMPLATES[name], bool(known.stop_ids))(talk)[::2]]
+        assert fed == [0, *(token for piece in pieces for token in piece)]
+
+
+def test_what_is_there_is_kept(tmp_path, heronry):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
+    out = tmp_path / "x"
+    words = ("data", source, "-o", out, "--tokenizer", "bytes")
+    assert heronry(*words)[0] == 0
+    before = contents(out)
+    code, _, told = heronry(*words)
+    assert (code, told) == (2, f"heronry: {out}.bin: is there already; replace it with --restart\n")
+    assert contents(out) == before
+    assert heronry(*words, "--restart", "--tokenizer", "world")[0] == 0
+    assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
+    # an unfinished run goes on with the options that it began with, or not at all
+    write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)] + [{"words": "x"}])
+    words = ("data", tmp_path / "b.jsonl", "-o", tmp_path / "y", "--tokenizer", "bytes")
+    assert heronry(*words) == (2, "", f"heronry: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
+    for other, named in ((("--holdout", "0.5"), "holdout"), (("--key", "words"), "key")):
+        code, _, told = heronry(*words, *other)
+        assert code == 2
+        assert f"y.progress.json: an unfinished run had other {named}; begin anew with --restart" in told
+    write_lines(tmp_path / "b.jsonl", [{"text": "changed"}])
+    assert "other sources" in heronry(*words)[2]
+    assert heronry(*words, "--restart")[0] == 0
+    assert decoded(tmp_path / "y") == ["changed"]
+    (tmp_path / "z.progress.json").write_text("{")
+    assert "z.progress.json: is damaged" in heronry(*words[:3], tmp_path / "z", *words[4:])[2]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
+    def file(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "model").mkdir()
+    file("model/config.json", b"{}")
+    good = file("good.jsonl", b'{"text": "a"}\n')
+    for words, said in [
+        ([tmp_path / "missing"], "missing: no such file or folder"),
+        ([tmp_path / "nothing"], "nothing: holds no .txt, .jsonl, .jsonl.gz, .parquet"),
+        ([file("a.pdf", b"x")], "a.pdf: is no .txt"),
+        ([file("a.jsonl", b'{"text": "a"}\n{"text": \n')], "a.jsonl, line 2: not JSON"),
+        ([file("b.jsonl", b'{"text": "a"}\n\n[1]\n')], "b.jsonl, line 3: not a JSON object"),
+        ([file("c.jsonl", b'{"text": 3}\n')], "c.jsonl, line 1: 'text' is neither a text nor a list of messages"),
+        ([file("d.jsonl", b'{"text": "\xff"}\n')], "d.jsonl, line 1: not JSON"),
+        ([file("e.jsonl", b'{"text": "\\ud800"}\n')], "e.jsonl, line 1: character 0 of the text is half"),
+        ([file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')], "f.jsonl, line 1: is a conversation: name a chat"),
+        ([tmp_path / "f.jsonl", "--template", "g1"], "f.jsonl, line 1: a message has no role or no content"),
+        ([file("a.txt", b"abc\xff")], "a.txt: is not UTF-8 at byte 3"),
+        ([file("a.jsonl.gz", b"abc")], "a.jsonl.gz: cannot be read to its end"),
+        ([file("b.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 9)[:-20])], "b.jsonl.gz: cannot be read to its end"),
+        ([file("empty.txt", b"")], "out: would be empty, there are 0 documents in the sources"),
+        ([good, "--holdout", "0.5"], "out-eval: would be empty, there are 1 documents"),
+        ([good, "--holdout", "0.6"], "must be above 0 and at most 0.5, got 0.6"),
+        ([good, "--workers", "0"], "at least one worker"),
+        ([good, "--template", "klingon"], "no chat template 'klingon'"),
+        ([good, "--tokenizer", tmp_path / "none.json"], "none.json: no such tokenizer file"),
+        ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: no such tokenizer file"),
+        ([good, "--tokenizer", tmp_path / "model"], "config.json: does not tell the size of a vocabulary"),
+    ]:
+        code, out, err = heronry("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")
+        assert (code, out) == (2, ""), words
+        assert said in err, words
+        assert err.startswith("heronry: "), words
+        assert err.count("\n") == 1, (words, err)
+    pytest.importorskip("pyarrow")
+    code, _, err = heronry("data", file("a.parquet", b"x" * 100), "-o", tmp_path / "out", "--restart")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a.parquet: damaged or not a .parquet" in err
+    assert not (tmp_path / "out.bin").exists()

@@ -1,0 +1,191 @@
+"""Text survives the round trip, and streaming gives what decoding at once gives, wherever the cut falls."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from heronry.errors import InputError
+from heronry.text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess, load_tokenizer
+
+SAMPLE = "Once upon a time there was a rook.\n\nUser: Où est-il ? 鳥は木の上です。 🐦‍⬛ ½\n" * 3
+TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé鳥🐦 \n\u200d\ufffd\x00")), max_size=40)
+
+
+def train(path: Path, size: int = 400) -> Path:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([SAMPLE], trainer)
+    backend.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer_json):
+    return {"bytes": ByteTokenizer(), "world": WorldTokenizer(), "hf": HFTokenizer(tokenizer_json)}
+
+
+def streamed(tokenizer, tokens):
+    stream = tokenizer.stream()
+    return "".join([stream.push(token) for token in tokens]) + stream.finish()
+
+
+@pytest.mark.parametrize("name", ["bytes", "world", "hf"])
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_round_trip_at_once_and_streamed(tokenizers, name, text):
+    assume("<|endoftext|>" not in text)  # written out it is the special token, see the next test
+    tokenizer = tokenizers[name]
+    tokens = tokenizer.encode(text)
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.decode(tokens) == text
+    assert streamed(tokenizer, tokens) == text
+
+
+def test_special_tokens_written_out_are_read_as_such(tokenizers):
+    hf = tokenizers["hf"]
+    [end] = hf.stop_ids
+    assert hf.encode("one<|endoftext|>two") == [*hf.encode("one"), end, *hf.encode("two")]
+    assert hf.decode(hf.encode("one<|endoftext|>two")) == "onetwo"
+
+
+@pytest.mark.parametrize("name", ["bytes", "world", "hf"])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_ids_stream_to_what_they_decode_to(tokenizers, name, data):
+    tokenizer = tokenizers[name]
+    tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    assert streamed(tokenizer, tokens) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("name", ["bytes", "world", "hf"])
+def test_a_cut_at_every_byte_never_shows_half_a_character(tokenizers, name):
+    tokenizer = tokenizers[name]
+    text = "a½鳥🐦 z"
+    if name == "world":
+        tokens = [1 + byte for byte in text.encode()]  # ids 1 to 256 are the bytes
+    elif name == "bytes":
+        tokens = list(text.encode())
+    else:  # the first ids after the special one are the byte alphabet, in the order of its letters
+        letters = {letter: byte for byte, letter in _byte_letters().items()}
+        ids = {letters[letter]: tokenizer._backend.token_to_id(letter) for letter in letters}
+        tokens = [ids[byte] for byte in text.encode()]
+    for cut in range(len(tokens) + 1):
+        stream = tokenizer.stream()
+        shown = "".join(stream.push(token) for token in tokens[:cut])
+        complete = text.encode()[:cut].decode(errors="ignore")
+        assert shown == complete
+        assert stream.whole == (complete.encode() == text.encode()[:cut])
+        shown += "".join(stream.push(token) for token in tokens[cut:]) + stream.finish()
+        assert shown == text
+        stream = tokenizer.stream()
+        assert "".join(stream.push(token) for token in tokens[:cut]) + stream.finish() == tokenizer.decode(tokens[:cut])
+
+
+def _byte_letters() -> dict[int, str]:
+    """How byte-level BPE writes each byte: printable ones as themselves, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def test_world_is_the_published_vocabulary(tokenizers):
+    world = tokenizers["world"]
+    assert world.vocab_size == 65530
+    assert world.encode("Hello\n\nUser: hi") == [33155, 261, 24281, 59, 4571]
+    assert world.encode("\n") == [11]
+    assert world.stop_ids == {0}
+
+
+def test_world_is_what_the_rwkv_package_makes_of_it(tokenizers):
+    utils = pytest.importorskip("rwkv.utils", reason="the PyPI package rwkv is the reference here")
+    theirs = utils.PIPELINE(None, "rwkv_vocab_v20230424").tokenizer
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x3040, 0x30FF)])) for _ in range(40))
+        assert tokenizers["world"].encode(text) == theirs.encode(text)
+
+
+def test_ids_without_a_text_decode_to_nothing(tokenizers):
+    assert tokenizers["world"].decode([0, 33155, 65535]) == "Hello"
+    assert tokenizers["bytes"].decode([72, 300]) == "H"
+    hf = tokenizers["hf"]
+    assert hf.decode([0, *hf.encode("rook"), 4000]) == "rook"
+    for tokenizer in tokenizers.values():
+        assert streamed(tokenizer, [65535]) == ""
+
+
+def test_end_of_text(tokenizers):
+    assert tokenizers["bytes"].stop_ids == frozenset()
+    assert tokenizers["hf"].stop_ids == {0}
+    assert tokenizers["hf"].encode("a<|endoftext|>")[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["bytes", "world", "hf"])
+def test_half_a_surrogate_pair_is_refused(tokenizers, name):
+    with pytest.raises(InputError, match=r"character 2 .* surrogate"):
+        tokenizers[name].encode("ab\ud800")
+
+
+def test_a_decoder_with_rules_of_its_own_streams_too(tmp_path):
+    backend = Backend(models.WordLevel({"▁the": 0, "▁rook": 1, "s": 2, ".": 3, "?": 4}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()  # drops the space in front of the first word only
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = HFTokenizer(tmp_path / "t.json")
+    assert tokenizer.decode([0, 1, 2, 3, 0]) == "the rooks. the"
+    assert streamed(tokenizer, [0, 1, 2, 3, 0]) == "the rooks. the"
+
+
+def test_load_by_name_and_by_file(tokenizer_json):
+    assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
+    assert isinstance(load_tokenizer("world", 65536), WorldTokenizer)
+    assert load_tokenizer(str(tokenizer_json)).encode("rook") == load_tokenizer(tokenizer_json.parent).encode("rook")
+    mine = ByteTokenizer()
+    assert load_tokenizer(mine, 256) is mine
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer_json):
+    with pytest.raises(InputError, match="world has 65530 ids, but the model has 256"):
+        load_tokenizer("world", 256)
+    with pytest.raises(InputError, match=r"tokenizer\.json has \d+ ids"):
+        load_tokenizer(tokenizer_json, 256)
+    with pytest.raises(InputError, match="ByteTokenizer has 256 ids"):
+        load_tokenizer(ByteTokenizer(), 255)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="no such tokenizer file"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InputError, match=r"bad\.json: not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "bad.json")
+
+
+def test_guess(tmp_path, tokenizer_json):
+    assert guess(256) == "bytes"
+    assert guess(65530) == guess(65536) == "world"
+    for size in (50277, 50304):
+        with pytest.raises(InputError, match=r"20B_tokenizer\.json.*tokenizer="):
+            guess(size, tmp_path)
+    with pytest.raises(InputError, match="vocabulary of 1000"):
+        guess(1000)
+    pile = tmp_path / "20B_tokenizer.json"
+    pile.touch()
+    assert guess(50277, tmp_path) == pile
+    assert guess(65536, tmp_path) == "world"  # a Pile tokenizer may lie beside World models
+    assert guess(400, tokenizer_json.parent) == tokenizer_json

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from heronry import LLM, load
 from heronry.checkpoint import save
+from heronry.data.image_dataset import Pictures
 from heronry.data.images import prepare
 from heronry.models import VRWKV
 from heronry.models.vision import VRWKVConfig
 from heronry.models.vision.captioner import Captioner
-from heronry.train.image_classification import Pictures
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PROMPT = "\n"  # what asks for a caption

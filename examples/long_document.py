@@ -2,9 +2,9 @@
 
     python examples/long_document.py enwik8 --out long-document
 
-The state is carried from row to row, gradients flow through `--through` rows of each step. Each length of document and
-of row is trained in a process of its own, which tells how much memory it took at most. For the speed, runs that differ
-in the length of their rows take turns in one process, with as many tokens in every turn.
+The state is carried from row to row, gradients flow through `--tbptt-chunks` rows of each step. Each length of document
+and of row is trained in a process of its own, which tells how much memory it took at most. For the speed, runs that
+differ in the length of their rows take turns in one process, with as many tokens in every turn.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def document(file: Path, tokens: int, folder: Path) -> Path:
 def make(args: argparse.Namespace, data: Path, context: int, name: str) -> Run:
     told = {
         "model": {"generation": args.generation, "n_layer": args.layers, "n_embd": args.width},
-        "data": {"train": str(data), "order": "carried", "ctx_len": context, "through": args.through},
+        "data": {"train": str(data), "order": "carried", "ctx_len": context, "tbptt_chunks": args.tbptt_chunks},
         "optim": {"lr": 1e-3},
         "run": {"out": str(args.out / name), "batch": 1, "precision": "float32", "sample_every": 0, "log_every": 1},
     }
@@ -52,12 +52,12 @@ def make(args: argparse.Namespace, data: Path, context: int, name: str) -> Run:
 def speeds(args: argparse.Namespace, data: Path) -> dict[int, float]:
     """Tokens a second, each the median of its turns."""
     runs = {context: make(args, data, context, f"speed-{context}") for context in args.contexts}
-    turn = max(args.contexts) * args.through
+    turn = max(args.contexts) * args.tbptt_chunks
     taken: dict[int, list[float]] = {context: [] for context in runs}
     for i in track(range(args.turns + 1), "taking turns"):
         for context, run in runs.items():
             began = time.perf_counter()
-            for _ in range(turn // (context * args.through)):
+            for _ in range(turn // (context * args.tbptt_chunks)):
                 run.take_step()
             if i:  # the first ones compile
                 taken[context].append(time.perf_counter() - began)
@@ -83,7 +83,7 @@ def main() -> None:
     options.add_argument("--generation", default="rwkv7")
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--width", type=int, default=128)
-    options.add_argument("--through", type=int, default=1, help="rows of a step")
+    options.add_argument("--tbptt-chunks", type=int, default=1, help="rows of a step")
     options.add_argument("--turns", type=int, default=9)
     options.add_argument("--only", help=argparse.SUPPRESS)
     args = options.parse_args()

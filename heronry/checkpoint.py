@@ -5,7 +5,7 @@
 tensors. A file is mapped, never held: each tensor is copied once, in the dtype asked for, so that loading costs the
 memory of the model and no more.
 
-A quantised model is saved in a layout of its own kind, row after row: under the name of a matrix int8 [out, in], or
+A quantized model is saved in a layout of its own kind, row after row: under the name of a matrix int8 [out, in], or
 uint8 [out, in / 2] (of every 8 columns' codes, number i in the low and i + 4 in the high half of a byte), and beside it
 its float16 `.scales` [out, in / 32]. ops/packed says what they stand for.
 
@@ -32,10 +32,11 @@ from torch import Tensor
 from . import formats, hub
 from .errors import InputError
 from .files import replacing
-from .formats.lazy_tensor import Stored, Tensors, metadata, stored
-from .memory import Rooms
+from .formats.lazy_tensor import LazyTensor, Tensors, metadata, stored
+from .memory import Arena
 from .models import MODELS, VISION_MODELS, Model, Network, State, VisionModel, detect
-from .models.base import PackedLinear, fingerprint, sample
+from .models.fingerprint import fingerprint, sample
+from .models.layers import PackedLinear
 from .ops.packed import GROUP, untile
 from .quantization import FORMATS, check, matrices, replace_matrix
 
@@ -49,7 +50,7 @@ DTYPES = {
 KNOWN = [*MODELS, *VISION_MODELS]
 Kind = TypeVar("Kind", bound=Network)
 
-QUANTISED = ("quantization", "fingerprint")  # what it says of a quantised model: the format, whose states fit
+QUANTIZED = ("quantization", "fingerprint")  # what it says of a quantized model: the format, whose states fit
 NOTES = ("chat_template", "opening_tokens", "labels")  # what a config.json may say besides the sizes
 TIME_STATE = "heronry.time_state"  # the format that the metadata of a tuned state name
 
@@ -249,7 +250,7 @@ def _skeleton(cls: type[Network], config: Any) -> Network:
 
 
 def assemble(
-    tensors: Mapping[str, Tensor | Stored],
+    tensors: Mapping[str, Tensor | LazyTensor],
     described: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -270,7 +271,7 @@ def assemble(
     if quantize is not None:
         check(model, quantize)
         model.quantization = quantize
-    large, small = Rooms(device), Rooms(device)  # apart, for quantising gives the matrices back and nothing else
+    large, small = Arena(device), Arena(device)  # apart, for quantizing gives the matrices back and nothing else
     strict = model.quantization is None
     samples: dict[str, Tensor] = {}
 
@@ -295,8 +296,8 @@ def assemble(
     in_matrices = {f"{name}.weight" for name, _ in matrices(model)}
     copied = {}
     for name in list(found):
-        rooms = large if name in in_matrices else small
-        copied[name] = rooms.room(skeleton[name].shape, dtype).copy_(take(name))
+        arena = large if name in in_matrices else small
+        copied[name] = arena.allocate(skeleton[name].shape, dtype).copy_(take(name))
     model.load_state_dict(copied, assign=True, strict=strict)
     model.eval()
     own = described.get("fingerprint") if model.quantization and not quantize else None
@@ -355,7 +356,7 @@ def _config(
         raise InputError(f"its tensors have not the shapes of an {cls.name} checkpoint ({error})") from error
     shown = {"model": cls.name, **asdict(config)}
     for key, value in described.items():
-        if key in QUANTISED:
+        if key in QUANTIZED:
             continue
         if key in NOTES:
             check_note(key, value)
@@ -413,7 +414,7 @@ def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
     return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) <= 1)
 
 
-def _majority(tensors: Iterable[Stored]) -> torch.dtype:
+def _majority(tensors: Iterable[LazyTensor]) -> torch.dtype:
     """The dtype of most numbers."""
     numbers: Counter[torch.dtype] = Counter()
     for x in tensors:

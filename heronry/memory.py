@@ -18,7 +18,7 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20  # bytes, on x86 and most of arm64
 
 
-class Rooms:
+class Arena:
     """Empty tensors side by side in large blocks; on a Linux CPU these are huge pages where the system grants them.
 
     A block is given back when all tensors in it are gone, so what goes together should lie together.
@@ -31,7 +31,7 @@ class Rooms:
         self.block: mmap.mmap | None = None
         self.used = self.BLOCK
 
-    def room(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def allocate(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // 64) * 64
         if self.device.type != "cpu" or not count or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -44,8 +44,8 @@ class Rooms:
         return torch.frombuffer(self.block, dtype=dtype, count=count, offset=place).view(shape)
 
     def copy(self, x: Tensor) -> Tensor:
-        """`x` in a room."""
-        return self.room(x.shape, x.dtype).copy_(x)
+        """A copy of `x` in the arena."""
+        return self.allocate(x.shape, x.dtype).copy_(x)
 
 
 def _block(size: int) -> mmap.mmap:
@@ -56,7 +56,7 @@ def _block(size: int) -> mmap.mmap:
 
 
 class Pool:
-    """Rooms for tensors that come and go: the memory of one that is gone serves the next that is no larger.
+    """Memory for tensors that come and go: that of one that is gone serves the next that is no larger.
 
     Who holds a tensor, or any view of it, holds its memory. The `spare` largest blocks are kept for later.
     """
@@ -66,7 +66,7 @@ class Pool:
         self.blocks: list[mmap.mmap] = []
         self.lock = threading.Lock()
 
-    def room(self, count: int) -> Tensor:
+    def allocate(self, count: int) -> Tensor:
         """An empty float32 tensor of `count` numbers on the CPU."""
         size = 4 * count
         if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):

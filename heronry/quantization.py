@@ -1,4 +1,4 @@
-"""Weight-only quantisation: the large matrices in 8 or 4 bits, everything else as it was.
+"""Weight-only quantization: the large matrices in 8 or 4 bits, everything else as it was.
 
 int8 takes 8.5 bits a weight, int4 4.5, the scales of the groups of 32 included (ops/packed says what they mean). A
 group has its own scale, so a weight out of the ordinary coarsens only the 31 beside it. Embeddings, norms, mixes,
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .memory import Rooms
+from .memory import Arena
 from .models import Network
-from .models.base import Linear, PackedLinear
+from .models.layers import Linear, PackedLinear
 from .ops.packed import GROUP, LEVELS, pack, tile
 
 MOST = -LEVELS[0]
@@ -35,27 +35,27 @@ def quantize(model: Network, format: str, progress: Callable[[list], Iterable] =
     progress: wraps the list of matrices while they are worked on, as tqdm or rich.progress.track do.
 
     Raises:
-        InputError: another format, a model that is quantised already, or a matrix whose rows do not divide into
+        InputError: another format, a model that is quantized already, or a matrix whose rows do not divide into
             groups of 32 weights.
     """
     check(model, format)
     model.fingerprint  # noqa: B018  taken before the weights go: the states stay those of the original
-    rooms = Rooms(next(model.parameters()).device)
+    arena = Arena(next(model.parameters()).device)
     for name, linear in progress(matrices(model)):
         if not linear.weight.isfinite().all():
             raise InputError(f"{name}.weight holds numbers that are infinite or none")
         with torch.no_grad():
-            replace_matrix(model, name, *FORMATS[format](linear.weight), rooms)
+            replace_matrix(model, name, *FORMATS[format](linear.weight), arena)
     model.quantization = format
     return model
 
 
 def check(model: Network, format: str) -> None:
-    """InputError if `model` cannot be quantised so; its weights are not looked at."""
+    """InputError if `model` cannot be quantized so; its weights are not looked at."""
     if format not in FORMATS:
-        raise InputError(f"there is no quantisation {format!r}; choose one of {', '.join(FORMATS)}")
+        raise InputError(f"there is no quantization {format!r}; choose one of {', '.join(FORMATS)}")
     if model.quantization is not None:
-        raise InputError(f"the model is quantised already ({model.quantization}); begin with the original")
+        raise InputError(f"the model is quantized already ({model.quantization}); begin with the original")
     if model.adapted_from is not None:
         raise InputError("the model has adapters beside its matrices; pack first, or merge them")
     for name, linear in matrices(model):
@@ -64,19 +64,19 @@ def check(model: Network, format: str) -> None:
 
 
 def matrices(model: Network) -> list[tuple[str, Linear]]:
-    """The matrices that are quantised, by name."""
+    """The matrices that are quantized, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
-def replace_matrix(model: Network, name: str, q: Tensor, scales: Tensor, rooms: Rooms) -> None:
-    """Puts a packed matrix in the place of a `Linear`; q and scales as `quantise_int8` or `quantise_int4` give them."""
+def replace_matrix(model: Network, name: str, q: Tensor, scales: Tensor, arena: Arena) -> None:
+    """Puts a packed matrix in the place of a `Linear`; q and scales as `quantize_int8` or `quantize_int4` give them."""
     parent, _, child = name.rpartition(".")
-    data, scales = map(rooms.copy, tile(q, scales))
+    data, scales = map(arena.copy, tile(q, scales))
     packed = PackedLinear(data, scales, len(q))
     setattr(model.get_submodule(parent), child, packed.eval())
 
 
-def quantise_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [out, in] -> q int8 [out, in] in -127 .. 127 and scales float16 [out, in / 32]; w is about q * scale."""
     groups = w.float().unflatten(1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / 127).clamp(TINY, HUGE).half()
@@ -84,7 +84,7 @@ def quantise_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8).flatten(1), scales
 
 
-def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [out, in] -> packed codes uint8 [out, in / 2], scales float16 [out, in / 32]; w is about LEVELS[code] * scale.
 
     Scales may be negative. Each is searched for the least squared error.
@@ -118,4 +118,4 @@ def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
     return pack(codes.flatten(1)), scales.squeeze(-1)
 
 
-FORMATS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"int8": quantise_int8, "int4": quantise_int4}
+FORMATS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"int8": quantize_int8, "int4": quantize_int4}

@@ -339,7 +339,7 @@ def test_it_learns(generation, precision, texts, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        ("data.order=carried", "data.through=2"),
+        ("data.order=carried", "data.tbptt_chunks=2"),
         ("run.checkpointing=true", "run.accumulate=2"),
         ("optim.muon=true",),
         ("model.tune=state", f"model.path={BUNDLED}"),

@@ -1,4 +1,4 @@
-"""Quantised models: near the original, the same in every path, saved and loaded without it."""
+"""Quantized models: near the original, the same in every path, saved and loaded without it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import heronry
 from heronry import InputError
 from heronry.checkpoint import assemble
 from heronry.cli.app import app
-from heronry.models.base import Linear, PackedLinear
-from heronry.ops.packed import dequantise, untile
+from heronry.models.layers import Linear, PackedLinear
+from heronry.ops.packed import dequantize, untile
 from heronry.quantization import FORMATS, quantize
 
 BUNDLED = Path(heronry.__file__).parent / "bundled"
@@ -48,7 +48,7 @@ def unpacked(model):
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             plain = Linear(module.in_features, module.out_features)
-            weights = dequantise(*untile(module.weight, module.scales, module.out_features))
+            weights = dequantize(*untile(module.weight, module.scales, module.out_features))
             plain.weight = torch.nn.Parameter(weights)
             model.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = plain
     model.quantization = None
@@ -165,11 +165,11 @@ def test_moving_to_another_dtype_leaves_the_packed_weights(random_checkpoint, fo
 
 def test_bad_input(random_checkpoint):
     model = assemble(random_checkpoint("7", ffn=192))
-    with pytest.raises(InputError, match="there is no quantisation 'int3'; choose one of int8, int4"):
+    with pytest.raises(InputError, match="there is no quantization 'int3'; choose one of int8, int4"):
         quantize(model, "int3")
     quantize(model, "int8")
     for format in FORMATS:
-        with pytest.raises(InputError, match=r"quantised already \(int8\)"):
+        with pytest.raises(InputError, match=r"quantized already \(int8\)"):
             quantize(model, format)
     odd = assemble(random_checkpoint("7", ffn=200))
     before = logits_of(odd)
@@ -206,9 +206,9 @@ def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
     assert f"are not what {other} is made of" in complaint(whole, {"quantization": other})
 
 
-def test_already_quantised_files_are_not_quantised_again(random_checkpoint, format, tmp_path):
+def test_already_quantized_files_are_not_quantized_again(random_checkpoint, format, tmp_path):
     heronry.save(quantize(assemble(random_checkpoint("7", ffn=192)), format), tmp_path)
-    with pytest.raises(InputError, match="quantised already"):
+    with pytest.raises(InputError, match="quantized already"):
         heronry.load(tmp_path, quantize="int8")
 
 
@@ -236,10 +236,10 @@ def test_commands(tmp_path):
     packed_now = ["generate", "Once upon a time", "--quantize", "int8", "--max-tokens", "12", "--temperature", "0"]
     assert run(app, packed_now).stdout.strip()
     for command, complaint in (
-        (["quantize", str(folder), str(tmp_path / "twice")], "quantised already"),
+        (["quantize", str(folder), str(tmp_path / "twice")], "quantized already"),
         (["quantize", str(BUNDLED), str(BUNDLED)], "is where the original lies"),
         (["quantize", str(tmp_path / "nothing"), str(tmp_path / "x")], "no such file"),
-        (["quantize", str(BUNDLED), str(tmp_path / "x"), "-f", "q4"], "no quantisation 'q4'"),
+        (["quantize", str(BUNDLED), str(tmp_path / "x"), "-f", "q4"], "no quantization 'q4'"),
     ):
         failed = run(app, command)
         assert isinstance(failed.exception, InputError)
@@ -248,7 +248,7 @@ def test_commands(tmp_path):
 
 
 def test_bundled_model_keeps_its_perplexity():
-    """On a story the model has not seen; docs/quantisation.md has the figures for all of them."""
+    """On a story the model has not seen; docs/quantization.md has the figures for all of them."""
     llm = heronry.LLM()
     story = (
         "One day, a boy named Tom went to the lake with his mom. He had a small red boat. He put the boat in the water "

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..models import Model
-from ..models.base import PackedLinear
+from ..models.layers import PackedLinear
 from .lora import adaptable
 
 try:

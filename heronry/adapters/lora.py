@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..formats.lazy_tensor import metadata, read_safetensors
 from ..models import Model
-from ..models.base import Linear, PackedLinear, widen
+from ..models.layers import Linear, PackedLinear, widen
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft calls the model inside its wrapper

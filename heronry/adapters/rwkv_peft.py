@@ -15,9 +15,9 @@ import torch
 
 from .. import formats
 from ..errors import InputError
-from ..formats.lazy_tensor import Stored, Tensors
+from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models import Model
-from ..models.base import widen
+from ..models.layers import widen
 from .lora import adaptable
 
 
@@ -83,7 +83,7 @@ def _changed(model: Model, name: str, tensors: Tensors, initial: Tensors, alpha:
 
 def _pair(tensors: Tensors, name: str, kind: str, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, in] and B [out, rank] of a matrix of this shape."""
-    found: list[Stored] = []
+    found: list[LazyTensor] = []
     for part in ("A", "B"):
         key = f"{name}.{kind}_{part}"
         if key not in tensors:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import Rooms
+from ..memory import Arena
 from .ours import Job
 
 
@@ -20,7 +20,7 @@ class Machine:
 
     def read(self, size: int, passes: int) -> Job:
         """Passes over so many bytes, in huge pages where the system grants them."""
-        x = Rooms().room((size // 4,), torch.float32).fill_(1)
+        x = Arena().allocate((size // 4,), torch.float32).fill_(1)
 
         def job() -> None:
             for _ in range(passes):

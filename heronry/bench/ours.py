@@ -18,7 +18,7 @@ Job = Callable[[], object]
 
 
 class Heronry:
-    """file: a checkpoint. format: the dtype to load it in, or the one it was quantised to."""
+    """file: a checkpoint. format: the dtype to load it in, or the one it was quantized to."""
 
     model: Model
 

@@ -141,4 +141,4 @@ def _quantize_gguf(source: Path, path: Path, kind: str) -> None:
     params.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
     params.pure = True
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params) != 0:
-        raise RuntimeError(f"llama.cpp could not quantise {source.name} to {kind}")
+        raise RuntimeError(f"llama.cpp could not quantize {source.name} to {kind}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from ..checkpoint import load
 from ..errors import InputError
 from ..models import Model, Network
-from ..models.base import PackedLinear
+from ..models.layers import PackedLinear
 from ..text.tokenizers import guess
 
 

@@ -24,7 +24,7 @@ def train(settings: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"training needs {error.name}: pip install 'heronry[train]'") from error
     run = Run(told)
-    if not told.model.sees and run.data.tokenizer is not None:  # else nobody can tell what text its ids are
+    if not told.model.is_vision and run.data.tokenizer is not None:  # else nobody can tell what text its ids are
         tokenizer = load_tokenizer(run.data.tokenizer, run.plain.config.vocab_size)
 
         def sample(model: Model, prompt: str) -> str:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import formats
-from ..checkpoint import DTYPES, QUANTISED, assemble, identify, locate, notes
+from ..checkpoint import DTYPES, QUANTIZED, assemble, identify, locate, notes
 from ..errors import InputError
 from ..files import replacing
 from ..formats import ggml, gguf, huggingface, webrwkv
-from ..formats.lazy_tensor import Stored, Tensors, space_for, write_folder, write_pth, write_safetensors
+from ..formats.lazy_tensor import LazyTensor, Tensors, space_for, write_folder, write_pth, write_safetensors
 from ..models import Model, VisionModel
 from ..text.tokenizers import guess, load_tokenizer
 
@@ -82,7 +82,7 @@ def convert(
         raise InputError(f"{target}: is where the original lies; give another name")
     try:
         found = formats.read(source)
-        if any(found.described.get(key) for key in QUANTISED):
+        if any(found.described.get(key) for key in QUANTIZED):
             raise InputError("its matrices are packed; convert the original")
         cls, config = identify(found.tensors, found.described)
     except InputError as error:
@@ -267,7 +267,7 @@ def _size(path: Path) -> int:
 
 
 @torch.inference_mode()
-def logits(cls: type[Model], config: Any, tensors: Mapping[str, Stored]) -> Tensor:
+def logits(cls: type[Model], config: Any, tensors: Mapping[str, LazyTensor]) -> Tensor:
     """Of a fixed prompt, [1, T, V] in float32. Of the large matrices a few rows are in memory at a time."""
     with torch.device("meta"):
         model = cls(config).eval()
@@ -289,7 +289,7 @@ def _prompt(vocab_size: int) -> Tensor:
 class _Product(nn.Module):
     """A `Linear` whose weight [out, in] stays in its file: some rows of it are float32 at a time."""
 
-    def __init__(self, stored: Stored, shape: torch.Size):
+    def __init__(self, stored: LazyTensor, shape: torch.Size):
         super().__init__()
         self.stored, self.shape = stored, shape
 

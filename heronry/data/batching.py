@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..models.sequence_parallel import Boundaries, Spread
 from .token_file import TokenFile
 
-ORDERS = ("shuffle", "cubic", "random", "sequential")
+ORDERS = ("shuffle", "magic_prime", "random", "sequential")
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -155,8 +155,9 @@ class Windows:
 
     - "shuffle", "sequential": windows side by side, every token but the file's first is a target once an epoch. The
       last window may be shorter. "shuffle" makes a new order every epoch.
-    - "cubic": RWKV-LM's order, row for row. Windows begin at (floor(phi P) j^3 mod P) T with j = i + 1, phi the golden
-      ratio's fraction and P the largest prime that is 2 mod 3 and at most N // T - 1, for which cubing is a bijection.
+    - "magic_prime": RWKV-LM's order, row for row. Windows begin at (floor(phi P) j^3 mod P) T with j = i + 1, phi the
+      golden ratio's fraction and P the largest prime that is 2 mod 3 and at most N // T - 1, for which cubing is a
+      bijection.
       An epoch is P rows, none twice; the windows behind P T are never seen, and every epoch has the same order.
     - "random": a beginning anywhere, every row for itself. On average a token is a target once in `rows_an_epoch`.
     """
@@ -178,11 +179,13 @@ class Windows:
         if targets < 1:
             raise InputError(f"{file.prefix}: one token has nothing to predict")
         self.rows_an_epoch = -(-targets // length)
-        if order == "cubic":
+        if order == "magic_prime":
             self.rows_an_epoch = _prime(len(file.tokens) // length - 1)
             if not self.rows_an_epoch:
-                raise InputError(f"{file.prefix}: the order cubic needs {3 * length} tokens, there are {targets + 1}")
-        whole = order in ("cubic", "random")
+                raise InputError(
+                    f"{file.prefix}: the order magic_prime needs {3 * length} tokens, there are {targets + 1}"
+                )
+        whole = order in ("magic_prime", "random")
         self.shortest = min(length, targets) if whole else targets - (self.rows_an_epoch - 1) * length  # row, in tokens
         self._last: tuple[int, np.ndarray] | None = None
 
@@ -197,7 +200,7 @@ class Windows:
         n = self.rows_an_epoch
         if self.order == "random":
             return int(random(self.seed, i).integers(max(1, len(self.file.tokens) - self.length)))
-        if self.order == "cubic":
+        if self.order == "magic_prime":
             return int(n * GOLDEN) * (i + 1) ** 3 % n * self.length
         epoch, j = divmod(i, n)
         if self.order == "sequential":

@@ -32,7 +32,7 @@ from ..models import LayerState, State
 from ..text.chat_templates import TEMPLATES, Template, template_from, usual_template
 from ..text.tokenizers import WorldTokenizer
 from .generate import Generation, prefill
-from .llm import LLM, Hold
+from .llm import LLM, StopStringBuffer
 from .sampling import Sampling
 
 FORMAT = "heronry.chat"
@@ -166,7 +166,7 @@ class Chat:
         turn = replace(turn or self._last(), answer="", owed=self.template.separator)
         turn = replace(turn, state=turn.asked)
         self._heads[branch] = turn
-        hold, decoder = Hold(self.template.stops), self._llm.tokenizer.stream()
+        hold, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
         read = ""  # what the model wrote
         said = ""  # the beginning of it that is certain to come before a stop string
         marks = {0: turn.asked}  # characters of `read` -> the state after them

@@ -174,7 +174,7 @@ class LLM:
 
     def _pieces(self, events: Generation, count: int, stops: tuple[str, ...]) -> Iterator[tuple[int, str]]:
         decoders = [self.tokenizer.stream() for _ in range(count)]
-        holds = [Hold(stops) for _ in range(count)]
+        holds = [StopStringBuffer(stops) for _ in range(count)]
         for event in events:
             i = event.index
             if event.token is not None:
@@ -187,7 +187,7 @@ class LLM:
                 events.drop(i)
 
 
-class Hold:
+class StopStringBuffer:
     """Text on its way out: ends before the first stop string, holds back what may be the beginning of one.
 
     What comes out in total depends on the text alone, not on how it is cut into pieces: it ends at the stop string

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .lazy_tensor import Progress, Stored, Tensors, nth, squeezed, transposed, write_numbers
+from .lazy_tensor import LazyTensor, Progress, Tensors, nth, squeezed, transposed, write_numbers
 
 MAGIC = 0x67676D66
 NUMBERS = {0: torch.float32, 1: torch.float16}
-QUANTISED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}  # as ggml has them, in blocks of 32
+QUANTIZED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}  # as ggml has them, in blocks of 32
 HEADER, TENSOR = struct.Struct("<6i"), struct.Struct("<3i")
 MIXES = [f"att.x_{name}" for name in "rwkvag"]
 TRANSPOSED = (
@@ -36,7 +36,7 @@ def is_ggml(head: bytes) -> bool:
 
 
 def read(path: Path) -> Tensors:
-    """The tensors under BlinkDL's names; quantised ones in float32."""
+    """The tensors under BlinkDL's names; quantized ones in float32."""
     size = path.stat().st_size
     found: Tensors = {}
     with open(path, "rb") as file:
@@ -67,7 +67,7 @@ def read(path: Path) -> Tensors:
     return _to_blinkdl(found)
 
 
-def _tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> tuple[Stored, int]:
+def _tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> tuple[LazyTensor, int]:
     """The tensor whose numbers begin there, and where they end."""
     if min(shape) < 1:
         raise InputError(f"{name} has the shape {list(shape)}")
@@ -78,17 +78,17 @@ def _tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> 
         def read() -> Tensor:
             return torch.from_numpy(np.memmap(path, np.uint8, "c", begin, (size,))).view(dtype).view(shape)
 
-        return Stored(shape, dtype, read), begin + size
-    if kind not in QUANTISED or shape[-1] % 32:
+        return LazyTensor(shape, dtype, read), begin + size
+    if kind not in QUANTIZED or shape[-1] % 32:
         raise InputError(f"{name} is of ggml's type {kind}, {list(shape)}, which is not read")
-    from .gguf import block_bytes, dequantise
+    from .gguf import block_bytes, dequantize
 
-    size = shape.numel() // 32 * block_bytes(QUANTISED[kind])
+    size = shape.numel() // 32 * block_bytes(QUANTIZED[kind])
 
     def unpacked() -> Tensor:
-        return dequantise(np.memmap(path, np.uint8, "r", begin, (size,)), QUANTISED[kind]).view(shape)
+        return dequantize(np.memmap(path, np.uint8, "r", begin, (size,)), QUANTIZED[kind]).view(shape)
 
-    return Stored(shape, torch.float32, unpacked), begin + size
+    return LazyTensor(shape, torch.float32, unpacked), begin + size
 
 
 def _to_blinkdl(tensors: Tensors) -> Tensors:
@@ -159,7 +159,7 @@ def _from_blinkdl(tensors: Tensors) -> Tensors:
         if f"att.{part}" in MIXES:
             if part == "x_r":
                 parts = [tensors[f"{prefix}.{mix}"] for mix in MIXES]
-                made[f"{prefix}.att.x_rwkvag"] = Stored.made(_together, *parts)
+                made[f"{prefix}.att.x_rwkvag"] = LazyTensor.made(_together, *parts)
             continue
         if ".time_" in name or name.endswith(("w0", "a0", "v0", "k_k", "k_a", "ffn.x_k")):
             x = x.map(squeezed)

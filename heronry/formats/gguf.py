@@ -5,7 +5,7 @@
 - RWKV-7 has a value residual in layer 0 too, which nothing reads
 - RWKV-6 may hold `att.output` and `ffn.value` divided by 2 every few layers, and says so
 - besides the words a file of ours holds the tokenizer.json it came with, under the key that GGUF has for it
-The package gguf, which llama.cpp's own tools use, reads and writes the container and knows the quantised types.
+The package gguf, which llama.cpp's own tools use, reads and writes the container and knows the quantized types.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .lazy_tensor import Progress, Stored, Tensors, nth, squeezed, times, transposed
+from .lazy_tensor import LazyTensor, Progress, Tensors, nth, squeezed, times, transposed
 
 NAMES = {
     "emb.weight": "token_embd.weight",
@@ -103,17 +103,17 @@ def block_bytes(kind: str) -> int:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
 
 
-def dequantise(data: np.ndarray, kind: str) -> Tensor:
-    """The bytes of a quantised tensor as float32."""
+def dequantize(data: np.ndarray, kind: str) -> Tensor:
+    """The bytes of a quantized tensor as float32."""
     gguf = library()
-    quantisation = gguf.GGMLQuantizationType[kind]
+    quantization = gguf.GGMLQuantizationType[kind]
     if data.ndim == 1:
-        data = data.reshape(-1, gguf.GGML_QUANT_SIZES[quantisation][1])
-    return torch.from_numpy(gguf.quants.dequantize(data, quantisation))
+        data = data.reshape(-1, gguf.GGML_QUANT_SIZES[quantization][1])
+    return torch.from_numpy(gguf.quants.dequantize(data, quantization))
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
-    """The tensors under BlinkDL's names, quantised ones in float32; what the file says of itself; the tokenizer.json
+    """The tensors under BlinkDL's names, quantized ones in float32; what the file says of itself; the tokenizer.json
     that it carries."""
     gguf = library()
     try:
@@ -139,21 +139,21 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
     return found, described | json.loads(fields.get("heronry.notes", "{}")), fields.get(TOKENIZER)
 
 
-def _stored(gguf: Any, tensor: Any) -> Stored:
+def _stored(gguf: Any, tensor: Any) -> LazyTensor:
     shape = torch.Size(int(size) for size in tensor.shape[::-1])
     kind = tensor.tensor_type.name
     if kind in ("F32", "F16", "F64"):
-        return Stored.of(torch.from_numpy(tensor.data).view(shape))
+        return LazyTensor.of(torch.from_numpy(tensor.data).view(shape))
     if kind == "BF16":
-        return Stored.of(torch.from_numpy(tensor.data).view(torch.bfloat16).view(shape))
-    return Stored(shape, torch.float32, lambda: _unpacked(gguf, tensor).view(shape))
+        return LazyTensor.of(torch.from_numpy(tensor.data).view(torch.bfloat16).view(shape))
+    return LazyTensor(shape, torch.float32, lambda: _unpacked(gguf, tensor).view(shape))
 
 
 def _unpacked(gguf: Any, tensor: Any) -> Tensor:
     try:
         return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     except NotImplementedError as error:
-        raise InputError(f"{tensor.name} is quantised as {tensor.tensor_type.name}, which is not read") from error
+        raise InputError(f"{tensor.name} is quantized as {tensor.tensor_type.name}, which is not read") from error
 
 
 def _to_blinkdl(tensors: Tensors, kind: str, head_size: int, rescaled: int) -> Tensors:
@@ -239,10 +239,10 @@ def write(
         writer.add_string("heronry.notes", json.dumps(notes))
     planned = [(theirs, x, _type(theirs, x, kind)) for theirs, x in _from_blinkdl(tensors, name).items()]
     for theirs, x, type_ in planned:
-        quantisation = gguf.GGMLQuantizationType[type_]
-        size, bytes_ = gguf.GGML_QUANT_SIZES[quantisation]
+        quantization = gguf.GGMLQuantizationType[type_]
+        size, bytes_ = gguf.GGML_QUANT_SIZES[quantization]
         shape = [*x.shape[:-1], x.shape[-1] // size * bytes_]
-        writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), x.numel() // size * bytes_, quantisation)
+        writer.add_tensor_info(theirs, shape, np.dtype(np.uint8), x.numel() // size * bytes_, quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -312,7 +312,9 @@ def _from_blinkdl(tensors: Tensors, name: str) -> Tensors:
         if part in mixes:
             if part == mixes[0]:
                 parts = [tensors[f"blocks.{layer}.{mix}"] for mix in mixes]
-                made[prefix + FUSED] = Stored.made(lambda *of: torch.stack([m.reshape(1, 1, -1) for m in of]), *parts)
+                made[prefix + FUSED] = LazyTensor.made(
+                    lambda *of: torch.stack([m.reshape(1, 1, -1) for m in of]), *parts
+                )
             continue
         stem, last = (part, "weight") if BARE.fullmatch(part) else part.rsplit(".", 1)
         if TRANSPOSED.fullmatch(part):
@@ -327,7 +329,7 @@ def _from_blinkdl(tensors: Tensors, name: str) -> Tensors:
     return made
 
 
-def _type(name: str, x: Stored, kind: str) -> str:
+def _type(name: str, x: LazyTensor, kind: str) -> str:
     if len(x.shape) == 1 or name.endswith(FLOAT32):
         return "F32"
     if kind == "q8_0" and x.shape[-1] % 32:

@@ -27,28 +27,28 @@ DTYPES = {
 INDEX = "model.safetensors.index.json"
 
 
-class Stored:
+class LazyTensor:
     """A tensor in a file: shape and dtype are known, `read` gives the numbers, as often as it is called."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, read: Callable[[], Tensor]):
         self.shape, self.dtype, self.read = torch.Size(shape), dtype, read
 
     @classmethod
-    def of(cls, x: Tensor) -> Stored:
+    def of(cls, x: Tensor) -> LazyTensor:
         """One that is there; mapped from a file it takes no memory."""
         x = x.detach()
         return cls(x.shape, x.dtype, lambda: x)
 
     @classmethod
-    def made(cls, make: Callable[..., Tensor], *parts: Stored) -> Stored:
+    def made(cls, make: Callable[..., Tensor], *parts: LazyTensor) -> LazyTensor:
         """What `make` gives of the tensors `parts`, computed whenever it is read."""
         shown = make(*(torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts))
         return cls(shown.shape, shown.dtype, lambda: make(*(part.read() for part in parts)))
 
-    def map(self, make: Callable[[Tensor], Tensor]) -> Stored:
-        return Stored.made(make, self)
+    def map(self, make: Callable[[Tensor], Tensor]) -> LazyTensor:
+        return LazyTensor.made(make, self)
 
-    def to(self, dtype: torch.dtype) -> Stored:
+    def to(self, dtype: torch.dtype) -> LazyTensor:
         return self if dtype == self.dtype else self.map(lambda x: x.to(dtype))
 
     @property
@@ -63,7 +63,7 @@ class Stored:
         return self.numel() * self.dtype.itemsize
 
 
-Tensors = dict[str, Stored]
+Tensors = dict[str, LazyTensor]
 Progress = Callable[[int], object]  # is told of bytes that are written
 
 
@@ -96,7 +96,7 @@ def read_pth(path: Path) -> Tensors:
 def stored(tensors: Mapping[str, Any]) -> Tensors:
     """The same as `Stored`, once they are seen to be plain numbers."""
     for key, x in tensors.items():
-        if isinstance(x, Stored):
+        if isinstance(x, LazyTensor):
             continue
         if not isinstance(x, Tensor):
             raise InputError(f"{key} is {type(x).__name__}, not a floating point tensor; use the original checkpoint")
@@ -104,7 +104,7 @@ def stored(tensors: Mapping[str, Any]) -> Tensors:
             raise InputError(f"{key} holds no plain numbers (sparse, nested, meta or empty): save dense tensors")
         if x.nbytes > x.untyped_storage().nbytes():
             raise InputError(f"{key} holds fewer numbers than its shape claims; save contiguous tensors instead")
-    return {key: x if isinstance(x, Stored) else Stored.of(x) for key, x in tensors.items()}
+    return {key: x if isinstance(x, LazyTensor) else LazyTensor.of(x) for key, x in tensors.items()}
 
 
 def write_pth(tensors: Tensors, path: Path, progress: Progress) -> None:

@@ -1,129 +1,27 @@
-"""What is identical in every generation: the door, the matrices, the token shift, the group norm."""
+"""What every model has in common: `Network` for texts and pictures, `Model` for the generations of RWKV."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
 from ..ops.dispatch import constant_to_the_compiler
-from ..ops.packed import GROUP, packed_matmul
 from ..ops.packing import boundaries
 from . import native_step
+from .fingerprint import fingerprint
+from .layers import Linear, PackedLinear
 from .sequence_parallel import Boundaries, Spread
 from .state import LayerState, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-def widen(x: Tensor) -> Tensor:
-    """At least float32: what 16 bits are too few for."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class Linear(nn.Linear):
-    """y = W x with W [out, in] and no bias.
-
-    Without gradients, float32 on a CPU is multiplied by oneDNN instead of MKL, which torch would take and which is
-    slow on processors that are not Intel's: on an AMD EPYC, 1 row takes 0.4 and 512 rows 0.8 of the time.
-    """
-
-    def __init__(self, size_in: int, size_out: int):
-        super().__init__(size_in, size_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if plain or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-
-
-class PackedLinear(nn.Module):
-    """y = W x with the weights of a `Linear` in 8 or 4 bits; see ops/packed."""
-
-    def __init__(self, weight: Tensor, scales: Tensor, out_features: int):
-        super().__init__()
-        self.in_features, self.out_features = scales.shape[1] * GROUP, out_features
-        self.weight: Tensor
-        self.scales: Tensor
-        self.register_buffer("weight", weight)  # bytes, in the order of the kernel
-        self.register_buffer("scales", scales)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        """As in any module, but .to(dtype) leaves the scales what they are: the kernel reads float16."""
-        scales = self.scales
-        super()._apply(fn, recurse)
-        self.scales = scales.to(self.weight.device)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_matmul(x, self.weight, self.scales, self.out_features)
-
-
-def embedding(config: Any) -> nn.Embedding:
-    """[V, C], zeros. torch's own random numbers, drawn for the skeleton of a model too, cost a second of importing."""
-    return nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.n_embd), freeze=False)
-
-
-def previous(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
-    """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
-    shift = shift.to(x.dtype)
-    if isinstance(cu, Spread):
-        x, shift = cu.shift(x, shift)
-    elif x.shape[1] == 1:  # a decode step, B sequences or a packed one
-        return shift[:, None]
-    if cu is None:
-        return torch.cat([shift[:, None], x[:, :-1]], dim=1)
-    moved = torch.cat([x[:, :1], x[:, :-1]], dim=1)
-    return moved.index_copy(1, torch.tensor(cu[:-1], device=x.device), shift[None])
-
-
-def last_tokens(x: Tensor, cu: Boundaries | None) -> Tensor:
-    """The last token of each sequence: [B, 1, C], packed [1, S, C]."""
-    return x[:, -1:] if cu is None else x[:, [end - 1 for end in cu[1:]]]
-
-
-def carry(x: Tensor, cu: Boundaries | None) -> Tensor:
-    """What the token shift keeps of x [B, T, C]: the last vector of each sequence, [S, C] float32.
-
-    Exact for 16-bit activations, so a carried state continues as if it had not been cut.
-    """
-    last = last_tokens(x, cu).reshape(-1, x.shape[-1])
-    wide = widen(last)
-    return wide.clone() if wide is last and cu is None and x.shape[1] > 1 else wide  # a view would keep all of x
-
-
-def group_norm(y: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Norm over each head, in y's dtype: [B, T, H, N] -> [B, T, H*N]."""
-    batch, tokens, heads, size = y.shape
-    weight, bias = norm.weight.to(y.dtype), norm.bias.to(y.dtype)
-    flat = F.group_norm(y.reshape(batch * tokens, heads * size), heads, weight, bias, norm.eps)
-    return flat.reshape(batch, tokens, heads * size)
-
-
-def count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many blocks a checkpoint holds; none may be missing in between."""
-    found = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
-    missing = sorted(set(range(len(found))) - found)
-    if missing:
-        raise InputError(f"blocks.{missing[0]} is missing")
-    return len(found)
-
-
-def check_heads(config: Any) -> None:
-    """InputError unless the attention's channels make whole heads."""
-    if config.head_size < 1 or config.dim_att % config.head_size:
-        raise InputError(f"{config.dim_att} attention channels do not divide into heads of {config.head_size}")
 
 
 class Network(nn.Module):
@@ -173,7 +71,7 @@ class Network(nn.Module):
             self._fingerprint = None
         return super().train(mode)
 
-    def through(self, block: nn.Module, *inputs: Any) -> Any:
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """What a block makes of its inputs."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -259,7 +157,7 @@ class Model(Network):
         found = dict(self.named_modules())
         return kinds.keys() == found.keys() and all(type(found[name]) in kind for name, kind in kinds.items())
 
-    def enter(
+    def validate_inputs(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
     ) -> tuple[State, Boundaries | None]:
         """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
@@ -306,24 +204,3 @@ def in_their_place(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHa
     vectors = vectors.to(model.emb.weight.dtype)
     # of these tokens only: another thread may be reading its own
     return model.emb.register_forward_hook(lambda _, given, made: vectors if given[0] is tokens else made)
-
-
-def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
-    """See `Model.fingerprint`; `tensors` in the dtype of the file, so that a model loaded in float32 and in
-    bfloat16 from one file shares its states, as does a bfloat16 copy of the file. The first 64 numbers of every
-    tensor enter, in whatever shape; a tuned initial state does not, so that a state-tuned model shares its states
-    with the model it came from."""
-    sizes = {field: value for field, value in asdict(config).items() if field not in ("time_state", "deep_rank")}
-    if getattr(config, "deep_rank", 0):  # RWKV-7 keeps the fingerprints that it had before there was a 7a
-        sizes["deep_rank"] = config.deep_rank
-    kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
-    weights = hashlib.sha256()
-    for key in sorted(tensors):
-        if not key.endswith(".time_state") and not tensors[key].is_meta:
-            weights.update(key.encode() + sample(tensors[key]).numpy().tobytes())
-    return kind.hexdigest()[:16] + weights.hexdigest()[:16]
-
-
-def sample(x: Tensor) -> Tensor:
-    """What of a tensor enters a fingerprint, float32; a fingerprint of samples is that of the tensors."""
-    return x.detach().reshape(-1)[:64].bfloat16().float().cpu()

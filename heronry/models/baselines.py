@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .base import Linear, Model, Network, check_heads, embedding
+from .base import Model, Network
+from .layers import Linear, check_heads, embedding
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class GPT(Model):
             raise InputError("a GPT has no state")
         x = self.emb(tokens)
         for block in self.blocks:
-            x = self.through(block, x)
+            x = self.run_block(block, x)
         return self.head(self.ln_out(x)), None
 
     @torch.no_grad()
@@ -213,7 +214,7 @@ class ViT(Network):
             positions = F.interpolate(positions.float(), size=x.shape[2:], mode="bicubic").to(x.dtype)
         x = (x + positions).flatten(2).transpose(1, 2)
         for block in self.layers:
-            x = self.through(block, x)
+            x = self.run_block(block, x)
         return self.head(self.ln_out(x).mean(1))
 
     @torch.no_grad()

@@ -141,12 +141,12 @@ class Step:
             pointers = [x.data_ptr() for layer in entering for x in layer]
         count = self.layer_count
         sizes = [count * math.prod(shape) for shape in one]
-        room = self.states.room(sum(sizes)).split(sizes)
+        room = self.states.allocate(sum(sizes)).split(sizes)
         leaving = LayerState(*(x.view(count, *shape) for x, shape in zip(room, one, strict=True)))
         shape = (1, sequences) if cu else (batch, 1 if last_only else length)
         if cu and not last_only:
             shape = (1, length)
-        logits = self.logits.room(math.prod(shape) * self.sizes[-1]).view(*shape, -1)
+        logits = self.logits.allocate(math.prod(shape) * self.sizes[-1]).view(*shape, -1)
         call = _Call(
             ctypes.addressof(self.model),
             ctypes.addressof(self.layers),

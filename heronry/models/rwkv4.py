@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.wkv4 import wkv4
-from .base import Linear, Model, carry, count_layers, embedding, last_tokens, previous, widen
+from .base import Model
+from .layers import Linear, count_layers, embedding, last_shift, last_tokens, token_shift, widen
 from .sequence_parallel import Boundaries
 from .state import LayerState, State
 
@@ -86,7 +87,7 @@ class TimeMix(nn.Module):
         return wkv
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
-        before = previous(x, shift, cu)  # [B, T, C]
+        before = token_shift(x, shift, cu)  # [B, T, C]
         xk, xv, xr = (torch.lerp(before, x, m) for m in (self.time_mix_k, self.time_mix_v, self.time_mix_r))
         r = torch.sigmoid(self.receptance(xr))  # [B, T, A]
         k = widen(self.key(xk))  # exponents
@@ -105,7 +106,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(f, c)
 
     def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
-        before = previous(x, shift, cu)
+        before = token_shift(x, shift, cu)
         xk, xr = torch.lerp(before, x, self.time_mix_k), torch.lerp(before, x, self.time_mix_r)
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)) ** 2)
 
@@ -126,7 +127,7 @@ class Block(nn.Module):
         x = x + y
         x2 = self.ln2(x)
         x = x + self.ffn(x2, state.ffn_shift, cu)
-        return x, LayerState(carry(x1, cu), wkv, carry(x2, cu))
+        return x, LayerState(last_shift(x1, cu), wkv, last_shift(x2, cu))
 
 
 class RWKV4(Model):
@@ -156,13 +157,13 @@ class RWKV4(Model):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
-        state, cu = self.enter(tokens, state, cu_seqlens)
+        state, cu = self.validate_inputs(tokens, state, cu_seqlens)
         if step := self.native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = self.through(block, x, layer, cu)
+            x, layer = self.run_block(block, x, layer, cu)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)

@@ -20,7 +20,18 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..ops.wkv5 import wkv5
-from .base import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .base import Model
+from .layers import (
+    Linear,
+    check_heads,
+    count_layers,
+    embedding,
+    group_norm,
+    last_shift,
+    last_tokens,
+    token_shift,
+    widen,
+)
 from .sequence_parallel import Boundaries, recur
 from .state import LayerState, State
 
@@ -112,7 +123,7 @@ class TimeMix(nn.Module):
         return widen(torch.zeros(self.heads, size, size, dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
-        before = previous(x, shift, cu)  # [B, T, C]
+        before = token_shift(x, shift, cu)  # [B, T, C]
 
         def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
             return x.unflatten(-1, (self.heads, -1))
@@ -141,7 +152,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(f, c)
 
     def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
-        before = previous(x, shift, cu)
+        before = token_shift(x, shift, cu)
         xk, xr = torch.lerp(before, x, self.time_mix_k), torch.lerp(before, x, self.time_mix_r)
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)) ** 2)
 
@@ -162,7 +173,7 @@ class Block(nn.Module):
         x = x + y
         x2 = self.ln2(x)
         x = x + self.ffn(x2, state.ffn_shift, cu)
-        return x, LayerState(carry(x1, cu), wkv, carry(x2, cu))
+        return x, LayerState(last_shift(x1, cu), wkv, last_shift(x2, cu))
 
 
 class RWKV5(Model):
@@ -191,13 +202,13 @@ class RWKV5(Model):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
-        state, cu = self.enter(tokens, state, cu_seqlens)
+        state, cu = self.validate_inputs(tokens, state, cu_seqlens)
         if step := self.native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = self.through(block, x, layer, cu)
+            x, layer = self.run_block(block, x, layer, cu)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)

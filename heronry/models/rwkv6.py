@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.wkv6 import wkv6
-from .base import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .base import Model
+from .layers import (
+    Linear,
+    check_heads,
+    count_layers,
+    embedding,
+    group_norm,
+    last_shift,
+    last_tokens,
+    token_shift,
+    widen,
+)
 from .sequence_parallel import Boundaries, recur
 from .state import LayerState, State
 
@@ -99,7 +110,7 @@ class TimeMix(nn.Module):
         return widen(torch.zeros(*like.shape, like.shape[1], dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
-        d = previous(x, shift, cu) - x  # [B, T, C]
+        d = token_shift(x, shift, cu) - x  # [B, T, C]
         low = torch.tanh(torch.addcmul(x, d, self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
         moved = torch.einsum("btmd,mdc->mbtc", low, self.time_maa_w2)
         mixes = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
@@ -128,7 +139,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(f, c)
 
     def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
-        d = previous(x, shift, cu) - x
+        d = token_shift(x, shift, cu) - x
         xk, xr = torch.addcmul(x, d, self.time_maa_k), torch.addcmul(x, d, self.time_maa_r)
         return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)) ** 2)
 
@@ -149,7 +160,7 @@ class Block(nn.Module):
         x = x + y
         x2 = self.ln2(x)
         x = x + self.ffn(x2, state.ffn_shift, cu)
-        return x, LayerState(carry(x1, cu), wkv, carry(x2, cu))
+        return x, LayerState(last_shift(x1, cu), wkv, last_shift(x2, cu))
 
 
 class RWKV6(Model):
@@ -178,13 +189,13 @@ class RWKV6(Model):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
-        state, cu = self.enter(tokens, state, cu_seqlens)
+        state, cu = self.validate_inputs(tokens, state, cu_seqlens)
         if step := self.native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = self.through(block, x, layer, cu)
+            x, layer = self.run_block(block, x, layer, cu)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)

@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.wkv7 import wkv7
-from .base import Linear, Model, carry, check_heads, count_layers, embedding, group_norm, last_tokens, previous, widen
+from .base import Model
+from .layers import (
+    Linear,
+    check_heads,
+    count_layers,
+    embedding,
+    group_norm,
+    last_shift,
+    last_tokens,
+    token_shift,
+    widen,
+)
 from .sequence_parallel import Boundaries, recur
 from .state import LayerState, State
 
@@ -121,7 +132,7 @@ class TimeMix(nn.Module):
         v_first: Tensor | None,  # the values of layer 0 for the same tokens, [B, T, A]; None in layer 0
         cu: Boundaries | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d = previous(x, shift, cu) - x
+        d = token_shift(x, shift, cu) - x
         xr, xw, xk, xv, xa, xg = (
             torch.addcmul(x, d, m) for m in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
@@ -164,7 +175,7 @@ class ChannelMix(nn.Module):
             self.s0 = nn.Parameter(torch.zeros(f))
 
     def forward(self, x: Tensor, shift: Tensor, cu: Boundaries | None, deep: tuple[Tensor, Tensor] | None) -> Tensor:
-        xk = torch.addcmul(x, previous(x, shift, cu) - x, self.x_k)
+        xk = torch.addcmul(x, token_shift(x, shift, cu) - x, self.x_k)
         k = torch.relu(self.key(xk)) ** 2  # [B, T, F]
         if deep is not None:
             tokens, e = deep
@@ -196,7 +207,7 @@ class Block(nn.Module):
         x = x + y
         x2 = self.ln2(x)
         x = x + self.ffn(x2, state.ffn_shift, cu, deep)
-        return x, v_first, LayerState(carry(x1, cu), wkv, carry(x2, cu))
+        return x, v_first, LayerState(last_shift(x1, cu), wkv, last_shift(x2, cu))
 
 
 class RWKV7(Model):
@@ -227,7 +238,7 @@ class RWKV7(Model):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
-        state, cu = self.enter(tokens, state, cu_seqlens)
+        state, cu = self.validate_inputs(tokens, state, cu_seqlens)
         if step := self.native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
@@ -235,7 +246,7 @@ class RWKV7(Model):
         v_first = None
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, v_first, layer = self.through(block, x, layer, v_first, cu, deep)
+            x, v_first, layer = self.run_block(block, x, layer, v_first, cu, deep)
             layers.append(layer)
         if last_only:
             x = last_tokens(x, cu)

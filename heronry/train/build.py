@@ -32,7 +32,7 @@ def make(config: Config, vocabulary: int, precision: str, device: str = "cpu") -
     if told.path:
         model: Model = load_found(told.path, _wide(precision), device, quantize=told.quantize or None)[0]
         if model.quantization is not None and told.tune != "lora":
-            raise InputError(f"{told.path}: is quantised, and packed weights cannot be trained; model.tune=lora can")
+            raise InputError(f"{told.path}: is quantized, and packed weights cannot be trained; model.tune=lora can")
         if told.tune == "state":
             model.tune_state()
         elif told.tune != "all":

@@ -27,7 +27,7 @@ else:
 TUNED = ("all", "state", "lora", "dora")
 PRECISIONS = ("auto", "bfloat16", "float32", "float64")
 SHARDS = ("none", "gradients", "full")
-ORDERS = ("documents", "carried", "shuffle", "cubic", "random", "sequential")
+ORDERS = ("documents", "carried", "shuffle", "magic_prime", "random", "sequential")
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class ModelSection:
     vocab_size: int = 0  # 0: the data's vocabulary, up to the next multiple of 64
 
     @property
-    def sees(self) -> bool:
+    def is_vision(self) -> bool:
         """Whether it is of pictures."""
         return self.generation in VISION_MODELS
 
     def check(self) -> None:
         if self.generation not in (known := [*MODELS, *VISION_MODELS]):
             raise InputError(f"model.generation is {self.generation!r}; known are {', '.join(known)}")
-        if self.sees and (self.tune != "all" or self.quantize):
+        if self.is_vision and (self.tune != "all" or self.quantize):
             raise InputError(f"model.tune={self.tune} and model.quantize are not for {self.generation}")
         if self.tune not in TUNED:
             raise InputError(f"model.tune is {self.tune!r}; known are {', '.join(TUNED)}")
@@ -74,11 +74,11 @@ class ModelSection:
 class DataSection:
     train: str = ""  # a token file that `heronry data` wrote, or a binidx pair
     eval: str = ""  # another one, only measured
-    # shuffled documents without leaks; "carried" with the state from row to row; or windows: shuffle, cubic, random,
-    # sequential
+    # shuffled documents without leaks; "carried" with the state from row to row; or windows: shuffle, magic_prime,
+    # random, sequential
     order: str = "documents"
     ctx_len: int = 1024  # tokens of a row
-    through: int = 1  # with "carried": rows of a lane in a step, through whose states gradients flow
+    tbptt_chunks: int = 1  # with "carried": rows of a lane in a step, through whose states gradients flow
 
     def check(self) -> None:
         if not self.train:
@@ -87,9 +87,9 @@ class DataSection:
             )
         if self.order not in ORDERS:
             raise InputError(f"data.order is {self.order!r}; known are {', '.join(ORDERS)}")
-        _positive("data", self, "ctx_len", "through")
-        if self.through > 1 and self.order != "carried":
-            raise InputError(f"data.through is for data.order=carried, not {self.order}")
+        _positive("data", self, "ctx_len", "tbptt_chunks")
+        if self.tbptt_chunks > 1 and self.order != "carried":
+            raise InputError(f"data.tbptt_chunks is for data.order=carried, not {self.order}")
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,9 @@ class Config:
         pieces, length = self.run.sequence_parallel, self.data.ctx_len
         if length % pieces:
             raise InputError(f"data.ctx_len is {length}, which run.sequence_parallel = {pieces} does not divide")
-        if self.model.sees and (pieces > 1 or self.run.shard != "none"):
+        if self.model.is_vision and (pieces > 1 or self.run.shard != "none"):
             raise InputError(f"run.sequence_parallel and run.shard are not for {self.model.generation}")
-        if not self.model.sees and self.vision != VisionSection():
+        if not self.model.is_vision and self.vision != VisionSection():
             raise InputError(f"the section vision is for {', '.join(VISION_MODELS)}, not {self.model.generation}")
         if self.run.ema and (self.run.shard != "none" or self.model.tune != "all"):
             raise InputError("run.ema is for whole models: not with run.shard or model.tune")
@@ -220,7 +220,7 @@ class Config:
             raise InputError("optim.muon needs whole matrices: not with run.shard")
         if self.run.compile and pieces > 1:
             raise InputError("run.compile does not reach over processes: not with run.sequence_parallel")
-        if self.run.compile and not self.model.sees and self.data.order in ("documents", "carried"):
+        if self.run.compile and not self.model.is_vision and self.data.order in ("documents", "carried"):
             raise InputError("run.compile needs windows (data.order=shuffle): packed documents compile anew every step")
         return self
 

@@ -11,8 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,82 +21,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.batching import random
-from ..data.images import cut, normalise, open_picture, prepare, resized, tensor
+from ..data.image_dataset import Pictures
+from ..data.images import cut, normalise, prepare, resized, tensor
 from ..errors import InputError
 from ..models import VisionModel
 from .config import Config, VisionSection
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-HUB = "hf://"
 Chunk = tuple[int, Tensor, Tensor]  # the first picture's number, uint8 [B, 3, S, S], classes int64 [B]
-
-
-class Pictures:
-    """Pictures with their classes: a folder of one folder a class, a .parquet file or a folder of them, or
-    hf://NAME[:SPLIT], all through the package `datasets`.
-
-    Attributes:
-        labels: the names of the classes.
-    """
-
-    tokenizer_file = None
-
-    def __init__(self, source: str):
-        try:
-            import datasets
-        except ModuleNotFoundError as error:
-            raise InputError(f"pictures need {error.name}: pip install 'heronry[vision]'") from error
-        self.source = source
-        path = Path(source).expanduser()
-        datasets.disable_progress_bars()
-        try:
-            if source.startswith(HUB):
-                name, _, split = source.removeprefix(HUB).partition(":")
-                found = datasets.load_dataset(name, split=split or "train")
-            elif path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-                files = [str(path)] if path.is_file() else sorted(map(str, path.glob("*.parquet")))
-                if not path.exists():
-                    raise InputError("no such file")
-                found = datasets.load_dataset("parquet", data_files=files, split="train")
-            elif path.is_dir():
-                found = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
-            else:
-                raise InputError("no folder of pictures, no .parquet file and no hf:// name")
-            picture, label = _columns(found)
-            self.rows = found.cast_column(picture, datasets.Image(decode=False)).select_columns([picture, label])
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
-        except Exception as error:  # a library's, of whatever is wrong with the data
-            raise InputError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from error
-        self._picture, self._label = picture, label
-        feature = found.features[label]
-        names = getattr(feature, "names", None)
-        self.labels: list[str] = list(names) if names else [str(i) for i in range(1 + max(found[label]))]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def get(self, i: int) -> tuple[Image, int]:
-        """A picture, in RGB, and its class."""
-        row = self.rows[i]
-        held = row[self._picture]
-        try:
-            picture = open_picture(held["bytes"] if held["bytes"] is not None else held["path"])
-        except InputError as error:
-            raise InputError(f"{self.source}: picture {i}: {error}") from error
-        return picture, int(row[self._label])
-
-
-def _columns(found: Any) -> tuple[str, str]:
-    """The names of the pictures' and the classes' column."""
-    names = found.column_names
-    picture = next((name for name in ("image", "img", "picture") if name in names), None)
-    label = next((name for name in ("label", "labels", "fine_label", "class") if name in names), None)
-    if picture is None or label is None:
-        raise InputError(f"has the columns {', '.join(names)}; pictures stand in 'image', their classes in 'label'")
-    return picture, label
 
 
 class _Numbered(Dataset):

@@ -1,14 +1,12 @@
-"""The recipe: optimiser, learning rate, loss."""
+"""The optimiser of the recipe."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ..errors import InputError
 from ..models import Model
@@ -73,33 +71,3 @@ def _of_adapters(model: Model, lr: float, weight_decay: float) -> list[dict]:
         {"params": [p for p in trained if p.ndim == 1], "lr": lr, "weight_decay": 0.0},
         {"params": [p for p in trained if p.ndim == 2], "lr": lr, "weight_decay": weight_decay},
     ]
-
-
-def rate(step: int, steps: int, of: OptimSection) -> float:
-    """The learning rate of a step (from 0 on), as a share of `lr`: linear from a hundredth over the warm-up, then half
-    a cosine down to lr_final / lr at the end."""
-    if step < of.warmup:
-        return 0.01 + 0.99 * step / of.warmup
-    progress = min(1.0, (step - of.warmup) / max(1, steps - of.warmup))
-    final = of.lr_final / of.lr
-    return (0.5 + final / 2) + (0.5 - final / 2) * math.cos(math.pi * progress)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * share
-
-
-def losses(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over all positions: of the cross entropy where the mask counts, in nats, and of half the square of the
-    largest logit everywhere, which L2Wrap pulls at.
-
-    logits [B, T, V] in any dtype, targets int64 [B, T], mask bool [B, T]. The gradient of the second is the largest
-    logit itself, at its own place.
-    """
-    wide = logits.flatten(0, 1)
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    nats = F.cross_entropy(wide, targets.flatten(), reduction="none")
-    if mask is not None:
-        nats = nats * mask.flatten()
-    return nats.sum(), 0.5 * wide.amax(-1).square().sum()

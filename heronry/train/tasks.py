@@ -22,10 +22,10 @@ from ..data.batching import Batch, Documents, Lanes, Row, Windows, collate
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import LayerState, Model, State
-from ..models.base import PackedLinear
+from ..models.layers import PackedLinear
 from ..models.sequence_parallel import Spread
 from .config import Config
-from .optim import losses
+from .losses import losses
 
 Chunk = tuple[dict[int, Row], Batch]  # what the model reads at once: a batch, also as rows by their lane
 ROWS_MEASURED = 64  # where the configuration does not say
@@ -65,7 +65,7 @@ class Passes:
                 f"{config.data.train}: its last row of {config.data.ctx_len} tokens has {self.rows.shortest}, too few "
                 f"for run.sequence_parallel = {self.pieces}; give another data.ctx_len"
             )
-        self.a_step = lanes * config.data.through
+        self.a_step = lanes * config.data.tbptt_chunks
         self.states: dict[int, State] = {}
 
     def _group(self) -> dist.ProcessGroup | None:
@@ -84,7 +84,7 @@ class Passes:
         """Those of a step: what one backward pass goes through, one batch after the other, each also as rows by their
         lane."""
         size, mine = self.config.run.batch, self._lanes(self.accelerator.process_index)
-        begins = range(step * self.a_step, (step + 1) * self.a_step, self.a_step // self.config.data.through)
+        begins = range(step * self.a_step, (step + 1) * self.a_step, self.a_step // self.config.data.tbptt_chunks)
         for i in range(0, len(mine), size):
             chunks = [{lane: self._row(begin + lane) for lane in mine[i : i + size]} for begin in begins]
             yield [(rows, collate(list(rows.values()), self.group)) for rows in chunks]
@@ -123,7 +123,7 @@ class Passes:
         return counted(chunk[1]), chunk[1].targets.numel()
 
     def losses(self, model: Any, chunk: Chunk, autocast: AbstractContextManager) -> tuple[Tensor, Tensor]:
-        """What a batch loses, and what L2Wrap pulls at: sums as in optim.losses."""
+        """What a batch loses, and what L2Wrap pulls at: sums as in losses.py."""
         (rows, batch), device = chunk, self.accelerator.device
         with autocast:
             entering = self.enter(rows)

@@ -33,7 +33,8 @@ from ..models import Model, Network
 from . import build, checkpointing, fsdp
 from .config import Config
 from .metrics import Journal
-from .optim import optimizer, rate, set_rate
+from .optim import optimizer
+from .schedule import rate, set_rate
 from .tasks import Passes
 
 Sample = Callable[[Model, str], str]  # what a model writes after a prompt
@@ -76,8 +77,9 @@ class Run:
     def _parts(self, model: Any) -> tuple[Any, Any]:
         """The model, on the device, and what it reads."""
         config, device = self.config, self.accelerator.device
-        if config.model.sees:
-            from .image_classification import PicturePasses, Pictures
+        if config.model.is_vision:
+            from ..data.image_dataset import Pictures
+            from .image_classification import PicturePasses
 
             pictures = Pictures(config.data.train)
             if model is None:

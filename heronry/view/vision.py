@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.base import widen
 from ..models.baselines import ViT
+from ..models.layers import widen
 from ..models.vision import MEAN, STD, Block, Grid, SpatialMix, SpatialMix6, VisionModel, shifted
 
 

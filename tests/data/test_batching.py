@@ -109,7 +109,7 @@ def test_windows_make_every_token_but_the_first_a_target_once(prefix, lengths, l
 @given(st.integers(3, 400), st.integers(1, 7), st.integers(0, 6))
 def test_cubic_is_a_bijection_and_what_rwkv_lm_does(prefix, windows, length, rest):
     file = made(prefix, [windows * length + rest % length])
-    sampler = Windows(file, length, order="cubic")
+    sampler = Windows(file, length, order="magic_prime")
     # as its make_data.py finds the prime and its dataset.py the place
     most = len(file.tokens) // length - 1
     primes = [p for p in range(2, most + 1) if p % 3 == 2 and not any(p % d == 0 for d in range(2, p))]
@@ -196,7 +196,7 @@ def test_bad_input_is_named(prefix):
         (lambda: Documents(file, 4, -1), "seed must be"),
         (lambda: Windows(file, 4, 2**64), "seed must be"),
         (lambda: Windows(file, 4, order="zigzag"), "no order 'zigzag'"),
-        (lambda: Windows(file, 4, order="cubic"), "needs 12 tokens, there are 5"),
+        (lambda: Windows(file, 4, order="magic_prime"), "needs 12 tokens, there are 5"),
         (lambda: Windows(made(prefix, [1]), 4), "nothing to predict"),
     ]:
         with pytest.raises(InputError, match=said):

@@ -64,7 +64,7 @@ class Scripted(Model):
         return State([LayerState(torch.zeros(rows, 1), torch.zeros(rows, 2048), torch.zeros(rows, 1))], "scripted")
 
     def forward(self, tokens, state=None, *, cu_seqlens=None, last_only=False):
-        state, cu = self.enter(tokens, state, cu_seqlens)
+        state, cu = self.validate_inputs(tokens, state, cu_seqlens)
         self.reads.append(tokens.numel())
         rows = [tokens[0, a:b] for a, b in pairwise(cu)] if cu else list(tokens)
         count, memory = state.layers[0].att_shift.clone(), state.layers[0].wkv.clone()

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from heronry.checkpoint import assemble, save
 from heronry.engine import Sampling, generate
 from heronry.engine import llm as llm_file
-from heronry.engine.llm import LLM, Hold
+from heronry.engine.llm import LLM, StopStringBuffer
 from heronry.errors import InputError
 from heronry.text.tokenizers import ByteTokenizer, HFTokenizer
 
@@ -66,7 +66,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=3),
 )
 def test_stop_strings_by_definition_however_the_text_is_cut(pieces, stops):
-    hold = Hold(stops)
+    hold = StopStringBuffer(stops)
     text, shown = "", ""
     expected, stopped = cut("".join(pieces), stops)
     for piece in pieces:
@@ -80,7 +80,7 @@ def test_stop_strings_by_definition_however_the_text_is_cut(pieces, stops):
 
 
 def test_only_what_may_become_a_stop_string_is_held_back():
-    hold = Hold(["\n\nUser:"])
+    hold = StopStringBuffer(["\n\nUser:"])
     assert [hold.push(piece) for piece in ["Hi.", "\n", "x", "\n\nUs", "e", "d", "\n\nUser", ": no", "more"]] == [
         *["Hi.", "", "\nx", "", "", "\n\nUsed", "", "", ""]
     ]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import heronry
 from heronry import InputError
 from heronry.convert import convert
-from heronry.models.base import PackedLinear
+from heronry.models.layers import PackedLinear
 
 pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline

@@ -42,8 +42,8 @@ def widened(state: State, model: Model) -> State:
 def step(
     model: Model, text: Tensor, state: State | None = None, cu_seqlens=None, last_only: bool = False
 ) -> tuple[Tensor, State]:
-    """What the C++ gives, for packs too, which `forward` hands to it in quantised models only."""
-    state, cu = model.enter(text, state, cu_seqlens)
+    """What the C++ gives, for packs too, which `forward` hands to it in quantized models only."""
+    state, cu = model.validate_inputs(text, state, cu_seqlens)
     made = native_step.Step(model)
     assert made.runs()
     return made(text, state, cu, last_only)

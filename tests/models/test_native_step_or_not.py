@@ -208,7 +208,7 @@ def test_rows(model, taken):
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @torch.no_grad()
-def test_rows_of_a_quantised_model(format, version, random_checkpoint, taken):
+def test_rows_of_a_quantized_model(format, version, random_checkpoint, taken):
     model = quantize(assemble(random_checkpoint(version, ffn=192)), format)
     text = tokens(1, native_step.MOST_ROWS)
     half = native_step.MOST_ROWS // 2

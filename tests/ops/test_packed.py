@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from heronry.ops import build
-from heronry.ops.packed import GROUP, LEVELS, dequantise, packed_matmul, reference, tile, untile
+from heronry.ops.packed import GROUP, LEVELS, dequantize, packed_matmul, reference, tile, untile
 from heronry.quantization import FORMATS
 
 LEVEL = ["avx512", "avx2", "portable"]
@@ -55,7 +55,7 @@ def test_product_is_that_of_the_weights(level, format, rows, columns, tokens):
     x = 3 * matrix(tokens, columns, seed=1)
     x[:, :GROUP] *= 100  # a group with activations out of the ordinary
     y = packed_matmul(x, *tile(q, scales), rows)
-    expected = rounded(x) @ dequantise(q, scales).double().T
+    expected = rounded(x) @ dequantize(q, scales).double().T
     assert y.shape == (tokens, rows)
     # a product that lies half way between two integers may be rounded either way
     assert relative(y, expected) < 1e-4
@@ -109,7 +109,7 @@ def test_gradient_of_the_activations(format):
     x = matrix(5, 64, seed=1).requires_grad_()
     weights = matrix(5, 30, seed=2)
     (packed_matmul(x, *tile(q, scales), 30) * weights).sum().backward()
-    assert relative(x.grad, weights @ dequantise(q, scales)) < 1e-6
+    assert relative(x.grad, weights @ dequantize(q, scales)) < 1e-6
 
 
 def test_torch_operator_is_well_formed():
@@ -128,7 +128,7 @@ def test_zeros_and_largest_numbers(level):
         x[:, 1::2] = 5.0
         x[1] = 0
         y = packed_matmul(x, *tile(q, scales), 17)
-        expected = rounded(x) @ dequantise(q, scales).double().T
+        expected = rounded(x) @ dequantize(q, scales).double().T
         assert torch.allclose(y.double(), expected, rtol=1e-5)
         assert not y[1].any()
         assert not y[:, 3].any()

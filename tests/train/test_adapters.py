@@ -21,8 +21,8 @@ from heronry.adapters.inject import attach
 from heronry.checkpoint import assemble, load, save
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
-from heronry.models.base import Linear, PackedLinear
-from heronry.ops.packed import dequantise, untile
+from heronry.models.layers import Linear, PackedLinear
+from heronry.ops.packed import dequantize, untile
 from heronry.quantization import FORMATS, quantize
 from heronry.train.config import OptimSection, read_config
 from heronry.train.optim import optimizer
@@ -163,7 +163,7 @@ def test_gradients_beside_a_packed_matrix(format, dtype, bases, tmp_path):
     x = torch.randn(5, 96, generator=random).to(dtype).requires_grad_()
     dy = torch.randn(5, 64, generator=random).to(dtype)
     layer(x).backward(dy)
-    w = dequantise(*untile(layer.base_layer.weight, layer.base_layer.scales, 64)).double()
+    w = dequantize(*untile(layer.base_layer.weight, layer.base_layer.scales, 64)).double()
     x64, dy64, a64, b64 = (t.detach().double() for t in (x, dy, a, b))
     near = {"atol": 0.06, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
     torch.testing.assert_close(x.grad.double(), dy64 @ (w + 2 * b64 @ a64), **near)
@@ -189,7 +189,7 @@ def test_gradients_through_a_packed_model(format, generation, bases):
     for name, m in packed.named_modules():
         if isinstance(m, PackedLinear):
             wide.get_submodule(name).__class__ = Rounding
-            wide.get_submodule(name).weight.data = dequantise(*untile(m.weight, m.scales, m.out_features))
+            wide.get_submodule(name).weight.data = dequantize(*untile(m.weight, m.scales, m.out_features))
     gradients = []
     for model in (packed, wide):
         torch.manual_seed(0)

@@ -48,7 +48,7 @@ def test_gradients_go_through_the_cut(generation, tmp_path):
     """Rows of 8 tokens, 4 of them in a step, are rows of 32: the loss, and how all weights move, in float64."""
     more = [*CARRIED, f"model.generation={generation}", "run.steps=4"]
     one = write_binidx(tmp_path / "one", [np.arange(3 * 4 * 32) * 7 % 50])
-    for name, *how in (("a", "data.ctx_len=32"), ("b", "data.ctx_len=8", "data.through=4")):
+    for name, *how in (("a", "data.ctx_len=32"), ("b", "data.ctx_len=8", "data.tbptt_chunks=4")):
         run(one, tmp_path / name, *more, *how)
     a, b = curve(tmp_path / "a"), curve(tmp_path / "b")
     assert len(a) == 4
@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_not_carried(texts, tmp_path):
 
 
 def test_stopped_and_gone_on(texts, tmp_path):
-    more = ["data.order=carried", "data.through=2", "data.ctx_len=8", "run.steps=7", "run.accumulate=2"]
+    more = ["data.order=carried", "data.tbptt_chunks=2", "data.ctx_len=8", "run.steps=7", "run.accumulate=2"]
     run(texts, tmp_path / "whole", *more)
     stopped(texts, tmp_path / "parts", 3, *more)
     run(texts, tmp_path / "parts", *more)
@@ -106,7 +106,7 @@ def test_stopped_and_gone_on(texts, tmp_path):
 
 def test_two_processes_are_one(texts, tmp_path):
     """And one goes on where two have stopped, with the states of all lanes."""
-    more = ["data.order=carried", "data.ctx_len=8", "data.through=2"]
+    more = ["data.order=carried", "data.ctx_len=8", "data.tbptt_chunks=2"]
     run(texts, tmp_path / "one", *more, "run.steps=6", "run.batch=2", "run.accumulate=2")
     told = settings(texts, tmp_path / "two", *more, "run.steps=6", "run.batch=1", "run.accumulate=2")
     assert spread((2, [[*told, "run.save_every=3", "run.keep=9"]])) == []

@@ -13,7 +13,8 @@ from heronry.data.batching import _prime
 from heronry.errors import InputError
 from heronry.models import RWKV7, RWKV7Config
 from heronry.train.config import Config, OptimSection, from_dict, read_config
-from heronry.train.optim import optimizer, rate, set_rate
+from heronry.train.optim import optimizer
+from heronry.train.schedule import rate, set_rate
 
 WRONG = [
     ("optimizer.lr=1", "there is no section 'optimizer'; known are model, data, optim, run"),
@@ -29,7 +30,10 @@ WRONG = [
     ("run.precision=int8", "run.precision is 'int8'; known are auto, bfloat16, float32, float64"),
     ("run.steps=-1", "run.steps must not be negative, got -1"),
     ("model.generation=rwkv3", "model.generation is 'rwkv3'; known are rwkv4, rwkv5, rwkv6, rwkv7"),
-    ("data.order=sorted", "data.order is 'sorted'; known are documents, carried, shuffle, cubic, random, sequential"),
+    (
+        "data.order=sorted",
+        "data.order is 'sorted'; known are documents, carried, shuffle, magic_prime, random, sequential",
+    ),
     ("data.train=", "data.train is missing"),
     ("lr", "'lr' is no setting; write section.key=value"),
     ("lr=1", "'lr=1' is no setting"),
@@ -81,7 +85,12 @@ def test_the_published_recipe_of_minipile():
     told = read_config(Path(__file__).parents[2] / "examples" / "minipile.toml", ["data.train=minipile"])
     model, data, optim, steps = told.model, told.data, told.optim, told.run
     assert (model.generation, model.n_layer, model.n_embd, model.vocab_size) == ("rwkv7", 12, 768, 65536)
-    assert (data.order, data.ctx_len, steps.batch * steps.accumulate, steps.precision) == ("cubic", 512, 16, "bfloat16")
+    assert (data.order, data.ctx_len, steps.batch * steps.accumulate, steps.precision) == (
+        "magic_prime",
+        512,
+        16,
+        "bfloat16",
+    )
     assert (optim.lr, optim.lr_final, optim.warmup, optim.weight_decay) == (6e-4, 6e-5, 10, 0.001)
     assert (optim.betas, optim.eps, optim.clip, optim.l2wrap) == ((0.9, 0.99), 1e-18, 1.0, 1e-4)
     assert steps.steps == math.ceil(1498226207 / (16 * 512))

@@ -29,7 +29,14 @@ from heronry.train.config import read_config
 from heronry.train.trainer import Run
 
 KEPT = ["run.steps=3", "run.save_every=2", "run.keep=9"]
-CARRIED = [*KEPT, "model.generation=rwkv6", "model.n_layer=1", "data.order=carried", "data.ctx_len=8", "data.through=2"]
+CARRIED = [
+    *KEPT,
+    "model.generation=rwkv6",
+    "model.n_layer=1",
+    "data.order=carried",
+    "data.ctx_len=8",
+    "data.tbptt_chunks=2",
+]
 TUNED = [*KEPT, "model.tune=state", "data.order=carried", "data.ctx_len=8"]
 TWELVE = [*KEPT, "run.accumulate=2"]  # rows in a step: batch=6 alone, 3 of two processes, 2 of three
 LOOKING = ["run.sample_every=2", "run.eval_every=2", "run.eval_rows=7"]

@@ -14,9 +14,10 @@ from PIL import Image
 
 import heronry
 from heronry import InputError
+from heronry.data.image_dataset import Pictures
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.train.config import read_config
-from heronry.train.image_classification import Pictures, mixed
+from heronry.train.image_classification import mixed
 from heronry.train.trainer import Run, Stopped
 
 COLOURS = {"blue": (30, 40, 200), "green": (30, 200, 60), "red": (210, 40, 30)}

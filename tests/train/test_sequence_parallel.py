@@ -40,7 +40,13 @@ def test_processes_that_share_rows_are_one(texts, tmp_path):
     """Two for each row, and four as two groups. What two have kept one goes on from."""
     runs = {
         "documents": ["run.accumulate=2", "run.steps=6"],
-        "carried": ["model.generation=rwkv6", "data.order=carried", "data.ctx_len=8", "data.through=2", "run.steps=6"],
+        "carried": [
+            "model.generation=rwkv6",
+            "data.order=carried",
+            "data.ctx_len=8",
+            "data.tbptt_chunks=2",
+            "run.steps=6",
+        ],
         "windows": ["model.generation=rwkv5", "data.order=shuffle", "run.steps=6", "run.checkpointing=true"],
         "rounded": ["run.precision=bfloat16", "run.steps=3"],
         "tuned": ["model.tune=state", f"model.path={tmp_path / 'documents'}", "run.steps=3"],

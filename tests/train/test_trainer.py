@@ -113,7 +113,7 @@ MINIPILE = Path(__file__).parents[2] / "examples" / "minipile.toml"
         (None, "rwkv6", "documents", 0.5),
         (None, "rwkv7", "documents", 0.5),
         (None, "rwkv7", "shuffle", 0.5),
-        (MINIPILE, "rwkv7", "cubic", 1.0),
+        (MINIPILE, "rwkv7", "magic_prime", 1.0),
     ],
 )
 def test_the_recipe_in_float64(file, generation, order, clip, texts, tmp_path):

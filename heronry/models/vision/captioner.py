@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ...files import replacing
-from ..base import Model, Network, fingerprint, in_their_place, widen
+from ..base import Model, Network, in_their_place
+from ..fingerprint import fingerprint
+from ..layers import widen
 from ..state import State
 from . import VisionModel
 

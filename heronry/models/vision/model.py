@@ -27,7 +27,8 @@ from ...errors import InputError
 from ...ops.biwkv import biwkv
 from ...ops.biwkv6 import biwkv6
 from ...ops.wkv4 import wkv4
-from ..base import Linear, Network, group_norm, widen
+from ..base import Network
+from ..layers import Linear, group_norm, widen
 
 Grid = tuple[int, int]  # rows and columns of patches
 SHIFTS = ("q", "previous", "none")
@@ -364,7 +365,7 @@ class VisionModel(Network):
         """[B, C, H, W]: of every patch, after the last norm."""
         x, grid = self.embed(images)
         for block in self.layers:
-            x = self.through(block, x, grid)
+            x = self.run_block(block, x, grid)
         return _as_map(self.ln1(x), grid)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -388,7 +389,7 @@ class VisionModel(Network):
         x, grid = self.embed(images)
         seen = {}
         for i, block in enumerate(self.layers[: max(wanted, default=-1) + 1]):
-            x = self.through(block, x, grid)
+            x = self.run_block(block, x, grid)
             if i in wanted:
                 seen[i] = _as_map(self.ln1(x) if i == number - 1 else x, grid)
         return [seen[i] for i in wanted]

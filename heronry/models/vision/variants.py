@@ -11,7 +11,7 @@ import torch
 
 from ... import formats
 from ...errors import InputError
-from ...formats.lazy_tensor import Stored
+from ...formats.lazy_tensor import LazyTensor
 from .model import VRWKV, VRWKV6, VisionModel, VRWKV6Config, VRWKVConfig
 
 SMALL, BASE = {"post_norm": True, "drop_path": 0.3}, {"post_norm": True, "init_values": 1e-5, "drop_path": 0.5}
@@ -75,7 +75,7 @@ def create(
     return model
 
 
-def _fill(model: VisionModel, tensors: Mapping[str, Stored]) -> None:
+def _fill(model: VisionModel, tensors: Mapping[str, LazyTensor]) -> None:
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in tensors]
     unexpected = [key for key in tensors if key not in wanted]

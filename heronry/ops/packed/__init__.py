@@ -5,7 +5,7 @@ int4: it is LEVELS[code] * scale with a code in 0 .. 15; the levels lie as norma
 sign of a scale says which way round.
 
 The activations of a product are rounded to 8 bits too, with one scale for each group of a token, so that a group is
-a sum of integers. Next to what the rounding of the weights costs that is nothing (docs/quantisation.md), and it is
+a sum of integers. Next to what the rounding of the weights costs that is nothing (docs/quantization.md), and it is
 what makes a product with many tokens fast.
 """
 
@@ -68,7 +68,7 @@ def is_int4(data: Tensor, scales: Tensor) -> bool:
     return data.shape[1] * 4 != scales.shape[1] * GROUP
 
 
-def dequantise(q: Tensor, scales: Tensor) -> Tensor:
+def dequantize(q: Tensor, scales: Tensor) -> Tensor:
     """The weights [out, in] that they stand for, float32; see `tile`."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
     values = levels[unpack(q).int()] if q.dtype == torch.uint8 else q.float()
@@ -113,7 +113,7 @@ def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _gradient(ctx: Any, gradient: Tensor) -> tuple:
     """Of x, as if its rounding were none."""
     data, scales = ctx.saved_tensors
-    weights = dequantise(*untile(data, scales, ctx.rows))
+    weights = dequantize(*untile(data, scales, ctx.rows))
     return gradient @ weights.to(gradient.dtype), None, None, None
 
 
@@ -125,7 +125,7 @@ def reference(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     groups = x.float().unflatten(1, (-1, GROUP))
     top = groups.abs().amax(-1, keepdim=True)
     rounded = (groups * torch.where(top > 0, 127 / top, 0)).round() * (top / 127)
-    return F.linear(rounded.flatten(1), dequantise(*untile(data, scales, rows))).to(x.dtype)
+    return F.linear(rounded.flatten(1), dequantize(*untile(data, scales, rows))).to(x.dtype)
 
 
 def describe(data: Tensor, scales: Tensor, rows: int) -> tuple[int, ...]:

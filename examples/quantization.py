@@ -1,6 +1,6 @@
-"""What int8 and int4 cost: perplexity and greedy texts of trained models in each format (docs/quantisation.md).
+"""What int8 and int4 cost: perplexity and greedy texts of trained models in each format (docs/quantization.md).
 
-    python examples/quantisation.py --stories stories.jsonl.gz [--texts 200] [--tiny FOLDER --text FILE]
+    python examples/quantization.py --stories stories.jsonl.gz [--texts 200] [--tiny FOLDER --text FILE]
 
 The bundled model reads held-out stories (see storyteller.py). With --tiny, byte-level .pth files are measured on the
 first 20,000 bytes of --text too.

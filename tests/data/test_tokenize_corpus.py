@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from heronry import LLM, RWKV7, InputError, cli
-from heronry.cli.data import Dialogue
 from heronry.data import sources, tokenize_corpus
 from heronry.data.batching import Documents, collate
 from heronry.data.token_file import TokenFile
@@ -27,6 +26,7 @@ from heronry.data.tokenize_corpus import prepare
 from heronry.engine.llm import BUNDLED
 from heronry.models import RWKV7Config
 from heronry.text.chat_templates import TEMPLATES
+from heronry.text.conversations import Dialogue
 from heronry.text.tokenizers import load_tokenizer
 
 ENDINGS = (".bin", ".idx", ".mask", ".json")

@@ -1,10 +1,16 @@
 """Every RWKV generation: trained like a Transformer, run like an RNN."""
 
-from .checkpoint import initial_state, load, save
-from .engine.llm import LLM
-from .errors import InputError
-from .models import RWKV4, RWKV5, RWKV6, RWKV7, State
-from .quantization import quantize
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import initial_state, load, save
+    from .engine.llm import LLM
+    from .errors import InputError
+    from .models import RWKV4, RWKV5, RWKV6, RWKV7, State
+    from .quantization import quantize
 
 __all__ = [
     "LLM",
@@ -20,3 +26,35 @@ __all__ = [
     "save",
 ]
 __version__ = "0.1.0"
+
+# A name brings its module, and with it PyTorch, on first use (PEP 562): `heronry --help` needs none of them.
+_MODULES = {
+    "LLM": ".engine.llm",
+    "RWKV4": ".models",
+    "RWKV5": ".models",
+    "RWKV6": ".models",
+    "RWKV7": ".models",
+    "InputError": ".errors",
+    "State": ".models",
+    "initial_state": ".checkpoint",
+    "load": ".checkpoint",
+    "quantize": ".quantization",
+    "save": ".checkpoint",
+}
+_SUBMODULES = {"adapters", "checkpoint", "convert", "data", "engine", "evaluate", "formats", "integrations", "models"}
+_SUBMODULES |= {"ops", "quantization", "text", "train", "view"}
+
+if not TYPE_CHECKING:  # with it, a type checker would accept every misspelt name
+
+    def __getattr__(name: str) -> object:
+        """The public name or submodule, imported on first use."""
+        if name in _SUBMODULES:
+            return import_module(f".{name}", __name__)
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_MODULES[name], __name__), name)
+        globals()[name] = value  # later lookups do not come here
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_SUBMODULES})

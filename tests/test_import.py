@@ -32,3 +32,15 @@ def test_loading_and_a_step_bring_no_compiler_of_python():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_public_names_are_imported_on_first_use():
+    code = (
+        "import sys, heronry\n"
+        "assert not {'torch', 'numpy', 'typer', 'rich'} & set(sys.modules)\n"
+        "assert all(hasattr(heronry, name) for name in heronry.__all__)\n"
+        "assert heronry.models.vision.create and heronry.convert.convert\n"
+        "assert not hasattr(heronry, 'laod')\n"
+        "assert not {'typer', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import heronry
-from heronry.ops import build
+from heronry import build
 
 
 def main() -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import build
 from ..errors import InputError
 from ..memory import Pool
-from ..ops import build, packed
+from ..ops import packed
 from .state import LayerState, State
 
 ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import build
+from .. import build
 
 log = logging.getLogger("heronry.ops")
 

@@ -11,10 +11,9 @@ from steps import PACK, farthest, plain, same, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
-from heronry import State
+from heronry import State, build
 from heronry.checkpoint import assemble
 from heronry.models import MODELS, LayerState, Model, base, native_step
-from heronry.ops import build
 
 SHAPES = {  # what random_checkpoint is given
     "heads of 32": {},

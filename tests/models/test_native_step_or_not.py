@@ -13,9 +13,9 @@ from steps import PACK, distance, farthest, plain, same, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from heronry import build
 from heronry.checkpoint import assemble
 from heronry.models import Model, base, native_step
-from heronry.ops import build
 from heronry.quantization import quantize
 
 LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.best_level()) :]  # that this processor has

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heronry.ops import build, dispatch
+from heronry import build
+from heronry.ops import dispatch
 from heronry.ops.biwkv import BODIES, biwkv
 
 from .cases import Arguments, assert_close, to

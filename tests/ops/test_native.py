@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heronry.ops import build, dispatch
+from heronry import build
+from heronry.ops import dispatch
 
 from .cases import OPERATORS, Operator, assert_close, draw, run, to
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heronry.ops import build
+from heronry import build
 from heronry.ops.packed import GROUP, LEVELS, dequantize, packed_matmul, reference, tile, untile
 from heronry.quantization import FORMATS
 

@@ -133,7 +133,7 @@ def test_merged_it_runs_native_and_beside_plain(generation, bases, tmp_path):
     assert model._step is not None
     assert not model._step.runs()
     torch.testing.assert_close(step, expected[:, :3], atol=1e-4, rtol=1e-4)
-    if heronry.ops.build.library(heronry.models.native_step.source(generation)) is not None:
+    if heronry.build.library(heronry.models.native_step.source(generation)) is not None:
         assert merged._step.runs()
 
 

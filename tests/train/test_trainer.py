@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from heronry import build
 from heronry.checkpoint import load
 from heronry.errors import InputError
 from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
-from heronry.ops import build
 from heronry.train.config import read_config
 from heronry.train.trainer import Run, Stopped
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import build
+from ... import build
 from ..dispatch import compiled, native
 
 GROUP = 32

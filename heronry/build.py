@@ -26,6 +26,7 @@ import torch
 
 log = logging.getLogger("heronry")
 
+HEADERS = Path(__file__).parent / "ops"  # simd.h, matmul.h, team.h
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the order of Dtype in simd.h
 LEVELS = {
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
@@ -75,8 +76,7 @@ def _compiled(source: Path, level: str) -> Path:
     compiler = next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise OSError("there is no C++ compiler: install g++ or clang++")
-    headers = Path(__file__).parent
-    flags = [*FLAGS, *LEVELS[level], f"-I{headers}"]
+    flags = [*FLAGS, *LEVELS[level], f"-I{HEADERS}"]
     if level == "avx512":
         has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to torch below 2.10 or so
         flags += [
@@ -100,11 +100,11 @@ def _compiled(source: Path, level: str) -> Path:
 
 
 def _included(file: Path) -> list[Path]:
-    """`file` and the headers of ours that it includes, from beside it or from here."""
+    """`file` and the headers of ours that it includes, from beside it or from HEADERS."""
     files = [file]
     for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
         beside = file.parent / name
-        for found in _included(beside if beside.exists() else Path(__file__).parent / name):
+        for found in _included(beside if beside.exists() else HEADERS / name):
             if found not in files:
                 files.append(found)
     return files

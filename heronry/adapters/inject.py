@@ -1,4 +1,4 @@
-"""Adapters beside the matrices of a model, as peft's layers: for training, and for packed weights."""
+"""Adapters beside the matrices of a model, as layers of peft: for training, and for packed weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 from ..errors import InputError
 from ..models import Model
 from ..models.layers import PackedLinear
-from .lora import adaptable
+from .matrices import adaptable_matrices
 
 try:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners import lora
 except ModuleNotFoundError as error:
-    raise InputError(f"this needs {error.name}: pip install 'heronry[train]'") from error
+    raise InputError(f"training adapters needs {error.name}: pip install 'heronry[train]'") from error
 
 
 class PackedLora(lora.Linear):
-    """LoRA beside a packed matrix. peft's layer asks no more of what it wraps than its sizes and its products."""
+    """LoRA beside a packed matrix. Of the layer it wraps, peft only needs the sizes and the forward pass."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        """(in, out) of the matrix."""
         return module.in_features, module.out_features
 
     def merge(self, *args: Any, **options: Any) -> None:
-        raise InputError("an adapter cannot be merged into packed weights; merge it into the original")
+        raise InputError("an adapter cannot be merged into packed weights; merge it into the original model")
 
 
-def attach(
+def inject_adapter(
     model: Model,
     rank: int = 16,
     alpha: float = 32.0,
@@ -36,46 +37,52 @@ def attach(
     targets: Iterable[str] = (),
     base: str = "",
 ) -> Model:
-    """Puts new adapters beside the matrices of a model, in place, and freezes all else; returns the model.
+    """Adds new adapters beside the matrices of a model, in place, and freezes everything else.
 
-    They change nothing yet: A is random, B zeros. The model stays of its class; its native step does not run.
+    They change nothing yet: A is random, B is zero. The model keeps its class, but its native step no longer runs.
 
     Args:
-        rank, alpha: sizes of A [rank, in] and B [out, rank]; the product counts alpha / rank.
+        model: the base model, plain or packed.
+        rank: of A [rank, in] and B [out, rank].
+        alpha: the product B A is scaled by alpha / rank.
         dropout: of the inputs of A, in training.
-        dora: a learned length for each row, too; not for packed weights.
-        targets: names of matrices, or how they end ("ffn.key", "value"); all in the blocks without.
-        base: where the model came from, for adapter_config.json.
+        dora: also learn a magnitude for each row; not for packed weights.
+        targets: names of matrices, or their endings ("ffn.key", "value"); by default all matrices in the blocks.
+        base: where the model was loaded from, recorded in adapter_config.json.
+
+    Returns:
+        The model itself.
 
     Raises:
-        InputError: a name that no matrix has, DoRA where it cannot be.
+        InputError: the model already has adapters, no matrix has one of the names, or DoRA is not possible.
     """
     if model.adapted_from is not None:
-        raise InputError("the model has adapters already")
+        raise InputError("the model already has adapters")
     if dora and model.quantization is not None:
-        raise InputError("DoRA does not go beside packed weights: merge it into the original, or train LoRA")
+        raise InputError("DoRA does not work beside packed weights: merge it into the original model, or train LoRA")
     names = list(targets)
-    matrices = adaptable(model)
+    matrices = adaptable_matrices(model)
     if not names:
         names = sorted({name.rpartition(".")[2] for name in matrices if name.startswith("blocks.")})
     for name in names:
         if not any(full == name or full.endswith(f".{name}") for full in matrices):
             known = sorted({full.split(".", 2)[-1] for full in matrices})
-            raise InputError(f"no matrix of this {model.name} is called {name!r}; known are {', '.join(known)}")
+            raise InputError(f"no matrix of this {model.name} is called {name!r}; known: {', '.join(known)}")
     chosen = [full for full in matrices if any(full == name or full.endswith(f".{name}") for name in names)]
     for full in chosen if dora else ():
         if not matrices[full].weight.any(dim=1).all():
-            raise InputError(f"{full}.weight has rows of zeros, to which DoRA can give no length")
+            raise InputError(f"{full}.weight has rows of zeros, which have no magnitude for DoRA to learn")
     base_fingerprint = model.fingerprint
     config = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # any number will do
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # a float works as well
         lora_dropout=dropout,
         use_dora=dora,
         target_modules=names,
         base_model_name_or_path=base or None,
     )
-    config._register_custom_module({PackedLinear: PackedLora})
+    config._register_custom_module({PackedLinear: PackedLora})  # peft has no public name for it
     inject_adapter_in_model(config, model)
-    model.adapted_from, model._fingerprint = base_fingerprint, None
+    model.adapted_from = base_fingerprint
+    model.invalidate_fingerprint()
     return model.train(model.training)

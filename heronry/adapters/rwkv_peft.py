@@ -1,9 +1,9 @@
-"""The adapters of RWKV-PEFT: a .pth with `NAME.lora_A` [rank, in] and `NAME.lora_B` [out, rank] for the matrices, and,
-under their own names, whatever else was trained (norms, mixes, decays).
+"""Adapters of RWKV-PEFT: a .pth with `NAME.lora_A` [rank, in] and `NAME.lora_B` [out, rank] for the adapted matrices
+and, under their own names, all other trained parameters (norms, mixes, decays).
 
-The file does not say everything. LoRA needs the alpha of the run: W + alpha / rank B A. PiSSA (arXiv 2404.02948)
-trained what it had first taken out of the matrices, so that it needs the file with that beginning,
-`NAME.init_lora_A` and `NAME.init_lora_B`: W - B0 A0 + B A.
+The file is not complete. LoRA also needs the alpha of the run: W + alpha / rank B A. PiSSA (arXiv 2404.02948) trains
+a part that it first takes out of the matrices, so it also needs the file with that part, `NAME.init_lora_A` and
+`NAME.init_lora_B`: W - B0 A0 + B A.
 Source: merge.py of RWKV-PEFT.
 """
 
@@ -12,84 +12,88 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import formats
 from ..errors import InputError
-from ..formats.lazy_tensor import LazyTensor, Tensors
+from ..formats.lazy_tensor import Tensors
 from ..models import Model
 from ..models.layers import widen
-from .lora import adaptable
+from .matrices import adaptable_matrices
 
 
 @torch.no_grad()
-def merge_file(model: Model, file: str | Path, alpha: float | None = None, beginning: str | Path | None = None) -> None:
-    """Changes the weights of a model as the adapter in `file` says; from then on it is one of its own.
+def merge_rwkv_peft(
+    model: Model, file: str | Path, alpha: float | None = None, beginning: str | Path | None = None
+) -> None:
+    """Merges an adapter of RWKV-PEFT into the weights of a model, in place, which gives it another fingerprint.
 
     Args:
-        alpha: of a LoRA: what the run was given as --lora_alpha.
-        beginning: of a PiSSA: the file of its initial matrices.
+        model: the base model, plain and without adapters.
+        file: the .pth of the adapter.
+        alpha: for LoRA: the --lora_alpha of the run.
+        beginning: for PiSSA: the file of its initial matrices.
 
     Raises:
-        InputError: no such file, something else, an adapter of another model, or neither or both of the two.
+        InputError: the file is missing, is something else or belongs to another model; neither or both of alpha and
+            beginning are given. The model is then unchanged.
     """
     if model.quantization is not None or model.adapted_from is not None:
         raise InputError("an adapter is merged into plain weights; load the model without quantize and adapters")
     if (alpha is None) == (beginning is None):
-        raise InputError("say how to merge: alpha= (--alpha) for LoRA, or beginning= (--beginning) for PiSSA")
+        raise InputError("give either alpha= (--alpha) for LoRA, or beginning= (--beginning) for PiSSA")
     try:
-        tensors = _read(file)
+        tensors = _read_adapter(file)
         names = sorted(key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A"))
         if not names:
-            raise InputError("no adapter of RWKV-PEFT (it holds no lora_A)")
-        initial = {} if beginning is None else _read(beginning)
-        changed = {f"{name}.weight": _changed(model, name, tensors, initial, alpha) for name in names}
+            raise InputError("not an adapter of RWKV-PEFT (no lora_A in it)")
+        initial = {} if beginning is None else _read_adapter(beginning)
+        merged = {f"{name}.weight": _merged_matrix(model, name, tensors, initial, alpha) for name in names}
         parameters = dict(model.named_parameters())
-        for key, x in tensors.items():
+        for key, lazy in tensors.items():
             if key.endswith((".lora_A", ".lora_B")):
                 continue
-            if key not in parameters or x.numel() != parameters[key].numel():
-                raise InputError(f"an adapter of another model: it holds {key} {list(x.shape)}")
-            changed[key] = x.read().reshape(parameters[key].shape)
-        for key, merged in changed.items():
-            if not merged.isfinite().all():
-                raise InputError(f"{key}, merged, holds numbers that are infinite or none")
+            if key not in parameters or lazy.numel() != parameters[key].numel():
+                raise InputError(f"an adapter of another model: unexpected tensor {key} {list(lazy.shape)}")
+            merged[key] = lazy.read().reshape(parameters[key].shape)
+        for key, x in merged.items():
+            if not x.isfinite().all():
+                raise InputError(f"{key} contains NaN or infinity after merging")
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    for key, merged in changed.items():
-        parameters[key].copy_(merged)
-    model._fingerprint = None
+    for key, x in merged.items():
+        parameters[key].copy_(x)
+    model.invalidate_fingerprint()
 
 
-def _read(file: str | Path) -> Tensors:
+def _read_adapter(file: str | Path) -> Tensors:
+    """The tensors of a file, by name."""
     path = Path(file).expanduser()
     tensors = formats.read(path).tensors
     if any(".disha" in key or ".bone" in key for key in tensors):
-        raise InputError(f"{path}: holds a DiSHA or Bone adapter; LoRA and PiSSA are read")
+        raise InputError(f"{path}: DiSHA and Bone adapters are not supported, only LoRA and PiSSA")
     return tensors
 
 
-def _changed(model: Model, name: str, tensors: Tensors, initial: Tensors, alpha: float | None) -> torch.Tensor:
-    """The matrix after its adapter, in float32."""
-    matrices = adaptable(model)
+def _merged_matrix(model: Model, name: str, tensors: Tensors, initial: Tensors, alpha: float | None) -> Tensor:
+    """The matrix with its adapter, float32 [out, in]."""
+    matrices = adaptable_matrices(model)
     if name not in matrices:
         raise InputError(f"an adapter of another model: it changes {name}, which this {model.name} does not have")
     weight = matrices[name].weight
-    a, b = _pair(tensors, name, "lora", weight.shape)
+    a, b = _read_pair(tensors, name, "lora", weight.shape)
     if alpha is not None:
         return widen(weight) + alpha / a.shape[0] * (b @ a)
-    a0, b0 = _pair(initial, name, "init_lora", weight.shape)
+    a0, b0 = _read_pair(initial, name, "init_lora", weight.shape)
     return widen(weight) - b0 @ a0 + b @ a
 
 
-def _pair(tensors: Tensors, name: str, kind: str, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, in] and B [out, rank] of a matrix of this shape."""
-    found: list[LazyTensor] = []
-    for part in ("A", "B"):
-        key = f"{name}.{kind}_{part}"
+def _read_pair(tensors: Tensors, name: str, kind: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank], float32, of a matrix of this shape."""
+    for key in (f"{name}.{kind}_A", f"{name}.{kind}_B"):
         if key not in tensors:
             raise InputError(f"{key} is missing")
-        found.append(tensors[key])
-    a, b = found
+    a, b = tensors[f"{name}.{kind}_A"], tensors[f"{name}.{kind}_B"]
     if len(a.shape) != 2 or (b.shape[0], a.shape[1]) != tuple(shape) or b.shape[1:] != a.shape[:1]:
         shapes = f"{kind}_A {list(a.shape)} and {kind}_B {list(b.shape)}"
         raise InputError(f"an adapter of another model: {name} has {shapes} for a matrix {list(shape)}")

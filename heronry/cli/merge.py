@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import adapters
-from ..adapters.rwkv_peft import merge_file
+from ..adapters.rwkv_peft import merge_rwkv_peft
 from ..checkpoint import load_found, save
 from ..errors import InputError
 from ..models import Model
@@ -20,7 +20,7 @@ def merge(
     model: Model = load_found(source, dtype=dtype)[0]
     tokenizer, notes = belongings(source, model)
     if folder.is_file():
-        merge_file(model, folder, alpha, beginning)
+        merge_rwkv_peft(model, folder, alpha, beginning)
         save(model, target, tokenizer, notes)
         print(target)
         return
@@ -32,6 +32,6 @@ def merge(
             f"{source}: is packed in {model.quantization}, where nothing can be merged; merge into the original it was "
             "made from, which this adapter fits, and pack the result"
         )
-    adapters.merge(model, adapter)
+    adapters.merge_adapter(model, adapter)
     save(model, target, tokenizer, notes | adapter.notes)
     print(target)

@@ -67,7 +67,7 @@ class LLM:
         told: dict[str, Any] = {}
         if isinstance(path, Model):
             if adapter is not None:
-                raise InputError("adapter= is for a model that is loaded; heronry.adapters.apply puts one on yours")
+                raise InputError("adapter= is for a model that is loaded; for your own model use heronry.adapters.apply_adapter")
             self.model = path
             tokenizer = guess(path.config.vocab_size) if tokenizer is None else tokenizer
         else:
@@ -84,7 +84,7 @@ class LLM:
                 tokenizer = guess(self.model.config.vocab_size, path if path.is_dir() else path.parent)
         self.tokenizer = load_tokenizer(tokenizer, self.model.config.vocab_size)
         if adapter is not None:
-            told |= adapters.apply(self.model, adapter).notes
+            told |= adapters.apply_adapter(self.model, adapter).notes
         self.chat_template: str | None = told.get("chat_template")
         self.opening: list[int] = list(told.get("opening_tokens", ()))
         self.start: State | None = None

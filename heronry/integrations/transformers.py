@@ -159,7 +159,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
 
     def _resized(self) -> None:
         self.rwkv.config = replace(self.rwkv.config, vocab_size=self.rwkv.emb.weight.shape[0])
-        self.rwkv._fingerprint = None
+        self.rwkv.invalidate_fingerprint()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -60,6 +60,10 @@ class Network(nn.Module):
         # no process has all the weights of a model in pieces, so that the configuration alone must do
         return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
 
+    def invalidate_fingerprint(self) -> None:
+        """Call this after changing weights in place: the fingerprint is then computed anew when it is needed."""
+        self._fingerprint = None
+
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As in any module; other weights have another fingerprint."""
         self._fingerprint = None

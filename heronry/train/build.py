@@ -36,9 +36,9 @@ def make(config: Config, vocabulary: int, precision: str, device: str = "cpu") -
         if told.tune == "state":
             model.tune_state()
         elif told.tune != "all":
-            from ..adapters.inject import attach
+            from ..adapters.inject import inject_adapter
 
-            attach(model, told.rank, told.alpha, told.dropout, told.tune == "dora", told.targets, told.path)
+            inject_adapter(model, told.rank, told.alpha, told.dropout, told.tune == "dora", told.targets, told.path)
     else:
         cls = MODELS[told.generation]
         size = told.vocab_size or -(-vocabulary // 64) * 64

@@ -111,7 +111,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     from unittest.mock import patch
 
     with patch("sys.argv", ["heronry", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     told = capsys.readouterr()
     return ended.value.code, told.out, told.err
 

@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 
-from heronry import LLM, RWKV7, InputError, cli
+from heronry import LLM, RWKV7, InputError
+from heronry.cli.app import main
 from heronry.data import sources, tokenize_corpus
 from heronry.data.batching import Documents, collate
 from heronry.data.token_file import TokenFile
@@ -46,7 +47,7 @@ def heronry(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            main()
         return exit.value.code or 0, *capsys.readouterr()
 
     return run
@@ -207,7 +208,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
 
 def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(6_000)])
-    script = "from heronry.train import preparing; preparing.SMALL, preparing.NOTE = 0, 0.2; "
+    script = "from heronry.data import tokenize_corpus as t; t.SMALL, t.NOTE = 0, 0.2; "
     script += "from heronry.cli.app import main; main()"  # workers and notes as a longer run has them
     options = ["data", str(source), "--tokenizer", str(BUNDLED), "--holdout", "0.1"]
     out = tmp_path / "x"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_loop import fails_at
+from test_trainer import fails_at
 from torch.nn import functional as F
 
 import heronry
-from heronry import cli
-from heronry.adapters import apply, read_adapter, save_adapter
-from heronry.adapters.inject import attach
+from heronry.cli.app import main
+from heronry.adapters import apply_adapter, read_adapter, save_adapter
+from heronry.adapters.inject import inject_adapter
 from heronry.checkpoint import assemble, load, save
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
@@ -66,7 +66,7 @@ def tuning(base: Path, texts: Path, out: Path, *more: str, tune: str = "lora") -
 def adapted(base: Path, dora: bool = False, seed: int = 0, **options) -> Model:
     """A model whose adapters change something."""
     torch.manual_seed(seed)
-    model = attach(load(base), 4, 8, dora=dora, **options)
+    model = inject_adapter(load(base), 4, 8, dora=dora, **options)
     for name, p in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -113,7 +113,7 @@ def test_only_adapters_learn_and_peft_reads_them(generation, tune, bases, texts,
 
     expected = logits(tuned)
     merged = load(base)
-    apply(merged, out)
+    apply_adapter(merged, out)
     assert merged.is_plain()
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(plain), expected, atol=0.1)
@@ -128,7 +128,7 @@ def test_merged_it_runs_native_and_beside_plain(generation, bases, tmp_path):
     model = adapted(bases(generation))
     save_adapter(model, tmp_path)
     merged = load(bases(generation))
-    apply(merged, tmp_path)
+    apply_adapter(merged, tmp_path)
     expected, step = logits(model), logits(merged, 3)
     assert model._step is not None
     assert not model._step.runs()
@@ -145,7 +145,7 @@ def test_what_peft_writes_is_read(generation, bases, tmp_path):
     theirs = get_peft_model(load(bases(generation)), config).eval()
     theirs.save_pretrained(str(tmp_path), save_embedding_layers=False)
     ours = load(bases(generation))
-    assert apply(ours, tmp_path).notes == {}
+    assert apply_adapter(ours, tmp_path).notes == {}
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(load(bases(generation))), logits(ours), atol=0.1)
 
@@ -154,7 +154,7 @@ def test_what_peft_writes_is_read(generation, bases, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_gradients_beside_a_packed_matrix(format, dtype, bases, tmp_path):
     """Those of y = W x + s B A x with the weights that the packed ones stand for, written down here."""
-    model = attach(quantize(load(bases("rwkv7")), format), 4, 8)
+    model = inject_adapter(quantize(load(bases("rwkv7")), format), 4, 8)
     layer = model.blocks[1].ffn.value  # [64, 96]
     assert isinstance(layer.base_layer, PackedLinear)
     random = torch.Generator().manual_seed(0)
@@ -193,7 +193,7 @@ def test_gradients_through_a_packed_model(format, generation, bases):
     gradients = []
     for model in (packed, wide):
         torch.manual_seed(0)
-        attach(model, 4, 8)
+        inject_adapter(model, 4, 8)
         for name, p in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(p, std=0.05)
@@ -307,7 +307,7 @@ def command(monkeypatch, capsys):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         return end.value.code or 0, out, err
 
@@ -352,7 +352,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
             save_file(tensors, copied / FILES[1])
         if change is not None:
             change(copied)
-        line = refusal(apply, load(model), copied)
+        line = refusal(apply_adapter, load(model), copied)
         assert line.startswith(f"{copied}: ")
         return line.removeprefix(f"{copied}: ")
 
@@ -364,27 +364,27 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
         == "this adapter was trained on another model, goose"
     )
     assert "blocks.1.att.key, which this rwkv7 does not have" in told(tensors=good, model=bases("rwkv7", layers=1))
-    assert "lora_A.weight is [4, 64] instead of [3, 64]" in told(tensors=good, r=3)
+    assert "lora_A.weight has shape [4, 64], expected [3, 64]" in told(tensors=good, r=3)
     assert "has no blocks.0.att.key.lora_A.weight" in told(tensors={k: x for k, x in good.items() if k != a})
     assert "lora_magnitude_vector" in told(tensors=good, use_dora=True)
-    assert "holds numbers that are infinite or none" in told(tensors=good | {a: good[a] * torch.inf})
-    assert "holds head.bias, which is no part" in told(tensors=good | {"head.bias": torch.ones(3)})
-    assert "holds nothing" in told(tensors={})
+    assert "contains NaN or infinity" in told(tensors=good | {a: good[a] * torch.inf})
+    assert "unexpected tensor head.bias, which is not part" in told(tensors=good | {"head.bias": torch.ones(3)})
+    assert "adapter_model.safetensors is empty" in told(tensors={})
     for wrong in (0, -1, 2.0, True, None):
-        assert f"r = {wrong!r}, which is no rank" in told(r=wrong)
+        assert f"r must be a positive whole number, got {wrong!r}" in told(r=wrong)
     for wrong in ("8", True, None):
-        assert f"lora_alpha = {wrong!r}, which is no number" in told(lora_alpha=wrong)
-    assert "of the kind 'IA3'; only LORA is read" in told(peft_type="IA3")
-    assert "init_lora_weights = 'pissa'" in told(init_lora_weights="pissa")
-    assert "asks for rank_pattern = {'key': 2}" in told(rank_pattern={"key": 2})
-    assert "asks for bias = 'all'" in told(bias="all")
+        assert f"lora_alpha must be a number, got {wrong!r}" in told(lora_alpha=wrong)
+    assert "unsupported peft_type 'IA3'; only 'LORA' is supported" in told(peft_type="IA3")
+    assert "unsupported init_lora_weights 'pissa'" in told(init_lora_weights="pissa")
+    assert "rank_pattern = {'key': 2} is not supported" in told(rank_pattern={"key": 2})
+    assert "bias = 'all' is not supported" in told(bias="all")
     assert "has no adapter_model.safetensors" in told(lambda at: (at / FILES[1]).unlink())
     assert "has no adapter_config.json" in told(lambda at: (at / FILES[0]).unlink())
     assert "adapter_config.json cannot be read" in told(lambda at: (at / FILES[0]).write_text("{"))
-    assert "of the kind None" in told(lambda at: (at / FILES[0]).write_text("[]"))
+    assert "unsupported peft_type None" in told(lambda at: (at / FILES[0]).write_text("[]"))
     cut = (folder / FILES[1]).read_bytes()[:-5]
     assert "damaged or truncated safetensors file" in told(lambda at: (at / FILES[1]).write_bytes(cut))
-    assert refusal(apply, load(base), tmp_path / "none").endswith("none: no such folder")
+    assert refusal(apply_adapter, load(base), tmp_path / "none").endswith("none: no such folder")
 
     small = tmp_path / "small"
     save(quantize(load(base), "int8"), small)
@@ -392,10 +392,10 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert code == 2
     assert "is packed in int8, where nothing can be merged; merge into the original it was made from" in line
     save_adapter(adapted(base, dora=True), tmp_path / "dora")
-    assert "DoRA does not go beside packed weights" in refusal(apply, load(small), tmp_path / "dora")
+    assert "DoRA does not work beside packed weights" in refusal(apply_adapter, load(small), tmp_path / "dora")
     model = adapted(base)
-    assert "has adapters already" in refusal(apply, model, folder)
-    assert "has adapters already" in refusal(attach, model)
+    assert "already has adapters" in refusal(apply_adapter, model, folder)
+    assert "already has adapters" in refusal(inject_adapter, model)
     assert "has adapters beside its matrices" in refusal(save, model, tmp_path / "y")
     assert "has adapters beside its matrices" in refusal(quantize, model, "int8")
     assert "has no adapters" in refusal(save_adapter, load(base), tmp_path / "y")
@@ -404,7 +404,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     )
     zero = load(base)
     zero.blocks[0].att.key.weight.data[3] = 0
-    assert "blocks.0.att.key.weight has rows of zeros" in refusal(attach, zero, dora=True)
+    assert "blocks.0.att.key.weight has rows of zeros" in refusal(inject_adapter, zero, dora=True)
 
     def config(*settings: str) -> str:
         return refusal(tuning, base, texts, tmp_path / "z", *settings)
@@ -418,7 +418,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert config("model.tune=dora", "model.quantize=int8") == "model.quantize is for model.tune=lora, not dora"
     assert config("model.targets=key") == "model.targets must be a list of texts, got 'key'"
     assert config("model.targets=[1]") == "model.targets must be a text, got 1"
-    assert "is called 'q_proj'; known are att.key, " in config('model.targets=["att.key", "q_proj"]')
+    assert "is called 'q_proj'; known: att.key, " in config('model.targets=["att.key", "q_proj"]')
     for tune in ("all", "state", "dora"):
         assert "packed weights cannot be trained" in refusal(tuning, small, texts, tmp_path / "z", tune=tune)
 
@@ -429,7 +429,7 @@ def test_other_matrices_by_name(bases, texts, tmp_path):
     trained = {name.rsplit(".lora", 1)[0] for name, p in run.plain.named_parameters() if p.requires_grad}
     assert trained == {"blocks.0.ffn.key", "blocks.1.ffn.key", "head"}
     merged = load(bases("rwkv7"))
-    apply(merged, tmp_path / "out")
+    apply_adapter(merged, tmp_path / "out")
     torch.testing.assert_close(logits(merged), logits(run.plain), atol=1e-5, rtol=1e-5)
 
 
@@ -454,5 +454,5 @@ def test_without_peft(bases, tmp_path, monkeypatch):
     save(quantize(load(base), "int8"), tmp_path / "small")
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "heronry.adapters.inject")
-    apply(load(base), tmp_path / "adapter")
-    assert refusal(apply, load(tmp_path / "small"), tmp_path / "adapter").endswith("pip install 'heronry[train]'")
+    apply_adapter(load(base), tmp_path / "adapter")
+    assert refusal(apply_adapter, load(tmp_path / "small"), tmp_path / "adapter").endswith("pip install 'heronry[train]'")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from binidx import write_binidx
-from test_loop import curve, run, same, settings, stopped, weights
+from test_trainer import curve, run, same, settings, stopped, weights
 from test_sequence_parallel import spread
 
 from heronry.data.batching import Lanes

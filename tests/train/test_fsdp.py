@@ -18,8 +18,8 @@ import torch
 from many_runs import most_likely
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_keeping import made
-from test_loop import curve, same, settings
+from test_checkpointing import made
+from test_trainer import curve, same, settings
 
 from heronry.checkpoint import load, save
 from heronry.errors import InputError

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from binidx import write_binidx
-from test_loop import curve, refusal, run, settings
+from test_trainer import curve, refusal, run, settings
 
 from heronry.data.batching import Row
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from binidx import write_binidx
 from safetensors.torch import load_file, save_file
-from test_loop import fails_at
+from test_trainer import fails_at
 
 import heronry
-from heronry import cli
+from heronry.cli.app import main
 from heronry.checkpoint import assemble, initial_state, load, read_time_state, save, save_time_state
 from heronry.engine.generate import prefill
 from heronry.errors import InputError
@@ -114,7 +114,7 @@ def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, m
     words = ["generate", "\x14", "-m", base, "--tokenizer", "bytes", "--state", file, "--temperature", "0"]
     monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words), "--max-tokens", "3"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main()
     assert not end.value.code
     assert capsys.readouterr().out == text.generate("\x14", 3, temperature=0) + "\n"
 

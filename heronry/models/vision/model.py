@@ -420,7 +420,7 @@ class VisionModel(Network):
         self.head = _head(self.config).to(self.pos_embed.device, self.pos_embed.dtype)
         with torch.no_grad():
             _init_linears(self.head)
-        self._fingerprint = None
+        self.invalidate_fingerprint()
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -67,7 +67,9 @@ class LLM:
         told: dict[str, Any] = {}
         if isinstance(path, Model):
             if adapter is not None:
-                raise InputError("adapter= is for a model that is loaded; for your own model use heronry.adapters.apply_adapter")
+                raise InputError(
+                    "adapter= is for a model that is loaded; for your own model use heronry.adapters.apply_adapter"
+                )
             self.model = path
             tokenizer = guess(path.config.vocab_size) if tokenizer is None else tokenizer
         else:

@@ -88,6 +88,8 @@ def test_bad_input(random_checkpoint, tmp_path):
     assert "for a matrix [32, 32]" in refusal(trained | {"blocks.0.att.key.lora_A": torch.ones(5, 31)}, alpha=1)
     assert "unexpected tensor blocks.0.att.w0" in refusal(trained | {"blocks.0.att.w0": torch.ones(31)}, alpha=1)
     assert "contains NaN or infinity after merging" in refusal(trained, alpha=1e300)
-    assert "DiSHA and Bone adapters are not supported" in refusal({"blocks.0.att.key.disha": torch.ones(5, 32)}, alpha=1)
+    assert "DiSHA and Bone adapters are not supported" in refusal(
+        {"blocks.0.att.key.disha": torch.ones(5, 32)}, alpha=1
+    )
     assert "init_lora_A is missing" in refusal(trained, beginning=tmp_path / "lora.pth")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import heronry
-from heronry import InputError, cli
+from heronry import InputError
+from heronry.cli.app import main
 from heronry.data.images import cut, open_picture, prepare
 from heronry.models.vision import MEAN, STD, create
 

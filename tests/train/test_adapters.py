@@ -15,10 +15,10 @@ from test_trainer import fails_at
 from torch.nn import functional as F
 
 import heronry
-from heronry.cli.app import main
 from heronry.adapters import apply_adapter, read_adapter, save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.checkpoint import assemble, load, save
+from heronry.cli.app import main
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
 from heronry.models.layers import Linear, PackedLinear
@@ -455,4 +455,6 @@ def test_without_peft(bases, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "heronry.adapters.inject")
     apply_adapter(load(base), tmp_path / "adapter")
-    assert refusal(apply_adapter, load(tmp_path / "small"), tmp_path / "adapter").endswith("pip install 'heronry[train]'")
+    assert refusal(apply_adapter, load(tmp_path / "small"), tmp_path / "adapter").endswith(
+        "pip install 'heronry[train]'"
+    )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from binidx import write_binidx
-from test_trainer import curve, run, same, settings, stopped, weights
 from test_sequence_parallel import spread
+from test_trainer import curve, run, same, settings, stopped, weights
 
 from heronry.data.batching import Lanes
 from heronry.data.token_file import TokenFile

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_trainer import fails_at
 
 import heronry
-from heronry.cli.app import main
 from heronry.checkpoint import assemble, initial_state, load, read_time_state, save, save_time_state
+from heronry.cli.app import main
 from heronry.engine.generate import prefill
 from heronry.errors import InputError
 from heronry.models import MODELS

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from heronry import LLM, RWKV4, RWKV7, cli, save
+from heronry import LLM, RWKV4, RWKV7, save
+from heronry.cli.app import main
 from heronry.models import RWKV4Config, RWKV7Config
 
 
@@ -37,7 +38,7 @@ def heronry(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         return exit.value.code or 0, out, err
 
@@ -83,7 +84,7 @@ def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path)
 
 def test_every_chat_option_reaches_the_conversation(heronry, folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("heronry.cli.chat.talk", lambda *given: seen.extend(given))
+    monkeypatch.setattr("heronry.cli.chat_loop.run_chat_loop", lambda *given: seen.extend(given))
     words = ["--template", "world", "--system", "Be kind.", "--session", "s", "--max-tokens", 9]
     assert heronry("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
     chat, session, max_tokens, seed, sampling = seen
@@ -124,7 +125,7 @@ def test_chat_says_what_is_wrong_and_goes_on(heronry, folder):
         "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
     )
     assert (code, err) == (0, "")
-    for said in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is no command"):
+    for said in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is not a command"):
         assert said in out
 
 
@@ -186,3 +187,36 @@ def test_a_real_process_ends_quietly_when_its_reader_goes(folder):
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["fly"]])
+def test_help_and_misspelt_commands_need_no_pytorch(words):
+    code = (
+        "import atexit, sys\n"
+        f"sys.argv[1:] = {words!r}\n"
+        "from heronry.__main__ import main\n"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy', 'rich.progress'} & set(sys.modules))))\n"
+        "main()"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_typer_one_line_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from heronry.__main__ import main; main()"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "heronry: the command line needs typer: pip install 'heronry[cli]'\n"
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", message)
+
+
+def test_the_library_needs_neither_typer_nor_rich(folder):
+    code = (
+        "import sys; sys.modules['typer'] = sys.modules['rich'] = sys.modules['peft'] = None\n"
+        "import heronry, heronry.adapters, heronry.convert, heronry.data.tokenize_corpus, heronry.evaluate\n"
+        "import heronry.integrations.lm_eval, heronry.train.config, heronry.view\n"
+        f"llm = heronry.LLM({str(folder)!r})\n"
+        "llm.generate('Hello', 2)\n"
+        "heronry.quantize(heronry.load(" + repr(str(folder)) + "), 'int8')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")

@@ -237,7 +237,7 @@ def test_commands(tmp_path):
     assert run(app, packed_now).stdout.strip()
     for command, complaint in (
         (["quantize", str(folder), str(tmp_path / "twice")], "quantized already"),
-        (["quantize", str(BUNDLED), str(BUNDLED)], "is where the original lies"),
+        (["quantize", str(BUNDLED), str(BUNDLED)], "is the original itself"),
         (["quantize", str(tmp_path / "nothing"), str(tmp_path / "x")], "no such file"),
         (["quantize", str(BUNDLED), str(tmp_path / "x"), "-f", "q4"], "no quantization 'q4'"),
     ):

@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+import typer
 
-from ..convert import convert
+from . import options
 
 
-def run(source: Path, target: Path, to: str | None, dtype: str | None, tokenizer: str | None, shard: float) -> None:
-    """Converts, with a bar on the terminal, and prints how far the logits of both files are apart."""
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder of any format.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="NAME.pth, .safetensors, .st, .gguf, .bin, .onnx, or a new folder."),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="blinkdl, safetensors, webrwkv, gguf, ggml, heronry, huggingface, vision_rwkv, onnx, onnx-step.",
+            show_default="by the name of OUT",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16, for GGUF also q8_0.", show_default="as in IN"),
+    ] = None,
+    tokenizer: options.Tokenizer = None,
+    shard: Annotated[float, typer.Option(help="The largest file of a folder, in GB.")] = 2.0,
+) -> None:
+    """Convert a model to another format. The logits of both are compared. See docs/conversion.md."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from ..convert import conversion
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
-        def told(count: int, total: int) -> None:
-            bar.update(task, description="writing", advance=count, total=total)
+        def show_progress(n_bytes: int, total: int) -> None:
+            bar.update(task, description="writing", advance=n_bytes, total=total)
 
-        made = convert(source, target, to, dtype, tokenizer, round(shard * 1e9), told)
-    away = "the same" if made.difference == 0 else f"at most {made.difference:.2g} away, of {made.largest:.3g}"
-    console.print(f"{target}: {made.format}, {made.bytes / 1e6:,.1f} MB; logits of both: {away}", highlight=False)
+        result = conversion.convert(source, target, to, dtype, tokenizer, round(shard * 1e9), show_progress)
+    logits = "equal"
+    if result.difference != 0:
+        logits = f"differ by at most {result.difference:.2g} (largest logit {result.largest:.3g})"
+    console.print(
+        f"{target}: {result.format}, {result.bytes / 1e6:,.1f} MB; logits of both: {logits}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

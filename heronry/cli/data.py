@@ -1,93 +1,114 @@
-"""`heronry data`: texts on one side, a token file on the other."""
+"""`heronry data`: texts in, a token file out."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+import typer
 
-from ..data.sources import find
-from ..data.tokenize_corpus import Standing, prepare
 from ..errors import InputError
-from ..text.chat_templates import TEMPLATES
-from ..text.conversations import Dialogue
-from ..text.tokenizers import guess, load_tokenizer
 
-MOST_WORKERS = min(8, os.cpu_count() or 1)  # beyond that the process that reads cannot keep up
+MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
 
 
 def data(
-    sources: list[str],
-    out: Path,
-    tokenizer: str,
-    template: str | None,
-    workers: int | None,
-    key: str,
-    holdout: float,
-    restart: bool,
+    sources: Annotated[
+        list[str],
+        typer.Argument(help=".txt, .jsonl, .jsonl.gz, .parquet, folders, globs, or hf://NAME[:SPLIT]."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PREFIX", help="The token file, without its endings.")],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="bytes, world, a tokenizer.json, or a model's folder.")
+    ] = "world",
+    template: Annotated[
+        str | None,
+        typer.Option(help="The chat template for conversations: raven, world, g1, g1-think or story."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8")] = None,
+    key: Annotated[str, typer.Option(help="The field of a row that holds its text.")] = "text",
+    holdout: Annotated[float, typer.Option(help="This fraction of the documents goes to PREFIX-eval.")] = 0.0,
+    restart: Annotated[bool, typer.Option("--restart", help="Start again and overwrite what exists.")] = False,
 ) -> None:
-    """Encodes `sources` into the token file `out`, or goes on doing so."""
+    """Turn texts into a token file to train on. If interrupted, the same command continues. See docs/data.md."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..data.sources import find
+    from ..data.tokenize_corpus import Standing, prepare
+    from ..text.chat_templates import TEMPLATES
+    from ..text.conversations import Dialogue
+    from ..text.tokenizers import load_tokenizer
+
     if template is not None and template not in TEMPLATES:
-        raise InputError(f"there is no chat template {template!r}; known are {', '.join(TEMPLATES)}")
-    spec = _tokenizer(tokenizer)
+        raise InputError(f"unknown chat template {template!r}; choose from {', '.join(TEMPLATES)}")
+    tokenizer_spec = _tokenizer_spec(tokenizer)
     render = None
     if template is not None:
-        render = Dialogue(TEMPLATES[template], bool(load_tokenizer(spec).stop_ids))
+        render = Dialogue(TEMPLATES[template], bool(load_tokenizer(tokenizer_spec).stop_ids))
     sizes = [source.size for source in find(sources)]
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    began = time.monotonic()
+    start = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None if None in sizes else sum(size or 0 for size in sizes))
-        first: Standing | None = None  # tokens of an earlier run are none of this one's speed
-        read = 0
+        first: Standing | None = None  # what an earlier run has done does not count for the speed
+        bytes_read = 0
 
-        def tell(done: int, standing: Standing) -> None:
-            nonlocal first, read
-            first, read = first or standing, done
-            made = f"{standing.documents:,} documents, {standing.tokens:,} tokens"
-            progress.update(bar, completed=done, description=made)
+        def show_progress(n_bytes: int, standing: Standing) -> None:
+            nonlocal first, bytes_read
+            first, bytes_read = first or standing, n_bytes
+            progress.update(
+                bar, completed=n_bytes, description=f"{standing.documents:,} documents, {standing.tokens:,} tokens"
+            )
 
         try:
             standing = prepare(
                 sources,
                 out,
-                spec,
+                tokenizer_spec,
                 key=key,
                 render=render,
                 template=template,
                 holdout=holdout,
                 workers=MOST_WORKERS if workers is None else workers,
                 restart=restart,
-                tell=tell,
+                tell=show_progress,
             )
         except KeyboardInterrupt:
             progress.stop()
-            print("heronry: stopped; the same command goes on from here", file=sys.stderr)
+            print("heronry: stopped; the same command continues from here", file=sys.stderr)
             sys.exit(130)
-    speed = (standing.tokens - (first.tokens if first else standing.tokens)) / (time.monotonic() - began)
-    told = f"{standing.documents:,} documents, {standing.tokens:,} tokens of {read:,} bytes, {speed:,.0f} tokens/s"
+    speed = (standing.tokens - (first or standing).tokens) / (time.monotonic() - start)
+    line = (
+        f"{standing.documents:,} documents, {standing.tokens:,} tokens of {bytes_read:,} bytes, {speed:,.0f} tokens/s"
+    )
     if holdout:
-        told += f"; {standing.held.documents:,} documents, {standing.held.tokens:,} tokens held out"
-    console.print(f"{out}: {told}", highlight=False, markup=False, soft_wrap=True)
+        line += f"; {standing.held.documents:,} documents, {standing.held.tokens:,} tokens held out"
+    console.print(f"{out}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _tokenizer(name: str) -> str:
-    """ "bytes", "world" or a tokenizer.json, which a model's folder may hold or tell by its vocabulary."""
+def _tokenizer_spec(name: str) -> str:
+    """What load_tokenizer takes: "bytes", "world" or the path of a tokenizer.json; `name` may also be the folder of a
+    model, which holds that file or whose vocabulary size decides."""
+    import json
+
+    from ..text.tokenizers import guess
+
     path = Path(name).expanduser()
-    if name in ("bytes", "world") or not path.is_dir():
-        return name if name in ("bytes", "world") else str(path)
-    file = path / "config.json"
-    if not file.is_file():
+    if name in ("bytes", "world"):
+        return name
+    if not path.is_dir():
+        return str(path)
+    config = path / "config.json"
+    if not config.is_file():
         return str(path / "tokenizer.json")
     try:
-        return str(guess(json.loads(file.read_text(encoding="utf-8"))["vocab_size"], path))
+        vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: does not tell the size of a vocabulary") from error
+        raise InputError(f"{config}: not a JSON object with a vocab_size") from error
+    return str(guess(vocab_size, path))

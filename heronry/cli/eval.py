@@ -1,44 +1,48 @@
-"""`heronry eval`: what texts cost a model."""
+"""`heronry eval`: how well a model predicts texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
-from rich.progress import track
+import typer
 
-from ..engine.llm import LLM
-from ..evaluate import bits, lambada, read_texts
+from . import options
 
 
-def run(
-    files: list[Path],
-    model: Path | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str,
-    quantize: str | None,
-    adapter: Path | None,
-    last_words: bool,
-    key: str,
+def eval(
+    files: Annotated[list[Path], typer.Argument(help="Texts, or .jsonl with one text a line.")],
+    model: options.Model = None,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Precision = None,
+    device: options.Device = "cpu",
+    quantize: options.Quantize = None,
+    adapter: options.Adapter = None,
+    lambada: Annotated[bool, typer.Option("--lambada", help="Measure only the last word of each text.")] = False,
+    key: Annotated[str, typer.Option(help="The field of a .jsonl line that holds its text.")] = "text",
 ) -> None:
-    """Prints a line a file."""
-    texts = {file: read_texts(file, key) for file in files}
+    """Measure bits per byte, perplexity or LAMBADA. See docs/evaluation.md."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from .. import evaluate
+    from ..engine.llm import LLM
+
+    texts = {file: evaluate.read_texts(file, key) for file in files}
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
-    progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True)
+    progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False)
 
-    def shown(passes: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(passes, "reading", total=total, console=progress, transient=True)
+    def show_progress(passes: Iterable[Any], total: int) -> Iterable[Any]:
+        return track(passes, "evaluating", total=total, console=progress, transient=True)
 
-    for file, some in texts.items():
-        if last_words:
-            perplexity, accuracy = lambada(llm, some, shown)
-            out.print(f"{file}: {len(some):,} passages, perplexity {perplexity:.2f}, accuracy {accuracy:.2%}")
+    for file, passages in texts.items():
+        if lambada:
+            perplexity, accuracy = evaluate.lambada(llm, passages, show_progress)
+            out.print(f"{file}: {len(passages):,} passages, perplexity {perplexity:.2f}, accuracy {accuracy:.2%}")
         else:
-            told = bits(llm, some, shown)
+            result = evaluate.bits(llm, passages, show_progress)
             out.print(
-                f"{file}: {told.bits_per_byte:.4f} bits a byte, perplexity {told.perplexity:.2f} a token "
-                f"({told.bytes:,} bytes, {told.tokens:,} tokens, {len(some):,} texts)"
+                f"{file}: {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.2f} per token "
+                f"({result.bytes:,} bytes, {result.tokens:,} tokens, {len(passages):,} texts)"
             )

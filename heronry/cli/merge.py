@@ -1,37 +1,51 @@
-"""`heronry merge`: one model out of a model and an adapter."""
+"""`heronry merge`: one model made of a model and an adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from .. import adapters
-from ..adapters.rwkv_peft import merge_rwkv_peft
-from ..checkpoint import load_found, save
+import typer
+
 from ..errors import InputError
-from ..models import Model
-from .quantize import apart, belongings
+from . import options
 
 
 def merge(
-    source: Path, folder: Path, target: Path, dtype: str | None, alpha: float | None, beginning: Path | None
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that the adapter was trained on.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA or DoRA adapter, or a file of RWKV-PEFT.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: options.Precision = None,
+    alpha: Annotated[float | None, typer.Option(help="For a LoRA file of RWKV-PEFT: its --lora_alpha.")] = None,
+    beginning: Annotated[
+        Path | None, typer.Option(help="For a PiSSA file of RWKV-PEFT: the file with its initial matrices.")
+    ] = None,
 ) -> None:
-    """Writes the folder `target`, with tokenizer and notes of `source`; the notes of the adapter count for more."""
-    source, target = apart(source, target)
+    """Merge an adapter into the weights of its model. See docs/adapters.md."""
+    from .. import adapters
+    from ..adapters.rwkv_peft import merge_rwkv_peft
+    from ..checkpoint import load_found, save
+    from ..models import Model
+    from .copies import companions, locate_source_and_target
+
+    source, target = locate_source_and_target(source, target)
     model: Model = load_found(source, dtype=dtype)[0]
-    tokenizer, notes = belongings(source, model)
-    if folder.is_file():
-        merge_rwkv_peft(model, folder, alpha, beginning)
+    tokenizer, notes = companions(source, model)
+    if adapter.is_file():
+        merge_rwkv_peft(model, adapter, alpha, beginning)
         save(model, target, tokenizer, notes)
         print(target)
         return
     if alpha is not None or beginning is not None:
-        raise InputError(f"{folder}: --alpha and --beginning are for a file of RWKV-PEFT; a folder says what it needs")
-    adapter = adapters.read_adapter(folder, model)
+        raise InputError(f"{adapter}: --alpha and --beginning are for files of RWKV-PEFT, not for adapter folders")
+    folder = adapters.read_adapter(adapter, model)
     if model.quantization is not None:
         raise InputError(
-            f"{source}: is packed in {model.quantization}, where nothing can be merged; merge into the original it was "
-            "made from, which this adapter fits, and pack the result"
+            f"{source}: cannot merge into {model.quantization} weights; merge into the original model and quantize "
+            "the result"
         )
-    adapters.merge_adapter(model, adapter)
-    save(model, target, tokenizer, notes | adapter.notes)
+    adapters.merge_adapter(model, folder)
+    save(model, target, tokenizer, notes | folder.notes)  # the adapter's notes take precedence
     print(target)

@@ -1,48 +1,40 @@
-"""`heronry quantize`: a smaller model out of a large one."""
+"""`heronry quantize`: a smaller copy of a model."""
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import track
+import typer
 
-from ..checkpoint import load_found, locate, notes, save
-from ..errors import InputError
-from ..models import Model, Network
-from ..quantization import quantize
-from ..text.tokenizers import guess
+from . import options
 
 
-def pack(source: Path, target: Path, format: str, dtype: str | None) -> None:
-    """Reads `source`, packs its matrices and writes the folder `target`, with tokenizer and notes of `source`."""
-    source, target = apart(source, target)
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder of any format.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="int8 or int4.")] = "int8",
+    dtype: options.Precision = None,
+) -> None:
+    """Quantize a model to 8 or 4 bits per weight. See docs/quantization.md."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from .. import quantization
+    from ..checkpoint import load_found, save
+    from ..models import Network
+    from .copies import companions, locate_source_and_target
+
+    source, target = locate_source_and_target(source, target)
     console = Console(stderr=True)
     model: Network = load_found(source, dtype=dtype, kind=Network)[0]
-    size = sum(p.nbytes for p in model.parameters())
-    quantize(model, format, lambda matrices: track(matrices, f"packing in {format}", console=console))
-    save(model, target, *belongings(source, model))
-    packed = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    console.print(f"{target}: {packed / 2**20:.0f} MiB, {packed / size:.0%} of what it was", highlight=False)
-
-
-def apart(source: Path, target: Path) -> tuple[Path, Path]:
-    """Where the original lies and where what is made of it goes; InputError if they are the same."""
-    source, target = locate(source), target.expanduser()
-    if target.exists() and source.exists() and target.samefile(source):
-        raise InputError(f"{target}: is where the original lies; give another folder")
-    return source, target
-
-
-def belongings(source: Path, model: Network) -> tuple[Path | None, dict[str, Any]]:
-    """What else a copy of the model in `source` should have: the file of its tokenizer, and its notes."""
-    tokenizer: str | Path | None = None
-    if isinstance(model, Model):
-        with suppress(InputError):  # it is to be named with the copy as with the original
-            tokenizer = guess(model.config.vocab_size, source if source.is_dir() else source.parent)
-    told = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
-    told |= told.get("heronry") or {}  # where Hugging Face's config.json keeps ours
-    return tokenizer if isinstance(tokenizer, Path) else None, notes(told)
+    size_before = sum(p.nbytes for p in model.parameters())
+    quantization.quantize(model, format, lambda matrices: track(matrices, f"quantizing to {format}", console=console))
+    save(model, target, *companions(source, model))
+    size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    console.print(
+        f"{target}: {size / 2**20:.0f} MiB, {size / size_before:.0%} of the original",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

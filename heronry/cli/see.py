@@ -1,77 +1,94 @@
-"""`heronry see`: what a model sees in pictures."""
+"""`heronry see`: the classes or features of pictures."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from rich.console import Console
-from rich.progress import track
-from safetensors.torch import save_file
+import typer
 
-from ..checkpoint import load_found
-from ..data.images import open_picture, prepare
 from ..errors import InputError
-from ..files import replacing
-from ..models import VisionModel
+from . import options
 
-AT_ONCE = 16  # pictures
+BATCH_SIZE = 16  # pictures
 
 
 def see(
-    pictures: list[Path],
-    model: Path,
-    top: int,
-    labels: Path | None,
-    features: Path | None,
-    size: int | None,
-    dtype: str | None,
-    device: str,
-    quantize: str | None,
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures of any kind that Pillow opens.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.")],
+    top: Annotated[int, typer.Option(help="How many classes to print, the most likely first.")] = 5,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="A text file with the names of the classes, one a line.", show_default="the model's own"),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the pooled features of all pictures to this .safetensors instead."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels of the square cut from the middle.", show_default="the size that the model was trained with"
+        ),
+    ] = None,
+    dtype: options.Precision = None,
+    device: options.Device = "cpu",
+    quantize: options.Quantize = None,
 ) -> None:
-    """Prints the likeliest classes of each picture, or writes the pooled features of all."""
+    """Classify pictures, or write their features. See docs/vision.md."""
+    import json
+
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from safetensors.torch import save_file
+
+    from ..checkpoint import load_found
+    from ..data.images import open_picture, prepare
+    from ..files import replacing
+    from ..models import VisionModel
+
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
-    seeing, found = load_found(model, dtype, device, quantize=quantize, kind=VisionModel)
-    side = seeing.config.image_size if size is None else size
+    network, checkpoint = load_found(model, dtype, device, quantize=quantize, kind=VisionModel)
+    side = network.config.image_size if size is None else size
     if side < 1:
         raise InputError(f"size must be at least 1, got {side}")
-    names = _names(labels, found.described.get("labels"), seeing.config.num_classes)
-    if not features and not seeing.config.num_classes:
-        raise InputError(f"{model}: has no head that knows classes; write its features with --features")
+    n_classes = network.config.num_classes
+    names = _class_names(labels, checkpoint.described.get("labels"), n_classes)
+    if not features and not n_classes:
+        raise InputError(f"{model}: has no classification head; write its features with --features")
     progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    kept = []
-    batches = [pictures[i : i + AT_ONCE] for i in range(0, len(pictures), AT_ONCE)]
-    for batch in track(batches, "seeing", console=progress, transient=True):
+    all_features = []
+    batches = [pictures[i : i + BATCH_SIZE] for i in range(0, len(pictures), BATCH_SIZE)]
+    for batch in track(batches, "reading pictures", console=progress, transient=True):
         images = torch.stack([prepare(open_picture(path), side) for path in batch])
         with torch.inference_mode():
-            seen = seeing.forward_features(images.to(device, seeing.pos_embed.dtype))
-            pooled = seeing.forward_head(seen, pre_logits=True)
-            kept.append(pooled.float().cpu())
+            tokens = network.forward_features(images.to(device, network.pos_embed.dtype))
             if features:
+                all_features.append(network.forward_head(tokens, pre_logits=True).float().cpu())
                 continue
-            likely = seeing.forward_head(seen).float().softmax(1).cpu()
-        for path, chances in zip(batch, likely, strict=True):
-            best = chances.topk(min(top, len(chances)))
-            told = ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(*(x.tolist() for x in best), strict=True))
-            out.print(f"{path}: {told}")
+            probabilities = network.forward_head(tokens).float().softmax(1).cpu()
+        for path, row in zip(batch, probabilities, strict=True):
+            best = row.topk(min(top, n_classes))
+            classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            out.print(f"{path}: {', '.join(f'{names[i]} {probability:.1%}' for i, probability in classes)}")
     if features:
         target = features.expanduser()
+        metadata = {"pictures": json.dumps([str(path) for path in pictures]), "model": network.fingerprint}
         with replacing(target) as part:
-            about = {"pictures": json.dumps([str(path) for path in pictures]), "model": seeing.fingerprint}
-            save_file({"features": torch.cat(kept)}, part, metadata=about)
-        progress.print(f"{target}: features, {len(pictures)} x {seeing.num_features}", highlight=False)
+            save_file({"features": torch.cat(all_features)}, part, metadata=metadata)
+        progress.print(f"{target}: features, {len(pictures)} x {network.num_features}", highlight=False, markup=False)
 
 
-def _names(file: Path | None, own: list[str] | None, classes: int) -> list[str]:
-    """What the classes are called: by a file of one name a line, by the model, or by their numbers."""
+def _class_names(file: Path | None, own: list[str] | None, n_classes: int) -> list[str]:
+    """The names of the classes: from a file with one a line, else the model's own, else "class 0", "class 1", ..."""
     if file is None:
-        return own if own and len(own) == classes else [f"class {i}" for i in range(classes)]
+        return own if own and len(own) == n_classes else [f"class {i}" for i in range(n_classes)]
     try:
         names = file.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
-    if len(names) != classes:
-        raise InputError(f"{file}: has {len(names)} names, the model {classes} classes")
+    if len(names) != n_classes:
+        raise InputError(f"{file}: has {len(names)} names, but the model has {n_classes} classes")
     return names

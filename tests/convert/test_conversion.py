@@ -351,7 +351,7 @@ def test_on_the_command_line(weights, tmp_path, capfd):
     torch.save(weights("7"), tmp_path / "a.pth")
     app(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.gguf"), "--dtype", "float16"], standalone_mode=False)
     assert "gguf, " in (told := capfd.readouterr().err)
-    assert "logits of both: the same" in told
+    assert "logits of both: equal" in told
     app(["convert", str(tmp_path / "b.gguf"), str(tmp_path / "b")], standalone_mode=False)
     assert "heronry, " in capfd.readouterr().err
     assert load_file(tmp_path / "b" / "model.safetensors")["emb.weight"].dtype == torch.float16

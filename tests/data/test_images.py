@@ -164,11 +164,11 @@ def test_see_tells_what_is_wrong(model, tmp_path, capsys):
     for arguments, told in (
         ((picture, "--model", "heronry/bundled"), "reads text, not pictures"),
         ((tmp_path / "b.png", *at), "b.png: no such file"),
-        ((picture, *at, "--labels", tmp_path / "names.txt"), "has 1 names, the model 3 classes"),
+        ((picture, *at, "--labels", tmp_path / "names.txt"), "has 1 names, but the model has 3 classes"),
         ((picture, *at, "--labels", tmp_path / "nowhere"), "cannot be read"),
         ((picture, *at, "--top", 0), "top must be at least 1"),
         ((picture, *at, "--size", 0), "size must be at least 1"),
-        ((picture, "--model", tmp_path / "bare"), "no head that knows classes"),
+        ((picture, "--model", tmp_path / "bare"), "no classification head"),
     ):
         code, out, err = run(capsys, "see", *arguments)
         assert (code, out) == (2, "")

@@ -233,7 +233,7 @@ def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
         assert not (tmp_path / "x.bin").exists()
         if sent == signal.SIGINT:
             assert process.returncode == 130
-            assert told == "heronry: stopped; the same command goes on from here\n"
+            assert told == "heronry: stopped; the same command continues from here\n"
         _, alive = psutil.wait_procs(children, 10)
         assert not alive
         assert standing() > before
@@ -428,7 +428,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
         ([good, "--holdout", "0.5"], "out-eval: would be empty, there are 1 documents"),
         ([good, "--holdout", "0.6"], "must be above 0 and at most 0.5, got 0.6"),
         ([good, "--workers", "0"], "at least one worker"),
-        ([good, "--template", "klingon"], "no chat template 'klingon'"),
+        ([good, "--template", "klingon"], "chat template 'klingon'"),
         ([good, "--tokenizer", tmp_path / "none.json"], "none.json: no such tokenizer file"),
         ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: no such tokenizer file"),
         ([good, "--tokenizer", tmp_path / "model"], "config.json: does not tell the size of a vocabulary"),

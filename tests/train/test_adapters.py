@@ -329,7 +329,7 @@ def test_generate_and_merge(command, bases, texts, tmp_path):
     about = json.loads((merged / "config.json").read_text())
     assert about["opening_tokens"] == [0]  # the adapter's
     assert about["chat_template"] == "story"  # the base's
-    assert command("merge", base, out, base)[2].endswith("is where the original lies; give another folder\n")
+    assert command("merge", base, out, base)[2].endswith("is the original itself; choose another folder\n")
     assert command("quantize", merged, tmp_path / "small")[0] == 0
     assert command("generate", "\x05", "-m", out)[2].endswith(
         "the folder holds an adapter; give its model, and this folder with --adapter\n"
@@ -390,7 +390,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     save(quantize(load(base), "int8"), small)
     code, _, line = command("merge", small, folder, tmp_path / "x")
     assert code == 2
-    assert "is packed in int8, where nothing can be merged; merge into the original it was made from" in line
+    assert "cannot merge into int8 weights; merge into the original model" in line
     save_adapter(adapted(base, dora=True), tmp_path / "dora")
     assert "DoRA does not work beside packed weights" in refusal(apply_adapter, load(small), tmp_path / "dora")
     model = adapted(base)

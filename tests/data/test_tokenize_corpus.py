@@ -431,7 +431,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
         ([good, "--template", "klingon"], "chat template 'klingon'"),
         ([good, "--tokenizer", tmp_path / "none.json"], "none.json: no such tokenizer file"),
         ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: no such tokenizer file"),
-        ([good, "--tokenizer", tmp_path / "model"], "config.json: does not tell the size of a vocabulary"),
+        ([good, "--tokenizer", tmp_path / "model"], "config.json: not a JSON object with a vocab_size"),
     ]:
         code, out, err = heronry("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")
         assert (code, out) == (2, ""), words

@@ -1,7 +1,9 @@
 """Compiles the C++ of an operator or a model on first use.
 
 The result lies in the user's cache under a name that says what it was made from: source and headers, compiler,
-flags, torch. Without a compiler there is no library: whoever asked takes the PyTorch body instead, and that is told.
+flags, torch. A source that does not include simd.h is the same for every processor: it is built without OpenMP and
+loaded without importing torch. Without a compiler there is no library: the caller runs its Python code instead, and a
+warning says so.
 """
 
 from __future__ import annotations
@@ -17,17 +19,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
 
 log = logging.getLogger("heronry")
 
 HEADERS = Path(__file__).parent / "ops"  # simd.h, matmul.h, team.h
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the order of Dtype in simd.h
 LEVELS = {
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "avx2": ("-march=x86-64-v3",),
@@ -41,7 +38,13 @@ _lock = threading.Lock()
 
 def library(source: Path) -> ctypes.CDLL | None:
     """The compiled `source`; None, said once, where it cannot be compiled."""
-    return _library(source, level or best_level())
+    return _library(source, (level or best_level()) if uses_vectors(source) else "portable")
+
+
+@cache
+def uses_vectors(source: Path) -> bool:
+    """Whether `source` includes simd.h, so that it differs from level to level."""
+    return HEADERS / "simd.h" in _included(source)
 
 
 @cache
@@ -49,6 +52,8 @@ def best_level() -> str:
     """The widest vectors of this processor."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return "portable"
+    import torch  # heavy
+
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
 
 
@@ -62,7 +67,7 @@ def _library(source: Path, level: str) -> ctypes.CDLL | None:
             lines = [line for line in reason.splitlines() if line.strip()] or [reason]
             told = next((line for line in lines if "error" in line), lines[0])
             log.warning(
-                "heronry: no native %s, slower PyTorch code runs instead (%s)", _name(source), told.strip()[:200]
+                "heronry: no native %s, slower Python code runs instead (%s)", _name(source), told.strip()[:200]
             )
             return None
 
@@ -77,6 +82,13 @@ def _compiled(source: Path, level: str) -> Path:
     if compiler is None:
         raise OSError("there is no C++ compiler: install g++ or clang++")
     flags = [*FLAGS, *LEVELS[level], f"-I{HEADERS}"]
+    torch_version = ""
+    if uses_vectors(source):
+        import torch  # heavy
+
+        torch_version = torch.__version__
+    else:
+        flags.remove("-fopenmp")
     if level == "avx512":
         has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to torch below 2.10 or so
         flags += [
@@ -86,7 +98,7 @@ def _compiled(source: Path, level: str) -> Path:
     for file in _included(source):
         key.update(file.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key.update(repr((flags[:-1], version, torch.__version__, sys.platform, platform.machine())).encode())
+    key.update(repr((flags[:-1], version, torch_version, sys.platform, platform.machine())).encode())
     kept = cache_folder() / f"{_name(source)}-{level}-{key.hexdigest()[:16]}.so"
     if kept.exists():
         return kept
@@ -114,20 +126,3 @@ def cache_folder() -> Path:
     """Where compiled code is kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "heronry"
-
-
-def array(x: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The fields of an Array of simd.h for x [B, T, H, N] or [B, T, A], whose last axis must be dense."""
-    strides = x.stride()
-    return x.data_ptr(), strides[0], strides[1], strides[2] if x.ndim == 4 else 0, DTYPES.index(x.dtype)
-
-
-def call(function: Any, tensors: Iterable[torch.Tensor], cu: Sequence[int] | None, *numbers: int) -> None:
-    """function(Arrays of the tensors, boundaries of packed sequences or null, numbers ..., threads) of a library."""
-    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    arrays = [number for x in dense for number in array(x)]
-    function(
-        (ctypes.c_int64 * len(arrays))(*arrays),
-        None if cu is None else (ctypes.c_int64 * len(cu))(*cu),
-        *map(ctypes.c_int64, (*numbers, torch.get_num_threads())),
-    )

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import build
 from ..errors import InputError
 from ..memory import Pool
-from ..ops import packed
+from ..ops import arguments, packed
 from .state import LayerState, State
 
 ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
@@ -104,7 +104,7 @@ class Step:
                 table[place] = _Tensor(*packed.describe(x, scales, len(x) * packed.TILE))
             else:
                 columns = x.shape[-1]
-                dtype = build.DTYPES.index(x.dtype)
+                dtype = arguments.DTYPES.index(x.dtype)
                 table[place] = _Tensor(x.data_ptr(), 0, dtype, x.numel() // columns, columns, 0)
         return table
 

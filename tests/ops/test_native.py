@@ -323,6 +323,15 @@ def test_a_changed_source_is_compiled_anew(tmp_path: Path, monkeypatch):
     assert answers == [1, 2]
 
 
+def test_a_source_without_vectors_is_built_without_torch(tmp_path: Path):
+    (tmp_path / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    code = (
+        "import sys; from pathlib import Path; from heronry import build\n"
+        f"print(build.library(Path({str(tmp_path / 'answer.cpp')!r})).answer(), 'torch' in sys.modules)"
+    )
+    assert "42 False" in finish(start(code, tmp_path))
+
+
 def test_importing_compiles_nothing(tmp_path: Path):
     finish(start("import heronry.ops, heronry.models", tmp_path))
     assert not (tmp_path / "heronry").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...build import call
+from ..arguments import call
 from ..dispatch import accumulator, chosen, native
 
 CHUNK = 32  # tokens from one kept state to the next

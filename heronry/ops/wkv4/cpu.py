@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...build import call
+from ..arguments import call
 from ..dispatch import chosen, native, needs_gradients
 
 CHUNK = 16  # tokens from one kept state to the next

@@ -1,0 +1,28 @@
+"""Tensors as arguments of compiled functions, which know nothing of PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the order of Dtype in simd.h
+
+
+def array(x: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """The fields of an Array of simd.h for x [B, T, H, N] or [B, T, A], whose last axis must be dense."""
+    strides = x.stride()
+    return x.data_ptr(), strides[0], strides[1], strides[2] if x.ndim == 4 else 0, DTYPES.index(x.dtype)
+
+
+def call(function: Any, tensors: Iterable[torch.Tensor], cu: Sequence[int] | None, *numbers: int) -> None:
+    """function(Arrays of the tensors, boundaries of packed sequences or null, numbers ..., threads) of a library."""
+    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    arrays = [number for x in dense for number in array(x)]
+    function(
+        (ctypes.c_int64 * len(arrays))(*arrays),
+        None if cu is None else (ctypes.c_int64 * len(cu))(*cu),
+        *map(ctypes.c_int64, (*numbers, torch.get_num_threads())),
+    )

@@ -46,7 +46,7 @@ storyteller: .venv/dev
 	@touch $@
 
 .venv/run: .venv/torch pyproject.toml
-	$(PIP) $(TORCH) -e .
+	$(PIP) $(TORCH) -e ".[cli]"
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml
@@ -64,7 +64,7 @@ constraints:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	echo "$(TORCH)" > .venv/torch.txt
-	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra dev --extra plots \
+	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra cli --extra dev --extra plots \
 		--extra train --extra convert --extra onnx --extra vision --extra bench --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt

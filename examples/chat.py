@@ -65,7 +65,7 @@ def main() -> None:
         out = args.out / tune
         if not (out / file).exists():
             run = Run(config(args, tune))
-            numbers = sum(p.numel() for p in run.plain.parameters() if p.requires_grad)
+            numbers = run.plain.num_parameters(only_trainable=True)
             before = run.evaluate()
             run()
             result = {"numbers": numbers, "before": before, "after": run.evaluate(), "speed": run.tokens / run.seconds}

@@ -67,7 +67,7 @@ def make(name: str, layers: int, width: int) -> Model:
 def count(make: Callable[[], Model]) -> int:
     """The parameters of a model that is not really made."""
     with torch.device("meta"):
-        return sum(p.numel() for p in make().parameters())
+        return make().num_parameters()
 
 
 def config(args: argparse.Namespace, name: str, seed: int, parts: dict[str, Path]) -> Config:
@@ -110,7 +110,7 @@ def results(args: argparse.Namespace, parts: dict[str, Path]) -> Iterator[dict[s
                 run = Run(told, model=model)
                 run()
                 test = torch.from_numpy(np.fromfile(parts["test"].with_suffix(".bin"), np.uint8)).long()
-                row = {"model": name, "seed": seed, "parameters": sum(p.numel() for p in model.parameters())}
+                row = {"model": name, "seed": seed, "parameters": model.num_parameters()}
                 row |= {
                     "tokens": run.tokens,
                     "seconds": round(run.seconds),

@@ -58,7 +58,7 @@ def size(layers: int, width: int) -> Size:
     named = dict(model.named_parameters())
     matrices = sum(p.numel() for name, p in named.items() if p.ndim == 2 and name != "emb.weight")
     block = sum(p.numel() for p in model.blocks[1].parameters())
-    return Size(layers, width, sum(p.numel() for p in named.values()), block, matrices)
+    return Size(layers, width, model.num_parameters(), block, matrices)
 
 
 def held(of: Size, kind: str, gpus: int) -> float:

@@ -301,7 +301,7 @@ def assemble(
     model.load_state_dict(copied, assign=True, strict=strict)
     model.eval()
     own = described.get("fingerprint") if model.quantization and not quantize else None
-    model._fingerprint = own or (fingerprint(cls.name, config, samples) if samples else None)
+    model.set_fingerprint(own or (fingerprint(cls.name, config, samples) if samples else None))
     return model
 
 

@@ -131,11 +131,11 @@ def _read(model: Model, texts: Sequence[Sequence[int]]) -> tuple[Tensor, State]:
         ends = [0]
         for text in texts:
             ends.append(ends[-1] + len(text))
-        tokens = torch.tensor([[token for text in texts for token in text]], device=model.emb.weight.device)
+        tokens = torch.tensor([[token for text in texts for token in text]], device=model.device)
         logits, state = model(tokens, cu_seqlens=ends, last_only=True)
         return logits[0], state
     state = None
-    for piece in torch.tensor([list(texts[0])], device=model.emb.weight.device).split(AT_ONCE, dim=1):
+    for piece in torch.tensor([list(texts[0])], device=model.device).split(AT_ONCE, dim=1):
         logits, state = model(piece, state, last_only=True)
     assert state is not None
     return logits[:, -1], state

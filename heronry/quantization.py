@@ -40,7 +40,7 @@ def quantize(model: Network, format: str, progress: Callable[[list], Iterable] =
     """
     check(model, format)
     model.fingerprint  # noqa: B018  taken before the weights go: the states stay those of the original
-    arena = Arena(next(model.parameters()).device)
+    arena = Arena(model.device)
     for name, linear in progress(matrices(model)):
         if not linear.weight.isfinite().all():
             raise InputError(f"{name}.weight holds numbers that are infinite or none")

@@ -102,11 +102,13 @@ def test_step_is_the_plain_model(model, format):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 def test_saved_and_loaded_without_the_original(model, format, dtype, tmp_path):
+    count = model.num_parameters()
     model = quantize(model if dtype is None else model.to(getattr(torch, dtype)), format)
     heronry.save(model, tmp_path / "packed")
     back = heronry.load(tmp_path / "packed")
     assert back.quantization == format
     assert back.fingerprint == model.fingerprint
+    assert back.num_parameters() == model.num_parameters() == count
     assert torch.equal(logits_of(back), logits_of(model))
     heronry.save(back, tmp_path / "again")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops
 from ..checkpoint import load
 from ..models import Model
+from ..ops.biwkv import biwkv
+from ..ops.biwkv6 import biwkv6
+from ..ops.wkv4 import wkv4
+from ..ops.wkv5 import wkv5
+from ..ops.wkv6 import wkv6
+from ..ops.wkv7 import wkv7
 from .shapes import Shape, random_model
+
+OPERATORS: dict[str, Callable] = {f.__name__: f for f in (wkv4, wkv5, wkv6, wkv7, biwkv, biwkv6)}
 
 Job = Callable[[], object]
 
@@ -116,7 +123,7 @@ class Operator:
 
     def forward(self, impl: str, times: int = 1) -> Job:
         """So many times."""
-        operator = getattr(ops, self.name)
+        operator = OPERATORS[self.name]
 
         @torch.inference_mode()
         def job() -> None:
@@ -127,7 +134,7 @@ class Operator:
 
     def backward(self, impl: str, times: int = 1) -> Job:
         """Forward and backward, so many times."""
-        operator = getattr(ops, self.name)
+        operator = OPERATORS[self.name]
         inputs = [x.clone().requires_grad_() for x in self.inputs]
 
         def job() -> None:

@@ -27,21 +27,18 @@ def info(
     from ..checkpoint import load
     from ..engine.llm import BUNDLED
     from ..models import Model, Network
-    from ..models.layers import PackedLinear
     from ..text.tokenizers import guess
 
     path = file or model or BUNDLED
     network: Network = load(path, device="meta")
     config = asdict(network.config)
-    packed = [module for module in network.modules() if isinstance(module, PackedLinear)]
-    n_parameters = sum(module.in_features * module.out_features for module in packed)
-    n_parameters += sum(p.numel() for p in network.parameters())
+    n_parameters = network.num_parameters()
     weights = f"{_size(4 * n_parameters)} in float32, {_size(2 * n_parameters)} in bfloat16 or float16"
-    if packed:
+    if network.quantization:
         weights = _size(sum(x.nbytes for x in (*network.parameters(), *network.buffers())))
     table = Table.grid(padding=(0, 2))
     table.add_row("generation", f"{network.name} {config.pop('version', '')}".strip())
-    table.add_row("dtype", str(next(network.parameters()).dtype).removeprefix("torch."))
+    table.add_row("dtype", str(network.dtype).removeprefix("torch."))
     if network.quantization:
         table.add_row("quantization", network.quantization)
     for name, value in config.items():

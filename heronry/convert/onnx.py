@@ -259,7 +259,7 @@ def write(model: Model, path: Path, name: str, step: bool) -> None:
     Raises:
         InputError: the package onnx is not there, the model is packed or not in float32, or there is no C++ compiler.
     """
-    _check(model, model.emb.weight.dtype)
+    _check(model, model.dtype)
     about = {"vocab_size": model.config.vocab_size, "heronry.state": _filling(model)}
     _write(model, exported(model, step), INPUTS, OUTPUTS, about, path, name)
 

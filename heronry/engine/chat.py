@@ -261,7 +261,7 @@ class Chat:
         if metadata.get("sha256") != _digest(metadata["conversation"], tensors):
             raise InputError(f"{path}: damaged conversation file")
         about = json.loads(metadata["conversation"])  # whole, as the digest says
-        device = self._llm.model.emb.weight.device
+        device = self._llm.model.device
         layers = [
             LayerState(*(tensors[f"blocks.{i}.{name}"].to(device) for name in LayerState._fields))
             for i in range(len(tensors) // len(LayerState._fields))

@@ -165,7 +165,7 @@ def prefill(
         raise InputError(f"chunk must be at least 1, got {chunk}")
     if state is not None and len(state) != len(prompts):
         raise InputError(f"a state of {len(state)} sequences was given for {len(prompts)} prompts")
-    device = model.emb.weight.device
+    device = model.device
     rows = [model.initial_state() if state is None else state[i] for i in range(len(prompts))]
     logits: list[Tensor] = []  # a prompt's last part is never before that of the prompt in front of it
     for pack in _packs([len(prompt) for prompt in prompts], chunk):

@@ -41,7 +41,7 @@ class RwkvBaseConfig(PreTrainedConfig):
     @classmethod
     def of(cls, model: Model, notes: Mapping[str, Any] | None = None) -> RwkvBaseConfig:
         """The configuration of a model of ours."""
-        told = huggingface.config_json(model.name, model.config, notes or {}, model.emb.weight.dtype)
+        told = huggingface.config_json(model.name, model.config, notes or {}, model.dtype)
         return CONFIGS[told["model_type"]](**told)
 
 

@@ -49,30 +49,59 @@ class Network(nn.Module):
         self._fingerprint: str | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not packed: embeddings, norms and vectors, and the matrices without quantization."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """The number of weights, tied ones counted once; a packed matrix counts as out_features * in_features.
+
+        Args:
+            only_trainable: counts only parameters with requires_grad; packed matrices have none.
+        """
+        if only_trainable:
+            return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        packed = (m for m in self.modules() if isinstance(m, PackedLinear))
+        in_packed = sum(m.in_features * m.out_features for m in packed)
+        return in_packed + sum(p.numel() for p in self.parameters())
+
+    @property
     def fingerprint(self) -> str:
-        """Tells whose states fit: 16 digits for the configuration, 16 for the weights."""
+        """Identifies the model that a state belongs to: 16 hex digits for the configuration, 16 for the weights.
+
+        Computed on first use and cached: code that changes weights in place calls `invalidate_fingerprint`.
+        """
         if self._fingerprint is None:
-            self._fingerprint = self._taken()
+            self._fingerprint = self._compute_fingerprint()
         return self._fingerprint
 
-    @constant_to_the_compiler  # it cannot look into a hash, and need not
-    def _taken(self) -> str:
-        # no process has all the weights of a model in pieces, so that the configuration alone must do
-        return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
+    def set_fingerprint(self, fingerprint: str | None) -> None:
+        """Caches a fingerprint that was computed elsewhere, as for packed weights that of the original ones."""
+        self._fingerprint = fingerprint
 
     def invalidate_fingerprint(self) -> None:
-        """Call this after changing weights in place: the fingerprint is then computed anew when it is needed."""
+        """Drops the cached fingerprint because the weights or the configuration have changed."""
         self._fingerprint = None
 
+    @constant_to_the_compiler  # torch.compile cannot trace hashlib, and need not
+    def _compute_fingerprint(self) -> str:
+        # with sharded weights no process holds all of them, so only the configuration counts
+        return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
+
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As in any module; other weights have another fingerprint."""
-        self._fingerprint = None
+        """As in any module; invalidates the fingerprint."""
+        self.invalidate_fingerprint()
         return super().load_state_dict(*args, **options)
 
     def train(self, mode: bool = True) -> Self:
-        """As in any module; leaving the training mode takes a new fingerprint, for the weights may have moved."""
+        """As in any module; leaving training mode invalidates the fingerprint because the weights may have changed."""
         if self.training and not mode:
-            self._fingerprint = None
+            self.invalidate_fingerprint()
         return super().train(mode)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:

@@ -50,7 +50,7 @@ class Journal:
             import wandb
 
             self.wandb = wandb.init(project=run.config.run.wandb, dir=run.out, resume="allow", id=_name(run.out))
-        parameters = sum(p.numel() for p in run.plain.parameters() if p.requires_grad)
+        parameters = run.plain.num_parameters(only_trainable=True)
         self.say(
             f"{run.plain.name}: {parameters / 1e6:.1f} M parameters to train, {run.passes.told()}, "
             f"{run.steps} steps of {run.passes.a_step}"

@@ -176,7 +176,7 @@ def _read_by_attention(block: Block, x: Tensor) -> Tensor:
 
 
 def _as_weights(model: VisionModel | ViT, images: Tensor) -> Tensor:
-    return images.to(next(model.parameters()))
+    return images.to(model.device, model.dtype)
 
 
 @contextmanager

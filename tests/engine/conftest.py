@@ -57,7 +57,7 @@ class Scripted(Model):
         super().__init__(SimpleNamespace(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=1))
         self.emb = nn.Embedding(1, 1)
         self.tokenizer, self.replies, self.cue = tokenizer, replies, cue.encode()
-        self._fingerprint = "scripted"
+        self.set_fingerprint("scripted")
         self.reads: list[int] = []
 
     def initial_state(self, rows: int = 1) -> State:

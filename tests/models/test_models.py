@@ -8,9 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from heronry import RWKV4, InputError, State, ops
+from heronry import RWKV4, InputError, State
 from heronry.checkpoint import assemble
 from heronry.models import LayerState, Model
+from heronry.ops.wkv4 import wkv4
+from heronry.ops.wkv5 import wkv5
+from heronry.ops.wkv6 import wkv6
+from heronry.ops.wkv7 import wkv7
+
+OPERATORS = {"wkv4": wkv4, "wkv5": wkv5, "wkv6": wkv6, "wkv7": wkv7}
 
 
 @pytest.fixture
@@ -101,8 +107,8 @@ def test_gradients_agree_between_bodies(model, monkeypatch):
     operator = model.name.replace("r", "", 1)  # rwkv7 -> wkv7
     found = {}
     for impl in ("reference", "chunked"):
-        body = partial(getattr(ops, operator), impl=impl)
-        monkeypatch.setattr(sys.modules[type(model).__module__], operator, body)
+        generation = sys.modules[type(model).__module__]
+        monkeypatch.setattr(generation, operator, partial(OPERATORS[operator], impl=impl))
         start, state = carried(model)
         found[impl] = torch.autograd.grad(losses(model, start, tokens(2, 40)), [*model.parameters(), *state])
     names = [name for name, _ in model.named_parameters()] + [f"state {i}" for i in range(len(state))]
@@ -227,6 +233,15 @@ def test_foreign_states_are_refused(model, version, random_checkpoint):
     model(tokens(1, 3), other.initial_state())
     with pytest.raises(InputError, match="belongs to another model"):
         model(tokens(1, 3), wider.initial_state())
+
+
+def test_counts_its_parameters_and_knows_device_and_dtype(model):
+    assert model.num_parameters() == sum(x.numel() for x in model.state_dict().values())
+    model.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    assert model.num_parameters(only_trainable=True) == model.head.weight.numel()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float64)
+    assert (model.to("meta").bfloat16().device.type, model.dtype) == ("meta", torch.bfloat16)
 
 
 def test_fingerprint_follows_training(model):

@@ -20,7 +20,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from heronry import LLM, load
+from heronry import LLM, VisionModel, load
 from heronry.checkpoint import save
 from heronry.data.image_dataset import Pictures
 from heronry.data.images import prepare
@@ -99,7 +99,7 @@ def main() -> None:
     torch.manual_seed(0)
     llm, data, test = LLM(args.language, dtype="float32"), Pictures(args.train), Pictures(args.test)
     if args.vision:
-        vision = load(args.vision, dtype="float32")
+        vision = load(args.vision, dtype="float32", kind=VisionModel)
     else:
         vision = VRWKV(VRWKVConfig.sized(128, 4, image_size=32, patch_size=8, num_classes=0))
         vision.init_weights()

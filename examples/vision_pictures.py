@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from heronry import InputError
-from heronry.checkpoint import load_found
+from heronry.checkpoint import load_checkpoint
 from heronry.data.images import open_picture, prepare
 from heronry.models import VisionModel
 from heronry.models.baselines import ViT, ViTConfig
@@ -39,8 +39,8 @@ def opened(name: str) -> tuple[VisionModel | ViT, list[str] | None]:
         model = ViT(ViTConfig(**{key: x for key, x in described.items() if key not in ("model", "labels")}))
         model.load_state_dict(load_file(about.with_name("model.safetensors")))
         return model.eval(), described.get("labels")
-    model, found = load_found(name, "float32", kind=VisionModel)
-    return model, found.described.get("labels")
+    model, checkpoint = load_checkpoint(name, "float32", kind=VisionModel)
+    return model, checkpoint.config.get("labels")
 
 
 def draw(args: argparse.Namespace) -> None:

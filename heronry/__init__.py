@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .checkpoint import initial_state, load, save
     from .engine.llm import LLM
     from .errors import InputError
-    from .models import RWKV4, RWKV5, RWKV6, RWKV7, State
+    from .models import RWKV4, RWKV5, RWKV6, RWKV7, State, VisionModel
     from .quantization import quantize
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "RWKV7",
     "InputError",
     "State",
+    "VisionModel",
     "initial_state",
     "load",
     "quantize",
@@ -36,6 +37,7 @@ _MODULES = {
     "RWKV7": ".models",
     "InputError": ".errors",
     "State": ".models",
+    "VisionModel": ".models",
     "initial_state": ".checkpoint",
     "load": ".checkpoint",
     "quantize": ".quantization",

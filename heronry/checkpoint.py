@@ -23,11 +23,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from . import formats, hub
 from .errors import InputError
@@ -38,6 +39,7 @@ from .models import MODELS, VISION_MODELS, Model, Network, State, VisionModel, d
 from .models.fingerprint import fingerprint, sample
 from .models.layers import PackedLinear
 from .ops.packed import GROUP, untile
+from .progress import ByteCounter, Progress
 from .quantization import FORMATS, check, matrices, replace_matrix
 
 DTYPES = {
@@ -48,7 +50,7 @@ DTYPES = {
 }
 
 KNOWN = [*MODELS, *VISION_MODELS]
-Kind = TypeVar("Kind", bound=Network)
+M = TypeVar("M", bound=Network, default=Model)
 
 QUANTIZED = ("quantization", "fingerprint")  # what it says of a quantized model: the format, whose states fit
 NOTES = ("chat_template", "opening_tokens", "labels")  # what a config.json may say besides the sizes
@@ -61,8 +63,11 @@ def load(
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
     quantize: str | None = None,
-) -> Any:
-    """The model in a file or folder, in eval mode: a Model, or for Vision-RWKV a VisionModel.
+    *,
+    kind: type[M] = Model,  # type: ignore[assignment]  # mypy does not apply the TypeVar's default here
+    progress: Progress | None = None,
+) -> M:
+    """Loads the model in a file or folder, in eval mode.
 
     Args:
         path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or one of the hub's:
@@ -71,32 +76,34 @@ def load(
         device: where the model goes.
         ln_x_eps: of the norm after the recurrence (RWKV-5 to 7), for files that want another than 64e-5.
         quantize: "int8" or "int4" packs the large matrices as they are read; `dtype` is then that of all others.
+        kind: Model for text, VisionModel for pictures, Network for both; or the class of one generation.
+        progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
         InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
     """
-    return load_found(path, dtype, device, ln_x_eps, quantize, Network)[0]
+    return load_checkpoint(path, dtype, device, ln_x_eps, quantize, kind=kind, progress=progress)[0]
 
 
-def load_found(
+def load_checkpoint(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
     quantize: str | None = None,
-    kind: type[Kind] = Model,  # type: ignore[assignment]
-) -> tuple[Kind, formats.Found]:
-    """As `load`, and what else was found where the model lay. `kind`: Model, VisionModel, or Network for both."""
+    *,
+    kind: type[M] = Model,  # type: ignore[assignment]
+    progress: Progress | None = None,
+) -> tuple[M, formats.Checkpoint]:
+    """As `load`; also returns the checkpoint, for its config and tokenizer."""
     path = locate(path)
     target = None if dtype is None else _dtype(dtype)
     where = _device(device)
     try:
-        found = formats.read(path)
-        model = assemble(found.tensors, found.described, target, where, ln_x_eps, quantize)
-        if not isinstance(model, kind):
-            what = "pictures, not text" if isinstance(model, VisionModel) else "text, not pictures"
-            raise InputError(f"this model ({model.name}) reads {what}")
-        return model, found
+        checkpoint = formats.read(path)
+        tensors, config = checkpoint.tensors, checkpoint.config
+        model = assemble(tensors, config, target, where, ln_x_eps, quantize, kind=kind, progress=progress)
+        return model, checkpoint
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -220,7 +227,7 @@ def initial_state(path: str | Path, model: Model) -> State:
 
 def identify(
     tensors: Tensors, described: Mapping[str, Any] | None = None, ln_x_eps: float | None = None
-) -> tuple[type[Any], Any]:
+) -> tuple[type[Network], Any]:
     """Class and configuration of the model that these tensors are, all of them. Wrappers' prefixes and what the class
     never reads are taken out of `tensors`; packed matrices count with the shapes they stand for.
 
@@ -244,7 +251,16 @@ def identify(
     return cls, config
 
 
-def _skeleton(cls: type[Network], config: Any) -> Network:
+def _wrong_kind(cls: type[Network], kind: type[Network]) -> str:
+    """The error message for a model of class `cls` where one of `kind` is expected."""
+    if issubclass(cls, VisionModel) and issubclass(kind, Model):
+        return f"this model ({cls.name}) reads pictures, not text; load it with kind=VisionModel"
+    if issubclass(cls, Model) and issubclass(kind, VisionModel):
+        return f"this model ({cls.name}) reads text, not pictures; load it with kind=Model"
+    return f"this model is of the class {cls.__name__}, not {kind.__name__}"
+
+
+def _skeleton(cls: type[M], config: Any) -> M:
     with torch.device("meta"):  # takes no memory
         return cls(config)
 
@@ -256,11 +272,18 @@ def assemble(
     device: torch.device | str = "cpu",
     ln_x_eps: float | None = None,
     quantize: str | None = None,
-) -> Any:
-    """A model, in eval mode, out of tensors under BlinkDL's names. `described` is what a config.json says."""
+    *,
+    kind: type[M] = Model,  # type: ignore[assignment]
+    progress: Progress | None = None,
+) -> M:
+    """A model, in eval mode, out of tensors under BlinkDL's names. `described` is what a config.json says; all other
+    arguments are those of `load`."""
     described = described or {}
     found = stored(tensors)
     cls, config = identify(found, described, ln_x_eps)
+    if not issubclass(cls, kind):
+        raise InputError(_wrong_kind(cls, kind))
+    bytes_read = ByteCounter(sum(x.nbytes for x in found.values()), progress)
     packed = _take_packed(found, described.get("quantization"))
     model = _skeleton(cls, config)
     skeleton = model.state_dict()
@@ -278,6 +301,7 @@ def assemble(
     def take(key: str) -> Tensor:
         """Its numbers, which are nowhere else once they are copied; none of a model that is only looked at."""
         held = found.pop(key)
+        bytes_read.add(held.nbytes)
         if torch.device(device).type == "meta" and quantize is None:
             return skeleton[key]
         x = held.read().reshape(skeleton[key].shape)
@@ -288,6 +312,7 @@ def assemble(
         key = f"{name}.weight"
         if key in packed:
             q, scales = packed.pop(key)
+            bytes_read.add(q.nbytes + scales.nbytes)
         elif quantize is not None:
             q, scales = FORMATS[quantize](take(key))
         else:

@@ -7,7 +7,8 @@ decays, low-rank matrices and states stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from .memory import Arena
 from .models import Network
 from .models.layers import Linear, PackedLinear
 from .ops.packed import GROUP, LEVELS, pack, tile
+from .progress import ByteCounter, Progress
+
+M = TypeVar("M", bound=Network)
 
 MOST = -LEVELS[0]
 # Where the search for a scale begins: the largest weight of the group at this multiple of MOST, either way up, for the
@@ -26,13 +30,13 @@ BLOCK = 1 << 18  # weights at a time: fits the cache
 TINY, HUGE = 2.0**-24, 65504  # the ends of float16
 
 
-def quantize(model: Network, format: str, progress: Callable[[list], Iterable] = iter) -> Network:
+def quantize(model: M, format: str, progress: Progress | None = None) -> M:
     """Replaces the matrices of `model` by packed ones, "int8" or "int4", and returns it.
 
     The model is changed in place, runs on as before and cannot be trained; `heronry.save` writes it and
     `heronry.load` reads it back without the original.
 
-    progress: wraps the list of matrices while they are worked on, as tqdm or rich.progress.track do.
+    progress: called with (bytes done, bytes in all) after each matrix; the bytes are those of the original weights.
 
     Raises:
         InputError: another format, a model that is quantized already, or a matrix whose rows do not divide into
@@ -41,11 +45,14 @@ def quantize(model: Network, format: str, progress: Callable[[list], Iterable] =
     check(model, format)
     model.fingerprint  # noqa: B018  taken before the weights go: the states stay those of the original
     arena = Arena(model.device)
-    for name, linear in progress(matrices(model)):
+    linears = matrices(model)
+    counter = ByteCounter(sum(linear.weight.nbytes for _, linear in linears), progress)
+    for name, linear in linears:
         if not linear.weight.isfinite().all():
             raise InputError(f"{name}.weight holds numbers that are infinite or none")
         with torch.no_grad():
             replace_matrix(model, name, *FORMATS[format](linear.weight), arena)
+        counter.add(linear.weight.nbytes)
     model.quantization = format
     return model
 

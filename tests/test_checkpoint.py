@@ -52,6 +52,15 @@ def refusal(path, **options) -> str:
     return message.removeprefix(f"{path}: ")
 
 
+def test_progress_is_reported_in_bytes(weights, tmp_path):
+    torch.save(weights, tmp_path / "a.pth")
+    size = sum(x.nbytes for name, x in weights.items() if name not in RWKV7.ignored)
+    calls: list[tuple[int, int]] = []
+    heronry.load(tmp_path / "a.pth", "bfloat16", progress=lambda *counts: calls.append(counts))
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (size, size)
+
+
 def test_every_kind_of_file_gives_the_same_model(version, random_checkpoint, tmp_path):
     weights = random_checkpoint(version, **SMALL)
     torch.save(weights, tmp_path / "a.pth")

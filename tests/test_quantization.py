@@ -165,6 +165,20 @@ def test_moving_to_another_dtype_leaves_the_packed_weights(random_checkpoint, fo
     assert torch.equal(model.head.scales, packed[1])
 
 
+def test_progress_is_reported_in_bytes(random_checkpoint, tmp_path):
+    model = assemble(random_checkpoint("7", ffn=192))
+    expected = sum(m.weight.nbytes for m in model.modules() if isinstance(m, Linear))
+    calls: list[tuple[int, int]] = []
+    quantize(model, "int8", lambda *counts: calls.append(counts))
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (expected, expected)
+    heronry.save(model, tmp_path)
+    calls.clear()
+    heronry.load(tmp_path, progress=lambda *counts: calls.append(counts))
+    size = sum(x.nbytes for x in load_file(tmp_path / "model.safetensors").values())
+    assert calls[-1] == (size, size)
+
+
 def test_bad_input(random_checkpoint):
     model = assemble(random_checkpoint("7", ffn=192))
     with pytest.raises(InputError, match="there is no quantization 'int3'; choose one of int8, int4"):

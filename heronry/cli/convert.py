@@ -41,8 +41,8 @@ def convert(
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
-        def show_progress(n_bytes: int, total: int) -> None:
-            bar.update(task, description="writing", advance=n_bytes, total=total)
+        def show_progress(done: int, total: int) -> None:
+            bar.update(task, description="writing", completed=done, total=total)
 
         result = conversion.convert(source, target, to, dtype, tokenizer, round(shard * 1e9), show_progress)
     logits = "equal"

@@ -30,7 +30,7 @@ def info(
     from ..text.tokenizers import guess
 
     path = file or model or BUNDLED
-    network: Network = load(path, device="meta")
+    network = load(path, device="meta", kind=Network)
     config = asdict(network.config)
     n_parameters = network.num_parameters()
     weights = f"{_size(4 * n_parameters)} in float32, {_size(2 * n_parameters)} in bfloat16 or float16"

@@ -26,12 +26,11 @@ def merge(
     """Merge an adapter into the weights of its model. See docs/adapters.md."""
     from .. import adapters
     from ..adapters.rwkv_peft import merge_rwkv_peft
-    from ..checkpoint import load_found, save
-    from ..models import Model
+    from ..checkpoint import load, save
     from .copies import companions, locate_source_and_target
 
     source, target = locate_source_and_target(source, target)
-    model: Model = load_found(source, dtype=dtype)[0]
+    model = load(source, dtype=dtype)
     tokenizer, notes = companions(source, model)
     if adapter.is_file():
         merge_rwkv_peft(model, adapter, alpha, beginning)

@@ -18,18 +18,20 @@ def quantize(
 ) -> None:
     """Quantize a model to 8 or 4 bits per weight. See docs/quantization.md."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from .. import quantization
-    from ..checkpoint import load_found, save
+    from ..checkpoint import load, save
     from ..models import Network
     from .copies import companions, locate_source_and_target
 
     source, target = locate_source_and_target(source, target)
     console = Console(stderr=True)
-    model: Network = load_found(source, dtype=dtype, kind=Network)[0]
+    model = load(source, dtype=dtype, kind=Network)
     size_before = sum(p.nbytes for p in model.parameters())
-    quantization.quantize(model, format, lambda matrices: track(matrices, f"quantizing to {format}", console=console))
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
+        task = bar.add_task(f"quantizing to {format}", total=None)
+        quantization.quantize(model, format, lambda done, total: bar.update(task, completed=done, total=total))
     save(model, target, *companions(source, model))
     size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     console.print(

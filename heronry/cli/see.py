@@ -43,19 +43,19 @@ def see(
     from rich.progress import track
     from safetensors.torch import save_file
 
-    from ..checkpoint import load_found
+    from ..checkpoint import load_checkpoint
     from ..data.images import open_picture, prepare
     from ..files import replacing
     from ..models import VisionModel
 
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
-    network, checkpoint = load_found(model, dtype, device, quantize=quantize, kind=VisionModel)
+    network, checkpoint = load_checkpoint(model, dtype, device, quantize=quantize, kind=VisionModel)
     side = network.config.image_size if size is None else size
     if side < 1:
         raise InputError(f"size must be at least 1, got {side}")
     n_classes = network.config.num_classes
-    names = _class_names(labels, checkpoint.described.get("labels"), n_classes)
+    names = _class_names(labels, checkpoint.config.get("labels"), n_classes)
     if not features and not n_classes:
         raise InputError(f"{model}: has no classification head; write its features with --features")
     progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False, emoji=False)

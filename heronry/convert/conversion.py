@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..files import replacing
 from ..formats import ggml, gguf, huggingface, webrwkv
 from ..formats.lazy_tensor import LazyTensor, Tensors, space_for, write_folder, write_pth, write_safetensors
 from ..models import Model, VisionModel
+from ..progress import ByteCounter, Progress
 from ..text.tokenizers import guess, load_tokenizer
 
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
@@ -35,8 +36,6 @@ GRAPHS = ("onnx", "onnx-step")  # that are written only
 SHARD = 2 << 30  # bytes of a file in a folder, unless said otherwise
 PROMPT = 24  # tokens that both files are asked about
 AT_ONCE = 1 << 20  # weights that are multiplied at a time
-
-Progress = Callable[[int, int], object]  # is told of bytes that are written, and of how many there are in all
 
 
 @dataclass
@@ -56,7 +55,7 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
     shard: int = SHARD,
-    progress: Progress = lambda count, total: None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Writes the model in `source` in another format.
 
@@ -69,6 +68,7 @@ def convert(
             format can.
         tokenizer: as for LLM, where the target holds one; None = what lies with the source, or is known by its size.
         shard: the largest size of a file of a folder, in bytes.
+        progress: called with (bytes written, bytes in all) while the target is written.
 
     Raises:
         InputError: what is wrong with the source, or what the target has no place for. Nothing is left behind, but
@@ -81,31 +81,31 @@ def convert(
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is where the original lies; give another name")
     try:
-        found = formats.read(source)
-        if any(found.described.get(key) for key in QUANTIZED):
+        checkpoint = formats.read(source)
+        if any(checkpoint.config.get(key) for key in QUANTIZED):
             raise InputError("its matrices are packed; convert the original")
-        cls, config = identify(found.tensors, found.described)
+        cls, config = identify(checkpoint.tensors, checkpoint.config)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     if issubclass(cls, VisionModel):
         from .vision_models import convert_pictures
 
-        return convert_pictures(found, source, target, to, dtype)
+        return convert_pictures(checkpoint, source, target, to, dtype)
+    assert issubclass(cls, Model)
     if to == "vision_rwkv":
         raise InputError(f"{source}: is a model of text ({cls.name}), and vision_rwkv is for pictures")
     if to in GRAPHS:
-        return _draw(found, target, to, dtype)
+        return _draw(checkpoint, target, to, dtype)
     if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):
         raise InputError(f"{source}: RWKV-7a (DeepEmbed) has no place in {to}")
-    told = notes(found.described)
-    words = _Words(source, found, config.vocab_size, tokenizer)
-    tensors = _typed(found.tensors, to, dtype)
+    told = notes(checkpoint.config)
+    words = _Words(source, checkpoint, config.vocab_size, tokenizer)
+    tensors = _typed(checkpoint.tensors, to, dtype)
     kind = dtype or _kind(tensors)
     size = sum(x.nbytes for x in tensors.values())
     space_for(size * (2 if to == "blinkdl" else 1), target)
 
-    def written(count: int) -> None:
-        progress(count, size)
+    written = ByteCounter(size, progress).add
 
     def write(part: Path) -> None:
         if to == "blinkdl":
@@ -130,7 +130,7 @@ def convert(
 
     if to == "gguf":
         gguf.check(tensors, config)
-    wanted = logits(cls, config, found.tensors)
+    wanted = logits(cls, config, checkpoint.tensors)
     stamp = json.dumps([str(source.resolve()), os.stat(source).st_mtime_ns, size, to, kind, shard])
     with replacing(target) if to in SUFFIXES.values() else _new_folder(target, stamp) as part:
         try:
@@ -138,23 +138,23 @@ def convert(
         except OSError as error:
             raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
         again = formats.read(part)
-        difference = logits(*identify(again.tensors, again.described), again.tensors) - wanted
+        difference = logits(cls, identify(again.tensors, again.config)[1], again.tensors) - wanted
         result = Converted(to, _size(part), difference.abs().max().item(), wanted.abs().max().item())
         if not difference.isfinite().all():
             raise InputError(f"{target}: not written, for a logit is no number: {kind} is too small for these weights")
-        same = to in EXACT and all(x.dtype == found.tensors[name].dtype for name, x in tensors.items())
+        same = to in EXACT and all(x.dtype == checkpoint.tensors[name].dtype for name, x in tensors.items())
         if same and result.difference > 1e-5 * result.largest:
             raise InputError(f"{target}: not written, for its logits are not those of {source}")
     return result
 
 
-def _draw(found: formats.Found, target: Path, to: str, dtype: str | None) -> Converted:
+def _draw(checkpoint: formats.Checkpoint, target: Path, to: str, dtype: str | None) -> Converted:
     """The model as a graph, and what onnxruntime makes of it."""
     from . import onnx
 
     if dtype not in (None, "float32"):
         raise InputError(f"ONNX files are float32, not {dtype}")
-    model = assemble(found.tensors, found.described, torch.float32)
+    model = assemble(checkpoint.tensors, checkpoint.config, torch.float32)
     space_for(sum(p.nbytes for p in model.parameters()), target)
     tokens = _prompt(model.config.vocab_size)
     with torch.no_grad():
@@ -204,8 +204,8 @@ def _kind(tensors: Tensors) -> str:
 class _Words:
     """The tokenizer of a model that is converted, as each format wants it."""
 
-    def __init__(self, source: Path, found: formats.Found, size: int, wanted: str | Path | None):
-        self.inside = found.tokenizer if wanted is None else None
+    def __init__(self, source: Path, checkpoint: formats.Checkpoint, size: int, wanted: str | Path | None):
+        self.inside = checkpoint.tokenizer if wanted is None else None
         self.spec: str | Path | None = wanted
         if wanted is None and self.inside is None:
             with suppress(InputError):  # then it is to be named with the copy as with the original

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 KNOWN = ("heronry", "safetensors", "blinkdl", "vision_rwkv", "onnx")
 
 
-def convert_pictures(found: formats.Found, source: Path, target: Path, to: str, dtype: str | None) -> Converted:
+def convert_pictures(
+    checkpoint: formats.Checkpoint, source: Path, target: Path, to: str, dtype: str | None
+) -> Converted:
     """As `convert`; a .pth ("blinkdl" or "vision_rwkv") has the authors' names."""
     from .conversion import Converted
 
@@ -38,7 +40,8 @@ def convert_pictures(found: formats.Found, source: Path, target: Path, to: str, 
     if to == "onnx" and dtype not in (None, "float32"):
         raise InputError(f"ONNX files are float32, not {dtype}")
     try:
-        model = assemble(found.tensors, found.described, torch.float32 if to == "onnx" else DTYPES.get(dtype or ""))
+        wide = torch.float32 if to == "onnx" else DTYPES.get(dtype or "")
+        model = assemble(checkpoint.tensors, checkpoint.config, wide, kind=VisionModel)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     plain = type(model.config).from_shapes({name: x.shape for name, x in model.state_dict().items()})
@@ -46,15 +49,15 @@ def convert_pictures(found: formats.Found, source: Path, target: Path, to: str, 
     lost = [name for name, x in asdict(replace(plain, **training)).items() if x != getattr(model.config, name)]
     if to not in ("heronry", "onnx") and lost:
         raise InputError(f"{target}: a {to} file has no place for {lost[0]} = {getattr(model.config, lost[0])!r}")
-    exact = dtype is None or DTYPES[dtype] == next(iter(found.tensors.values())).dtype
+    exact = dtype is None or DTYPES[dtype] == next(iter(checkpoint.tensors.values())).dtype
     picture = torch.linspace(-2, 2, 3 * model.config.image_size**2).sin().reshape(1, 3, *[model.config.image_size] * 2)
-    wanted = _logits(assemble(found.tensors, found.described), picture)
+    wanted = _logits(assemble(checkpoint.tensors, checkpoint.config, kind=VisionModel), picture)
     space_for(sum(p.nbytes for p in model.parameters()), target)
     tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     if to == "heronry":
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target}: is there already; give the name of a new folder")
-        save(model, target, notes=notes(found.described))
+        save(model, target, notes=notes(checkpoint.config))
         again = _read(target, picture)
     else:
         with replacing(target) as part:
@@ -78,8 +81,8 @@ def convert_pictures(found: formats.Found, source: Path, target: Path, to: str, 
 
 
 def _read(path: Path, picture: Tensor) -> Tensor:
-    found = formats.read(path)
-    return _logits(assemble(found.tensors, found.described), picture)
+    checkpoint = formats.read(path)
+    return _logits(assemble(checkpoint.tensors, checkpoint.config, kind=VisionModel), picture)
 
 
 @torch.inference_mode()

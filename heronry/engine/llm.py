@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .. import adapters
-from ..checkpoint import load_found, locate, notes, read_time_state
+from ..checkpoint import load_checkpoint, locate, notes, read_time_state
 from ..errors import InputError
 from ..models import Model, State
 from ..text.tokenizers import HFTokenizer, Tokenizer, guess, load_tokenizer
@@ -78,10 +78,10 @@ class LLM:
             if path is None:  # so small that float32 is the fastest everywhere
                 path, dtype = BUNDLED, dtype or "float32"
             path = locate(path)
-            self.model, found = load_found(path, dtype=dtype, device=device, quantize=quantize)
-            told = notes(found.described)
-            if tokenizer is None and found.tokenizer is not None:
-                tokenizer = HFTokenizer(path, found.tokenizer)
+            self.model, checkpoint = load_checkpoint(path, dtype=dtype, device=device, quantize=quantize)
+            told = notes(checkpoint.config)
+            if tokenizer is None and checkpoint.tokenizer is not None:
+                tokenizer = HFTokenizer(path, checkpoint.tokenizer)
             elif tokenizer is None:
                 tokenizer = guess(self.model.config.vocab_size, path if path.is_dir() else path.parent)
         self.tokenizer = load_tokenizer(tokenizer, self.model.config.vocab_size)

@@ -4,6 +4,6 @@ One file a format, each with its table of names, both ways. Nothing here knows a
 is read, `heronry convert` writes.
 """
 
-from .reader import Found, read
+from .reader import Checkpoint, read
 
-__all__ = ["Found", "read"]
+__all__ = ["Checkpoint", "read"]

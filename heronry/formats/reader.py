@@ -15,23 +15,24 @@ from .lazy_tensor import Tensors, read_folder, read_pth, read_safetensors
 
 
 @dataclass
-class Found:
-    """What a file or folder holds.
+class Checkpoint:
+    """The contents of a file or folder.
 
     Attributes:
         format: "blinkdl", "safetensors", "heronry", "huggingface", "gguf", "ggml", "webrwkv" or "vision_rwkv".
         tensors: under BlinkDL's names.
-        described: what it says of itself, in the words of our configurations; the notes for LLM too.
-        tokenizer: the tokenizer.json that is inside.
+        config: the settings stored with the tensors, as heronry's config.json has them, notes for LLM included; empty
+            for a format that stores none.
+        tokenizer: the text of a tokenizer.json stored inside the file.
     """
 
     format: str
     tensors: Tensors
-    described: Mapping[str, Any]
+    config: Mapping[str, Any]
     tokenizer: str | None = None
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> Checkpoint:
     """The tensors of a checkpoint, mapped or read when they are wanted.
 
     Raises:
@@ -49,9 +50,9 @@ def read(path: Path) -> Found:
     if not head:
         raise InputError("the file is empty")
     if head.startswith(b"GGUF"):
-        return Found("gguf", *gguf.read(path))
+        return Checkpoint("gguf", *gguf.read(path))
     if ggml.is_ggml(head):
-        return Found("ggml", ggml.read(path), {})
+        return Checkpoint("ggml", ggml.read(path), {})
     if head[8:] == b"{":  # before it stands a length, whose first bytes may be anything
         return _named("safetensors", read_safetensors(path))
     if head.startswith((b"PK", b"\x80")):
@@ -61,18 +62,18 @@ def read(path: Path) -> Found:
     raise InputError("neither a .pth nor a .safetensors file, nor GGUF, nor an rwkv.cpp file")
 
 
-def _named(format: str, tensors: Tensors) -> Found:
+def _named(format: str, tensors: Tensors) -> Checkpoint:
     """A bare file of tensors: whose names are these?"""
     if "rwkv.embeddings.weight" in tensors or "model.embeddings.weight" in tensors:
-        return Found("huggingface", huggingface.to_blinkdl(tensors), {})
+        return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {})
     if webrwkv.is_webrwkv(tensors):
-        return Found("webrwkv", webrwkv.to_blinkdl(tensors), {})
+        return Checkpoint("webrwkv", webrwkv.to_blinkdl(tensors), {})
     if vision_rwkv.is_vision_rwkv(tensors):
-        return Found("vision_rwkv", vision_rwkv.to_ours(tensors), {})
-    return Found(format, tensors, {})
+        return Checkpoint("vision_rwkv", vision_rwkv.to_ours(tensors), {})
+    return Checkpoint(format, tensors, {})
 
 
-def _read_folder(folder: Path) -> Found:
+def _read_folder(folder: Path) -> Checkpoint:
     if (folder / "adapter_config.json").is_file():
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     if not (folder / "config.json").is_file():
@@ -80,13 +81,12 @@ def _read_folder(folder: Path) -> Found:
         what = ", only the pieces of a run, which writes its model at the end" if pieces else ""
         raise InputError(f"the folder has no config.json{what}")
     try:
-        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"config.json cannot be read ({error})") from error
-    if not isinstance(told, dict):
+    if not isinstance(config, dict):
         raise InputError("config.json is no JSON object")
-    if "model_type" in told:
-        described = huggingface.describe(told)
-        tensors = huggingface.to_blinkdl(read_folder(folder), bool(told.get("tie_word_embeddings")))
-        return Found("huggingface", tensors, described)
-    return Found("heronry", read_folder(folder), told)
+    if "model_type" in config:
+        tensors = huggingface.to_blinkdl(read_folder(folder), bool(config.get("tie_word_embeddings")))
+        return Checkpoint("huggingface", tensors, huggingface.describe(config))
+    return Checkpoint("heronry", read_folder(folder), config)

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .. import formats, hub
-from ..checkpoint import DTYPES, assemble, load_found
+from ..checkpoint import DTYPES, assemble, load
 from ..errors import InputError
 from ..formats import huggingface
 from ..formats.lazy_tensor import LazyTensor
@@ -138,7 +138,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
     def _load(
         cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
     ) -> Model:
-        return load_found(path, dtype, device, quantize=quantize)[0]
+        return load(path, dtype, device, quantize=quantize)
 
     def init_weights(self) -> None:
         """Done by the generation's file when the model is made."""
@@ -322,11 +322,11 @@ class _Body(RwkvPreTrainedModel):
             raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
         wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
         try:
-            found = formats.read(path)
-            if "emb.weight" in found.tensors:  # stands in for the head that the file need not have, and goes with it
-                found.tensors.setdefault("head.weight", found.tensors["emb.weight"])
-            model: Any = assemble(found.tensors, found.described, wanted, device, quantize=quantize)
-            return model
+            checkpoint = formats.read(path)
+            tensors = checkpoint.tensors
+            if "emb.weight" in tensors:  # stands in for the head that the file need not have, and goes with it
+                tensors.setdefault("head.weight", tensors["emb.weight"])
+            return assemble(tensors, checkpoint.config, wanted, device, quantize=quantize)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 

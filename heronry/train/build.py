@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
-from ..checkpoint import load_found
+from ..checkpoint import load
 from ..errors import InputError
 from ..models import MODELS, VISION_MODELS, Model, VisionModel
 from ..models.native_step import fast_in_torch
@@ -30,7 +30,7 @@ def make(config: Config, vocabulary: int, precision: str, device: str = "cpu") -
     """
     told = config.model
     if told.path:
-        model: Model = load_found(told.path, _wide(precision), device, quantize=told.quantize or None)[0]
+        model = load(told.path, _wide(precision), device, quantize=told.quantize or None)
         if model.quantization is not None and told.tune != "lora":
             raise InputError(f"{told.path}: is quantized, and packed weights cannot be trained; model.tune=lora can")
         if told.tune == "state":
@@ -54,7 +54,7 @@ def make_vision(config: Config, classes: int, precision: str) -> VisionModel:
     told, sizes = config.model, config.vision
     cls = VISION_MODELS[told.generation]
     if told.path:
-        read, _ = load_found(told.path, _wide(precision), kind=VisionModel)
+        read = load(told.path, _wide(precision), kind=VisionModel)
         if not isinstance(read, cls):
             raise InputError(f"{told.path}: is a {read.name}, not a {told.generation}")
         model = cls(replace(read.config, drop_path=sizes.drop_path, decay_lr=sizes.decay_lr)).to(_wide(precision))

@@ -254,12 +254,13 @@ def test_memory_is_that_of_a_matrix(weights, tmp_path):
         return sum(region.anonymous for region in process.memory_maps(grouped=True))
 
     for format in ("safetensors", "huggingface", "gguf", "ggml"):
-        before, most = private(), 0
+        before, most, last = private(), 0, 0
 
-        def look(count: int, total: int) -> None:
-            nonlocal most
-            if count > 1 << 20:  # looking takes longer than writing
+        def look(done: int, total: int) -> None:
+            nonlocal most, last
+            if done - last > 1 << 20:  # looking takes longer than writing
                 most = max(most, private())
+            last = done
 
         convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=look)
         assert 0 < most < before + size / 3, (format, most - before, size)
@@ -268,9 +269,12 @@ def test_memory_is_that_of_a_matrix(weights, tmp_path):
 def test_progress_adds_up(weights, tmp_path):
     torch.save(weights("6"), tmp_path / "a.pth")
     for format in ("blinkdl", "safetensors", "heronry"):
-        told: list[tuple[int, int]] = []
-        convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=lambda *x, told=told: told.append(x))
-        assert sum(count for count, _ in told) == told[0][1]
+        calls: list[tuple[int, int]] = []
+        convert(
+            tmp_path / "a.pth", name_of(format, tmp_path), to=format, progress=lambda *x, calls=calls: calls.append(x)
+        )
+        assert calls == sorted(calls)
+        assert {total for _, total in calls} == {calls[-1][0]}
 
 
 def test_bad_input(weights, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def test_there_and_back(model, tmp_path):
         for name in ("a.pth", "a.safetensors", "a"):
             told = convert(folder, tmp_path / name)
             assert told.difference == 0 < told.largest
-            again = heronry.load(tmp_path / name)
+            again = heronry.load(tmp_path / name, kind=heronry.VisionModel)
             assert torch.equal(again(x), expected)
             assert all(torch.equal(p, again.state_dict()[key]) for key, p in made.state_dict().items())
     held = torch.load(tmp_path / "a.pth")["state_dict"]
@@ -50,7 +50,7 @@ def test_there_and_back(model, tmp_path):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["labels"] == list("abcdefg")
     told = convert(tmp_path / "a.pth", tmp_path / "half.safetensors", dtype="bfloat16")
     assert 0 < told.difference < 0.1 * told.largest
-    assert heronry.load(tmp_path / "half.safetensors").pos_embed.dtype == torch.bfloat16
+    assert heronry.load(tmp_path / "half.safetensors", kind=heronry.VisionModel).pos_embed.dtype == torch.bfloat16
 
 
 def test_onnx(model, tmp_path):

@@ -123,7 +123,7 @@ def test_the_pyramid_is_ours(vision, images):
 
 def test_weights_of_our_files(vision, images, tmp_path):
     save(vision, tmp_path / "ours")
-    loaded = heronry.load(tmp_path / "ours")
+    loaded = heronry.load(tmp_path / "ours", kind=heronry.VisionModel)
     backbone = VisionRwkvBackbone.of(loaded)
     assert not backbone.training
     backbone.save_pretrained(tmp_path / "theirs")

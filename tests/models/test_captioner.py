@@ -182,7 +182,7 @@ def write(captioner: Captioner, folder) -> Callable[..., Captioner]:
 
     def read(dtype: str | None = None) -> Captioner:
         language = load(folder / "language", dtype=dtype)
-        return Captioner.load(folder / "projection.safetensors", load(folder / "vision"), language)
+        return Captioner.load(folder / "projection.safetensors", load(folder / "vision", kind=VisionModel), language)
 
     return read
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import heronry
 from heronry import InputError
 from heronry.formats import vision_rwkv
-from heronry.models import vision
+from heronry.models import Network, vision
 from heronry.models.vision import VARIANTS, VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig, create, q_shift
 
 PUBLISHED = {
@@ -409,7 +409,7 @@ def test_published_files(published):
     with torch.no_grad():
         expected = model(x)
         assert torch.equal(create(name, pretrained=path, **small).eval()(x), expected)
-        loaded = heronry.load(path)
+        loaded = heronry.load(path, kind=heronry.VisionModel)
         assert torch.equal(loaded(x), expected)
         assert loaded.name == model.name
         fine = create(name, pretrained=path, num_classes=3, **small).eval()
@@ -437,7 +437,7 @@ def test_other_variants_are_told(published, tmp_path):
         with pytest.raises(InputError, match=rf"damaged.pth: .*{told}"):
             create(name, pretrained=tmp_path / "damaged.pth", **small)
         with pytest.raises(InputError, match=r"damaged.pth: "):
-            heronry.load(tmp_path / "damaged.pth")
+            heronry.load(tmp_path / "damaged.pth", kind=heronry.VisionModel)
     with pytest.raises(InputError, match="no Vision-RWKV"):
         create(name, pretrained="heronry/bundled")
 
@@ -446,12 +446,12 @@ def test_other_variants_are_told(published, tmp_path):
 def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
     model, x = made(KINDS[kind]), images(1, 3, 40, 32)
     heronry.save(model, tmp_path / "a", notes={"labels": list("abcdefg")})
-    again = heronry.load(tmp_path / "a")
+    again = heronry.load(tmp_path / "a", kind=heronry.VisionModel)
     assert again.config == model.config
     assert again.fingerprint == model.fingerprint
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
-    again = heronry.load(tmp_path / "a", dtype="bfloat16")
+    again = heronry.load(tmp_path / "a", dtype="bfloat16", kind=heronry.VisionModel)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
 
 
@@ -466,9 +466,14 @@ def test_int8_is_near():
 
 def test_text_and_pictures_are_not_mistaken(tmp_path):
     heronry.save(made(KINDS["T"]), tmp_path / "a")
-    with pytest.raises(InputError, match=r"this model \(vrwkv\) reads pictures, not text"):
-        heronry.LLM(tmp_path / "a")
-    assert isinstance(heronry.load(tmp_path / "a"), vision.VisionModel)
+    for read in (heronry.LLM, heronry.load):
+        with pytest.raises(InputError, match=r"a: this model \(vrwkv\) reads pictures, not text; .* kind=VisionModel"):
+            read(tmp_path / "a")
+    assert isinstance(heronry.load(tmp_path / "a", kind=Network), vision.VisionModel)
+    with pytest.raises(InputError, match=r"this model \(rwkv7\) reads text, not pictures"):
+        heronry.load("heronry/bundled", kind=heronry.VisionModel)
+    with pytest.raises(InputError, match=r"this model is of the class RWKV7, not RWKV6"):
+        heronry.load("heronry/bundled", kind=heronry.RWKV6)
 
 
 @pytest.mark.parametrize("kind", ["T", "6T"])

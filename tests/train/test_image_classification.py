@@ -68,7 +68,7 @@ def test_it_learns(generation, folder, tmp_path):
         more.append("model.n_embd=64")
     made = trained(folder, tmp_path / "out", *more, "run.batch=24", "vision.crop=[0.5, 1.0]", "vision.erasing=0.1")
     assert made.measure()["eval_accuracy"] > 0.9
-    model = heronry.load(tmp_path / "out")
+    model = heronry.load(tmp_path / "out", kind=heronry.VisionModel)
     assert model.config.num_classes == 3
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert told["labels"] == sorted(COLOURS)
@@ -98,7 +98,7 @@ def test_stopped_and_gone_on_it_is_the_run_never_stopped(more, folder, tmp_path)
     again = trained(folder, tmp_path / "cut", *more, "run.save_every=1")
     assert again.step == whole.step == 8
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    a, b = heronry.load(tmp_path / "whole"), heronry.load(tmp_path / "cut")
+    a, b = (heronry.load(tmp_path / name, kind=heronry.VisionModel) for name in ("whole", "cut"))
     assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
@@ -121,7 +121,7 @@ def test_the_mean_of_the_weights_is_kept(folder, tmp_path):
 
         run.take_step = watched
         run()
-        found[name] = seen, heronry.load(tmp_path / name).pos_embed
+        found[name] = seen, heronry.load(tmp_path / name, kind=heronry.VisionModel).pos_embed
     (first, second, third), kept = found["mean"]
     assert all(torch.equal(a, b) for a, b in zip(found["plain"][0], found["mean"][0], strict=True))
     assert torch.equal(found["plain"][1], third)
@@ -132,7 +132,7 @@ def test_the_mean_of_a_text_models_weights(texts, tmp_path):
     more = ["run.steps=4", "run.batch=2", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=64", "run.ema=0.5"]
     run = Run(read_config(None, [f"data.train={texts}", f"run.out={tmp_path / 'out'}", *more]))
     run()
-    assert not torch.equal(heronry.load(tmp_path / "out").head.weight, run.plain.head.weight)
+    assert not torch.equal(heronry.load(tmp_path / "out", kind=heronry.VisionModel).head.weight, run.plain.head.weight)
     with pytest.raises(InputError, match=r"run\.ema is for whole models"):
         read_config(None, [f"data.train={texts}", "run.ema=0.5", "run.shard=full"])
 
@@ -149,7 +149,7 @@ def test_fine_tuning_from_another_model(folder, tmp_path):
     assert made.plain.layers[1].drop_path == 0.2
     assert {group["base_lr"] / made.config.optim.lr for group in made.optimizer.param_groups} == {1.0, 10.0}
     made()
-    assert heronry.load(tmp_path / "out").config.image_size == 32
+    assert heronry.load(tmp_path / "out", kind=heronry.VisionModel).config.image_size == 32
     with pytest.raises(InputError, match="base: is a vrwkv, not a vrwkv6"):
         Run(read_config(None, settings(folder, tmp_path / "b", *more, "model.generation=vrwkv6")))
     with pytest.raises(InputError, match="reads text, not pictures"):

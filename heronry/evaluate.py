@@ -1,7 +1,7 @@
-"""How well a model knows texts: bits a byte, perplexity, the likelihood of one text after another, LAMBADA.
+"""How well a model predicts texts: bits per byte, perplexity, LAMBADA, the log-likelihood of one text after another.
 
 - a text is read from its first token to its last with its state carried along: nothing is cut off, whatever its length
-- what many continuations have in common is read once, and each goes on from its state
+- a context that many continuations share is read once, and each continues from its state
 - many texts are packed side by side, so that short ones cost no padding
 """
 
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,23 +22,29 @@ from .engine.llm import LLM
 from .errors import InputError
 from .models import Model, State
 
-AT_ONCE = 4096  # tokens of a pass
-MOST_ROWS = 64  # texts of a pass, each of which has a state
+MAX_TOKENS = 4096  # of a pass through the model
+MAX_ROWS = 64  # texts of a pass, each of which has a state
 Item = TypeVar("Item")
-Track = Callable[[Iterable[Any], int], Iterable[Any]]  # shows how many of a known number are done
 
 
-def quiet(items: Iterable[Any], total: int) -> Iterable[Any]:
+class Track(Protocol):
+    """Passes items on and shows how many of `total` are done."""
+
+    def __call__(self, items: Iterable[Item], total: int, /) -> Iterable[Item]: ...
+
+
+def track_silently(items: Iterable[Item], total: int) -> Iterable[Item]:
     return items
 
 
 @dataclass(frozen=True)
-class Bits:
-    """What texts cost.
+class TextScore:
+    """What texts cost a model.
 
     Attributes:
-        nats: all of them together.
-        tokens, bytes: how many were told; a token that only begins a text is not told.
+        nats: -log p, summed over all predicted tokens.
+        tokens: how many tokens were predicted; one that only starts a text is not.
+        bytes: their UTF-8 bytes.
     """
 
     nats: float
@@ -51,170 +57,198 @@ class Bits:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Per token."""
         return math.exp(self.nats / max(1, self.tokens))
 
 
-def bits(llm: LLM, texts: Sequence[str], track: Track = quiet) -> Bits:
-    """What a model pays for texts, each from nothing.
+@dataclass(frozen=True)
+class LambadaScore:
+    """perplexity: per last word. accuracy: the fraction of last words (0 .. 1) with every token the most likely one."""
 
-    The first token of a text is told too if the model has a mark that texts begin after (`llm.opening`, or the end of
-    text); a model without one, such as a model of bytes, begins with it.
+    perplexity: float
+    accuracy: float
+
+
+def score_texts(llm: LLM, texts: Sequence[str], track: Track = track_silently) -> TextScore:
+    """Bits per byte and perplexity of texts, each read from an empty state.
+
+    The first token of a text is predicted too if the model has tokens that every text starts after (see
+    `opening_tokens`). Otherwise, as in a model of bytes, the first token only starts the text and is not counted.
 
     Raises:
-        InputError: there is nothing to be told.
+        InputError: no text has a token to predict.
     """
-    marks = opening(llm)
-    encoded = [(marks, llm.tokenizer.encode(text)) for text in texts]
-    spans = [(ids[:1], ids[1:]) if not before else (before, ids) for before, ids in encoded if ids]
-    told = [len(after) for _, after in spans]
-    if not sum(told):
+    opening = opening_tokens(llm)
+    encoded = [ids for ids in map(llm.tokenizer.encode, texts) if ids]
+    pairs = [(opening, ids) if opening else (ids[:1], ids[1:]) for ids in encoded]
+    n_tokens = sum(len(continuation) for _, continuation in pairs)
+    if n_tokens == 0:
         raise InputError("there is no text to measure")
-    nats = -sum(total for total, _ in likelihoods(llm.model, spans, track))
-    size = sum(len(text.encode()) for text in texts)
-    if not marks:
-        words = getattr(llm.tokenizer, "vocabulary", None)  # a byte alone may be no text
-        firsts = [before[0] for before, _ in spans]
-        size -= sum(len(words[i]) if words else len(llm.tokenizer.decode([i]).encode()) for i in firsts)
-    return Bits(nats, sum(told), size)
+    nats = -sum(total for total, _ in log_likelihoods(llm.model, pairs, track))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    if not opening:
+        vocabulary = getattr(llm.tokenizer, "vocabulary", None)  # a token may be part of a character, no text by itself
+        first_ids = [context[0] for context, _ in pairs]
+        n_bytes -= sum(len(vocabulary[i]) if vocabulary else len(llm.tokenizer.decode([i]).encode()) for i in first_ids)
+    return TextScore(nats, n_tokens, n_bytes)
 
 
-def opening(llm: LLM) -> list[int]:
-    """The tokens that stand in front of a text which begins from nothing."""
+def score_lambada(llm: LLM, passages: Sequence[str], track: Track = track_silently) -> LambadaScore:
+    """LAMBADA: the last word of each passage, predicted from the words before it."""
+    pairs = []
+    for passage in passages:
+        context, space, word = passage.rpartition(" ")
+        if not space:
+            raise InputError(f"a passage has only one word: {passage[:60]!r}")
+        pairs.append(encode_pair(llm, context, " " + word))
+    results = log_likelihoods(llm.model, pairs, track)
+    nats = -sum(total for total, _ in results) / len(results)
+    return LambadaScore(math.exp(nats), sum(greedy for _, greedy in results) / len(results))
+
+
+def opening_tokens(llm: LLM) -> list[int]:
+    """The token ids in front of a text that starts from an empty state: the model's own, else the tokenizer's end of
+    text, else none."""
     return list(llm.opening) or sorted(llm.tokenizer.stop_ids)[:1]
 
 
-@torch.inference_mode()
-def likelihoods(
-    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], track: Track = quiet
-) -> list[tuple[float, bool]]:
-    """For each (before, after) of token ids, neither empty: the logarithm of the probability of `after`, in nats, and
-    whether each of its tokens is the most likely one.
+def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The token ids of two texts that follow each other, cut where the second starts in the ids of both together.
 
-    A `before` that several pairs share is read once.
+    Spaces at the end of the first belong to the second, because tokens of words start with their space.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, (before, after) in enumerate(pairs):
-        if not before or not after:
-            raise InputError(f"pair {i} has an empty {'beginning' if not before else 'continuation'}")
-        groups.setdefault(tuple(before), []).append(i)
+    stripped = context.rstrip()
+    context, continuation = stripped, context[len(stripped) :] + continuation
+    if not context:
+        ids = llm.tokenizer.encode(continuation)
+        opening = opening_tokens(llm)
+        return (opening, ids) if opening else (ids[:1], ids[1:])
+    context_ids = llm.tokenizer.encode(context)
+    return [*llm.opening, *context_ids], llm.tokenizer.encode(context + continuation)[len(context_ids) :]
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], track: Track = track_silently
+) -> list[tuple[float, bool]]:
+    """How likely each continuation is after its context.
+
+    Args:
+        pairs: (context, continuation) in token ids, neither of them empty. A context that several pairs share is read
+            once.
+        track: shows the progress over the passes through the model.
+
+    Returns:
+        For each pair log p(continuation | context) in nats, and whether each token is the most likely one.
+
+    Raises:
+        InputError: a context or continuation is empty.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}  # the pairs of each context
+    for i, (context, continuation) in enumerate(pairs):
+        if not context or not continuation:
+            raise InputError(f"pair {i} has an empty {'continuation' if context else 'context'}")
+        groups.setdefault(tuple(context), []).append(i)
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-    passes = list(_filled(sorted(groups, key=len, reverse=True), len))
-    for some in track(passes, len(passes)):
-        starts, state = _read(model, some)
-        members = [(row, i) for row, before in enumerate(some) for i in groups[before]]
-        for part in _filled(members, lambda member: len(pairs[member[1]][1])):
+    passes = list(_split_into_passes(sorted(groups, key=len, reverse=True), len))
+    for contexts in track(passes, len(passes)):
+        logits, state = _read_contexts(model, contexts)
+        members = [(row, i) for row, context in enumerate(contexts) for i in groups[context]]
+        for part in _split_into_passes(members, lambda member: len(pairs[member[1]][1])):
             rows = [row for row, _ in part]
-            told = _told(model, starts[rows], state[rows], [pairs[i][1] for _, i in part])
-            for (_, i), result in zip(part, told, strict=True):
-                results[i] = result
+            scores = _score_continuations(model, logits[rows], state[rows], [pairs[i][1] for _, i in part])
+            for (_, i), score in zip(part, scores, strict=True):
+                results[i] = score
     return results
 
 
-def _filled(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """The items in groups of at most AT_ONCE tokens and MOST_ROWS of them, or of one."""
-    some: list[Item] = []
-    count = 0
+def _split_into_passes(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in order, in lists of at most MAX_ROWS items and MAX_TOKENS in total size; an item larger than that is
+    a list of its own."""
+    batch: list[Item] = []
+    n_tokens = 0
     for item in items:
-        if some and (count + size(item) > AT_ONCE or len(some) == MOST_ROWS):
-            yield some
-            some, count = [], 0
-        some.append(item)
-        count += size(item)
-    if some:
-        yield some
+        if batch and (n_tokens + size(item) > MAX_TOKENS or len(batch) == MAX_ROWS):
+            yield batch
+            batch, n_tokens = [], 0
+        batch.append(item)
+        n_tokens += size(item)
+    if batch:
+        yield batch
 
 
-def _read(model: Model, texts: Sequence[Sequence[int]]) -> tuple[Tensor, State]:
-    """The logits after each text, [S, V], and the states there; long texts by the piece."""
-    if len(texts) > 1:
+def _read_contexts(model: Model, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, State]:
+    """The logits after each of S contexts, [S, V], and the S states there. A single one may have any length."""
+    device = model.device
+    if len(contexts) > 1:
         ends = [0]
-        for text in texts:
-            ends.append(ends[-1] + len(text))
-        tokens = torch.tensor([[token for text in texts for token in text]], device=model.device)
+        for context in contexts:
+            ends.append(ends[-1] + len(context))
+        tokens = torch.tensor([[token for context in contexts for token in context]], device=device)
         logits, state = model(tokens, cu_seqlens=ends, last_only=True)
         return logits[0], state
     state = None
-    for piece in torch.tensor([list(texts[0])], device=model.device).split(AT_ONCE, dim=1):
+    for piece in torch.split(torch.tensor([list(contexts[0])], device=device), MAX_TOKENS, dim=1):
         logits, state = model(piece, state, last_only=True)
     assert state is not None
     return logits[:, -1], state
 
 
-def _told(model: Model, first: Tensor, state: State, texts: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """The likelihood of each text after its state, whose logits are `first` [S, V]."""
-    device = first.device
-    sums = [0.0] * len(texts)
-    greedy = [True] * len(texts)
+def _score_continuations(
+    model: Model, logits: Tensor, state: State, continuations: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """The log-likelihood of each of S continuations, in nats, and whether all of its tokens are the most likely ones.
 
-    def count(logits: Tensor, targets: Tensor, owners: Sequence[int]) -> None:
-        wide = logits.float() if logits.dtype != torch.float64 else logits
-        nats = F.cross_entropy(wide, targets, reduction="none").double().tolist()
-        best = (wide.argmax(-1) == targets).tolist()
-        for owner, nat, hit in zip(owners, nats, best, strict=True):
-            sums[owner] -= nat
-            greedy[owner] &= hit
+    Args:
+        logits: [S, V], for the first token of each. state: of S rows, before that token.
+    """
+    device = logits.device
+    sums = [0.0] * len(continuations)
+    greedy = [True] * len(continuations)
 
-    count(first, torch.tensor([text[0] for text in texts], device=device), range(len(texts)))
-    if len(texts) == 1:
-        inputs = torch.tensor([list(texts[0][:-1])], device=device)
-        targets = torch.tensor([list(texts[0][1:])], device=device)
-        for piece, wanted in zip(inputs.split(AT_ONCE, 1), targets.split(AT_ONCE, 1), strict=True):
+    def add(logits: Tensor, targets: Tensor, rows: Sequence[int]) -> None:
+        """logits [N, V], targets int64 [N] and the continuation that each belongs to."""
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        losses = F.cross_entropy(logits, targets, reduction="none").double().tolist()
+        hits = (logits.argmax(-1) == targets).tolist()
+        for row, loss, hit in zip(rows, losses, hits, strict=True):
+            sums[row] -= loss
+            greedy[row] &= hit
+
+    add(logits, torch.tensor([ids[0] for ids in continuations], device=device), range(len(continuations)))
+    if len(continuations) == 1:
+        inputs = torch.tensor([list(continuations[0][:-1])], device=device)
+        targets = torch.tensor([list(continuations[0][1:])], device=device)
+        pieces = zip(torch.split(inputs, MAX_TOKENS, 1), torch.split(targets, MAX_TOKENS, 1), strict=True)
+        for piece, piece_targets in pieces:
             if piece.numel():
                 logits, state = model(piece, state)
-                count(logits[0], wanted[0], [0] * piece.shape[1])
+                add(logits[0], piece_targets[0], [0] * piece.shape[1])
         return list(zip(sums, greedy, strict=True))
-    longer = [i for i, text in enumerate(texts) if len(text) > 1]
+    longer = [i for i, ids in enumerate(continuations) if len(ids) > 1]
     if longer:
         ends = [0]
         for i in longer:
-            ends.append(ends[-1] + len(texts[i]) - 1)
-        inputs = torch.tensor([[token for i in longer for token in texts[i][:-1]]], device=device)
-        targets = torch.tensor([token for i in longer for token in texts[i][1:]], device=device)
+            ends.append(ends[-1] + len(continuations[i]) - 1)
+        inputs = torch.tensor([[token for i in longer for token in continuations[i][:-1]]], device=device)
+        targets = torch.tensor([token for i in longer for token in continuations[i][1:]], device=device)
         logits, _ = model(inputs, state[longer], cu_seqlens=ends)
-        count(logits[0], targets, [i for i in longer for _ in texts[i][1:]])
+        add(logits[0], targets, [i for i in longer for _ in continuations[i][1:]])
     return list(zip(sums, greedy, strict=True))
 
 
-def encode_pair(llm: LLM, before: str, after: str) -> tuple[list[int], list[int]]:
-    """Two texts that follow each other, as token ids: cut where the second begins in the ids of both together. Spaces
-    at the end of the first belong to the second, for words bring the space in front of them."""
-    kept = before.rstrip()
-    before, after = kept, before[len(kept) :] + after
-    if not before:
-        ids = llm.tokenizer.encode(after)
-        marks = opening(llm)
-        return (marks, ids) if marks else (ids[:1], ids[1:])
-    first = llm.tokenizer.encode(before)
-    return [*llm.opening, *first], llm.tokenizer.encode(before + after)[len(first) :]
-
-
-def lambada(llm: LLM, passages: Sequence[str], track: Track = quiet) -> tuple[float, float]:
-    """LAMBADA: the last word of each passage after what stands before it. Its perplexity, and how often all of its
-    tokens are the most likely ones (0 .. 1)."""
-    pairs = []
-    for passage in passages:
-        before, space, word = passage.rpartition(" ")
-        if not space:
-            raise InputError(f"a passage has one word only: {passage[:60]!r}")
-        pairs.append(encode_pair(llm, before, " " + word))
-    told = likelihoods(llm.model, pairs, track)
-    nats = -sum(total for total, _ in told) / len(told)
-    return math.exp(nats), sum(hit for _, hit in told) / len(told)
-
-
 def read_texts(path: Path, key: str = "text") -> list[str]:
-    """The texts in a .jsonl (one object a line) or, of any other file, its whole text.
+    """The texts of a .jsonl, one object a line with its text under `key`, or the whole of any other file.
 
     Raises:
-        InputError: what is wrong with it, and in which line.
+        InputError: the file cannot be read, or a line holds no text.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start})") from error
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     if path.suffix != ".jsonl":
         return [text]
     texts = []
@@ -222,7 +256,7 @@ def read_texts(path: Path, key: str = "text") -> list[str]:
         try:
             texts.append(json.loads(line)[key])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: no JSON object with a {key!r}") from error
+            raise InputError(f"{path}, line {number}: not a JSON object with the key {key!r}") from error
         if not isinstance(texts[-1], str):
-            raise InputError(f"{path}, line {number}: {key!r} is no text")
+            raise InputError(f"{path}, line {number}: {key!r} is not a string")
     return texts

@@ -289,10 +289,10 @@ def test_chats_and_measures(llms, tmp_path):
             chat.save(tmp_path / "chat")
         answers[-1].append(chat.say("A boat.", max_tokens=30, temperature=0))
     assert answers[0] == answers[1]
-    found = [measures.bits(llm, [" ".join(PROMPTS), PROMPTS[1]]).bits_per_byte for llm in llms]
+    found = [measures.score_texts(llm, [" ".join(PROMPTS), PROMPTS[1]]).bits_per_byte for llm in llms]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     asked = [measures.encode_pair(llms[0], *pair) for pair in ((PROMPTS[0], ", there was"), ("The", " dog ran"))]
-    mine, there = ([score for score, _ in measures.likelihoods(llm.model, asked)] for llm in llms)
+    mine, there = ([score for score, _ in measures.log_likelihoods(llm.model, asked)] for llm in llms)
     assert there == pytest.approx(mine, rel=1e-4)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from heronry import LLM, InputError, evaluate
 from heronry.checkpoint import assemble
 from heronry.cli.app import app
-from heronry.evaluate import bits, encode_pair, lambada, likelihoods, read_texts
+from heronry.evaluate import encode_pair, log_likelihoods, read_texts, score_lambada, score_texts
 
 IDS = st.lists(st.integers(0, 100), min_size=1, max_size=7)
 
@@ -45,7 +45,7 @@ def test_likelihoods(models, version, pairs, share):
     model = models(version)
     if share:
         pairs = [(pairs[0][0], after) for _, after in pairs]
-    for (before, after), (told, hit) in zip(pairs, likelihoods(model, pairs), strict=True):
+    for (before, after), (told, hit) in zip(pairs, log_likelihoods(model, pairs), strict=True):
         expected, right = by_hand(model, before, after)
         assert told == pytest.approx(expected, abs=1e-9)
         assert hit == right
@@ -57,11 +57,11 @@ def test_passes_of_every_size_say_the_same(models, monkeypatch):
     lengths = [1, 2, 9, 30, 1, 17]
     texts = [torch.randint(101, (n,), generator=generator).tolist() for n in lengths]
     pairs = [(texts[i], texts[j]) for i in range(6) for j in range(6)]
-    whole = likelihoods(model, pairs)
+    whole = log_likelihoods(model, pairs)
     for tokens, rows in ((1, 64), (8, 2), (25, 64), (4096, 1)):
-        monkeypatch.setattr(evaluate, "AT_ONCE", tokens)
-        monkeypatch.setattr(evaluate, "MOST_ROWS", rows)
-        again = likelihoods(model, pairs)
+        monkeypatch.setattr(evaluate, "MAX_TOKENS", tokens)
+        monkeypatch.setattr(evaluate, "MAX_ROWS", rows)
+        again = log_likelihoods(model, pairs)
         assert [hit for _, hit in again] == [hit for _, hit in whole]
         torch.testing.assert_close(torch.tensor([x for x, _ in again]), torch.tensor([x for x, _ in whole]))
 
@@ -72,7 +72,7 @@ def test_the_most_likely_text_is_called_that(models):
         tokens = [5]
         for _ in range(4):
             tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
-    assert likelihoods(model, [(tokens[:1], tokens[1:]), (tokens[:1], [*tokens[1:-1], 3])])[0][1]
+    assert log_likelihoods(model, [(tokens[:1], tokens[1:]), (tokens[:1], [*tokens[1:-1], 3])])[0][1]
 
 
 def test_what_is_shared_is_read_once(models):
@@ -81,7 +81,7 @@ def test_what_is_shared_is_read_once(models):
     read = []
     hook = model.emb.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
     model.uses_native = False
-    likelihoods(model, [(list(range(90)), [i, i + 1]) for i in range(50)])
+    log_likelihoods(model, [(list(range(90)), [i, i + 1]) for i in range(50)])
     hook.remove()
     model.uses_native = True
     assert sum(read) == 90 + 50
@@ -90,7 +90,7 @@ def test_what_is_shared_is_read_once(models):
 def test_bits_of_bytes(models, random_checkpoint):
     llm = LLM(assemble(random_checkpoint("6", width=32, heads=2, ffn=40, rank=3, vocab=256)))
     texts = ["The rook sat.", "Äh, ja!", ""]
-    told = bits(llm, texts)
+    told = score_texts(llm, texts)
     nats = 0.0
     for text in texts[:2]:
         ids = list(text.encode())
@@ -100,14 +100,14 @@ def test_bits_of_bytes(models, random_checkpoint):
     assert told.nats == pytest.approx(nats, rel=1e-5)
     assert told.bits_per_byte == pytest.approx(nats / math.log(2) / count, rel=1e-5)
     with pytest.raises(InputError, match="there is no text to measure"):
-        bits(llm, ["", "a"])
+        score_texts(llm, ["", "a"])
 
 
 def test_bits_of_the_bundled_model():
     """As the script that made it measures: from the end mark to the end mark."""
     llm = LLM()
     text = "Once upon a time there was a little bird. It wanted to fly."
-    told = bits(llm, [text])
+    told = score_texts(llm, [text])
     expected, _ = by_hand(llm.model, [0], llm.tokenizer.encode(text))
     assert told.nats == pytest.approx(-expected, rel=1e-5)
     assert told.bytes == len(text)
@@ -117,15 +117,15 @@ def test_bits_of_the_bundled_model():
 def test_lambada(models):
     llm = LLM()
     passages = ["Once upon a time there was a little girl named Lily", "The dog was very happy"]
-    perplexity, accuracy = lambada(llm, passages)
+    score = score_lambada(llm, passages)
     told = [
         by_hand(llm.model, *encode_pair(llm, *(text.rsplit(" ", 1)[0], " " + text.rsplit(" ", 1)[1])))
         for text in passages
     ]
-    assert perplexity == pytest.approx(math.exp(-sum(x for x, _ in told) / 2), rel=1e-4)
-    assert accuracy == sum(hit for _, hit in told) / 2
-    with pytest.raises(InputError, match="has one word only"):
-        lambada(llm, ["Hello"])
+    assert score.perplexity == pytest.approx(math.exp(-sum(x for x, _ in told) / 2), rel=1e-4)
+    assert score.accuracy == sum(hit for _, hit in told) / 2
+    with pytest.raises(InputError, match="has only one word"):
+        score_lambada(llm, ["Hello"])
 
 
 def test_pairs_are_cut_as_the_harness_does():
@@ -150,13 +150,13 @@ def test_on_the_command_line(tmp_path, capfd):
 
 def test_bad_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"story": "y"}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: no JSON object with a 'text'"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: not a JSON object with the key 'text'"):
         read_texts(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(InputError, match=r"line 1: 'text' is no text"):
+    with pytest.raises(InputError, match=r"line 1: 'text' is not a string"):
         read_texts(tmp_path / "b.jsonl")
     (tmp_path / "c.txt").write_bytes(b"ab\xff")
-    with pytest.raises(InputError, match=r"is not UTF-8 \(byte 2\)"):
+    with pytest.raises(InputError, match=r"not UTF-8 at byte 2"):
         read_texts(tmp_path / "c.txt")
     with pytest.raises(InputError, match="cannot be read"):
         read_texts(tmp_path / "none.txt")
@@ -166,9 +166,9 @@ def test_a_long_text_is_read_by_the_piece_with_its_state(models, monkeypatch):
     model = models("7")
     tokens = torch.randint(101, (700,), generator=torch.Generator().manual_seed(1)).tolist()
     expected, _ = by_hand(model, tokens[:1], tokens[1:])
-    monkeypatch.setattr(evaluate, "AT_ONCE", 64)
-    told, _ = likelihoods(model, [(tokens[:1], tokens[1:])])[0]
+    monkeypatch.setattr(evaluate, "MAX_TOKENS", 64)
+    told, _ = log_likelihoods(model, [(tokens[:1], tokens[1:])])[0]
     assert told == pytest.approx(expected, abs=1e-7)
-    assert likelihoods(model, [(tokens[:699], tokens[699:])])[0][0] == pytest.approx(
+    assert log_likelihoods(model, [(tokens[:699], tokens[699:])])[0][0] == pytest.approx(
         by_hand(model, tokens[:699], tokens[699:])[0], abs=1e-9
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
 from . import options
+
+Item = TypeVar("Item")
 
 
 def eval(
@@ -33,15 +35,17 @@ def eval(
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
     progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False)
 
-    def show_progress(passes: Iterable[Any], total: int) -> Iterable[Any]:
+    def show_progress(passes: Iterable[Item], total: int) -> Iterable[Item]:
         return track(passes, "evaluating", total=total, console=progress, transient=True)
 
     for file, passages in texts.items():
         if lambada:
-            perplexity, accuracy = evaluate.lambada(llm, passages, show_progress)
-            out.print(f"{file}: {len(passages):,} passages, perplexity {perplexity:.2f}, accuracy {accuracy:.2%}")
+            words = evaluate.score_lambada(llm, passages, show_progress)
+            out.print(
+                f"{file}: {len(passages):,} passages, perplexity {words.perplexity:.2f}, accuracy {words.accuracy:.2%}"
+            )
         else:
-            result = evaluate.bits(llm, passages, show_progress)
+            result = evaluate.score_texts(llm, passages, show_progress)
             out.print(
                 f"{file}: {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.2f} per token "
                 f"({result.bytes:,} bytes, {result.tokens:,} tokens, {len(passages):,} texts)"

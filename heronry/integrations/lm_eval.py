@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..engine.llm import LLM
 from ..errors import InputError
-from ..evaluate import likelihoods, opening
+from ..evaluate import log_likelihoods, opening_tokens
 
 SIDE_BY_SIDE = 32  # texts that are generated together
 
@@ -44,7 +44,7 @@ class HeronryLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        marks = opening(self.llm)
+        marks = opening_tokens(self.llm)
         if not marks:
             raise InputError("this vocabulary has no end of text, so no text can be measured from its first token on")
         return marks[0]
@@ -59,7 +59,7 @@ class HeronryLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [(self._opened(before), after) for _, before, after in requests]
-        return likelihoods(self.llm.model, pairs, _bar(disable_tqdm))
+        return log_likelihoods(self.llm.model, pairs, _bar(disable_tqdm))
 
     def _opened(self, before: list[int]) -> list[int]:
         """With what every text of this model begins with."""
@@ -69,7 +69,7 @@ class HeronryLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         marks = [self.eot_token_id]
         pairs = [(marks, self.tok_encode(request.args[0])) for request in requests]
-        return [total for total, _ in likelihoods(self.llm.model, pairs, _bar(disable_tqdm))]
+        return [total for total, _ in log_likelihoods(self.llm.model, pairs, _bar(disable_tqdm))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Prompts that are asked for in the same way are answered side by side."""

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import heronry  # noqa: E402
-from heronry.evaluate import lambada  # noqa: E402
+from heronry.evaluate import score_lambada  # noqa: E402
 from heronry.integrations.lm_eval import HeronryLM, register  # noqa: E402
 
 PASSAGES = ["Once upon a time there was a little girl", "The dog was very happy", "Tom and Lily went to the park"]
@@ -68,10 +68,10 @@ def test_the_harness_runs_tasks(tasks):
     found = lm_eval.simple_evaluate(
         "heronry", tasks=["local_lambada", "local_choices"], task_manager=manager, bootstrap_iters=0
     )
-    perplexity, accuracy = lambada(heronry.LLM(), PASSAGES)
+    score = score_lambada(heronry.LLM(), PASSAGES)
     results = found["results"]["local_lambada"]
-    assert results["perplexity,none"] == pytest.approx(perplexity, rel=1e-3)
-    assert results["acc,none"] == pytest.approx(accuracy)
+    assert results["perplexity,none"] == pytest.approx(score.perplexity, rel=1e-3)
+    assert results["acc,none"] == pytest.approx(score.accuracy)
     assert found["results"]["local_choices"]["acc,none"] == 1.0
 
 

@@ -27,7 +27,23 @@ def test_no_figure_is_missing():
         assert not words, f"{page.name} has no figure for {words}"
 
 
+REPOSITORY = r"https://github\.com/heronry/heronry/(?:blob|tree)/main/"  # how README links, for PyPI
+
+
 def test_links_in_docs_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target in re.findall(rf"\]\({REPOSITORY}([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{page.name} links to {target}"
+
+
+def test_links_in_the_readme_work_on_pypi():
+    assert not re.findall(r"\]\((?!https:)", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    answers = text[text.index("### Where does it live?") : text.index("## C++")]
+    for name in re.findall(r"`([a-z0-9_/]+(?:\.py|\.cpp|\.md|/))`", answers):
+        assert (ROOT / "heronry" / name).exists() or "wkv8" in name, name

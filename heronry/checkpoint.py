@@ -32,7 +32,7 @@ from typing_extensions import TypeVar
 
 from . import formats, hub
 from .errors import InputError
-from .files import replacing
+from .files import atomic_write
 from .formats.lazy_tensor import LazyTensor, Tensors, metadata, stored
 from .memory import Arena
 from .models import MODELS, VISION_MODELS, Model, Network, State, VisionModel, detect
@@ -162,11 +162,11 @@ def save(
             if isinstance(module, PackedLinear):
                 tensors[f"{name}.weight"], tensors[f"{name}.scales"] = _in_rows(module)
     described = json.dumps(about, indent=2)
-    with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as config:
+    with atomic_write(folder / "model.safetensors") as weights, atomic_write(folder / "config.json") as config:
         save_file(tensors, weights, metadata={"format": "pt"})
         config.write_text(described + "\n")
         if tokenizer is not None:
-            with replacing(folder / f"tokenizer{tokenizer.suffix}") as copy:
+            with atomic_write(folder / f"tokenizer{tokenizer.suffix}") as copy:
                 shutil.copyfile(tokenizer, copy)
 
 
@@ -177,7 +177,7 @@ def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | N
         raise InputError("this model has no tuned initial state; tune_state() gives it one")
     tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in model.time_states()}
     about = {"format": TIME_STATE, "fingerprint": model.fingerprint, "notes": json.dumps(dict(notes or {}))}
-    with replacing(Path(path).expanduser()) as part:
+    with atomic_write(Path(path).expanduser()) as part:
         save_file(tensors, part, metadata=about)
 
 
@@ -243,7 +243,7 @@ def identify(
             raise InputError(f"{plain} is there twice, as {key} too")
         tensors[plain] = tensors.pop(key)
     cls = detect({key: x.shape for key, x in tensors.items()})
-    for key in cls.ignored:
+    for key in cls.ignored_keys:
         tensors.pop(key, None)
     shapes = _unpacked_shapes(tensors, described.get("quantization"))
     config = _config(cls, shapes, described, ln_x_eps)
@@ -388,9 +388,9 @@ def _config(
             continue
         if key not in shown:
             raise InputError(f"config.json has an unknown key {key!r}; {cls.name} knows {', '.join(shown)}")
-        if key not in cls.unseen and value != shown[key]:
+        if key not in cls.config_only and value != shown[key]:
             raise InputError(f"config.json says {key} = {value!r}, but the tensors say {shown[key]!r}")
-    told = {key: described[key] for key in cls.unseen if key in described}
+    told = {key: described[key] for key in cls.config_only if key in described}
     if ln_x_eps is not None:
         told["ln_x_eps"] = ln_x_eps
     if "ln_x_eps" in told:

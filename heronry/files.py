@@ -12,7 +12,7 @@ from .errors import InputError
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block has ended without an error.
 
     A crash, a full disk or Ctrl-C leaves what was there before untouched.

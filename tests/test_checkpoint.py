@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import heronry
 from heronry import InputError, State
-from heronry.files import replacing
+from heronry.files import atomic_write
 from heronry.models import RWKV7, detect
 
 SMALL = {"width": 32, "heads": 2, "ffn": 40, "rank": 3}
@@ -38,7 +38,7 @@ def logits(model) -> torch.Tensor:
 def built(weights) -> RWKV7:
     """A model made without files."""
     model = RWKV7(RWKV7.Config.from_shapes({name: x.shape for name, x in weights.items()}))
-    model.load_state_dict({name: x for name, x in weights.items() if name not in RWKV7.ignored})
+    model.load_state_dict({name: x for name, x in weights.items() if name not in RWKV7.ignored_keys})
     return model.eval()
 
 
@@ -54,7 +54,7 @@ def refusal(path, **options) -> str:
 
 def test_progress_is_reported_in_bytes(weights, tmp_path):
     torch.save(weights, tmp_path / "a.pth")
-    size = sum(x.nbytes for name, x in weights.items() if name not in RWKV7.ignored)
+    size = sum(x.nbytes for name, x in weights.items() if name not in RWKV7.ignored_keys)
     calls: list[tuple[int, int]] = []
     heronry.load(tmp_path / "a.pth", "bfloat16", progress=lambda *counts: calls.append(counts))
     assert calls == sorted(set(calls))
@@ -84,7 +84,7 @@ def test_every_kind_of_file_gives_the_same_model(version, random_checkpoint, tmp
         assert other.fingerprint == model.fingerprint
         assert torch.equal(logits(other), expected), name
     saved = load_file(tmp_path / "folder" / "model.safetensors")
-    assert saved.keys() == weights.keys() - set(model.ignored)
+    assert saved.keys() == weights.keys() - set(model.ignored_keys)
     assert all(torch.equal(x, weights[name]) for name, x in saved.items())
 
 
@@ -139,7 +139,7 @@ def test_loading_leaves_no_trace_on_random_numbers(weights, tmp_path):
 
 def test_values_of_layer_0_are_ignored(weights, tmp_path):
     torch.save(weights, tmp_path / "with.pth")
-    torch.save({k: x for k, x in weights.items() if k not in RWKV7.ignored}, tmp_path / "without.pth")
+    torch.save({k: x for k, x in weights.items() if k not in RWKV7.ignored_keys}, tmp_path / "without.pth")
     a, b = heronry.load(tmp_path / "with.pth"), heronry.load(tmp_path / "without.pth")
     assert a.fingerprint == b.fingerprint
     assert torch.equal(logits(a), logits(b))
@@ -325,7 +325,7 @@ def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
     target = tmp_path / "new folder" / "file"
     mask = os.umask(0o027)
     try:
-        with replacing(target) as part:
+        with atomic_write(target) as part:
             part.write_text("first")
             assert not target.exists()
     finally:
@@ -333,7 +333,7 @@ def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
     def interrupted() -> None:
-        with replacing(target) as part:
+        with atomic_write(target) as part:
             part.write_text("sec")
             raise KeyboardInterrupt
 

@@ -80,10 +80,10 @@ def test_what_is_shared_is_read_once(models):
     model = models("4")
     read = []
     hook = model.emb.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
-    model.uses_native = False
+    model.native_step_enabled = False
     log_likelihoods(model, [(list(range(90)), [i, i + 1]) for i in range(50)])
     hook.remove()
-    model.uses_native = True
+    model.native_step_enabled = True
     assert sum(read) == 90 + 50
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..checkpoint import check_note
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 from ..formats.lazy_tensor import metadata, read_safetensors
 from ..models import Model
 from ..models.layers import widen
@@ -108,7 +108,7 @@ def save_adapter(model: Model, folder: str | Path, notes: Mapping[str, Any] | No
     header = {"format": "pt", "fingerprint": model.adapted_from, "notes": json.dumps(dict(notes or {}))}
     settings = adapter_settings(model)
     folder = Path(folder).expanduser()
-    with replacing(folder / WEIGHTS) as weights_file, replacing(folder / SETTINGS) as settings_file:
+    with atomic_write(folder / WEIGHTS) as weights_file, atomic_write(folder / SETTINGS) as settings_file:
         save_file(tensors, weights_file, metadata=header)
         settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..models.native_step import fast_in_torch
+from ..models.native_step import has_fast_matmul
 from .contest import Contest, Row
 from .machine import Machine
 from .ours import Heronry, Operator, Training
@@ -232,7 +232,7 @@ def _reads(sizes: Iterable[int]) -> list[Row]:
 
 def _fast() -> tuple[str, ...]:
     """The dtypes in which PyTorch multiplies as fast as this processor can: elsewhere one product takes a minute."""
-    return ("float32", "bfloat16", "int8") if fast_in_torch(torch.bfloat16) else ("float32",)
+    return ("float32", "bfloat16", "int8") if has_fast_matmul(torch.bfloat16) else ("float32",)
 
 
 def _product(dtype: str) -> Row:

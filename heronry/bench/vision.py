@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..models.baselines import ViT, ViTConfig
-from ..models.native_step import fast_in_torch
+from ..models.native_step import has_fast_matmul
 from ..models.vision import create
 from .contest import Contest, Row
 from .worker import Contestant
@@ -45,7 +45,7 @@ def vision(quick: bool, large: bool) -> list[Contest]:
     contests = []
     for batch, size in ((1, 224), (8, 224), (1, 512), (1, 1024), *(() if quick else ((1, 2048),))):
         rows = []
-        for dtype in ("bfloat16", "float32") if fast_in_torch(torch.bfloat16) else ("float32",):
+        for dtype in ("bfloat16", "float32") if has_fast_matmul(torch.bfloat16) else ("float32",):
             for name, made in NAMES.items():
                 contestant = Contestant(Seeing, (made, dtype, batch, size))
                 against = () if made == "vit" else (f"ViT-T {dtype}",)

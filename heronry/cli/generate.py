@@ -49,7 +49,7 @@ def generate(
         prompt = sys.stdin.read()
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
     saved_state = None
-    if state is not None and State.wrote(state):
+    if state is not None and State.is_saved_state(state):
         saved_state = State.load(state, device)
     elif state is not None:
         llm.begin_from(state)

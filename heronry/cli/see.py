@@ -45,7 +45,7 @@ def see(
 
     from ..checkpoint import load_checkpoint
     from ..data.images import open_picture, prepare
-    from ..files import replacing
+    from ..files import atomic_write
     from ..models import VisionModel
 
     if top < 1:
@@ -76,7 +76,7 @@ def see(
     if features:
         target = features.expanduser()
         metadata = {"pictures": json.dumps([str(path) for path in pictures]), "model": network.fingerprint}
-        with replacing(target) as part:
+        with atomic_write(target) as part:
             save_file({"features": torch.cat(all_features)}, part, metadata=metadata)
         progress.print(f"{target}: features, {len(pictures)} x {network.num_features}", highlight=False, markup=False)
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .. import formats
 from ..checkpoint import DTYPES, QUANTIZED, assemble, identify, locate, notes
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 from ..formats import ggml, gguf, huggingface, webrwkv
 from ..formats.lazy_tensor import LazyTensor, Tensors, space_for, write_folder, write_pth, write_safetensors
 from ..models import Model, VisionModel
@@ -132,7 +132,7 @@ def convert(
         gguf.check(tensors, config)
     wanted = logits(cls, config, checkpoint.tensors)
     stamp = json.dumps([str(source.resolve()), os.stat(source).st_mtime_ns, size, to, kind, shard])
-    with replacing(target) if to in SUFFIXES.values() else _new_folder(target, stamp) as part:
+    with atomic_write(target) if to in SUFFIXES.values() else _new_folder(target, stamp) as part:
         try:
             write(part)
         except OSError as error:
@@ -159,7 +159,7 @@ def _draw(checkpoint: formats.Checkpoint, target: Path, to: str, dtype: str | No
     tokens = _prompt(model.config.vocab_size)
     with torch.no_grad():
         wanted = model(tokens)[0]
-    with replacing(target) as part:
+    with atomic_write(target) as part:
         onnx.write(model, part, target.name, step=to == "onnx-step")
         difference = onnx.logits(part, tokens, model) - wanted
         result = Converted(to, _size(part), difference.abs().max().item(), wanted.abs().max().item())
@@ -271,7 +271,7 @@ def logits(cls: type[Model], config: Any, tensors: Mapping[str, LazyTensor]) -> 
     """Of a fixed prompt, [1, T, V] in float32. Of the large matrices a few rows are in memory at a time."""
     with torch.device("meta"):
         model = cls(config).eval()
-    model.uses_native = False  # C++ wants all weights at once
+    model.native_step_enabled = False  # C++ wants all weights at once
     shapes = model.state_dict()
     streamed = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     for name, module in streamed.items():

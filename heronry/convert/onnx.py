@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 from ..models import Model, Network, State, VisionModel
 from ..models.state import LayerState
 from ..models.vision import MEAN, STD
-from ..ops.dispatch import compiled
+from ..ops.dispatch import has_native_body
 
 STATE = LayerState._fields
 INPUTS = ("tokens", *STATE)
@@ -290,7 +290,7 @@ def _check(model: Network, dtype: torch.dtype) -> None:
     if model.quantization is not None or dtype != torch.float32:
         raise InputError("an ONNX file is made of a model in float32; onnxruntime's own tools pack it")
     for operator in ("biwkv", "wkv4", "wkv6", "wkv7"):
-        if not compiled(operator):
+        if not has_native_body(operator):
             raise InputError(
                 "torch.export sees the recurrence as one operator only where C++ compiles (g++ or clang++)"
             )
@@ -330,7 +330,7 @@ def _write(
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     large = sum(p.nbytes for p in model.parameters()) > INSIDE
     if large:
-        with replacing(path.parent / f"{name}.data") as weights:
+        with atomic_write(path.parent / f"{name}.data") as weights:
             onnx.save_model(proto, path, save_as_external_data=True, location=weights.name)
             for tensor in onnx.external_data_helper._get_all_tensors(proto):
                 if onnx.external_data_helper.uses_external_data(tensor):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import formats
 from ..checkpoint import DTYPES, assemble, notes, save
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 from ..formats import vision_rwkv
 from ..formats.lazy_tensor import space_for
 from ..models import VisionModel
@@ -60,7 +60,7 @@ def convert_pictures(
         save(model, target, notes=notes(checkpoint.config))
         again = _read(target, picture)
     else:
-        with replacing(target) as part:
+        with atomic_write(target) as part:
             if to == "onnx":
                 from . import onnx
 

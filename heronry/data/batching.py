@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.sequence_parallel import Boundaries, Spread
+from ..models.sequence_parallel import Boundaries, SequenceShard
 from .token_file import TokenFile
 
 ORDERS = ("shuffle", "magic_prime", "random", "sequential")
@@ -228,7 +228,7 @@ def collate(rows: Sequence[Row], group: dist.ProcessGroup | None = None) -> Batc
         cu_seqlens = (*(at + start for at, row in zip(begins, rows, strict=False) for start in row.starts), begins[-1])
         if group is not None:
             firsts = [0, *accumulate(len(row.starts) for row in rows[:-1])]
-            cu_seqlens = Spread(cu_seqlens, firsts, [row.continues for row in rows], group)
+            cu_seqlens = SequenceShard(cu_seqlens, firsts, [row.continues for row in rows], group)
     return Batch(join([row.inputs for row in rows]), join([row.targets for row in rows]), mask, cu_seqlens)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 from ..text.tokenizers import load_tokenizer
 from .sources import BEGINNING, PIECE, Messages, Place, Record, cut, find, read
 from .token_file import TokenWriter, Written, beside, discard, publish
@@ -164,7 +164,7 @@ def prepare(
             notes.unlink()
             raise InputError(f"{empty[0]}: would be empty, there are {standing.documents} documents in the sources")
     if file is not None:
-        with replacing(beside(prefix, ".tokenizer.json")) as copy:
+        with atomic_write(beside(prefix, ".tokenizer.json")) as copy:
             shutil.copyfile(file, copy)
     for path, written in zip(prefixes, (standing.kept, standing.held), strict=False):
         publish(path, written.masked)
@@ -197,7 +197,7 @@ def _standing(notes: Path, options: dict[str, Any], prefixes: list[Path], restar
 
 
 def _note(notes: Path, options: dict[str, Any], standing: Standing) -> None:
-    with replacing(notes) as part:
+    with atomic_write(notes) as part:
         part.write_text(json.dumps({"options": options, "standing": asdict(standing)}), encoding="utf-8")
 
 

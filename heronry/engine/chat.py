@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 from ..models import LayerState, State
 from ..text.chat_templates import TEMPLATES, Template, template_from, usual_template
 from ..text.tokenizers import WorldTokenizer
@@ -235,7 +235,7 @@ class Chat:
             "conversation": conversation,
             "sha256": _digest(conversation, tensors),
         }
-        with replacing(Path(path).expanduser()) as part:
+        with atomic_write(Path(path).expanduser()) as part:
             save_file(tensors, part, metadata=metadata)
 
     def load(self, path: str | Path) -> None:

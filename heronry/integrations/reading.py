@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Model, State
-from ..models.base import in_their_place
+from ..models.base import replace_embeddings
 
 
 def read(
@@ -82,7 +82,7 @@ def _hooked(model: Model, tokens: Tensor, embeds: Tensor | None, collect: bool) 
     seen: list[Tensor] = []
     with ExitStack() as hooks:
         if embeds is not None:
-            hooks.enter_context(in_their_place(model, tokens, embeds))
+            hooks.enter_context(replace_embeddings(model, tokens, embeds))
         if collect:
             hooks.enter_context(model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0])))
             for block in model.blocks:

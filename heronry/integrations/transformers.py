@@ -358,7 +358,7 @@ def _without_head(model: Model) -> Model:
         body = type(model)(model.config)
     body.emb, body.blocks, body.ln_out, body.head = model.emb, model.blocks, model.ln_out, nn.Identity()
     body.quantization = model.quantization
-    body.uses_native = False  # the C++ step gives logits
+    body.native_step_enabled = False  # the C++ step gives logits
     return body.train(model.training)
 
 

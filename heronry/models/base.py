@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
-from ..ops.dispatch import constant_to_the_compiler
+from ..ops.dispatch import assume_constant_result
 from ..ops.packing import boundaries
 from . import native_step
 from .fingerprint import fingerprint
 from .layers import Linear, PackedLinear
-from .sequence_parallel import Boundaries, Spread
+from .sequence_parallel import Boundaries, SequenceShard
 from .state import LayerState, State
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Network(nn.Module):
 
     name: ClassVar[str]  # "rwkv7"
     Config: ClassVar[Any]
-    ignored: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
-    unseen: ClassVar[tuple[str, ...]] = ()  # settings that the tensors of a checkpoint do not show
+    ignored_keys: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
+    config_only: ClassVar[tuple[str, ...]] = ()  # settings that the tensors of a checkpoint do not show
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
     gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
     state_tuning = False  # only the initial state is trained, see `Model.tune_state`
@@ -88,7 +88,7 @@ class Network(nn.Module):
         """Drops the cached fingerprint because the weights or the configuration have changed."""
         self._fingerprint = None
 
-    @constant_to_the_compiler  # torch.compile cannot trace hashlib, and need not
+    @assume_constant_result  # torch.compile cannot trace hashlib, and need not
     def _compute_fingerprint(self) -> str:
         # with sharded weights no process holds all of them, so only the configuration counts
         return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
@@ -118,14 +118,14 @@ class Model(Network):
     """
 
     affine: ClassVar[bool] = True  # what a text leaves and reads of a state are affine in it (sequence_parallel.py)
-    unseen = ("ln_x_eps",)
-    uses_native = True  # the C++ step may take the place of the modules, see `native_step`
+    config_only = ("ln_x_eps",)
+    native_step_enabled = True  # the C++ step may take the place of the modules, see `native_step`
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self._step: native_step.Step | None = None
+        self._step: native_step.NativeStep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: everything but the addresses of this one's weights."""
@@ -161,28 +161,28 @@ class Model(Network):
             layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
         return State(layers, self.fingerprint)
 
-    def native_step(self, tokens: Tensor, cu: Boundaries | None) -> native_step.Step | None:
+    def select_native_step(self, tokens: Tensor, cu: Boundaries | None) -> native_step.NativeStep | None:
         """The C++ that does the forward of these tokens, or None where the plain model must (native_step.py says when).
 
         Where PyTorch has fast products a pack is the plain model's: who else is in it must not decide, by the number
         of tokens, which of the two reads a prompt.
         """
-        if not self.uses_native or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.native_step_enabled or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         rows = tokens.numel()
-        if self.quantization is None and native_step.fast_in_torch(self.emb.weight.dtype):
-            fits = rows <= native_step.ROWS and cu is None
+        if self.quantization is None and native_step.has_fast_matmul(self.emb.weight.dtype):
+            fits = rows <= native_step.MAX_TOKENS and cu is None
         else:
-            fits = rows <= native_step.MOST_ROWS or (cu is None and len(tokens) <= native_step.MOST_ROWS)
-        if not fits or self.sharded or isinstance(cu, Spread):
+            fits = rows <= native_step.MAX_CALL_TOKENS or (cu is None and len(tokens) <= native_step.MAX_CALL_TOKENS)
+        if not fits or self.sharded or isinstance(cu, SequenceShard):
             return None
         if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
-        if self._step is None or not self._step.holds():
-            self._step = native_step.Step(self)
-        return self._step if self._step.runs() else None
+        if self._step is None or not self._step.is_current():
+            self._step = native_step.NativeStep(self)
+        return self._step if self._step.is_available() else None
 
-    def is_plain(self) -> bool:
+    def is_unmodified(self) -> bool:
         """Whether it is made of the modules that its class makes, packed matrices apart: no adapters, no surgery."""
         with torch.device("meta"):
             made = type(self)(self.config)
@@ -204,7 +204,7 @@ class Model(Network):
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}")
         cu: Boundaries | None = boundaries(cu_seqlens, *tokens.shape)
-        if isinstance(cu_seqlens, Spread):
+        if isinstance(cu_seqlens, SequenceShard):
             if not self.affine:
                 raise InputError(
                     f"{self.name} cannot be spread over processes: what it reads of its state does not add up"
@@ -219,7 +219,7 @@ class Model(Network):
             raise InputError("this state belongs to another model")
         if state.rows != rows:
             raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
-        if self._step is not None and state is self._step.left[0] and tokens.device.type == "cpu":
+        if self._step is not None and state is self._step.last_state[0] and tokens.device.type == "cpu":
             return state, cu  # nobody has touched it since it was made
         first = state.layers[0]
         shift = (rows, self.config.n_embd)
@@ -231,7 +231,7 @@ class Model(Network):
         return state, cu
 
 
-def in_their_place(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
+def replace_embeddings(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
     """While it is entered (`with`), `vectors` [B, T, C] are what the embedding makes of `tokens` [B, T]. The C++ step
     does not run for a model that has hooks."""
     vectors = vectors.to(model.emb.weight.dtype)

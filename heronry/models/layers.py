@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..ops.packed import GROUP, packed_matmul
-from .sequence_parallel import Boundaries, Spread
+from .sequence_parallel import Boundaries, SequenceShard
 
 
 def widen(x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def embedding(config: Any) -> nn.Embedding:
 def token_shift(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
     """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
     shift = shift.to(x.dtype)
-    if isinstance(cu, Spread):
+    if isinstance(cu, SequenceShard):
         x, shift = cu.shift(x, shift)
     elif x.shape[1] == 1:  # a decode step, B sequences or a packed one
         return shift[:, None]

@@ -27,9 +27,9 @@ from ..memory import Pool
 from ..ops import arguments, packed
 from .state import LayerState, State
 
-ROWS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
-MOST_ROWS = 512  # where PyTorch has no fast products; longer inputs are read in pieces
-HEAD = 512  # the largest head that the C++ has room for
+MAX_TOKENS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
+MAX_CALL_TOKENS = 512  # where PyTorch has no fast products; longer inputs are read in pieces
+MAX_HEAD_SIZE = 512  # the largest head that the C++ has room for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # the last of packed weights
 
 
@@ -49,18 +49,18 @@ class _Call(ctypes.Structure):  # Call in native_step.h
     ]
 
 
-def fast_in_torch(dtype: torch.dtype) -> bool:
+def has_fast_matmul(dtype: torch.dtype) -> bool:
     """Whether PyTorch multiplies many rows in this dtype as fast as this processor can: float16 seldom, bfloat16 with
     AVX-512 or AMX; with AVX2 alone it is 5 times slower than float32."""
     return dtype != torch.float16 and (dtype != torch.bfloat16 or build.best_level() != "avx2")
 
 
-def source(name: str) -> Path:
+def source_path(name: str) -> Path:
     """The C++ of a model's step."""
     return Path(__file__).parent / f"{name}.cpp"
 
 
-class Step:
+class NativeStep:
     """The step of one model: where its weights are, and what must stay true for that to hold."""
 
     def __init__(self, model: Any):
@@ -73,11 +73,12 @@ class Step:
         self.own = [m.__dict__ for m in self.modules[1:]]
         # The state that left last and where its tensors lie: it enters next as a rule, and a hundred small tensors take
         # longer to look at than the layers of a small model to compute. A pair, for threads share the step.
-        self.left: tuple[State | None, list[int]] = (None, [])
+        self.last_state: tuple[State | None, list[int]] = (None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
         fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
-        self.library = build.library(source(model.name)) if fits and head <= HEAD and model.is_plain() else None
+        fits = fits and head <= MAX_HEAD_SIZE and model.is_unmodified()
+        self.library = build.library(source_path(model.name)) if fits else None
         if self.library is None:
             return
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
@@ -108,13 +109,13 @@ class Step:
                 table[place] = _Tensor(x.data_ptr(), 0, dtype, x.numel() // columns, columns, 0)
         return table
 
-    def holds(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the model is still the one that this step was made for."""
         found = chain.from_iterable(map(dict.values, self.parts))
         same = all(map(is_, self.objects, found)) and next(found, None) is None
         return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
-    def runs(self) -> bool:
+    def is_available(self) -> bool:
         """Whether there is C++ for this model and nobody has put anything in between."""
         return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
 
@@ -128,13 +129,13 @@ class Step:
     def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
         """As the model's forward: logits float32 and the new state."""
         batch, length = tokens.shape
-        if batch * length > MOST_ROWS:
+        if batch * length > MAX_CALL_TOKENS:
             return self._in_pieces(tokens, state, last_only)
         tokens = tokens.to(torch.int64).contiguous()
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
         one = self.shapes(sequences)
-        left, pointers = self.left
+        left, pointers = self.last_state
         if state is not left:
             entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
             if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
@@ -167,15 +168,15 @@ class Step:
         assert self.library is not None
         self.library.step(ctypes.byref(call))
         del begin, pointer  # the call has read them
-        left = State.of_stacks(leaving, state.fingerprint)
+        left = State.from_stacked(leaving, state.fingerprint)
         addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]
-        self.left = left, list(chain.from_iterable(zip(*addresses, strict=True)))
+        self.last_state = left, list(chain.from_iterable(zip(*addresses, strict=True)))
         return logits, left
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:
         """Along time, with the state carried on."""
         logits: list[Tensor] = []
-        for piece in tokens.split(MOST_ROWS // len(tokens), dim=1):
+        for piece in tokens.split(MAX_CALL_TOKENS // len(tokens), dim=1):
             found, state = self(piece, state, None, last_only)
             logits = [found] if last_only else [*logits, found]
         return torch.cat(logits, 1), state

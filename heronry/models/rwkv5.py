@@ -32,7 +32,7 @@ from .layers import (
     token_shift,
     widen,
 )
-from .sequence_parallel import Boundaries, recur
+from .sequence_parallel import Boundaries, run_operator
 from .state import LayerState, State
 
 
@@ -135,7 +135,7 @@ class TimeMix(nn.Module):
         log_w = -widen(self.time_decay).exp().view(self.heads, -1)
         u = widen(self.time_first).exp() if self.log_bonus else widen(self.time_faaaa)
         # values in float32, for y comes in their dtype and before its norm it can leave float16's range
-        y, wkv = recur(wkv5, (r, log_w, k, widen(v), u.view(self.heads, -1)), wkv, cu)
+        y, wkv = run_operator(wkv5, (r, log_w, k, widen(v), u.view(self.heads, -1)), wkv, cu)
         y = group_norm(y, self.ln_x).to(x.dtype)
         if self.gated:
             y = y * F.silu(self.gate(torch.lerp(before, x, self.time_mix_g)))
@@ -203,7 +203,7 @@ class RWKV5(Model):
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         state, cu = self.validate_inputs(tokens, state, cu_seqlens)
-        if step := self.native_step(tokens, cu):
+        if step := self.select_native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []

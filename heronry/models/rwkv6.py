@@ -30,7 +30,7 @@ from .layers import (
     token_shift,
     widen,
 )
-from .sequence_parallel import Boundaries, recur
+from .sequence_parallel import Boundaries, run_operator
 from .state import LayerState, State
 
 
@@ -125,7 +125,7 @@ class TimeMix(nn.Module):
         g = F.silu(self.gate(xg))
         log_w = -(widen(self.time_decay) + widen(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)).exp()
         # values in float32, for y comes in their dtype and before its norm it can leave float16's range
-        y, wkv = recur(wkv6, (r, per_head(log_w), k, widen(v), widen(self.time_faaaa)), wkv, cu)
+        y, wkv = run_operator(wkv6, (r, per_head(log_w), k, widen(v), widen(self.time_faaaa)), wkv, cu)
         return self.output(group_norm(y, self.ln_x).to(x.dtype) * g), wkv
 
 
@@ -190,7 +190,7 @@ class RWKV6(Model):
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         state, cu = self.validate_inputs(tokens, state, cu_seqlens)
-        if step := self.native_step(tokens, cu):
+        if step := self.select_native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []

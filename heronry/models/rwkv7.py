@@ -34,7 +34,7 @@ from .layers import (
     token_shift,
     widen,
 )
-from .sequence_parallel import Boundaries, recur
+from .sequence_parallel import Boundaries, run_operator
 from .state import LayerState, State
 
 
@@ -154,7 +154,7 @@ class TimeMix(nn.Module):
         kappa = F.normalize(widen(per_head(k * self.k_k)), dim=-1, eps=1e-12)  # of the key as it was
         k = k * (1 + (a - 1) * self.k_a)
         r, k, v, a = per_head(r), per_head(k), per_head(v), per_head(a)
-        y, wkv = recur(wkv7, (r, per_head(log_w), k, v, -kappa, kappa * a), wkv, cu)
+        y, wkv = run_operator(wkv7, (r, per_head(log_w), k, v, -kappa, kappa * a), wkv, cu)
         y = group_norm(y.to(x.dtype), self.ln_x)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         return self.output((y + bonus.flatten(-2)) * g), wkv, v_first
@@ -220,11 +220,11 @@ class RWKV7(Model):
 
     name = "rwkv7"
     Config = RWKV7Config
-    ignored = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 is where the values come from
+    ignored_keys = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 is where the values come from
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)
-        self.uses_native = not config.deep_rank  # the C++ step is RWKV-7's
+        self.native_step_enabled = not config.deep_rank  # the C++ step is RWKV-7's
         self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -239,7 +239,7 @@ class RWKV7(Model):
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         state, cu = self.validate_inputs(tokens, state, cu_seqlens)
-        if step := self.native_step(tokens, cu):
+        if step := self.select_native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         deep = (tokens, x) if self.config.deep_rank else None

@@ -21,13 +21,13 @@ from torch import Tensor
 from .state import LayerState, State
 
 
-class Spread(Sequence[int]):
+class SequenceShard(Sequence[int]):
     """The `cu_seqlens` of a process that has one piece of each of some rows, packed one after the other.
 
-    `logits, state = model(tokens, state, cu_seqlens=Spread(...))` on every process of the group is the whole rows in
-    one: the logits of this process's tokens, and the states that its pieces end with. A sequence that has begun on the
-    process before goes on from there, whatever its row of the given `state` holds. All processes must go forward, and
-    back, through the same calls in the same order.
+    `logits, state = model(tokens, state, cu_seqlens=SequenceShard(...))` on every process of the group is the whole
+    rows in one: the logits of this process's tokens, and the states that its pieces end with. A sequence that has begun
+    on the process before goes on from there, whatever its row of the given `state` holds. All processes must go
+    forward, and back, through the same calls in the same order.
 
     Args:
         cu: (0, ..., T), where the sequences of this process's pieces begin and end.
@@ -59,7 +59,7 @@ class Spread(Sequence[int]):
             shift = shift.index_copy(0, _numbers(self.entering, x), left[self.group.rank() - 1, self.rows])
         return x, shift
 
-    def recur(self, operator: Callable, inputs: Sequence[Tensor], wkv: Tensor) -> tuple[Tensor, Tensor]:
+    def run_operator(self, operator: Callable, inputs: Sequence[Tensor], wkv: Tensor) -> tuple[Tensor, Tensor]:
         """As the operator: y [1, T, H, N], and the states [S, H, N, N] that the pieces end with."""
         entering = _numbers(self.entering, wkv)
         y, left = operator(*inputs, wkv.index_fill(0, entering, 0), cu_seqlens=self.cu)
@@ -80,7 +80,7 @@ class Spread(Sequence[int]):
             left = left.index_add(0, entering, state @ passed)
         return y, left
 
-    def to_all(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def broadcast_final_state(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x as it is, and of the states of the rows those on the last process, where the rows end."""
         flat = torch.cat([part.flatten() for layer in state.layers for part in layer])
         x, left = _exchange(x, flat, self.group)
@@ -110,15 +110,17 @@ class Spread(Sequence[int]):
         return torch.cat([x[:, self[s] : self[s + 1]] for s in self.entering], 1)
 
 
-Boundaries = tuple[int, ...] | Spread  # of sequences packed in one row
+Boundaries = tuple[int, ...] | SequenceShard  # of sequences packed in one row
 
 
-def recur(operator: Callable, inputs: Sequence[Tensor], wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
+def run_operator(
+    operator: Callable, inputs: Sequence[Tensor], wkv: Tensor, cu: Boundaries | None
+) -> tuple[Tensor, Tensor]:
     """operator(*inputs, wkv, cu_seqlens=cu), over processes where cu says so."""
-    if not isinstance(cu, Spread):
+    if not isinstance(cu, SequenceShard):
         return operator(*inputs, wkv, cu_seqlens=cu)
     with torch.autocast(wkv.device.type, enabled=False):
-        return cu.recur(operator, inputs, wkv)
+        return cu.run_operator(operator, inputs, wkv)
 
 
 def _exchange(x: Tensor, part: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 
 
 class LayerState(NamedTuple):
@@ -44,7 +44,7 @@ class State:
             raise ValueError(f"{len(self._texts)} texts for {self.rows} rows")
 
     @classmethod
-    def of_stacks(cls, stacks: LayerState, fingerprint: str) -> State:
+    def from_stacked(cls, stacks: LayerState, fingerprint: str) -> State:
         """From tensors that hold all layers, [L, S, ...]. They are cut when somebody asks for a layer: a decode loop
         never does, and cutting takes as long as a small model computes."""
         state = cls.__new__(cls)
@@ -125,11 +125,11 @@ class State:
             for name, x in layer._asdict().items()
         }
         about = {"format": "heronry.state", "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
-        with replacing(Path(path).expanduser()) as part:
+        with atomic_write(Path(path).expanduser()) as part:
             save_file(tensors, part, metadata=about)
 
     @staticmethod
-    def wrote(path: str | Path) -> bool:
+    def is_saved_state(path: str | Path) -> bool:
         """Whether a file is one that `save` wrote."""
         try:
             with safe_open(Path(path).expanduser(), "pt") as file:

@@ -17,29 +17,31 @@ from .. import build
 
 log = logging.getLogger("heronry.ops")
 
-STEP = 4  # up to this many tokens the plain loop costs less than cutting chunks
+MAX_LOOP_TOKENS = 4  # up to this many tokens the plain loop costs less than cutting chunks
 
 
-def constant_to_the_compiler(function: Callable) -> Callable:
+def assume_constant_result(function: Callable) -> Callable:
     """torch.compiler.assume_constant_result, without the second and the 70 MB that importing the compiler takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-def choose(operator: str, impl: str, bodies: Mapping[str, Callable], longest: int, device: torch.device) -> Callable:
-    """The body for `impl`; "auto" takes the fastest for sequences of at most `longest` tokens."""
+def select_body(
+    operator: str, impl: str, bodies: Mapping[str, Callable], max_tokens: int, device: torch.device
+) -> Callable:
+    """The body for `impl`; "auto" takes the fastest for sequences of at most `max_tokens` tokens."""
     if impl == "auto":
-        if device.type == "cpu" and compiled(operator):
+        if device.type == "cpu" and has_native_body(operator):
             impl = "cpu"
         else:
-            impl = "reference" if longest <= STEP else "chunked"
+            impl = "reference" if max_tokens <= MAX_LOOP_TOKENS else "chunked"
         if not torch.compiler.is_compiling():
-            _say_once(operator, impl)
+            _log_once(operator, impl)
     if impl not in bodies:
         raise ValueError(f"{operator} has no body {impl!r}; choose one of auto, {', '.join(bodies)}")
     if impl == "cpu" and device.type != "cpu":
         raise ValueError(f"{operator}: the body 'cpu' cannot run on {device}")
-    if impl == "cpu" and not compiled(operator):
+    if impl == "cpu" and not has_native_body(operator):
         raise ValueError(f"{operator}: the body 'cpu' needs a C++ compiler (g++ or clang++)")
     return partial(_in_full_precision, bodies[impl])
 
@@ -50,15 +52,15 @@ def source(operator: str) -> Path:
     return Path(__file__).parent / ("wkv6" if operator == "wkv5" else operator) / "cpu.cpp"
 
 
-def native(operator: str) -> ctypes.CDLL:
-    """Its compiled C++, for a body that `choose` has found to run."""
+def native_library(operator: str) -> ctypes.CDLL:
+    """Its compiled C++, for a body that `select_body` has found to run."""
     library = build.library(source(operator))
     assert library is not None
     return library
 
 
-@constant_to_the_compiler
-def compiled(operator: str) -> bool:
+@assume_constant_result
+def has_native_body(operator: str) -> bool:
     """Whether its C++ could be compiled; the first question compiles it."""
     return build.library(source(operator)) is not None
 
@@ -67,7 +69,7 @@ def needs_gradients(inputs: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def chosen(operator: Callable, plain: Callable, inputs: Iterable[Tensor]) -> Callable:
+def select_entry_point(operator: Callable, plain: Callable, inputs: Iterable[Tensor]) -> Callable:
     """torch's operator where somebody looks at it, be it gradients, a compiler or tensors without numbers; else the
     function that it was made of. The operator takes longer to call, and its first call brings the compiler in, 70 MB.
     """
@@ -85,17 +87,17 @@ def _in_full_precision(body: Callable, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _say_once(operator: str, impl: str) -> None:
+def _log_once(operator: str, impl: str) -> None:
     log.info("%s: impl=auto runs the %s body", operator, impl)
 
 
-def longest(tokens: int, cu: tuple[int, ...] | None) -> int:
+def longest_sequence(tokens: int, cu: tuple[int, ...] | None) -> int:
     """Tokens of the longest sequence. Packed ones count as long: which body reads a sequence, and with it the last
     bits of its state, must not depend on what else is in the pack."""
-    return tokens if cu is None else max(tokens, STEP + 1)
+    return tokens if cu is None else max(tokens, MAX_LOOP_TOKENS + 1)
 
 
-def sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
+def check_sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
     """The sizes of `x`: ValueError unless it is floating point, has these dimensions and is not empty."""
     if x.ndim != len(letters) or 0 in x.shape:
         raise ValueError(f"{operator}: {name} must have shape [{', '.join(letters)}], got {list(x.shape)}")
@@ -104,7 +106,7 @@ def sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def expect(operator: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
+def check_shape(operator: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
     """ValueError unless `x` is floating point and has one of these shapes."""
     if tuple(x.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
@@ -113,6 +115,6 @@ def expect(operator: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> Non
         raise ValueError(f"{operator}: {name} must be floating point, got {x.dtype}")
 
 
-def accumulator(x: Tensor) -> torch.dtype:
+def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype a state is held in: float32, or float64 for float64 activations."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -68,7 +68,7 @@ class Chunks:
     @staticmethod
     @lru_cache(maxsize=64)
     @torch.inference_mode(False)  # what is remembered from generating must also serve a backward pass
-    def of(batch: int, tokens: int, cu: tuple[int, ...] | None, length: int) -> Chunks:
+    def cached(batch: int, tokens: int, cu: tuple[int, ...] | None, length: int) -> Chunks:
         """The same, remembered: every layer of a model asks for the same cut."""
         return Chunks(batch, tokens, cu, length)
 
@@ -94,11 +94,11 @@ class Chunks:
             return x.reshape(batch, steps * length, *rest)[:, :tokens]
         return chunks.reshape(-1, *rest)[self.place.to(chunks.device)][None]
 
-    def enter(self, state: Tensor) -> Tensor:
+    def to_chunk_order(self, state: Tensor) -> Tensor:
         """The caller's state rows in chunk order."""
         return state if self.order is None else state[self.order]
 
-    def leave(self, finished: list[Tensor]) -> Tensor:
+    def from_chunk_order(self, finished: list[Tensor]) -> Tensor:
         """Final states, as the steps let them go (shortest sequences first), back in the caller's order."""
         state = torch.cat(finished[::-1])
         if self.order is None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from ..checkpoint import load
 from ..errors import InputError
 from ..models import MODELS, VISION_MODELS, Model, VisionModel
-from ..models.native_step import fast_in_torch
+from ..models.native_step import has_fast_matmul
 from . import fsdp
 from .config import Config
 
@@ -19,7 +19,7 @@ def precision(config: Config, device: torch.device) -> str:
     """Of the activations."""
     if config.run.precision != "auto":
         return config.run.precision
-    fast = device.type != "cpu" or fast_in_torch(torch.bfloat16)
+    fast = device.type != "cpu" or has_fast_matmul(torch.bfloat16)
     return "bfloat16" if fast else "float32"
 
 

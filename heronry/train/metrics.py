@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import atomic_write
 
 if TYPE_CHECKING:
     from .trainer import Run
@@ -140,7 +140,7 @@ class Journal:
                     kept.append(line + "\n")
             except ValueError:  # cut off where the run was killed
                 continue
-        with replacing(self.file) as part:
+        with atomic_write(self.file) as part:
             part.write_text("".join(kept), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import LayerState, Model, State
 from ..models.layers import PackedLinear
-from ..models.sequence_parallel import Spread
+from ..models.sequence_parallel import SequenceShard
 from .config import Config
 from .losses import losses
 
@@ -171,8 +171,8 @@ class Passes:
         """Keeps the state that each lane ends with. The logits as they are."""
         if isinstance(self.rows, Lanes):
             state = state[[end - 1 for end in itertools.accumulate(len(row.starts) for row in rows.values())]]
-            if isinstance(batch.cu_seqlens, Spread):
-                logits, state = batch.cu_seqlens.to_all(logits, state)
+            if isinstance(batch.cu_seqlens, SequenceShard):
+                logits, state = batch.cu_seqlens.broadcast_final_state(logits, state)
             self.states = self.states | {lane: state[i] for i, lane in enumerate(rows)}
         return logits
 

@@ -15,14 +15,14 @@ def model(version, random_checkpoint) -> Model:
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list[native_step.Step]:
+def taken(monkeypatch) -> list[native_step.NativeStep]:
     """One entry for every call that the C++ has done."""
-    calls: list[native_step.Step] = []
-    done = native_step.Step.__call__
+    calls: list[native_step.NativeStep] = []
+    done = native_step.NativeStep.__call__
 
     def call(step, *args):
         calls.append(step)
         return done(step, *args)
 
-    monkeypatch.setattr(native_step.Step, "__call__", call)
+    monkeypatch.setattr(native_step.NativeStep, "__call__", call)
     return calls

@@ -17,7 +17,7 @@ from torch import Tensor
 from heronry.checkpoint import assemble
 from heronry.errors import InputError
 from heronry.models import LayerState, State
-from heronry.models.sequence_parallel import Spread
+from heronry.models.sequence_parallel import SequenceShard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_checkpoint
@@ -94,14 +94,14 @@ def compare(
         done, ended = done + borders[-1], ended + len(borders) - 1
         lasts.append(ended - 1)
     bounds = [0, *accumulate(lengths)]
-    spread = Spread(bounds, firsts, goes_on, group)
+    spread = SequenceShard(bounds, firsts, goes_on, group)
     given = None if entering is None else entering[here]
     with torch.no_grad():  # few tokens, which the native step must leave to the plain model
         unlearned, _ = model(tokens[:, mine], given, cu_seqlens=spread)
     model.gradient_checkpointing = checkpointing
     found, states = model(tokens[:, mine], given, cu_seqlens=spread)
     ends = [end - 1 for end in [*firsts[1:], len(here)]]
-    found, carried = spread.to_all(found, states[ends])
+    found, carried = spread.broadcast_final_state(found, states[ends])
     loss = (found * pull[:, mine]).sum()
     if through:
         loss = loss + pulled(states[through], [here[i] for i in through])
@@ -149,7 +149,7 @@ def check() -> None:
 
 
 def refusal() -> str:
-    model, spread = assemble(random_checkpoint("4")), Spread([0, 3], [0], [False], dist.group.WORLD)
+    model, spread = assemble(random_checkpoint("4")), SequenceShard([0, 3], [0], [False], dist.group.WORLD)
     try:
         model(torch.tensor([[1, 2, 3]]), cu_seqlens=spread)
     except InputError as error:

@@ -81,9 +81,9 @@ def test_files(weights, tmp_path):
 
 def test_a_plain_one_keeps_its_fingerprint_and_its_step(random_checkpoint):
     plain = assemble(random_checkpoint("7", **(SMALL | {"deep": 0})))
-    assert plain.uses_native
+    assert plain.native_step_enabled
     deep = assemble(random_checkpoint("7", **SMALL))
-    assert not deep.uses_native
+    assert not deep.native_step_enabled
     assert plain.fingerprint[:16] != deep.fingerprint[:16]
 
 

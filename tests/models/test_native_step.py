@@ -43,8 +43,8 @@ def step(
 ) -> tuple[Tensor, State]:
     """What the C++ gives, for packs too, which `forward` hands to it in quantized models only."""
     state, cu = model.validate_inputs(text, state, cu_seqlens)
-    made = native_step.Step(model)
-    assert made.runs()
+    made = native_step.NativeStep(model)
+    assert made.is_available()
     return made(text, state, cu, last_only)
 
 
@@ -120,13 +120,13 @@ def test_tuned_state(version, random_checkpoint):
 @pytest.mark.parametrize("level", LEVELS[1:])
 @pytest.mark.parametrize("shape", ["heads of 64", "odd heads"])
 def test_levels(level, version, shape, random_checkpoint, monkeypatch):
-    class Step(native_step.Step):  # the operators of the plain model stay as they are
+    class Step(native_step.NativeStep):  # the operators of the plain model stay as they are
         def __init__(self, model):
             with monkeypatch.context() as patch:
                 patch.setattr(build, "level", level)
                 super().__init__(model)
 
-    monkeypatch.setattr(native_step, "Step", Step)
+    monkeypatch.setattr(native_step, "NativeStep", Step)
     for dtype in (torch.float32, torch.float16):
         check(assemble(random_checkpoint(version, **SHAPES[shape]), dtype=dtype))
     check_bfloat16(assemble(random_checkpoint(version, **SHAPES[shape]), dtype=torch.bfloat16), monkeypatch)

@@ -196,7 +196,7 @@ def test_hooks(model, taken):
 @torch.no_grad()
 def test_rows(model, taken):
     """A batch of up to ROWS tokens; a pack never, whose size would decide who reads a prompt in it."""
-    assert native_step.ROWS == 64
+    assert native_step.MAX_TOKENS == 64
     model(tokens(8, 8))
     model(tokens(1, 64))
     assert len(taken) == 2
@@ -210,22 +210,22 @@ def test_rows(model, taken):
 @torch.no_grad()
 def test_rows_of_a_quantized_model(format, version, random_checkpoint, taken):
     model = quantize(assemble(random_checkpoint(version, ffn=192)), format)
-    text = tokens(1, native_step.MOST_ROWS)
-    half = native_step.MOST_ROWS // 2
-    for options in ({}, {"cu_seqlens": [0, half, native_step.MOST_ROWS]}):
+    text = tokens(1, native_step.MAX_CALL_TOKENS)
+    half = native_step.MAX_CALL_TOKENS // 2
+    for options in ({}, {"cu_seqlens": [0, half, native_step.MAX_CALL_TOKENS]}):
         found = model(text, **options)
         assert distance(found[0], plain(model, text, **options)[0].double()) < 2e-2
     assert len(taken) == 2
     taken.clear()
-    long = tokens(3, native_step.MOST_ROWS // 3 + 9)
+    long = tokens(3, native_step.MAX_CALL_TOKENS // 3 + 9)
     whole, end = model(long)
     assert len(taken) == 3  # the whole, and two pieces of it
-    first, middle = model(long[:, : native_step.MOST_ROWS // 3])
-    second, state = model(long[:, native_step.MOST_ROWS // 3 :], middle)
+    first, middle = model(long[:, : native_step.MAX_CALL_TOKENS // 3])
+    second, state = model(long[:, native_step.MAX_CALL_TOKENS // 3 :], middle)
     assert same((torch.cat([first, second], 1), state), (whole, end))
     assert torch.equal(model(long, last_only=True)[0], whole[:, -1:])
     taken.clear()
-    model(tokens(1, native_step.MOST_ROWS + 1), cu_seqlens=[0, 1, native_step.MOST_ROWS + 1])
+    model(tokens(1, native_step.MAX_CALL_TOKENS + 1), cu_seqlens=[0, 1, native_step.MAX_CALL_TOKENS + 1])
     assert not taken
 
 

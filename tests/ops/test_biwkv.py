@@ -20,7 +20,7 @@ from .test_native import last_axis_dense, scattered, threads  # noqa: F401
 
 streaming = importlib.import_module("heronry.ops.biwkv.recurrent")  # the package's own name is the operator's
 
-pytestmark = pytest.mark.skipif(not dispatch.compiled("biwkv"), reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not dispatch.has_native_body("biwkv"), reason="there is no C++ compiler")
 
 # of float64; the exponents of the chunked body grow with the tokens, and the recurrent one gathers anew at 1e-6
 EXACT = {"reference": 1e-11, "chunked": 1e-8, "recurrent": 5e-6, "cpu": 1e-11}
@@ -450,6 +450,6 @@ def test_unknown_bodies_and_segments_are_refused():
 
 
 def test_without_a_compiler_the_plain_loop_runs_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("heronry.ops.dispatch.compiled", lambda operator: False)
+    monkeypatch.setattr("heronry.ops.dispatch.has_native_body", lambda operator: False)
     arguments = draw(2, 40, 8)
     assert torch.equal(biwkv(**arguments), biwkv(**arguments, impl="reference"))

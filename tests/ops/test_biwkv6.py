@@ -16,7 +16,7 @@ from .test_native import threads  # noqa: F401
 
 body = importlib.import_module("heronry.ops.biwkv6.recurrent")  # the package's own name is the operator's
 
-pytestmark = pytest.mark.skipif(not dispatch.compiled("wkv6"), reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not dispatch.has_native_body("wkv6"), reason="there is no C++ compiler")
 
 # of float64; the recurrent body lets a rounding grow by e^20 before it gathers anew
 EXACT = {"reference": 1e-11, "chunked": 1e-11, "recurrent": 1e-6, "cpu": 1e-11}

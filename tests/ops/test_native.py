@@ -23,7 +23,7 @@ from .cases import OPERATORS, Operator, assert_close, draw, run, to
 
 NATIVE = [pytest.param(o, id=o.name) for o in OPERATORS if "cpu" in o.bodies]
 
-pytestmark = pytest.mark.skipif(not dispatch.compiled("wkv7"), reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not dispatch.has_native_body("wkv7"), reason="there is no C++ compiler")
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_every_step_holds_the_next_chunk_of_each_sequence(lengths: list[int], le
     x = torch.cat([s + torch.arange(1, n + 1) / 100 for s, n in enumerate(lengths)])
     chunks = Chunks(1, cu[-1], cu, length)
     cutting = chunks.split(x[None, :, None], fill=-1.0)[..., 0]
-    owners = chunks.enter(torch.arange(len(lengths))).tolist()
+    owners = chunks.to_chunk_order(torch.arange(len(lengths))).tolist()
     row = 0
     for step, alive in enumerate(chunks.alive):
         assert alive == sum(n > step * length for n in lengths)
@@ -61,12 +61,12 @@ def test_leave_undoes_enter(lengths: list[int], length: int):
     cu = (0, *accumulate(lengths))
     chunks = Chunks(1, cu[-1], cu, length)
     states = torch.arange(float(len(lengths)))
-    running, finished = chunks.enter(states), []
+    running, finished = chunks.to_chunk_order(states), []
     for alive in chunks.alive:
         if alive < len(running):
             finished.append(running[alive:])
             running = running[:alive]
-    assert torch.equal(chunks.leave([*finished, running]), states)
+    assert torch.equal(chunks.from_chunk_order([*finished, running]), states)
 
 
 def test_boundaries_come_from_tensors_and_sequences():

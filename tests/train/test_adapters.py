@@ -114,7 +114,7 @@ def test_only_adapters_learn_and_peft_reads_them(generation, tune, bases, texts,
     expected = logits(tuned)
     merged = load(base)
     apply_adapter(merged, out)
-    assert merged.is_plain()
+    assert merged.is_unmodified()
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits(plain), expected, atol=0.1)
     theirs = PeftModel.from_pretrained(load(base), str(out))
@@ -131,10 +131,10 @@ def test_merged_it_runs_native_and_beside_plain(generation, bases, tmp_path):
     apply_adapter(merged, tmp_path)
     expected, step = logits(model), logits(merged, 3)
     assert model._step is not None
-    assert not model._step.runs()
+    assert not model._step.is_available()
     torch.testing.assert_close(step, expected[:, :3], atol=1e-4, rtol=1e-4)
-    if heronry.build.library(heronry.models.native_step.source(generation)) is not None:
-        assert merged._step.runs()
+    if heronry.build.library(heronry.models.native_step.source_path(generation)) is not None:
+        assert merged._step.is_available()
 
 
 @pytest.mark.parametrize("generation", MODELS)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ...files import replacing
-from ..base import Model, Network, in_their_place
+from ...files import atomic_write
+from ..base import Model, Network, replace_embeddings
 from ..fingerprint import fingerprint
 from ..layers import widen
 from ..state import State
@@ -60,7 +60,7 @@ class Captioner(nn.Module):
         tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
         if state is not None and len(state) == 1:
             state = state[[0] * len(images)]
-        with in_their_place(self.language, tokens, vectors):
+        with replace_embeddings(self.language, tokens, vectors):
             return self.language(tokens, state, last_only=True)[1]
 
     def forward(
@@ -90,7 +90,7 @@ class Captioner(nn.Module):
         """Writes the projection as a safetensors file (atomically), with the fingerprints of the two models it stands
         between. These are saved as all models are, and one that was frozen need not be."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.projection.state_dict().items()}
-        with replacing(Path(path).expanduser()) as part:
+        with atomic_write(Path(path).expanduser()) as part:
             save_file(tensors, part, metadata={"format": FORMAT, **self._belongs()})
 
     @classmethod

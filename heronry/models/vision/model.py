@@ -342,7 +342,7 @@ class VisionModel(Network):
     `reset_classifier`, `num_features`.
     """
 
-    unseen = ("post_norm", "init_values", "drop_path", "decay_lr", "shift", "causal", "segments")
+    config_only = ("post_norm", "init_values", "drop_path", "decay_lr", "shift", "causal", "segments")
 
     def __init__(self, config: Any):
         super().__init__(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import choose, expect, longest, sizes
+from ..dispatch import check_shape, check_sizes, longest_sequence, select_body
 from .chunked import chunked
 from .cpu import cpu
 from .recurrent import recurrent
@@ -37,18 +37,18 @@ def biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, segments: int | Non
 
     Source: Vision-RWKV (arXiv 2403.02308), equation 5.
     """
-    batch, tokens, channels = sizes("biwkv", "k", k, "BTA")
-    expect("biwkv", "v", v, (batch, tokens, channels))
-    expect("biwkv", "log_w", log_w, (channels,))
-    expect("biwkv", "u", u, (channels,))
+    batch, tokens, channels = check_sizes("biwkv", "k", k, "BTA")
+    check_shape("biwkv", "v", v, (batch, tokens, channels))
+    check_shape("biwkv", "log_w", log_w, (channels,))
+    check_shape("biwkv", "u", u, (channels,))
     if segments is not None:
         if segments < 1:
             raise ValueError(f"biwkv: segments must be at least 1, got {segments}")
         if impl not in ("auto", "chunked"):
             raise ValueError(f"biwkv has no body {impl!r} with segments; choose one of auto, chunked")
-        return choose("biwkv", "chunked", {"chunked": released}, longest(tokens, None), k.device)(
+        return select_body("biwkv", "chunked", {"chunked": released}, longest_sequence(tokens, None), k.device)(
             log_w, k, v, u, segments
         )
     # without C++ the plain loop is the faster body on a CPU, however long
-    many = 1 if k.device.type == "cpu" else longest(tokens, None)
-    return choose("biwkv", impl, BODIES, many, k.device)(log_w, k, v, u)
+    many = 1 if k.device.type == "cpu" else longest_sequence(tokens, None)
+    return select_body("biwkv", impl, BODIES, many, k.device)(log_w, k, v, u)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import call
-from ..dispatch import accumulator, chosen, native
+from ..dispatch import native_library, select_entry_point, state_dtype
 
 CHUNK = 32  # tokens from one kept state to the next
 
@@ -14,13 +14,15 @@ CHUNK = 32  # tokens from one kept state to the next
 def cpu(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
     inputs = (log_w, k, v, u)
-    return chosen(forward, _forward, inputs)(*inputs)[0]
+    return select_entry_point(forward, _forward, inputs)(*inputs)[0]
 
 
 def _forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """y, and what the last of every CHUNK tokens meets of those after it, which the backward pass needs too."""
     y, kept = _fake_forward(log_w, k, v, u)
-    call(native("biwkv").biwkv_forward, (log_w[None, None], k, v, u[None, None], y, kept), None, *k.shape, CHUNK)
+    call(
+        native_library("biwkv").biwkv_forward, (log_w[None, None], k, v, u[None, None], y, kept), None, *k.shape, CHUNK
+    )
     return y, kept
 
 
@@ -30,7 +32,7 @@ forward = torch.library.custom_op("heronry::biwkv", mutates_args=(), device_type
 @forward.register_fake
 def _fake_forward(log_w, k, v, u):
     batch, tokens, channels = k.shape
-    kept = k.new_empty(batch * -(-tokens // CHUNK), 3, channels, dtype=accumulator(k))
+    kept = k.new_empty(batch * -(-tokens // CHUNK), 3, channels, dtype=state_dtype(k))
     return v.new_empty(v.shape), kept
 
 
@@ -44,7 +46,7 @@ def backward(
     # one gradient a sequence, added in one order: the same for any number of threads
     dlog_w_parts, du_parts = kept.new_empty(2, len(k), 1, k.shape[2])
     tensors = (log_w[None, None], k, v, u[None, None], kept, dy, noted, dlog_w_parts, dk, dv, du_parts)
-    call(native("biwkv").biwkv_backward, tensors, None, *k.shape, CHUNK)
+    call(native_library("biwkv").biwkv_backward, tensors, None, *k.shape, CHUNK)
     dlog_w.copy_(dlog_w_parts.sum((0, 1)))
     du.copy_(du_parts.sum((0, 1)))
     return dlog_w, dk, dv, du

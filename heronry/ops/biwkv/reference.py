@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator
+from ..dispatch import state_dtype
 
 NOTHING = -1e38  # the exponent of an empty sum: unlike -inf it can be subtracted from itself
 
@@ -13,7 +13,7 @@ NOTHING = -1e38  # the exponent of an empty sum: unlike -inf it can be subtracte
 def reference(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
     dtype = v.dtype
-    log_w, k, v, u = (x.to(accumulator(k)) for x in (log_w, k, v, u))
+    log_w, k, v, u = (x.to(state_dtype(k)) for x in (log_w, k, v, u))
     empty = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), torch.full_like(k[:, 0], NOTHING)
     after = [empty]  # what the last token sees to its right
     for k_t, v_t in zip(k[:, 1:].flip(1).unbind(1), v[:, 1:].flip(1).unbind(1), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator, expect, sizes
+from ..dispatch import check_shape, check_sizes, state_dtype
 from ..wkv6 import BODIES as WKV6_BODIES
 from ..wkv6 import wkv6
 from .recurrent import recurrent
@@ -33,15 +33,15 @@ def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: s
 
     Source: the released code of VRWKV6 (OpenGVLab/Vision-RWKV).
     """
-    shape = sizes("biwkv6", "r", r, "BTHN")
+    shape = check_sizes("biwkv6", "r", r, "BTHN")
     for name, x in (("log_w", log_w), ("k", k), ("v", v)):
-        expect("biwkv6", name, x, shape)
-    expect("biwkv6", "u", u, shape[2:])
+        check_shape("biwkv6", name, x, shape)
+    check_shape("biwkv6", "u", u, shape[2:])
     if impl != "auto" and impl not in BODIES:
         raise ValueError(f"biwkv6 has no body {impl!r}; choose one of auto, {', '.join(BODIES)}")
     if impl == "recurrent":
         return recurrent(r, log_w, k, v, u)
-    wide = v.to(accumulator(r))  # and so both directions: only their sum is rounded
+    wide = v.to(state_dtype(r))  # and so both directions: only their sum is rounded
     past, _ = wkv6(r, log_w, k, wide, u, impl=impl)
     back = [x.flip(1) for x in (r, log_w, k, wide)]
     future, _ = wkv6(back[0], back[1], back[2], back[3], torch.zeros_like(u), impl=impl)

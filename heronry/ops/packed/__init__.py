@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..arguments import DTYPES
-from ..dispatch import compiled, native
+from ..dispatch import has_native_body, native_library
 
 GROUP = 32
 INT8, INT4 = 4, 5  # Format in matmul.h
@@ -89,14 +89,14 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
 @torch.library.custom_op("heronry::packed_matmul", mutates_args=())
 def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     """x [M, in] -> [M, rows]."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or not compiled("packed"):
+    if x.device.type != "cpu" or x.dtype not in DTYPES or not has_native_body("packed"):
         return reference(x, data, scales, rows)
     x = x.contiguous()
     y = torch.empty(len(x), rows)
     matrix = (ctypes.c_int64 * 6)(*describe(data, scales, rows))
     dtype, count, threads = map(ctypes.c_int64, (DTYPES.index(x.dtype), len(x), torch.get_num_threads()))
     where = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
-    native("packed").packed_matmul(matrix, next(where), dtype, next(where), count, threads)
+    native_library("packed").packed_matmul(matrix, next(where), dtype, next(where), count, threads)
     return y.to(x.dtype)
 
 

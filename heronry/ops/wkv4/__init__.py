@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator, choose, expect, longest, sizes
+from ..dispatch import check_shape, check_sizes, longest_sequence, select_body, state_dtype
 from ..packing import boundaries
 from .chunked import NOTHING, chunked
 from .cpu import cpu
@@ -53,16 +53,16 @@ def wkv4(
 
     Source: RWKV (arXiv 2305.13048), section 3.1 and appendix D; derivation of the chunked form in README.md.
     """
-    batch, tokens, channels = sizes("wkv4", "k", k, "BTA")
-    expect("wkv4", "v", v, (batch, tokens, channels))
-    expect("wkv4", "log_w", log_w, (channels,))
-    expect("wkv4", "u", u, (channels,))
+    batch, tokens, channels = check_sizes("wkv4", "k", k, "BTA")
+    check_shape("wkv4", "v", v, (batch, tokens, channels))
+    check_shape("wkv4", "log_w", log_w, (channels,))
+    check_shape("wkv4", "u", u, (channels,))
     cu = boundaries(cu_seqlens, batch, tokens)
     rows = batch if cu is None else len(cu) - 1
     if state is None:
-        start = torch.tensor([0.0, 0.0, NOTHING], dtype=accumulator(k), device=k.device)
+        start = torch.tensor([0.0, 0.0, NOTHING], dtype=state_dtype(k), device=k.device)
         state = start[:, None].expand(rows, 3, channels)
     else:
-        expect("wkv4", "state", state, (rows, 3, channels))
-    body = choose("wkv4", impl, BODIES, longest(tokens, cu), k.device)
-    return body(log_w, k, v, u, state.to(accumulator(k)), cu)
+        check_shape("wkv4", "state", state, (rows, 3, channels))
+    body = select_body("wkv4", impl, BODIES, longest_sequence(tokens, cu), k.device)
+    return body(log_w, k, v, u, state.to(state_dtype(k)), cu)

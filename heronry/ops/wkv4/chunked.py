@@ -20,7 +20,7 @@ def chunked(
     cu: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     """See `wkv4`; cu is the checked tuple of boundaries."""
-    cut = Chunks.of(k.shape[0], k.shape[1], cu, LENGTH)
+    cut = Chunks.cached(k.shape[0], k.shape[1], cu, LENGTH)
     dtype = v.dtype
     log_w, k, v, u = (x.to(state.dtype) for x in (log_w, k, v, u))
     real = cut.split(torch.ones_like(k[..., :1]))  # [M, L, 1], 0 at padding, which must not decay either
@@ -36,7 +36,7 @@ def chunked(
 
     # from chunk to chunk
     entering, finished = [], []
-    state = cut.enter(state)
+    state = cut.to_chunk_order(state)
     for own, own_p, own_decay in zip(*(x.split(cut.alive) for x in (total, top, decay)), strict=True):
         if len(own) < len(state):
             finished.append(state[len(own) :])
@@ -64,4 +64,4 @@ def chunked(
 
     m = torch.maximum(before, k + u).detach()
     mixed = (before - m).exp()[:, :, None] * torch.stack(sums, dim=1) + (k - m + u).exp()[:, :, None] * pair
-    return cut.join(mixed[:, :, 0] / mixed[:, :, 1]).to(dtype), cut.leave(finished)
+    return cut.join(mixed[:, :, 0] / mixed[:, :, 1]).to(dtype), cut.from_chunk_order(finished)

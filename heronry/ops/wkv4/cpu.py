@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import call
-from ..dispatch import chosen, native, needs_gradients
+from ..dispatch import native_library, needs_gradients, select_entry_point
 
 CHUNK = 16  # tokens from one kept state to the next
 
@@ -25,7 +25,7 @@ def cpu(
     """See `wkv4`; cu is the checked tuple of boundaries."""
     inputs = (log_w, k, v, u, state)
     keep = needs_gradients(inputs)
-    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
+    y, final, _ = select_entry_point(forward, _forward, inputs)(*inputs, cu, keep)
     return y, final
 
 
@@ -41,7 +41,7 @@ def _forward(
     """y, the final state, and with `keep` the state before every CHUNK tokens."""
     outputs = _fake_forward(log_w, k, v, u, state, cu, keep)
     tensors = (log_w[None, None], k, v, u[None, None], state.contiguous(), *outputs)
-    call(native("wkv4").wkv4_forward, tensors, cu, len(state), *k.shape[1:], CHUNK)
+    call(native_library("wkv4").wkv4_forward, tensors, cu, len(state), *k.shape[1:], CHUNK)
     return outputs
 
 
@@ -75,7 +75,7 @@ def backward(
     dlog_w_parts, du_parts = dfinal.new_empty(2, len(dfinal), 1, k.shape[2])
     tensors = (log_w[None, None], k, v, u[None, None], kept, dy, dfinal.contiguous())
     gradients = (dlog_w_parts, dk, dv, du_parts, dstate)
-    call(native("wkv4").wkv4_backward, (*tensors, *gradients), cu, len(dfinal), *k.shape[1:], CHUNK)
+    call(native_library("wkv4").wkv4_backward, (*tensors, *gradients), cu, len(dfinal), *k.shape[1:], CHUNK)
     dlog_w.copy_(dlog_w_parts.sum((0, 1)))
     du.copy_(du_parts.sum((0, 1)))
     return dlog_w, dk, dv, du, dstate

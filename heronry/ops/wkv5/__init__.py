@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..dispatch import accumulator, choose, expect, longest, sizes
+from ..dispatch import check_shape, check_sizes, longest_sequence, select_body, state_dtype
 from ..packing import boundaries
 from .chunked import chunked
 from .cpu import cpu
@@ -47,16 +47,16 @@ def wkv5(
 
     Source: Eagle and Finch (arXiv 2404.05892), section 4; derivation of the chunked form in ../wkv6/README.md.
     """
-    batch, tokens, heads, size = sizes("wkv5", "r", r, "BTHN")
+    batch, tokens, heads, size = check_sizes("wkv5", "r", r, "BTHN")
     for name, x in (("k", k), ("v", v)):
-        expect("wkv5", name, x, (batch, tokens, heads, size))
+        check_shape("wkv5", name, x, (batch, tokens, heads, size))
     for name, x in (("log_w", log_w), ("u", u)):
-        expect("wkv5", name, x, (heads, size), (heads, 1))
+        check_shape("wkv5", name, x, (heads, size), (heads, 1))
     cu = boundaries(cu_seqlens, batch, tokens)
     rows = batch if cu is None else len(cu) - 1
     if state is None:
-        state = r.new_zeros(rows, heads, size, size, dtype=accumulator(r))
+        state = r.new_zeros(rows, heads, size, size, dtype=state_dtype(r))
     else:
-        expect("wkv5", "state", state, (rows, heads, size, size))
-    body = choose("wkv5", impl, BODIES, longest(tokens, cu), r.device)
-    return body(r, log_w, k, v, u, state.to(accumulator(r)), cu)
+        check_shape("wkv5", "state", state, (rows, heads, size, size))
+    body = select_body("wkv5", impl, BODIES, longest_sequence(tokens, cu), r.device)
+    return body(r, log_w, k, v, u, state.to(state_dtype(r)), cu)

@@ -21,7 +21,7 @@ def chunked(
     cu: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     """See `wkv6`; cu is the checked tuple of boundaries."""
-    cut = Chunks.of(r.shape[0], r.shape[1], cu, LENGTH)
+    cut = Chunks.cached(r.shape[0], r.shape[1], cu, LENGTH)
     dtype = v.dtype
 
     def heads_first(x: Tensor) -> Tensor:  # [B, T, H, N] -> [M, H, L, N]
@@ -46,7 +46,7 @@ def chunked(
 
     # from chunk to chunk
     entering, finished = [], []
-    state = cut.enter(state)
+    state = cut.to_chunk_order(state)
     for kv, w in zip((v.mT @ k_out).split(cut.alive), decay.split(cut.alive), strict=True):
         if len(kv) < len(state):
             finished.append(state[len(kv) :])
@@ -56,4 +56,4 @@ def chunked(
     finished.append(state)
 
     y = r_in @ torch.cat(entering).mT + scores @ v
-    return cut.join(y.transpose(1, 2)).to(dtype), cut.leave(finished)
+    return cut.join(y.transpose(1, 2)).to(dtype), cut.from_chunk_order(finished)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import call
-from ..dispatch import chosen, native, needs_gradients
+from ..dispatch import native_library, needs_gradients, select_entry_point
 
 CHUNK = 32  # tokens from one kept state to the next
 
@@ -26,7 +26,7 @@ def cpu(
     """See `wkv6`; cu is the checked tuple of boundaries. log_w may also be [H, N], the same at every token."""
     inputs = (r, log_w, k, v, u, state)
     keep = needs_gradients(inputs)
-    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
+    y, final, _ = select_entry_point(forward, _forward, inputs)(*inputs, cu, keep)
     return y, final
 
 
@@ -43,7 +43,7 @@ def _forward(
     """y, the final state, and with `keep` the state before every CHUNK tokens."""
     outputs = _fake_forward(r, log_w, k, v, u, state, cu, keep)
     tensors = (r, log_w.expand(r.shape), k, v, u[None, None], state.contiguous(), *outputs)
-    call(native("wkv6").wkv6_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
+    call(native_library("wkv6").wkv6_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
     return outputs
 
 
@@ -80,7 +80,7 @@ def backward(
     dlog_w_parts = torch.empty_like(du_parts) if constant else dlog_w
     tensors = (r, log_w.expand(r.shape), k, v, u[None, None], kept, dy, dfinal.contiguous())
     gradients = (dr, dlog_w_parts, dk, dv, du_parts, dstate)
-    call(native("wkv6").wkv6_backward, (*tensors, *gradients), cu, len(dfinal), *r.shape[1:], CHUNK, constant)
+    call(native_library("wkv6").wkv6_backward, (*tensors, *gradients), cu, len(dfinal), *r.shape[1:], CHUNK, constant)
     du.copy_(du_parts.sum((0, 1)))
     if constant:
         dlog_w.copy_(dlog_w_parts.sum((0, 1)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..dispatch import accumulator, choose, expect, longest, sizes
+from ..dispatch import check_shape, check_sizes, longest_sequence, select_body, state_dtype
 from ..packing import boundaries
 from .chunked import chunked
 from .cpu import cpu
@@ -48,14 +48,14 @@ def wkv7(
 
     Source: RWKV-7 "Goose" (arXiv 2503.14456), section 3; derivation of the chunked form in README.md.
     """
-    batch, tokens, heads, size = sizes("wkv7", "r", r, "BTHN")
+    batch, tokens, heads, size = check_sizes("wkv7", "r", r, "BTHN")
     for name, x in (("log_w", log_w), ("k", k), ("v", v), ("a", a), ("b", b)):
-        expect("wkv7", name, x, (batch, tokens, heads, size))
+        check_shape("wkv7", name, x, (batch, tokens, heads, size))
     cu = boundaries(cu_seqlens, batch, tokens)
     rows = batch if cu is None else len(cu) - 1
     if state is None:
-        state = r.new_zeros(rows, heads, size, size, dtype=accumulator(r))
+        state = r.new_zeros(rows, heads, size, size, dtype=state_dtype(r))
     else:
-        expect("wkv7", "state", state, (rows, heads, size, size))
-    body = choose("wkv7", impl, BODIES, longest(tokens, cu), r.device)
-    return body(r, log_w, k, v, a, b, state.to(accumulator(r)), cu)
+        check_shape("wkv7", "state", state, (rows, heads, size, size))
+    body = select_body("wkv7", impl, BODIES, longest_sequence(tokens, cu), r.device)
+    return body(r, log_w, k, v, a, b, state.to(state_dtype(r)), cu)

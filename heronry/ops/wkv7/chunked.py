@@ -21,7 +21,7 @@ def chunked(
     cu: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     """See `wkv7`; cu is the checked tuple of boundaries."""
-    cut = Chunks.of(r.shape[0], r.shape[1], cu, LENGTH)
+    cut = Chunks.cached(r.shape[0], r.shape[1], cu, LENGTH)
     dtype = v.dtype
 
     def heads_first(x: Tensor) -> Tensor:  # [B, T, H, N] -> [M, H, L, N]
@@ -44,7 +44,7 @@ def chunked(
 
     # from chunk to chunk
     entering, zs, finished = [], [], []
-    state = cut.enter(state)
+    state = cut.to_chunk_order(state)
     per_chunk = (x.split(cut.alive) for x in (whole, v.mT @ k_out, w, u, b_out))
     for own_decay, own_kv, own_w, own_u, own_b in zip(*per_chunk, strict=True):
         if len(own_w) < len(state):
@@ -57,4 +57,4 @@ def chunked(
     s0, z = torch.cat(entering), torch.cat(zs)  # [M, H, N_v, N_k] each chunk begins with, [M, H, L, N_v]
 
     y = r_in @ s0.mT + (r_in @ k_in.mT).tril() @ v + (r_in @ b_in.mT).tril() @ z
-    return cut.join(y.transpose(1, 2)).to(dtype), cut.leave(finished)
+    return cut.join(y.transpose(1, 2)).to(dtype), cut.from_chunk_order(finished)

@@ -88,10 +88,10 @@ template <class R, int M> struct Layout {
     int inside(int j) const { return std::min(W, n - j * W); }  // channels of block j that are not padding
 
     // a state [v][k] to and from rows
-    void enter(R* head, const R* state) const {
+    void load(R* head, const R* state) const {
         for (int j = 0; j < blocks; j++) transpose(head + j * block, W, state + j * W * n, n, inside(j), n);
     }
-    void leave(const R* head, R* state) const {
+    void store(const R* head, R* state) const {
         for (int j = 0; j < blocks; j++) transpose(state + j * W * n, n, head + j * block, W, n, inside(j));
     }
     // a kept state is [k][v]
@@ -187,7 +187,7 @@ void forward(const Call& call, int64_t sequence, int64_t first, int64_t last, co
 
     Tokens<R> token(heads, chunk, FORWARD, at.width);
     Buffer<R> S(heads * at.head), z(at.W), nothing(at.width);
-    for (int64_t h = 0; h < heads; h++) at.enter(S + h * at.head, state + h * call.square());
+    for (int64_t h = 0; h < heads; h++) at.load(S + h * at.head, state + h * call.square());
     for (int64_t start = span.start; start < span.end; start += chunk) {
         const Piece piece{span.batch, start, std::min(chunk, span.end - start), first, heads, call.n};
         piece.get_inputs(x, token);
@@ -206,7 +206,7 @@ void forward(const Call& call, int64_t sequence, int64_t first, int64_t last, co
         }
         piece.put(token, y_, x[7]);
     }
-    for (int64_t h = 0; h < heads; h++) at.leave(S + h * at.head, final_state + h * call.square());
+    for (int64_t h = 0; h < heads; h++) at.store(S + h * at.head, final_state + h * call.square());
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ void backward(const Call& call, int64_t sequence, int64_t first, int64_t last, c
 
     Tokens<R> token(heads, chunk, BACKWARD, at.width);
     Buffer<R> G(heads * at.head), S((chunk + 1) * at.block), nothing(at.width), unread(at.W);
-    for (int64_t h = 0; h < heads; h++) at.enter(G + h * at.head, dfinal + h * call.square());
+    for (int64_t h = 0; h < heads; h++) at.load(G + h * at.head, dfinal + h * call.square());
     for (int64_t c = (span.end - span.start - 1) / chunk; c >= 0; c--) {
         const int64_t start = span.start + c * chunk;
         const Piece piece{span.batch, start, std::min(chunk, span.end - start), first, heads, call.n};
@@ -336,7 +336,7 @@ void backward(const Call& call, int64_t sequence, int64_t first, int64_t last, c
         }
         for (int i = 0; i < INPUTS; i++) piece.put(token, dr_ + i, x[9 + i]);
     }
-    for (int64_t h = 0; h < heads; h++) at.leave(G + h * at.head, dstate + h * call.square());
+    for (int64_t h = 0; h < heads; h++) at.store(G + h * at.head, dstate + h * call.square());
 }
 
 // A block has no more registers than a head needs. Doubles, which are there to check by, get one size for all: each

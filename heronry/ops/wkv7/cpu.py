@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import call
-from ..dispatch import chosen, native, needs_gradients
+from ..dispatch import native_library, needs_gradients, select_entry_point
 
 CHUNK = 32  # tokens from one kept state to the next
 
@@ -26,7 +26,7 @@ def cpu(
     """See `wkv7`; cu is the checked tuple of boundaries."""
     inputs = (r, log_w, k, v, a, b, state)
     keep = needs_gradients(inputs)
-    y, final, _ = chosen(forward, _forward, inputs)(*inputs, cu, keep)
+    y, final, _ = select_entry_point(forward, _forward, inputs)(*inputs, cu, keep)
     return y, final
 
 
@@ -44,7 +44,7 @@ def _forward(
     """y, the final state, and with `keep` the state before every CHUNK tokens."""
     outputs = _fake_forward(r, log_w, k, v, a, b, state, cu, keep)
     tensors = (r, log_w, k, v, a, b, state.contiguous(), *outputs)
-    call(native("wkv7").wkv7_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
+    call(native_library("wkv7").wkv7_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
     return outputs
 
 
@@ -74,7 +74,7 @@ def backward(
     """The gradients of r, log_w, k, v, a, b and of the initial state."""
     gradients = _fake_backward(r, log_w, k, v, a, b, kept, dy, dfinal, cu)
     tensors = (r, log_w, k, v, a, b, kept, dy, dfinal.contiguous(), *gradients)
-    call(native("wkv7").wkv7_backward, tensors, cu, len(dfinal), *r.shape[1:], CHUNK)
+    call(native_library("wkv7").wkv7_backward, tensors, cu, len(dfinal), *r.shape[1:], CHUNK)
     return gradients
 
 

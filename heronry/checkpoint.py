@@ -152,7 +152,7 @@ def save(
         raise InputError(f"{folder}: is a file; give the name of a folder")
     tokenizer = None if tokenizer_file is None else Path(tokenizer_file).expanduser()
     if tokenizer is not None and not tokenizer.is_file():
-        raise InputError(f"{tokenizer}: no such tokenizer file")
+        raise InputError(f"{tokenizer}: tokenizer file not found")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     about = {"model": model.name, **asdict(model.config), **(notes or {})}

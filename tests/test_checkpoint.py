@@ -316,7 +316,7 @@ def test_saving_again_and_failing(weights, tmp_path, monkeypatch):
     assert torch.equal(logits(heronry.load(tmp_path / "m")), logits(model))
     with pytest.raises(InputError, match="is a file; give the name of a folder"):
         heronry.save(model, tmp_path / "vocabulary.txt")
-    with pytest.raises(InputError, match="no such tokenizer file"):
+    with pytest.raises(InputError, match="tokenizer file not found"):
         heronry.save(model, tmp_path / "n", tokenizer_file=tmp_path / "none.json")
     assert not (tmp_path / "n").exists()
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint import locate, notes
 from ..errors import InputError
 from ..models import Model, Network
-from ..text.tokenizers import guess
+from ..text.tokenizers import guess_tokenizer
 
 
 def locate_source_and_target(source: Path, target: Path) -> tuple[Path, Path]:
@@ -27,7 +27,7 @@ def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any
     tokenizer: str | Path | None = None
     if isinstance(model, Model):
         with suppress(InputError):  # unknown for the original too, where --tokenizer names it
-            tokenizer = guess(model.config.vocab_size, source if source.is_dir() else source.parent)
+            tokenizer = guess_tokenizer(model.config.vocab_size, source if source.is_dir() else source.parent)
     config = json.loads((source / "config.json").read_text(encoding="utf-8")) if source.is_dir() else {}
     config |= config.get("heronry") or {}  # a config.json of Hugging Face keeps the notes under this key
     return tokenizer if isinstance(tokenizer, Path) else None, notes(config)

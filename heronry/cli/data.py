@@ -97,7 +97,7 @@ def _tokenizer_spec(name: str) -> str:
     model, which holds that file or whose vocabulary size decides."""
     import json
 
-    from ..text.tokenizers import guess
+    from ..text.tokenizers import guess_tokenizer
 
     path = Path(name).expanduser()
     if name in ("bytes", "world"):
@@ -111,4 +111,4 @@ def _tokenizer_spec(name: str) -> str:
         vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config}: not a JSON object with a vocab_size") from error
-    return str(guess(vocab_size, path))
+    return str(guess_tokenizer(vocab_size, path))

@@ -27,7 +27,7 @@ def info(
     from ..checkpoint import load
     from ..engine.llm import BUNDLED
     from ..models import Model, Network
-    from ..text.tokenizers import guess
+    from ..text.tokenizers import guess_tokenizer
 
     path = file or model or BUNDLED
     network = load(path, device="meta", kind=Network)
@@ -50,7 +50,7 @@ def info(
     if isinstance(network, Model):
         folder = path.expanduser()
         try:
-            tokenizer = str(guess(network.config.vocab_size, folder if folder.is_dir() else folder.parent))
+            tokenizer = str(guess_tokenizer(network.config.vocab_size, folder if folder.is_dir() else folder.parent))
         except InputError as error:
             tokenizer = str(error)
         table.add_row("tokenizer", tokenizer)

@@ -27,7 +27,7 @@ from ..formats import ggml, gguf, huggingface, webrwkv
 from ..formats.lazy_tensor import LazyTensor, Tensors, space_for, write_folder, write_pth, write_safetensors
 from ..models import Model, VisionModel
 from ..progress import ByteCounter, Progress
-from ..text.tokenizers import guess, load_tokenizer
+from ..text.tokenizers import guess_tokenizer, load_tokenizer
 
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
 FOLDERS = ("heronry", "huggingface")
@@ -209,7 +209,7 @@ class _Words:
         self.spec: str | Path | None = wanted
         if wanted is None and self.inside is None:
             with suppress(InputError):  # then it is to be named with the copy as with the original
-                self.spec = guess(size, source if source.is_dir() else source.parent)
+                self.spec = guess_tokenizer(size, source if source.is_dir() else source.parent)
         if wanted is not None:
             load_tokenizer(wanted, size)  # must fit
 

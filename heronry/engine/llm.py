@@ -17,7 +17,7 @@ from .. import adapters
 from ..checkpoint import load_checkpoint, locate, notes, read_time_state
 from ..errors import InputError
 from ..models import Model, State
-from ..text.tokenizers import HFTokenizer, Tokenizer, guess, load_tokenizer
+from ..text.tokenizers import HFTokenizer, Tokenizer, guess_tokenizer, load_tokenizer
 from .generate import Generation, generate, prefill
 from .sampling import Sampling
 
@@ -71,7 +71,7 @@ class LLM:
                     "adapter= is for a model that is loaded; for your own model use heronry.adapters.apply_adapter"
                 )
             self.model = path
-            tokenizer = guess(path.config.vocab_size) if tokenizer is None else tokenizer
+            tokenizer = guess_tokenizer(path.config.vocab_size) if tokenizer is None else tokenizer
         else:
             if path is None and not (BUNDLED / "config.json").is_file():
                 raise InputError("this installation has no bundled model: give the path of one")
@@ -83,7 +83,7 @@ class LLM:
             if tokenizer is None and checkpoint.tokenizer is not None:
                 tokenizer = HFTokenizer(path, checkpoint.tokenizer)
             elif tokenizer is None:
-                tokenizer = guess(self.model.config.vocab_size, path if path.is_dir() else path.parent)
+                tokenizer = guess_tokenizer(self.model.config.vocab_size, path if path.is_dir() else path.parent)
         self.tokenizer = load_tokenizer(tokenizer, self.model.config.vocab_size)
         if adapter is not None:
             told |= adapters.apply_adapter(self.model, adapter).notes

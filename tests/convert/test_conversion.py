@@ -162,7 +162,7 @@ def test_notes_and_tokenizer_come_along(tmp_path):
         assert llm.generate("Once upon a time", 20, temperature=0) == text
         assert (llm.chat_template, llm.opening) == ("story", [0])
     convert(bundled, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="no tokenizer is known"):
+    with pytest.raises(InputError, match="no known tokenizer has"):
         LLM(tmp_path / "a.pth")
     assert LLM(tmp_path / "a.pth", tokenizer=bundled, dtype="float32").generate("One day", 5, temperature=0)
 

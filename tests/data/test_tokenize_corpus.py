@@ -429,8 +429,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
         ([good, "--holdout", "0.6"], "must be above 0 and at most 0.5, got 0.6"),
         ([good, "--workers", "0"], "at least one worker"),
         ([good, "--template", "klingon"], "chat template 'klingon'"),
-        ([good, "--tokenizer", tmp_path / "none.json"], "none.json: no such tokenizer file"),
-        ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: no such tokenizer file"),
+        ([good, "--tokenizer", tmp_path / "none.json"], "none.json: tokenizer file not found"),
+        ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: tokenizer file not found"),
         ([good, "--tokenizer", tmp_path / "model"], "config.json: not a JSON object with a vocab_size"),
     ]:
         code, out, err = heronry("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")

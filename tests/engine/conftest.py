@@ -11,7 +11,7 @@ from torch import nn
 
 from heronry.checkpoint import assemble
 from heronry.models import LayerState, Model, State
-from heronry.text.tokenizers import _ByteStream
+from heronry.text.tokenizers import ByteStream
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ class Pieces:
         return b"".join(self.table[token] for token in tokens).decode(errors="replace")
 
     def stream(self):
-        return _ByteStream(self.table)
+        return ByteStream(self.table)
 
 
 class Scripted(Model):

@@ -1,6 +1,5 @@
 """Text survives the round trip, and streaming gives what decoding at once gives, wherever the cut falls."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from heronry.errors import InputError
-from heronry.text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess, load_tokenizer
+from heronry.text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
 
 SAMPLE = "Once upon a time there was a rook.\n\nUser: Où est-il ? 鳥は木の上です。 🐦‍⬛ ½\n" * 3
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé鳥🐦 \n\u200d\ufffd\x00")), max_size=40)
@@ -111,15 +110,6 @@ def test_world_is_the_published_vocabulary(tokenizers):
     assert world.stop_ids == {0}
 
 
-def test_world_is_what_the_rwkv_package_makes_of_it(tokenizers):
-    utils = pytest.importorskip("rwkv.utils", reason="the PyPI package rwkv is the reference here")
-    theirs = utils.PIPELINE(None, "rwkv_vocab_v20230424").tokenizer
-    rng = random.Random(0)
-    for _ in range(200):
-        text = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x3040, 0x30FF)])) for _ in range(40))
-        assert tokenizers["world"].encode(text) == theirs.encode(text)
-
-
 def test_ids_without_a_text_decode_to_nothing(tokenizers):
     assert tokenizers["world"].decode([0, 33155, 65535]) == "Hello"
     assert tokenizers["bytes"].decode([72, 300]) == "H"
@@ -127,6 +117,8 @@ def test_ids_without_a_text_decode_to_nothing(tokenizers):
     assert hf.decode([0, *hf.encode("rook"), 4000]) == "rook"
     for tokenizer in tokenizers.values():
         assert streamed(tokenizer, [65535]) == ""
+    for name in ("world", "bytes"):
+        assert streamed(tokenizers[name], [-1]) == tokenizers[name].decode([-1]) == ""
 
 
 def test_end_of_text(tokenizers):
@@ -136,8 +128,8 @@ def test_end_of_text(tokenizers):
 
 
 @pytest.mark.parametrize("name", ["bytes", "world", "hf"])
-def test_half_a_surrogate_pair_is_refused(tokenizers, name):
-    with pytest.raises(InputError, match=r"character 2 .* surrogate"):
+def test_lone_surrogates_are_refused(tokenizers, name):
+    with pytest.raises(InputError, match="lone surrogate at character 2"):
         tokenizers[name].encode("ab\ud800")
 
 
@@ -169,23 +161,23 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer_json):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(InputError, match="no such tokenizer file"):
+    with pytest.raises(InputError, match="tokenizer file not found"):
         load_tokenizer(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(InputError, match=r"bad\.json: not a tokenizer\.json"):
+    with pytest.raises(InputError, match=r"bad\.json: not a valid tokenizer\.json"):
         load_tokenizer(tmp_path / "bad.json")
 
 
-def test_guess(tmp_path, tokenizer_json):
-    assert guess(256) == "bytes"
-    assert guess(65530) == guess(65536) == "world"
+def test_guess_tokenizer(tmp_path, tokenizer_json):
+    assert guess_tokenizer(256) == "bytes"
+    assert guess_tokenizer(65530) == guess_tokenizer(65536) == "world"
     for size in (50277, 50304):
         with pytest.raises(InputError, match=r"20B_tokenizer\.json.*tokenizer="):
-            guess(size, tmp_path)
-    with pytest.raises(InputError, match="vocabulary of 1000"):
-        guess(1000)
+            guess_tokenizer(size, tmp_path)
+    with pytest.raises(InputError, match="no known tokenizer has 1000 ids"):
+        guess_tokenizer(1000)
     pile = tmp_path / "20B_tokenizer.json"
     pile.touch()
-    assert guess(50277, tmp_path) == pile
-    assert guess(65536, tmp_path) == "world"  # a Pile tokenizer may lie beside World models
-    assert guess(400, tokenizer_json.parent) == tokenizer_json
+    assert guess_tokenizer(50277, tmp_path) == pile
+    assert guess_tokenizer(65536, tmp_path) == "world"  # a Pile tokenizer may lie beside World models
+    assert guess_tokenizer(400, tokenizer_json.parent) == tokenizer_json

@@ -1,0 +1,131 @@
+// RWKV World's tokenizer: at every position the longest token that the bytes of the text continue with.
+//
+// The tokens are a trie in a double array: the child of node n by a byte is in slot base(n) + byte, if that slot names n
+// as its parent. A node is the number of its slot, the root is 0. Python owns the array.
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+// a slot in 64 bits: parent << 40 | base << 16 | token; a base of 0 is a node without children, a token of 0 is none
+uint32_t parent_of(uint64_t slot) { return uint32_t(slot >> 40); }
+uint32_t base_of(uint64_t slot) { return uint32_t(slot >> 16) & 0xFFFFFF; }
+uint32_t token_of(uint64_t slot) { return uint32_t(slot & 0xFFFF); }
+
+struct Node {
+    uint32_t parent;
+    uint8_t byte;  // from the parent to here
+    uint32_t token, children;
+    uint32_t slot, base;
+};
+
+// The nodes of the trie, each after its parent, found by a hash of the edge that leads to them.
+class Trie {
+  public:
+    Trie() : nodes(1), table(1 << 18) {}
+
+    uint32_t child(uint32_t parent, uint8_t byte) {
+        const uint32_t key = parent << 8 | byte;
+        uint32_t at = (key * 0x9E3779B1u) >> 14;  // 18 bits
+        for (; table[at]; at = (at + 1) & (uint32_t(table.size()) - 1))
+            if (nodes[table[at]].parent == parent && nodes[table[at]].byte == byte) return table[at];
+        table[at] = uint32_t(nodes.size());
+        nodes.push_back({parent, byte, 0, 0, 0, 0});
+        ++nodes[parent].children;
+        return table[at];
+    }
+
+    std::vector<Node> nodes;
+
+  private:
+    std::vector<uint32_t> table;
+};
+
+// Gives every node a slot below `slots`; false if they do not fit. Nodes with many children are placed first, into the
+// empty array, those with one child fill the gaps.
+bool place(std::vector<Node>& nodes, uint32_t slots) {
+    std::vector<uint32_t> first(nodes.size() + 1), children(nodes.size()), parents[257];
+    for (uint32_t n = 0; n < nodes.size(); ++n) {
+        first[n + 1] = first[n] + nodes[n].children;
+        parents[nodes[n].children].push_back(n);
+    }
+    std::vector<uint32_t> end(first.begin(), first.end() - 1);
+    for (uint32_t n = 1; n < nodes.size(); ++n) children[end[nodes[n].parent]++] = n;
+
+    std::vector<uint8_t> used(slots);
+    used[0] = true;  // the root's
+    for (int count = 256; count > 0; --count) {
+        uint32_t slot = 1;  // moves on only: gaps that were passed are left to nodes with fewer children
+        for (const uint32_t parent : parents[count]) {
+            const uint32_t* begin = &children[first[parent]];
+            const auto fits = [&](uint32_t base) {
+                return std::none_of(begin, begin + count, [&](uint32_t n) { return used[base + nodes[n].byte]; });
+            };
+            while (slot <= nodes[*begin].byte || (slot + 256 < slots && !fits(slot - nodes[*begin].byte))) ++slot;
+            if (slot + 256 >= slots) return false;
+            nodes[parent].base = slot - nodes[*begin].byte;
+            for (int i = 0; i < count; ++i) {
+                nodes[begin[i]].slot = nodes[parent].base + nodes[begin[i]].byte;
+                used[nodes[begin[i]].slot] = true;
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+// Makes `array` [slots], all zero, from the tokens 1 .. count: their bytes one after another, and the length of each.
+// Returns 1; 0 if `slots` is too small, -1 without memory.
+EXPORT int world_build(uint64_t* array, int64_t slots, const uint8_t* bytes, const uint8_t* lengths, int64_t count) {
+    try {
+        Trie trie;
+        for (int64_t token = 1; token <= count; ++token) {
+            uint32_t node = 0;
+            for (int i = 0; i < lengths[token - 1]; ++i) node = trie.child(node, *bytes++);
+            trie.nodes[node].token = uint32_t(token);
+        }
+        if (!place(trie.nodes, uint32_t(slots))) return 0;
+        for (const Node& node : trie.nodes)
+            array[node.slot] = uint64_t(trie.nodes[node.parent].slot) << 40 | uint64_t(node.base) << 16 | node.token;
+        return 1;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+// Reads text [size] from `*position` on, until its end or until `ids` [capacity] is full. Returns the number of ids and
+// moves `*position` behind the bytes that they stand for. Every single byte is a token, so there always is a next one.
+EXPORT int64_t world_encode(const uint64_t* array, const uint8_t* text, int64_t size, int64_t* position, uint16_t* ids,
+                            int64_t capacity) {
+    const uint32_t root = base_of(array[0]);
+    int64_t begin = *position, count = 0;
+    while (begin < size && count < capacity) {
+        int64_t end = begin + 1;
+        uint32_t node = root + text[begin];
+        uint64_t slot = array[node];
+        uint32_t token = token_of(slot);
+        for (int64_t i = begin + 1; i < size && base_of(slot); ++i) {
+            const uint32_t child = base_of(slot) + text[i];
+            slot = array[child];
+            if (parent_of(slot) != node) break;
+            node = child;
+            if (token_of(slot)) {
+                token = token_of(slot);
+                end = i + 1;
+            }
+        }
+        ids[count++] = uint16_t(token);
+        begin = end;
+    }
+    *position = begin;
+    return count;
+}

@@ -1,1 +1,1 @@
-"""This project beside its peers on the machine at hand: `heronry bench`."""
+"""This package beside its peers on the machine at hand: `heronry bench`."""

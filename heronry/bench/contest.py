@@ -1,35 +1,39 @@
-"""Contestants side by side: blocks of all of them alternate, so that whatever else the machine does meets each."""
+"""Contestants side by side: their blocks alternate, so that whatever else the machine does affects all of them."""
 
 from __future__ import annotations
 
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .shapes import Maker, Shape
-from .worker import Contestant, Failed, Worker
+from .shapes import CheckpointWriter, Shape
+from .worker import Contestant, ContestantError, Worker
 
-WARM = 2  # blocks in front that do not count
-PAUSE = 0.03  # seconds; idle threads of OpenMP spin for a while before they sleep
+WARM_UP_BLOCKS = 2  # not counted
+PAUSE = 0.03  # seconds between blocks; idle OpenMP threads spin for a while before they sleep
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one contestant does in a block, and what to compare it with.
+    """What one contestant does in a block, and what it is compared with.
 
-    job: the method that gives it; "load" takes a new process for each block and counts its load alone.
-    file: the shape and kind of a file (see shapes.Maker) that the contestant is given in front of its options.
-    units: tokens, or whatever speed is told in, of a block.
-    cost: bytes or operations of a block; their share of what the row `limit` reached is told. A row with a cost and
-        no limit is a limit itself.
-    against: the rows that this one is measured by.
-    part_of: the row whose work this one does a part of.
-    weights: bytes; what memory holds beyond them is told.
+    Attributes:
+        job: the contestant's method that makes the job; "load" starts a new process for each block and counts only the
+            time to load the weights.
+        options: arguments of that method.
+        file: shape and kind of a checkpoint (see shapes.CheckpointWriter), passed to the contestant before its options.
+        units: how many tokens, or other units of the contest, one block processes.
+        cost: bytes read or operations done in a block. With a `limit`, the share of that row's best rate is reported;
+            without one the row is a limit itself.
+        limit: the name of the row that bounds this one.
+        against: names of rows that the speed is compared with.
+        part_of: the name of the row that includes this one's work.
+        weights: bytes of the weights; the memory beyond them is reported.
     """
 
     name: str
@@ -45,39 +49,54 @@ class Row:
     weights: int = 0
 
     @property
-    def key(self) -> Any:
+    def process_key(self) -> Hashable:
         """Rows with the same key share a process."""
         return self.contestant, self.file
 
-    def given(self, folder: Path) -> Contestant:
-        """The contestant with its file."""
+    def contestant_in(self, folder: Path) -> Contestant:
+        """The contestant with the path of its file, which lies in `folder`, before its options."""
         if self.file is None:
             return self.contestant
         shape, kind = self.file
         return self.contestant._replace(options=(shape.path(kind, folder), *self.contestant.options))
 
     @property
-    def missing(self) -> str:
-        """How to install what this row needs and what is not there."""
+    def missing_package(self) -> str:
+        """How to install the package that this row needs; "" if it is installed."""
         module = getattr(self.contestant.kind, "module", None)
         if module is None or importlib.util.find_spec(module) is not None:
             return ""
-        return f"not installed: pip install {self.contestant.kind.package}"  # type: ignore[attr-defined]
+        return f"not installed: pip install {getattr(self.contestant.kind, 'package', module)}"
 
 
 @dataclass(frozen=True)
 class Contest:
+    """Rows that are timed together.
+
+    Attributes:
+        unit: what `Row.units` counts: "token", "pass", ...
+        blocks: how many blocks of each row count.
+        memory: whether memory and load time are reported too.
+    """
+
     topic: str
     title: str
-    unit: str  # of `units`: "token", "pass"
+    unit: str
     rows: list[Row]
     blocks: int = 15
-    memory: bool = False  # whether memory and load are part of the question
+    memory: bool = False
 
 
 @dataclass
 class Result:
-    """seconds: of each block that counts. problem: why there are none, or no more."""
+    """What was measured of a row.
+
+    Attributes:
+        seconds: of each block that counts.
+        problem: why there are no blocks, or no more.
+        load_seconds: the time to load the weights.
+        memory: bytes: "resident", "anonymous" and "peak".
+    """
 
     row: Row
     seconds: list[float] = field(default_factory=list)
@@ -87,93 +106,102 @@ class Result:
 
     @property
     def median(self) -> float:
+        """Seconds of a block."""
         return statistics.median(self.seconds)
 
 
 class Outcome:
-    """What a contest gave, also when it was cut short."""
+    """The results of a contest so far; complete unless it was interrupted."""
 
     def __init__(self, contest: Contest):
         self.contest = contest
         self.results = {row.name: Result(row) for row in contest.rows}
 
-    def share(self, result: Result) -> float | None:
-        """Of the limit, whose best block counts."""
+    def limit_share(self, result: Result) -> float | None:
+        """The median rate as a fraction of the rate in the best block of its limit."""
         limit = self.results.get(result.row.limit)
         if limit is None or not limit.seconds or not result.seconds:
             return None
         return result.row.cost / limit.row.cost * min(limit.seconds) / result.median
 
-    def ratio(self, result: Result, name: str) -> float | None:
-        """How many times as fast as another row: the median over pairs of neighbouring blocks."""
+    def speed_ratio(self, result: Result, name: str) -> float | None:
+        """How many times as fast as the row `name`: the median over pairs of neighbouring blocks."""
         other = self.results.get(name)
         if other is None or not other.seconds or not result.seconds:
             return None
         pairs = zip(result.seconds, other.seconds, strict=False)
         return statistics.median(b / a * result.row.units / other.row.units for a, b in pairs)
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
+    def figures(self) -> dict[str, Any]:
+        """The whole contest for JSON."""
         return {
             "topic": self.contest.topic,
             "title": self.contest.title,
             "unit": self.contest.unit,
-            "rows": [self.describe(result) for result in self.results.values()],
+            "rows": [self.row_figures(result) for result in self.results.values()],
         }
 
-    def describe(self, result: Result) -> dict[str, Any]:
-        """One row of it."""
+    def row_figures(self, result: Result) -> dict[str, Any]:
+        """One row for JSON and for the table; keys without a figure are left out."""
         row = result.row
-        told: dict[str, Any] = {"name": row.name}
+        figures: dict[str, Any] = {"name": row.name}
         if result.problem:
-            told["problem"] = result.problem
+            figures["problem"] = result.problem
         if result.seconds:
-            each = result.median / row.units
-            told |= {"ms": 1000 * each, "per_second": 1 / each, "blocks": result.seconds, "units": row.units}
+            seconds = result.median / row.units
+            figures |= {
+                "ms": 1000 * seconds,
+                "per_second": 1 / seconds,
+                "blocks": result.seconds,
+                "units": row.units,
+            }
         if row.cost:
-            told["cost"] = row.cost
+            figures["cost"] = row.cost
         if row.cost and not row.limit and result.seconds:
-            told["best_per_second"] = row.cost / min(result.seconds)
+            figures["best_per_second"] = row.cost / min(result.seconds)
         if row.limit:
-            told |= {"limit": row.limit, "share": self.share(result)}
+            figures |= {"limit": row.limit, "share": self.limit_share(result)}
         if row.against:
-            told["times_as_fast_as"] = {name: self.ratio(result, name) for name in row.against}
+            figures["times_as_fast_as"] = {name: self.speed_ratio(result, name) for name in row.against}
         if row.part_of:
-            ratio = self.ratio(result, row.part_of)
-            told |= {"part_of": row.part_of, "part": ratio and 1 / ratio}
+            ratio = self.speed_ratio(result, row.part_of)
+            figures |= {"part_of": row.part_of, "part": ratio and 1 / ratio}
         if result.load_seconds is not None:
-            told["load_seconds"] = result.load_seconds
-        told |= {f"{name}_bytes": size for name, size in result.memory.items()}
+            figures["load_seconds"] = result.load_seconds
+        figures |= {f"{name}_bytes": size for name, size in result.memory.items()}
         if row.weights and result.memory:
-            told["beyond_weights_bytes"] = result.memory["resident"] - row.weights
-        return told
+            figures["beyond_weights_bytes"] = result.memory["resident"] - row.weights
+        return figures
 
 
-def run(outcome: Outcome, blocks: int, folder: Path, tell: Callable[[str], None]) -> None:
-    """Fills in the outcome of its contest, which holds what there is when this is interrupted.
+def run_contest(outcome: Outcome, blocks: int, folder: Path, report: Callable[[str], None]) -> None:
+    """Fill in the outcome of its contest, which holds the results so far if this is interrupted.
 
-    folder: where files are made or found. tell: hears what happens now.
+    Args:
+        blocks: how many blocks of each row count.
+        folder: where checkpoints are written, unless they exist already.
+        report: called with a line about what is happening.
     """
     title, results = outcome.contest.title, outcome.results.values()
-    workers: dict[Any, Worker] = {}
+    workers: dict[Hashable, Worker] = {}
     try:
         for result in results:
-            row, result.problem = result.row, result.row.missing
-            tell(f"{title}: loading {row.name}")
-            with _told(result):
+            row, result.problem = result.row, result.row.missing_package
+            report(f"{title}: loading {row.name}")
+            with _recorded_failure(result):
                 if not result.problem and row.file:
-                    _make(*row.file, folder)
-                if not result.problem and row.job != "load" and row.key not in workers:
-                    workers[row.key] = Worker(row.given(folder))
-        for block in range(-WARM, blocks):
+                    _write_checkpoint(*row.file, folder)
+                if not result.problem and row.job != "load" and row.process_key not in workers:
+                    workers[row.process_key] = Worker(row.contestant_in(folder))
+        for block in range(-WARM_UP_BLOCKS, blocks):
             for result in results:
-                if result.problem or (block < 0 and result.row.job == "load"):  # which is always a first time
+                if result.problem or (block < 0 and result.row.job == "load"):  # each load is a first one
                     continue
-                where = f"block {block + 1} of {blocks}" if block >= 0 else "warming up"
-                tell(f"{title}: {where}, {result.row.name}")
+                phase = f"block {block + 1} of {blocks}" if block >= 0 else "warming up"
+                report(f"{title}: {phase}, {result.row.name}")
                 time.sleep(PAUSE)
-                with _told(result):
-                    seconds = _block(result, workers, folder)
+                with _recorded_failure(result):
+                    seconds = _time_block(result, workers, folder)
                     if block >= 0:
                         result.seconds.append(seconds)
     finally:
@@ -182,25 +210,26 @@ def run(outcome: Outcome, blocks: int, folder: Path, tell: Callable[[str], None]
 
 
 @contextmanager
-def _told(result: Result) -> Iterator[None]:
-    """A contestant that fails is out, the others go on."""
+def _recorded_failure(result: Result) -> Iterator[None]:
+    """A contestant that fails is out; the others continue."""
     try:
         yield
-    except Failed as error:
+    except ContestantError as error:
         result.problem = str(error)
 
 
-def _make(shape: Shape, kind: str, folder: Path) -> None:
+def _write_checkpoint(shape: Shape, kind: str, folder: Path) -> None:
     if not shape.path(kind, folder).exists():
-        Worker(Contestant(Maker, (shape, kind, folder))).stop()
+        Worker(Contestant(CheckpointWriter, (shape, kind, folder))).stop()
 
 
-def _block(result: Result, workers: dict[Any, Worker], folder: Path) -> float:
+def _time_block(result: Result, workers: dict[Hashable, Worker], folder: Path) -> float:
+    """Run one block of the row; returns its seconds, and updates load time and memory in `result`."""
     row = result.row
-    fresh = row.job == "load"
-    worker = Worker(row.given(folder)) if fresh else workers[row.key]
-    seconds = worker.load_seconds if fresh else worker.run(row.job, row.options)
+    loads = row.job == "load"
+    worker = Worker(row.contestant_in(folder)) if loads else workers[row.process_key]
+    seconds = worker.load_seconds if loads else worker.run(row.job, row.options)
     result.load_seconds, result.memory = worker.load_seconds, worker.memory()
-    if fresh:
+    if loads:
         worker.stop()
     return seconds

@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes read a second, multiplications a second."""
+"""The limits of this machine: bytes read per second, multiplications per second."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from ..memory import Arena
-from .ours import Job
+from .contestants import Job
 
 
 class Machine:
-    """Runs among the contestants, so that what disturbs them disturbs it too."""
+    """Runs among the contestants, so that whatever slows them down slows it down too."""
 
     def load(self) -> None:
         pass
 
     def read(self, size: int, passes: int) -> Job:
-        """Passes over so many bytes, in huge pages where the system grants them."""
+        """Read `size` bytes `passes` times, from huge pages where the system grants them."""
         x = Arena().allocate((size // 4,), torch.float32).fill_(1)
 
         def job() -> None:
@@ -29,7 +29,7 @@ class Machine:
         return job
 
     def multiply(self, dtype: str, size: int) -> Job:
-        """One product of square matrices."""
+        """One product of two matrices [size, size]."""
         if dtype == "int8":
             a, b = (torch.randint(-9, 9, (size, size), dtype=torch.int8) for _ in range(2))
             return lambda: torch._int_mm(a, b)
@@ -37,28 +37,28 @@ class Machine:
         return lambda: a @ b
 
 
-def cores() -> int:
+def physical_cores() -> int:
     """Physical cores that this process may use; logical ones where the system does not say."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    mine = os.sched_getaffinity(0)
-    files = [Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") for i in mine]
-    return len({file.read_text() for file in files}) if all(file.exists() for file in files) else len(mine)
+    cpus = os.sched_getaffinity(0)
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") for i in cpus]
+    return len({file.read_text() for file in siblings}) if all(file.exists() for file in siblings) else len(cpus)
 
 
-def description() -> dict[str, str | int]:
-    """Of the machine and the versions that were measured."""
+def describe_machine() -> dict[str, str | int]:
+    """Processor, vector instructions, cores, system, and the versions of Python and PyTorch."""
     processor = platform.processor() or platform.machine()
-    about = Path("/proc/cpuinfo")
-    if about.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in about.read_text().splitlines() if line.startswith("model name")
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
-        processor = names[0] if names else processor
+        processor = models[0] if models else processor
     return {
         "processor": processor,
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores(),
+        "cores": physical_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The others: PyPI's rwkv, transformers' RWKV-4 and GPT-2, llama.cpp. Their libraries come in when a worker starts."""
+"""The peers: PyPI's rwkv, transformers' RWKV-4 and GPT-2, llama.cpp; imported when a worker starts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ours import Job, Training
-from .shapes import Shape, pretrained
+from .contestants import Job, Training
+from .shapes import Shape, transformers_model
 
 
-class PyPI:
-    """rwkv, in its faster setting (TorchScript)."""
+class PypiRwkv:
+    """PyPI's rwkv, in its faster setting (TorchScript)."""
 
     package, module = "rwkv", "rwkv"
 
@@ -23,15 +23,15 @@ class PyPI:
         os.environ["RWKV_JIT_ON"] = "1"
         if shape.family == "rwkv7":
             os.environ["RWKV_V7_ON"] = "1"
-        self.make = import_module("rwkv.model").RWKV
-        self.file, self.vocabulary = file, shape.vocabulary
+        self.model_class: Any = import_module("rwkv.model").RWKV
+        self.file, self.vocab_size = file, shape.vocab_size
         self.strategy = {"float32": "cpu fp32", "bfloat16": "cpu bf16"}[format]
 
     def load(self) -> None:
-        self.model = self.make(model=str(self.file.with_suffix("")), strategy=self.strategy)
+        self.model = self.model_class(model=str(self.file.with_suffix("")), strategy=self.strategy)
 
     def decode(self, tokens: int) -> Job:
-        steps = torch.randint(self.vocabulary, (tokens,)).tolist()
+        steps = torch.randint(self.vocab_size, (tokens,)).tolist()
         state = None
 
         def job() -> None:
@@ -42,24 +42,26 @@ class PyPI:
         return job
 
     def prefill(self, tokens: int) -> Job:
-        prompt = torch.randint(self.vocabulary, (tokens,)).tolist()
+        prompt = torch.randint(self.vocab_size, (tokens,)).tolist()
         return lambda: self.model.forward(prompt, None)
 
 
 class Transformers:
+    """RWKV-4 or GPT-2 in transformers."""
+
     package, module = "transformers", "transformers"
 
     def __init__(self, file: Path, format: str, shape: Shape):
         transformers: Any = import_module("transformers")
-        self.make = transformers.GPT2LMHeadModel if shape.family == "gpt2" else transformers.RwkvForCausalLM
-        self.file, self.dtype, self.vocabulary = file, getattr(torch, format), shape.vocabulary
+        self.model_class = transformers.GPT2LMHeadModel if shape.family == "gpt2" else transformers.RwkvForCausalLM
+        self.file, self.dtype, self.vocab_size = file, getattr(torch, format), shape.vocab_size
 
     def load(self) -> None:
-        self.model = self.make.from_pretrained(self.file, dtype=self.dtype).eval()
+        self.model = self.model_class.from_pretrained(self.file, dtype=self.dtype).eval()
 
     def decode(self, tokens: int, position: int = 0) -> Job:
-        """An RWKV goes on from the block before; GPT-2 reads the tokens after `position` again and again."""
-        steps = torch.randint(self.vocabulary, (tokens, 1, 1))
+        """Steps of one token: RWKV continues from the previous block, GPT-2 starts after `position` each time."""
+        steps = torch.randint(self.vocab_size, (tokens, 1, 1))
         if position:
             return self._decode_at(position, steps)
         state = None
@@ -74,7 +76,7 @@ class Transformers:
 
     def _decode_at(self, position: int, steps: Tensor) -> Job:
         with torch.inference_mode():
-            text = torch.randint(self.vocabulary, (1, position))
+            text = torch.randint(self.vocab_size, (1, position))
             cache = self.model(text, use_cache=True, logits_to_keep=1).past_key_values
 
         @torch.inference_mode()
@@ -86,7 +88,7 @@ class Transformers:
         return job
 
     def prefill(self, tokens: int) -> Job:
-        prompt = torch.randint(self.vocabulary, (1, tokens))
+        prompt = torch.randint(self.vocab_size, (1, tokens))
 
         @torch.inference_mode()
         def job() -> None:
@@ -96,24 +98,27 @@ class Transformers:
 
 
 class TransformersTraining(Training):
+    """A new RWKV-4 or GPT-2 of transformers in training."""
+
     package, module = "transformers", "transformers"
 
     def load(self) -> None:
-        self.model = pretrained(self.shape).train()
+        self.model = transformers_model(self.shape).train()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, use_cache=False).logits
+        logits: Tensor = self.model(tokens, use_cache=False).logits
+        return logits
 
 
 class LlamaCpp:
-    """Through the bindings of its C API, as its own tools use it."""
+    """llama.cpp through the bindings of its C API, used as its own tools use it."""
 
     package, module = "llama-cpp-python", "llama_cpp"
     needs_torch = False
 
     def __init__(self, file: Path, format: str, shape: Shape):
         self.api: Any = import_module("llama_cpp")
-        self.file, self.vocabulary = file, shape.vocabulary
+        self.file, self.vocab_size = file, shape.vocab_size
         self.api.llama_backend_init()
 
     def load(self) -> None:
@@ -123,18 +128,18 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp could not load {self.file.name}")
 
     def _context(self, tokens: int, sequences: int) -> Any:
-        """For batches of so many tokens; as many threads as torch was told."""
+        """A context for batches of `tokens`, with as many threads as PyTorch."""
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = max(2048, tokens), tokens, tokens
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         context = self.api.llama_init_from_model(self.model, params)
         if not context:
-            raise RuntimeError("llama.cpp could not make a context")
+            raise RuntimeError("llama.cpp could not create a context")
         return context
 
     def _batch(self, tokens: list[int], sequences: int) -> Any:
-        """One token of each of many sequences, or the tokens of one; logits of the last of each."""
+        """A batch of one token in each of many sequences, or of the tokens of one; asks for the last logits."""
         batch = self.api.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -143,14 +148,15 @@ class LlamaCpp:
             batch.logits[i] = sequences > 1 or i == len(tokens) - 1
         return batch
 
-    def _read(self, context: Any, batch: Any) -> None:
+    def _run(self, context: Any, batch: Any) -> None:
+        """Process a batch and wait for its last logits."""
         if self.api.llama_decode(context, batch) != 0:
             raise RuntimeError("llama.cpp could not decode a batch")
         self.api.llama_get_logits_ith(context, batch.n_tokens - 1)  # waits for the result
 
     def decode(self, tokens: int, sequences: int = 1) -> Job:
         context = self._context(max(sequences, 32), sequences)
-        batches = [self._batch(row, sequences) for row in torch.randint(self.vocabulary, (tokens, sequences)).tolist()]
+        batches = [self._batch(row, sequences) for row in torch.randint(self.vocab_size, (tokens, sequences)).tolist()]
         position = 0
 
         def job() -> None:
@@ -159,16 +165,16 @@ class LlamaCpp:
                 for i in range(sequences):
                     batch.pos[i] = position
                 position += 1
-                self._read(context, batch)
+                self._run(context, batch)
 
         return job
 
     def prefill(self, tokens: int) -> Job:
         context = self._context(tokens, 1)
-        batch = self._batch(torch.randint(self.vocabulary, (tokens,)).tolist(), 1)
+        batch = self._batch(torch.randint(self.vocab_size, (tokens,)).tolist(), 1)
 
         def job() -> None:
             self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
-            self._read(context, batch)
+            self._run(context, batch)
 
         return job

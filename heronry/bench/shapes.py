@@ -1,4 +1,4 @@
-"""What is measured: random weights of a shape, the files they lie in, and what a token costs at least."""
+"""Sizes of the models that are measured: their files with random weights, and the least that a token costs."""
 
 from __future__ import annotations
 
@@ -20,75 +20,80 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "F16
 
 @dataclass(frozen=True)
 class Shape:
-    """family: rwkv4 to rwkv7, or gpt2."""
+    """A model's sizes. family: rwkv4 to rwkv7, or gpt2."""
 
     family: str
-    layers: int
-    width: int
-    vocabulary: int
+    n_layer: int
+    n_embd: int
+    vocab_size: int
 
     def __str__(self) -> str:
-        return f"{self.name} L{self.layers} D{self.width} V{self.vocabulary}"
+        return f"{self.name} L{self.n_layer} D{self.n_embd} V{self.vocab_size}"
 
     @property
     def name(self) -> str:
         return "GPT-2" if self.family == "gpt2" else f"RWKV-{self.family[-1]}"
 
     def path(self, kind: str, folder: Path) -> Path:
-        return folder / f"{self.name}-{self.layers}-{self.width}-{self.vocabulary}.{kind}"
+        """Where CheckpointWriter puts its file of this kind."""
+        return folder / f"{self.name}-{self.n_layer}-{self.n_embd}-{self.vocab_size}.{kind}"
 
-    def bytes_a_token(self, format: str, position: int = 0) -> int:
-        """What decoding one token reads and writes at least: every matrix but the embedding in its format, low-rank
-        matrices and vectors in 32 bits for float32 and in 16 for all others, an RWKV's float32 state both ways, a
-        Transformer's keys and values of the tokens before."""
-        matrices, rest, state = _counts(self)
-        size = 4 if format == "float32" else 2
-        kept = 2 * self.layers * position * self.width if self.family == "gpt2" else 0
-        return matrices * BITS[format] // 8 + (rest + kept) * size + 2 * 4 * state
+    def bytes_per_token(self, format: str, position: int = 0) -> int:
+        """The least that decoding one token reads and writes, in bytes.
 
-    def weights(self, format: str) -> int:
-        """Bytes of all weights: what is counted above, and the embedding in 16 bits or 32."""
-        matrices, rest, _ = _counts(self)
+        Every matrix but the embedding in its format; low-rank matrices and vectors in 32 bits for float32, else in 16;
+        the float32 state of an RWKV, read and written; the keys and values of a Transformer at `position`.
+        """
+        matrices, others, state = _count_elements(self)
         size = 4 if format == "float32" else 2
-        embedding = 1024 * self.width if self.family == "gpt2" else self.vocabulary * self.width
-        return matrices * BITS[format] // 8 + (rest + embedding) * size
+        cache = 2 * self.n_layer * position * self.n_embd if self.family == "gpt2" else 0
+        return matrices * BITS[format] // 8 + (others + cache) * size + 2 * 4 * state
+
+    def weight_bytes(self, format: str) -> int:
+        """Bytes of all weights: those that a token reads, and the embedding in 32 bits for float32, else in 16."""
+        matrices, others, _ = _count_elements(self)
+        size = 4 if format == "float32" else 2
+        embedding = 1024 * self.n_embd if self.family == "gpt2" else self.vocab_size * self.n_embd
+        return matrices * BITS[format] // 8 + (others + embedding) * size
 
     def flops(self, tokens: int, logits: int) -> int:
-        """Of the matrices, low-rank ones too, in the forward pass of so many tokens with the logits of some."""
-        matrices, rest, _ = _counts(self)
-        head = self.vocabulary * self.width
-        return 2 * ((matrices + rest - head) * tokens + head * logits)
+        """Operations of all matrices, low-rank ones too, in a forward pass that gives `logits` rows of logits."""
+        matrices, others, _ = _count_elements(self)
+        head = self.vocab_size * self.n_embd
+        return 2 * ((matrices + others - head) * tokens + head * logits)
 
 
 @cache
-def _counts(shape: Shape) -> tuple[int, int, int]:
-    """Numbers in the matrices that a token is multiplied with, in all else it needs, and in the state."""
-    layers, width, vocabulary = shape.layers, shape.width, shape.vocabulary
-    if shape.family == "gpt2":  # its head is the embedding, so that it is read whole
-        return 12 * layers * width**2 + vocabulary * width, 13 * layers * width + 4 * width, 0
+def _count_elements(shape: Shape) -> tuple[int, int, int]:
+    """How many elements a token needs: of matrices without the embedding, of all other parameters, of the state."""
+    n_layer, n_embd, vocab_size = shape.n_layer, shape.n_embd, shape.vocab_size
+    if shape.family == "gpt2":  # its head is the embedding, so all of it is read
+        return 12 * n_layer * n_embd**2 + vocab_size * n_embd, 13 * n_layer * n_embd + 4 * n_embd, 0
     cls = MODELS[shape.family]
     with torch.device("meta"):
-        model = cls(cls.Config.sized(vocabulary, layers, width))
-        state = sum(block.att.initial_wkv().numel() + 2 * width for block in model.blocks)
-    counted = {name: p.numel() for name, p in model.named_parameters() if name != "emb.weight"}
-    matrices = sum(n for name, n in counted.items() if name.endswith(".weight") and "ln" not in name)
-    return matrices, sum(counted.values()) - matrices, state
+        model = cls(cls.Config.sized(vocab_size, n_layer, n_embd))
+        state = sum(block.att.initial_wkv().numel() + 2 * n_embd for block in model.blocks)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name != "emb.weight"}
+    matrices = sum(n for name, n in sizes.items() if name.endswith(".weight") and "ln" not in name)
+    return matrices, sum(sizes.values()) - matrices, state
 
 
-class Maker:
-    """Makes a file or folder with random weights, in a process of its own that then gives its memory back.
+class CheckpointWriter:
+    """Writes a file or folder with random weights; a contestant, so that its process frees the memory afterwards.
 
-    kind: "pth" (BlinkDL's names, bfloat16), "int8" or "int4" (as heronry saves them), "F16", "Q8_0" or "Q4_0" (GGUF)
-    or "transformers".
+    Args:
+        kind: "pth" (BlinkDL's names, bfloat16), "int8" or "int4" (as heronry saves them), "F16", "Q8_0" or "Q4_0"
+            (GGUF) or "transformers".
+        folder: where it goes, under the name that `Shape.path` gives.
     """
 
     def __init__(self, shape: Shape, kind: str, folder: Path):
         self.shape, self.kind, self.folder = shape, kind, folder
 
     def load(self) -> None:
-        self.make(self.kind)
+        self.write(self.kind)
 
-    def make(self, kind: str) -> Path:
+    def write(self, kind: str) -> Path:
         path = self.shape.path(kind, self.folder)
         if path.exists():
             return path
@@ -96,20 +101,20 @@ class Maker:
         if kind == "pth":
             torch.save(random_model(self.shape).to(torch.bfloat16).state_dict(), part)
         elif kind in ("int8", "int4"):
-            save(quantize(load(self.make("pth")), kind), part)
+            save(quantize(load(self.write("pth")), kind), part)
         elif kind == "transformers":
-            pretrained(self.shape).save_pretrained(part)
+            transformers_model(self.shape).save_pretrained(part)
         elif kind == "F16":
-            convert(self.make("pth"), part, to="gguf", dtype="float16")
+            convert(self.write("pth"), part, to="gguf", dtype="float16")
         else:
-            _quantize_gguf(self.make("F16"), part, kind)
+            _quantize_gguf(self.write("F16"), part, kind)
         return part.rename(path)
 
 
 def random_model(shape: Shape) -> Model:
-    """One of ours; initialised it would be full of zeros."""
+    """A model of this package with random weights; its own initialisation would leave many at zero."""
     cls = MODELS[shape.family]
-    model = cls(cls.Config.sized(shape.vocabulary, shape.layers, shape.width))
+    model = cls(cls.Config.sized(shape.vocab_size, shape.n_layer, shape.n_embd))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -120,22 +125,23 @@ def random_model(shape: Shape) -> Model:
     return model
 
 
-def pretrained(shape: Shape) -> Any:
-    """transformers' own model, with its own random weights."""
+def transformers_model(shape: Shape) -> Any:
+    """The model of transformers, with the random weights that it is initialised with."""
     transformers: Any = import_module("transformers")
     if shape.family == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=shape.vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.width // 64
+            vocab_size=shape.vocab_size, n_layer=shape.n_layer, n_embd=shape.n_embd, n_head=shape.n_embd // 64
         )
         return transformers.GPT2LMHeadModel(config)
     config = transformers.RwkvConfig(
-        vocab_size=shape.vocabulary, num_hidden_layers=shape.layers, hidden_size=shape.width, context_length=1024
+        vocab_size=shape.vocab_size, num_hidden_layers=shape.n_layer, hidden_size=shape.n_embd, context_length=1024
     )
     return transformers.RwkvForCausalLM(config)
 
 
 def _quantize_gguf(source: Path, path: Path, kind: str) -> None:
-    """By llama.cpp itself; every matrix in `kind`, where it would leave the head in more bits and be slower."""
+    """Quantize a GGUF file with llama.cpp: every matrix to `kind`, also the head, which its default keeps larger and
+    slower."""
     llama_cpp: Any = import_module("llama_cpp")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]

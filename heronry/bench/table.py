@@ -1,4 +1,4 @@
-"""A contest for people: a table in Markdown, and what went wrong below it."""
+"""A contest as a table in Markdown, with failures listed below it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.table import Table
 from .contest import Outcome, Result
 
 
-def show(outcome: Outcome, console: Console) -> None:
-    """Prints it; columns that no row fills are left out."""
+def print_table(outcome: Outcome, console: Console) -> None:
+    """Print the contest; columns that no row fills are left out."""
     unit = outcome.contest.unit
-    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
-    names = ["", f"ms a {unit}", f"{units} a second", "of the limit", "times as fast as"]
+    units = f"{unit}es" if unit.endswith(("ch", "ss")) else f"{unit}s"
+    names = ["", f"ms/{unit}", f"{units}/s", "of the limit", "times as fast as"]
     names += ["resident", "beyond weights", "peak", "load"]
     rows = [_cells(outcome, result) for result in outcome.results.values() if result.seconds]
     table = Table(box=box.MARKDOWN, header_style="")
@@ -32,21 +32,22 @@ def show(outcome: Outcome, console: Console) -> None:
 
 
 def _cells(outcome: Outcome, result: Result) -> tuple[str, ...]:
-    row, told = result.row, outcome.describe(result)
-    beside = [f"{ratio:.2f} {name}" for name, ratio in told.get("times_as_fast_as", {}).items() if ratio]
-    if told.get("part"):
-        beside.append(f"{told['part']:.0%} of the time of {row.part_of}")
-    if "best_per_second" in told:
-        beside.append(f"at best {told['best_per_second'] / 1e9:,.1f} G{'B' if row.job == 'read' else 'FLOP'}/s")
+    """One text a column of `print_table`; "" where there is no figure."""
+    row, figures = result.row, outcome.row_figures(result)
+    comparisons = [f"{ratio:.2f} {name}" for name, ratio in figures.get("times_as_fast_as", {}).items() if ratio]
+    if figures.get("part"):
+        comparisons.append(f"{figures['part']:.0%} of the time of {row.part_of}")
+    if "best_per_second" in figures:
+        comparisons.append(f"at best {figures['best_per_second'] / 1e9:,.1f} G{'B' if row.job == 'read' else 'FLOP'}/s")
     memory = result.memory if outcome.contest.memory and (row.file or not row.cost) else {}
     return (
         row.name,
-        f"{told['ms']:,.1f}" if told["ms"] >= 10 else f"{told['ms']:.3g}",
-        f"{told['per_second']:,.1f}",
-        f"{told['share']:.0%}" if told.get("share") else "",
-        "; ".join(beside),
+        f"{figures['ms']:,.1f}" if figures["ms"] >= 10 else f"{figures['ms']:.3g}",
+        f"{figures['per_second']:,.1f}",
+        f"{figures['share']:.0%}" if figures.get("share") else "",
+        "; ".join(comparisons),
         f"{memory['resident'] / 1e6:,.0f} MB" if memory else "",
-        f"{told['beyond_weights_bytes'] / 1e6:,.0f} MB" if memory and row.weights else "",
+        f"{figures['beyond_weights_bytes'] / 1e6:,.0f} MB" if memory and row.weights else "",
         f"{memory['peak'] / 1e6:,.0f} MB" if memory else "",
         f"{result.load_seconds:.2f} s" if memory else "",
     )

@@ -1,8 +1,7 @@
-"""Models of pictures beside a ViT of equal size: one function a topic, and its contestant."""
+"""The topic "vision": vision models beside a ViT of equal size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +10,16 @@ from ..models.baselines import ViT, ViTConfig
 from ..models.native_step import has_fast_matmul
 from ..models.vision import create
 from .contest import Contest, Row
+from .contestants import Job
 from .worker import Contestant
 
-NAMES = {"ViT-T": "vit", "VRWKV-T": "vrwkv_tiny", "VRWKV6-T": "vrwkv6_tiny"}
+MODELS = {"ViT-T": "vit", "VRWKV-T": "vrwkv_tiny", "VRWKV6-T": "vrwkv6_tiny"}
 
 
-class Seeing:
-    """A model of the size T, 192 channels in 12 layers, in front of pictures of size x size pixels.
+class VisionInference:
+    """A model of the size T (192 channels, 12 layers) on a batch of pictures of size x size pixels.
 
-    Each size has a process of its own, whose memory is that of this size.
+    Each size is a contestant with a process of its own, so that memory is measured for each.
     """
 
     def __init__(self, name: str, dtype: str, batch: int, size: int):
@@ -31,7 +31,7 @@ class Seeing:
         self.model.init_weights()
         self.model.to(self.dtype).eval()
 
-    def forward(self) -> Callable[[], object]:
+    def forward(self) -> Job:
         images = torch.randn(self.shape).to(self.dtype)
 
         @torch.inference_mode()
@@ -42,13 +42,14 @@ class Seeing:
 
 
 def vision(quick: bool, large: bool) -> list[Contest]:
+    """Inference at several sizes of pictures and batches."""
     contests = []
     for batch, size in ((1, 224), (8, 224), (1, 512), (1, 1024), *(() if quick else ((1, 2048),))):
         rows = []
         for dtype in ("bfloat16", "float32") if has_fast_matmul(torch.bfloat16) else ("float32",):
-            for name, made in NAMES.items():
-                contestant = Contestant(Seeing, (made, dtype, batch, size))
-                against = () if made == "vit" else (f"ViT-T {dtype}",)
+            for name, model in MODELS.items():
+                contestant = Contestant(VisionInference, (model, dtype, batch, size))
+                against = () if model == "vit" else (f"ViT-T {dtype}",)
                 units = batch * (size // 16) ** 2
                 rows.append(Row(f"{name} {dtype}", contestant, "forward", units=units, against=against))
         title = f"{batch} x {size} x {size} pixels, {(size // 16) ** 2:,} patches each"

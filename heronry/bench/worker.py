@@ -1,6 +1,6 @@
-"""A contestant in a process of its own, so that neither thread pools nor memory of one meet those of another.
+"""A contestant in a process of its own, so that contestants share neither thread pools nor memory.
 
-Between the jobs it is sent a worker waits for the next one without using the processor.
+Between jobs a worker waits without using the processor.
 """
 
 from __future__ import annotations
@@ -16,44 +16,46 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}  # of /proc/self/status
+MEMORY_FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}  # of /proc/self/status
 
 
 class Contestant(NamedTuple):
-    """kind(*options) brings in the libraries, .load() the weights; its other methods return a job: what is timed."""
+    """kind(*options) imports the libraries and .load() loads the weights; its other methods return a job to time."""
 
     kind: type
     options: tuple[Any, ...] = ()
 
 
-class Failed(Exception):
-    """A contestant that could not be loaded or run, in one line."""
+class ContestantError(Exception):
+    """A contestant could not be loaded or run; the message is one line."""
 
 
 class Worker:
-    """load_seconds: of the weights; libraries were there before."""
+    """A process that runs a contestant's jobs. load_seconds: the time to load the weights, without the libraries."""
 
     def __init__(self, contestant: Contestant):
         # what the libraries print
         self._log = tempfile.NamedTemporaryFile("r", prefix="heronry-bench-")  # noqa: SIM115
         context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, self._log.name, contestant), daemon=True)
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: whoever started the run answers Ctrl-C
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_pipe, self._log.name, contestant), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only the parent handles Ctrl-C
         self._process.start()
         signal.signal(signal.SIGINT, handler)
-        there.close()
+        child_pipe.close()
         self.load_seconds: float = self._answer()
 
     def run(self, job: str, options: tuple[Any, ...]) -> float:
-        """Seconds that the job takes; the first call prepares it too, outside of the time."""
+        """Seconds that the job takes; the first call also prepares it, which is not timed."""
         self._pipe.send((job, options))
-        return self._answer()
+        seconds: float = self._answer()
+        return seconds
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "resident" now, "anonymous" of these (files that are mapped left out), "peak" so far."""
+        """Bytes: "resident" now, "anonymous" of these (without mapped files), "peak" so far; {} where not known."""
         self._pipe.send(None)
-        return self._answer()
+        sizes: dict[str, int] = self._answer()
+        return sizes
 
     def stop(self) -> None:
         self._pipe.close()
@@ -67,46 +69,48 @@ class Worker:
             kind, answer = self._pipe.recv()
         except EOFError:
             self._process.join()
-            said = [line for line in self._log.read().splitlines() if line.strip()] or ["without a word"]
-            raise Failed(f"died with exit code {self._process.exitcode}: {said[-1][:200]}") from None
+            lines = [line for line in self._log.read().splitlines() if line.strip()] or ["no output"]
+            raise ContestantError(f"died with exit code {self._process.exitcode}: {lines[-1][:200]}") from None
         if kind == "failed":
-            raise Failed(answer)
+            raise ContestantError(answer)
         return answer
 
 
 def _serve(pipe: Connection, log: str, contestant: Contestant) -> None:
-    printed = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
-    # this very file brought torch in; who does without it is not charged with its memory
-    before = {} if getattr(contestant.kind, "needs_torch", True) else _memory({})
-    runner: Any = None
-    jobs: dict[tuple[str, tuple[Any, ...]], Any] = {}
+    """The loop of the worker's process: load, then answer a job with its seconds and None with the memory."""
+    log_file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
+    # importing this file imported PyTorch; a contestant that does without is not charged for its memory
+    baseline = {} if getattr(contestant.kind, "needs_torch", True) else _memory({})
+    instance: Any = None
+    jobs: dict[tuple[str, tuple[Any, ...]], Callable[[], object]] = {}
 
     def load() -> float:
-        nonlocal runner
-        runner = contestant.kind(*contestant.options)
-        return _seconds(runner.load)
+        nonlocal instance
+        instance = contestant.kind(*contestant.options)
+        return _seconds(instance.load)
 
     def run() -> float:
-        name, options = asked
-        if asked not in jobs:
-            jobs[asked] = getattr(runner, name)(*options)
-        return _seconds(jobs[asked])
+        name, options = request
+        if request not in jobs:
+            jobs[request] = getattr(instance, name)(*options)
+        return _seconds(jobs[request])
 
-    pipe.send(_tried(load))
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the run is over
+    pipe.send(_answer_or_failure(load))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the contest is over
         while True:
-            asked = pipe.recv()
-            pipe.send(("done", _memory(before)) if asked is None else _tried(run))
+            request = pipe.recv()
+            pipe.send(("done", _memory(baseline)) if request is None else _answer_or_failure(run))
 
 
-def _tried(work: Callable[[], float]) -> tuple[str, Any]:
+def _answer_or_failure(work: Callable[[], float]) -> tuple[str, Any]:
+    """("done", seconds), or ("failed", a line about the exception)."""
     try:
         return "done", work()
-    except Exception as error:  # told in the table; the other contestants go on
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return "failed", f"{type(error).__name__}: {first[:200]}"
+    except Exception as error:  # reported in the table; the other contestants continue
+        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+        return "failed", f"{type(error).__name__}: {first_line[:200]}"
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -115,11 +119,11 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _memory(before: dict[str, int]) -> dict[str, int]:
-    """What was added since `before`."""
+def _memory(baseline: dict[str, int]) -> dict[str, int]:
+    """The bytes of MEMORY_FIELDS, less those in `baseline`; {} where there is no /proc."""
     status = Path("/proc/self/status")
-    if not status.exists():  # not Linux
+    if not status.exists():
         return {}
-    found = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    now = {name: int(found[key].split()[0]) * 1024 for name, key in FIELDS.items()}
-    return {name: size - before.get("resident" if name == "peak" else name, 0) for name, size in now.items()}
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    sizes = {name: int(fields[key].split()[0]) * 1024 for name, key in MEMORY_FIELDS.items()}
+    return {name: size - baseline.get("resident" if name == "peak" else name, 0) for name, size in sizes.items()}

@@ -23,6 +23,6 @@ def bench(
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
 ) -> None:
     """Time this package beside its peers. The extra `bench` installs the peers."""
-    from ..bench import run
+    from ..bench.run import run_topics
 
-    run.bench(topics or (), blocks, quick, large, out)
+    run_topics(topics or (), blocks, quick, large, out)

@@ -1,9 +1,10 @@
-"""This project's side: a model in one of its formats, and its operators by themselves."""
+"""What is measured of this package: a model in one of its formats, a model in training, an operator by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,18 @@ from ..ops.wkv6 import wkv6
 from ..ops.wkv7 import wkv7
 from .shapes import Shape, random_model
 
-OPERATORS: dict[str, Callable] = {f.__name__: f for f in (wkv4, wkv5, wkv6, wkv7, biwkv, biwkv6)}
+OPERATORS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (wkv4, wkv5, wkv6, wkv7, biwkv, biwkv6)}
 
-Job = Callable[[], object]
+Job = Callable[[], object]  # what is timed; made by a method of a contestant
 
 
 class Heronry:
-    """file: a checkpoint. format: the dtype to load it in, or the one it was quantized to."""
+    """A model of this package.
+
+    Args:
+        file: its checkpoint.
+        format: the dtype to load it in, or "int8" or "int4" if it was quantized to that.
+    """
 
     model: Model
 
@@ -37,7 +43,7 @@ class Heronry:
         self.model = load(self.file, self.dtype)
 
     def decode(self, tokens: int, sequences: int = 1) -> Job:
-        """So many steps of so many sequences, going on from the block before."""
+        """Steps of one token in each of `sequences`, continuing from the previous block."""
         steps = torch.randint(self.model.config.vocab_size, (tokens, sequences, 1))
         state = None
 
@@ -50,6 +56,7 @@ class Heronry:
         return job
 
     def prefill(self, tokens: int) -> Job:
+        """A prompt up to its last logits."""
         prompt = torch.randint(self.model.config.vocab_size, (1, tokens))
 
         @torch.inference_mode()
@@ -60,7 +67,7 @@ class Heronry:
 
 
 class Training:
-    """A new model in training; parameters are float32."""
+    """A new model of this package in training, with float32 parameters."""
 
     model: torch.nn.Module
 
@@ -71,25 +78,30 @@ class Training:
         self.model = random_model(self.shape)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens)[0]
+        """[B, T, V] for tokens [B, T]."""
+        logits: Tensor = self.model(tokens)[0]
+        return logits
 
     def step(self, batch: int, tokens: int, dtype: str) -> Job:
-        """Forward and backward; "bfloat16" means autocast."""
-        text = torch.randint(self.shape.vocabulary, (batch, tokens + 1))
+        """Forward and backward of a batch; dtype "bfloat16" means autocast."""
+        text = torch.randint(self.shape.vocab_size, (batch, tokens + 1))
 
         def job() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = self.logits(text[:, :-1])
-            F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten()).backward()
+            torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten()))
             self.model.zero_grad()
 
         return job
 
 
 class Operator:
-    """One of wkv4 to wkv7 over a batch of sequences, or biwkv or biwkv6 over one of pictures, heads of 64.
+    """One of wkv4 to wkv7 over a batch of sequences, or biwkv or biwkv6 over a batch of pictures, with heads of 64.
 
-    dtype: as the models pass r, k and v; RWKV-4 and Vision-RWKV pass all in float32.
+    Args:
+        name: of the operator in heronry.ops.
+        width: channels.
+        dtype: of r, k and v, as the models pass them; RWKV-4 and Vision-RWKV pass everything in float32.
     """
 
     def __init__(self, name: str, batch: int, tokens: int, width: int, dtype: str):
@@ -109,7 +121,7 @@ class Operator:
                 normal(width),
             ]
             return
-        if self.name == "biwkv":  # its decays are of a picture, however many tokens it has
+        if self.name == "biwkv":  # its decays are relative to the number of tokens
             k, v = normal(batch, tokens, width), normal(batch, tokens, width)
             self.inputs = [torch.linspace(5, -3, width) / tokens, k, v, normal(width) / tokens]
             return
@@ -122,7 +134,7 @@ class Operator:
             self.inputs = [r, log_w, k, v, normal(heads, 64)]
 
     def forward(self, impl: str, times: int = 1) -> Job:
-        """So many times."""
+        """The forward pass, `times` in a row; impl: "reference", "chunked", "cpu" or "auto"."""
         operator = OPERATORS[self.name]
 
         @torch.inference_mode()
@@ -133,7 +145,7 @@ class Operator:
         return job
 
     def backward(self, impl: str, times: int = 1) -> Job:
-        """Forward and backward, so many times."""
+        """Forward and backward, `times` in a row."""
         operator = OPERATORS[self.name]
         inputs = [x.clone().requires_grad_() for x in self.inputs]
 

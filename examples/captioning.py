@@ -22,8 +22,8 @@ from torch import Tensor
 
 from heronry import LLM, VisionModel, load
 from heronry.checkpoint import save
-from heronry.data.image_dataset import Pictures
-from heronry.data.images import prepare
+from heronry.data.image_dataset import ImageDataset
+from heronry.data.images import preprocess
 from heronry.models import VRWKV
 from heronry.models.vision import VRWKVConfig
 from heronry.models.vision.captioner import Captioner
@@ -32,10 +32,10 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 PROMPT = "\n"  # what asks for a caption
 
 
-def pick(data: Pictures, numbers: Iterable[int], size: int) -> tuple[Tensor, list[str]]:
+def pick(data: ImageDataset, numbers: Iterable[int], size: int) -> tuple[Tensor, list[str]]:
     """Pictures [B, 3, size, size] and what there is to say of each."""
     pictures, classes = zip(*map(data.get, numbers), strict=True)
-    images = torch.stack([prepare(picture, size) for picture in pictures])
+    images = torch.stack([preprocess(picture, size) for picture in pictures])
     names = CIFAR10 if data.labels[0].isdigit() else data.labels
     return images, [caption(mean, names[i]) for mean, i in zip(images.mean((1, 2, 3)).tolist(), classes, strict=True)]
 
@@ -45,7 +45,7 @@ def caption(mean: float, name: str) -> str:
     return f"a {light} picture of {'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def train(captioner: Captioner, llm: LLM, data: Pictures, lr: float, batch: int, steps: int) -> None:
+def train(captioner: Captioner, llm: LLM, data: ImageDataset, lr: float, batch: int, steps: int) -> None:
     captioner.language.requires_grad_(False)
     groups = captioner.vision.param_groups(lr, 0.05)
     groups.append({"params": captioner.projection.parameters(), "lr": 5 * lr})  # the eyes wait for it
@@ -70,7 +70,7 @@ def train(captioner: Captioner, llm: LLM, data: Pictures, lr: float, batch: int,
 
 
 @torch.no_grad()
-def measure(captioner: Captioner, llm: LLM, data: Pictures, number: int) -> None:
+def measure(captioner: Captioner, llm: LLM, data: ImageDataset, number: int) -> None:
     """Captions the first pictures, and tells how many captions are right."""
     right = bright = 0
     for first in range(0, number, 100):
@@ -97,7 +97,7 @@ def main() -> None:
     options.add_argument("--captions", type=int, default=1000, help="so many held-out pictures are captioned")
     args = options.parse_args()
     torch.manual_seed(0)
-    llm, data, test = LLM(args.language, dtype="float32"), Pictures(args.train), Pictures(args.test)
+    llm, data, test = LLM(args.language, dtype="float32"), ImageDataset(args.train), ImageDataset(args.test)
     if args.vision:
         vision = load(args.vision, dtype="float32", kind=VisionModel)
     else:

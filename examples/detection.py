@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DFineConfig, DFineForObjectDetection
 
-from heronry.data.images import normalise
+from heronry.data.images import normalize
 from heronry.integrations.vision import VisionRwkvConfig, register
 
 KINDS = ("square", "disc", "triangle")
@@ -46,7 +46,7 @@ def draw(random: np.random.Generator) -> tuple[np.ndarray, dict[str, Tensor]]:
 
 def batch(random: np.random.Generator, number: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
     pictures, labels = zip(*(draw(random) for _ in range(number)), strict=True)
-    return normalise(torch.from_numpy(np.stack(pictures)).float().permute(0, 3, 1, 2)), list(labels)
+    return normalize(torch.from_numpy(np.stack(pictures)).float().permute(0, 3, 1, 2)), list(labels)
 
 
 def overlap(a: Tensor, b: Tensor) -> float:

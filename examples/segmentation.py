@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from heronry.data.images import normalise
+from heronry.data.images import normalize
 from heronry.models.vision import VRWKV, VRWKVConfig
 from heronry.models.vision.dense import Segmenter
 
@@ -52,7 +52,7 @@ def batch(random: np.random.Generator, number: int, height: int, width: int) -> 
 @torch.inference_mode()
 def found(model: Segmenter, images: Tensor) -> Tensor:
     model.eval()
-    classes = torch.cat([model(normalise(part)).argmax(1) for part in images.split(16)])
+    classes = torch.cat([model(normalize(part)).argmax(1) for part in images.split(16)])
     model.train()
     return classes
 
@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> Segmenter:
     random, began = np.random.default_rng(args.seed), time.perf_counter()
     for step in range(1, args.steps + 1):
         images, classes = batch(random, args.batch, args.size, args.size)
-        loss = F.cross_entropy(model(normalise(images)), classes)
+        loss = F.cross_entropy(model(normalize(images)), classes)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

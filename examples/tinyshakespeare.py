@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from heronry import LLM
-from heronry.data.tokenize_corpus import prepare
+from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.train.config import from_dict
 from heronry.train.trainer import Run
 
@@ -38,7 +38,7 @@ def main() -> None:
         if (args.out / f"{name}.idx").exists():
             continue
         (args.out / f"{name}.txt").write_bytes(part)
-        prepare([str(args.out / f"{name}.txt")], args.out / name, "bytes")
+        tokenize_corpus([str(args.out / f"{name}.txt")], args.out / name, "bytes")
 
     settings = {
         "model": {"generation": args.generation, "n_layer": 3, "n_embd": 128},

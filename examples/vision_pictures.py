@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from heronry import InputError
 from heronry.checkpoint import load_checkpoint
-from heronry.data.images import open_picture, prepare
+from heronry.data.images import open_image, preprocess
 from heronry.models import VisionModel
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.models.vision import VARIANTS, create
@@ -47,10 +47,10 @@ def draw(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model, labels = opened(args.model)
     config = model.config
-    pictures = [open_picture(path) for path in args.pictures]
+    pictures = [open_image(path) for path in args.pictures]
 
     def images(size: int) -> torch.Tensor:
-        return torch.stack([prepare(picture, size) for picture in pictures])
+        return torch.stack([preprocess(picture, size) for picture in pictures])
 
     def write(name: str, figure) -> None:
         figure.savefig(args.out / f"vision-{name}.png", dpi=args.dpi)

@@ -21,7 +21,7 @@ from heronry import LLM, InputError, State
 from heronry import evaluate as measures
 from heronry.checkpoint import assemble, load, save
 from heronry.convert import convert
-from heronry.data.tokenize_corpus import prepare
+from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.engine.llm import BUNDLED
 from heronry.models import LayerState, Model
 from heronry.models.vision import create
@@ -306,7 +306,7 @@ def texts(tmp_path_factory) -> Path:
     """Bytes that are easy to learn."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "text.txt").write_text("the rook saw the red boat on the old pond and took the frog home. " * 100)
-    prepare([str(folder / "text.txt")], folder / "texts", "bytes")
+    tokenize_corpus([str(folder / "text.txt")], folder / "texts", "bytes")
     return folder / "texts"
 
 

@@ -38,57 +38,44 @@ def data(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..data.sources import find
-    from ..data.tokenize_corpus import Standing, prepare
-    from ..text.chat_templates import TEMPLATES
-    from ..text.conversations import Dialogue
-    from ..text.tokenizers import load_tokenizer
+    from ..data import tokenize_corpus as corpus
+    from ..data.sources import find_sources
 
-    if template is not None and template not in TEMPLATES:
-        raise InputError(f"unknown chat template {template!r}; choose from {', '.join(TEMPLATES)}")
     tokenizer_spec = _tokenizer_spec(tokenizer)
-    render = None
-    if template is not None:
-        render = Dialogue(TEMPLATES[template], bool(load_tokenizer(tokenizer_spec).stop_ids))
-    sizes = [source.size for source in find(sources)]
+    sizes = [source.size for source in find_sources(sources)]
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     start = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None if None in sizes else sum(size or 0 for size in sizes))
-        first: Standing | None = None  # what an earlier run has done does not count for the speed
+        first: corpus.Progress | None = None  # what an earlier run has done does not count for the speed
         bytes_read = 0
 
-        def show_progress(n_bytes: int, standing: Standing) -> None:
+        def show_progress(n_bytes: int, done: corpus.Progress) -> None:
             nonlocal first, bytes_read
-            first, bytes_read = first or standing, n_bytes
-            progress.update(
-                bar, completed=n_bytes, description=f"{standing.documents:,} documents, {standing.tokens:,} tokens"
-            )
+            first, bytes_read = first or done, n_bytes
+            progress.update(bar, completed=n_bytes, description=f"{done.documents:,} documents, {done.tokens:,} tokens")
 
         try:
-            standing = prepare(
+            result = corpus.tokenize_corpus(
                 sources,
                 out,
                 tokenizer_spec,
                 key=key,
-                render=render,
                 template=template,
                 holdout=holdout,
                 workers=MOST_WORKERS if workers is None else workers,
                 restart=restart,
-                tell=show_progress,
+                on_progress=show_progress,
             )
         except KeyboardInterrupt:
             progress.stop()
             print("heronry: stopped; the same command continues from here", file=sys.stderr)
             sys.exit(130)
-    speed = (standing.tokens - (first or standing).tokens) / (time.monotonic() - start)
-    line = (
-        f"{standing.documents:,} documents, {standing.tokens:,} tokens of {bytes_read:,} bytes, {speed:,.0f} tokens/s"
-    )
+    speed = (result.tokens - (first or result).tokens) / (time.monotonic() - start)
+    line = f"{result.documents:,} documents, {result.tokens:,} tokens of {bytes_read:,} bytes, {speed:,.0f} tokens/s"
     if holdout:
-        line += f"; {standing.held.documents:,} documents, {standing.held.tokens:,} tokens held out"
+        line += f"; {result.held_out.documents:,} documents, {result.held_out.tokens:,} tokens held out"
     console.print(f"{out}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 

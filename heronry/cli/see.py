@@ -44,7 +44,7 @@ def see(
     from safetensors.torch import save_file
 
     from ..checkpoint import load_checkpoint
-    from ..data.images import open_picture, prepare
+    from ..data.images import open_image, preprocess
     from ..files import atomic_write
     from ..models import VisionModel
 
@@ -62,7 +62,7 @@ def see(
     all_features = []
     batches = [pictures[i : i + BATCH_SIZE] for i in range(0, len(pictures), BATCH_SIZE)]
     for batch in track(batches, "reading pictures", console=progress, transient=True):
-        images = torch.stack([prepare(open_picture(path), side) for path in batch])
+        images = torch.stack([preprocess(open_image(path), side) for path in batch])
         with torch.inference_mode():
             tokens = network.forward_features(images.to(device, network.pos_embed.dtype))
             if features:

@@ -1,4 +1,4 @@
-"""Pictures from files, as Vision-RWKV reads them: any mode, upright, resized, normalised.
+"""Images from files to the input of Vision-RWKV: any mode to RGB, upright, resized, normalized.
 
 Pillow opens the files (`pip install 'heronry[vision]'`).
 """
@@ -20,84 +20,98 @@ from ..models.vision import MEAN, STD
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHARE = 0.875  # of the shorter side that the crop in the middle keeps: 224 of 256
+CROP_FRACTION = 0.875  # of the shorter side that the center crop keeps: 224 of 256
 
 
-def open_picture(source: str | Path | bytes) -> Image:
-    """The picture in a file, or in the bytes of one, in RGB, turned as its camera says. What is transparent becomes
-    white; grey, CMYK, palettes and 16 bits are converted.
+def open_image(source: str | Path | bytes) -> Image:
+    """Opens an image in RGB, rotated as its EXIF data say.
+
+    Transparent parts become white; grey, CMYK, palette and 16-bit images are converted.
+
+    Args:
+        source: the path of a file, or its content.
 
     Raises:
-        InputError: no such file, no picture, a damaged one.
+        InputError: the file is missing, not an image, or damaged.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as error:
-        raise InputError("pictures need Pillow: pip install 'heronry[vision]'") from error
-    name = "a picture" if isinstance(source, bytes) else str(source)
+        raise InputError("images need Pillow: pip install 'heronry[vision]'") from error
+    name = "the image" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()) as file:
-            picture = ImageOps.exif_transpose(file)
+            image = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not a picture that can be read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
+        raise InputError(f"{name}: not an image that can be read") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow raises for damaged files
         raise InputError(f"{name}: cannot be read ({error})") from error
-    if picture.mode.startswith(("I", "F")):  # 16 bits or more of grey
-        numbers = np.asarray(picture, np.float32)
-        top = 65535 if picture.mode.startswith("I") else max(float(numbers.max()), 1e-6)
-        picture = Image.fromarray((numbers.clip(0, top) * (255 / top)).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    if image.mode.startswith(("I", "F")):  # 16 bits or more of grey
+        numbers = np.asarray(image, np.float32)
+        top = 65535 if image.mode.startswith("I") else max(float(numbers.max()), 1e-6)
+        image = Image.fromarray((numbers.clip(0, top) * (255 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
-def prepare(picture: Image, size: int | None = 224) -> Tensor:
-    """The picture as a model wants it, float32 [3, size, size], normalised: its shorter side resized (bicubic) to
-    size / 0.875, and of that the middle; one of that very size as it is. size = None: all of it, [3, height, width]."""
-    if size is not None and picture.size != (size, size):
-        side = round(size / SHARE)
-        width, height = picture.size
+def preprocess(image: Image, size: int | None = 224) -> Tensor:
+    """The input of a model, float32 [3, size, size], normalized.
+
+    The shorter side is resized (bicubic) to size / 0.875, and the center is cropped. An image of exactly this size is
+    not resized. With size=None the whole image is returned, [3, height, width].
+    """
+    if size is not None and image.size != (size, size):
+        side = round(size / CROP_FRACTION)
+        width, height = image.size
         scale = side / min(width, height)
         width, height = max(side, round(width * scale)), max(side, round(height * scale))
-        picture = resized(picture, (width, height))
+        image = resize(image, (width, height))
         left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
-    return normalise(tensor(picture).float() / 255)
+        image = image.crop((left, top, left + size, top + size))
+    return normalize(to_tensor(image).float() / 255)
 
 
-def cut(picture: Image, size: int, shares: tuple[float, float], random: np.random.Generator) -> Image:
-    """A part of the picture, of a random share of its area within `shares` and of a shape between 3:4 and 4:3, resized
-    to [size, size]: the crop that ImageNet is trained with."""
-    width, height = picture.size
+def random_resized_crop(image: Image, size: int, scale: tuple[float, float], random: np.random.Generator) -> Image:
+    """A random part of the image, resized to [size, size]: the usual augmentation for ImageNet.
+
+    scale: the smallest and largest fraction of the area to keep. The aspect ratio is between 3:4 and 4:3.
+    """
+    width, height = image.size
     for _ in range(10):
-        area = width * height * random.uniform(*shares)
-        shape = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        area = width * height * random.uniform(*scale)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
-            return resized(picture, (size, size), (left, top, left + w, top + h))
+            return resize(image, (size, size), (left, top, left + w, top + h))
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    return resized(picture, (size, size), (left, top, left + side, top + side))
+    return resize(image, (size, size), (left, top, left + side, top + side))
 
 
-def resized(picture: Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Image:
-    """(width, height), bicubic; of the part inside the box."""
+def resize(image: Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Image:
+    """Resizes the image, or its part inside `box`, to (width, height), bicubic."""
     from PIL.Image import Resampling
 
-    return picture.resize(size, Resampling.BICUBIC, box=box)
+    return image.resize(size, Resampling.BICUBIC, box=box)
 
 
-def tensor(picture: Image) -> Tensor:
-    """uint8 [3, height, width]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def to_tensor(image: Image) -> Tensor:
+    """The pixels, uint8 [3, height, width]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """[..., 3, height, width] from shares of 255."""
+def normalize(pixels: Tensor) -> Tensor:
+    """Pixels [..., 3, height, width] between 0 and 1, with the mean and the standard deviation of ImageNet."""
     mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (MEAN, STD))
     return (pixels - mean) / std

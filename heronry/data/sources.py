@@ -1,8 +1,8 @@
-"""Where texts come from: files, folders and data sets become records, one after the other.
+"""Sources of text: files, folders and datasets are read as a stream of records.
 
 - a record is a text, a conversation, or a piece of a text that is too long to be read at once
-- every record knows the place after it, so that reading goes on there as if it had never stopped
-- nothing is kept: memory is that of the largest record, or of one row group of a .parquet
+- every record holds the position after it, from which reading can resume
+- nothing is kept: memory use is that of the largest record, or of one row group of a .parquet file
 """
 
 from __future__ import annotations
@@ -19,128 +19,134 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 
-PIECE = 1 << 20  # bytes, of a text that is read and encoded in pieces
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+PIECE_SIZE = 1 << 20  # bytes; longer texts are read and encoded in pieces
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 HUB = "hf://"
-Messages = list[dict[str, Any]]  # of {"role", "content"}
+Messages = list[dict[str, Any]]  # {"role", "content"}
 
 
-class Place(NamedTuple):
-    """Where the reading stands."""
+class Position(NamedTuple):
+    """How far the sources have been read."""
 
-    source: int = 0  # number of the one that is being read
-    record: int = 0  # lines or rows of it that are done
-    byte: int = 0  # of its bytes on the disk that are done; where a .txt or .jsonl goes on
+    source: int = 0  # index of the current one
+    record: int = 0  # lines or rows of it that have been read
+    byte: int = 0  # bytes of its file that have been read; where a .txt or .jsonl resumes
 
 
-BEGINNING = Place()
+START = Position()
 
 
 @dataclass(frozen=True)
 class Record:
+    """A document, or a piece of one."""
+
     content: str | Messages
-    ends: bool  # the document ends here; False: the next record is its next piece
-    place: Place  # after this one
-    where: str  # for complaints
+    ends_document: bool  # False: the next record is the next piece of the document
+    position: Position  # after this record
+    location: str  # file and line, for error messages
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, a folder of `datasets`, or hf://name[:split]."""
+    """A file, a folder of `datasets`, or hf://NAME[:SPLIT]."""
 
     name: str
-    size: int | None  # bytes on the disk, None on the hub
-    changed: int | None  # nanoseconds, the time of its last change
+    size: int | None  # bytes on disk, None on the hub
+    modified: int | None  # time of the last change in nanoseconds, None on the hub
 
 
-def find(names: list[str]) -> list[Source]:
-    """The sources that paths, folders, globs and hf:// names stand for, in order; those of a folder by name.
+def find_sources(names: list[str]) -> list[Source]:
+    """Expands paths, folders, globs and hf:// names to sources, in order; the contents of a folder by name.
 
     Raises:
-        InputError: there is nothing of that name, or of a kind that is read.
+        InputError: nothing of that name exists, or nothing of a supported kind.
     """
-    found: list[Source] = []
+    sources: list[Source] = []
     for name in names:
         if name.startswith(HUB):
-            found.append(Source(name, None, None))
+            sources.append(Source(name, None, None))
             continue
         path = Path(name).expanduser()
         paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not paths:
             raise InputError(f"{name}: no such file or folder")
-        files = [file for path in paths for file in _files(path)]
+        files = [file for path in paths for file in _expand(path)]
         if not files:
-            raise InputError(f"{name}: holds no {', '.join(ENDINGS)}")
-        found += files
-    return found
+            raise InputError(f"{name}: contains no {', '.join(SUFFIXES)} file")
+        sources += files
+    return sources
 
 
-def _files(path: Path) -> Iterator[Source]:
+def _expand(path: Path) -> Iterator[Source]:
+    """The sources in a folder, or the file or dataset at `path`."""
     if path.is_dir() and not _is_dataset(path):
-        inside = sorted(path.iterdir())
-        for file in inside:
-            if file.is_dir() or file.name.endswith(ENDINGS):
-                yield from _files(file)
+        for file in sorted(path.iterdir()):
+            if file.is_dir() or file.name.endswith(SUFFIXES):
+                yield from _expand(file)
         return
-    if path.is_file() and not path.name.endswith(ENDINGS):
-        raise InputError(f"{path}: is no {', '.join(ENDINGS)} or data set folder")
+    if path.is_file() and not path.name.endswith(SUFFIXES):
+        raise InputError(f"{path}: unsupported kind of file; expected {', '.join(SUFFIXES)} or a dataset folder")
     stats = [file.stat() for file in (sorted(path.rglob("*.arrow")) if path.is_dir() else [path])]
     yield Source(str(path), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
 
 
 def _is_dataset(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def read(sources: list[Source], key: str = "text", start: Place = BEGINNING) -> Iterator[Record]:
-    """All records from `start` on. A text without a character is none.
+def read_records(sources: list[Source], key: str = "text", start: Position = START) -> Iterator[Record]:
+    """Yields all records from `start` on, without empty texts.
 
-    key: of the text in a row that has several fields; else "messages" is looked for.
+    Args:
+        key: the field of the text in objects and rows; "messages" is tried next.
 
     Raises:
-        InputError: something that is not a text; it names the file and the line.
+        InputError: something that is not a text; the message names the file and the line.
     """
     for number in range(start.source, len(sources)):
         source = sources[number]
-        place = start if number == start.source else Place(number)  # of the first it may be the middle
+        position = start if number == start.source else Position(number)
         try:
-            for record in _reader(source)(source, key, place):
+            for record in _reader(source)(source, key, position):
                 if record.content or source.name.endswith(".txt"):  # the last piece of a .txt may be empty
                     yield record
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{source.name}: cannot be read to its end ({error})") from error
+            raise InputError(f"{source.name}: cannot be read to the end ({error})") from error
 
 
-def _reader(source: Source) -> Callable[[Source, str, Place], Iterator[Record]]:
+def _reader(source: Source) -> Callable[[Source, str, Position], Iterator[Record]]:
+    """The function that reads this kind of source from a position on."""
     if source.name.startswith(HUB):
-        return _hub
-    readers = {".txt": _text, ".jsonl": _lines, ".jsonl.gz": _zipped_lines, ".parquet": _parquet}
-    return next((readers[ending] for ending in ENDINGS if source.name.endswith(ending)), _dataset)
+        return _read_hub
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_gzipped_jsonl, ".parquet": _read_parquet}
+    return next((readers[suffix] for suffix in SUFFIXES if source.name.endswith(suffix)), _read_dataset)
 
 
-def _text(source: Source, key: str, place: Place) -> Iterator[Record]:
-    """One document, in pieces. Where one ends depends on where it begins alone, not on where the reading began."""
-    at = place.byte
+def _read_text(source: Source, key: str, position: Position) -> Iterator[Record]:
+    """One document, in pieces. The end of a piece depends only on its beginning, not on where reading started."""
+    offset = position.byte
     with open(source.name, "rb") as file:
-        ended = place.record == 1 or not source.size
+        ended = position.record == 1 or not source.size
         while not ended:
-            file.seek(at)
-            block = file.read(PIECE)
-            ended = len(block) < PIECE
-            try:  # of a character that the block cuts through nothing is taken
+            file.seek(offset)
+            block = file.read(PIECE_SIZE)
+            ended = len(block) < PIECE_SIZE
+            try:  # a character that is cut off at the end of the block is left for the next one
                 text = codecs.getincrementaldecoder("utf-8")().decode(block, final=ended)
             except UnicodeDecodeError as error:
-                raise InputError(f"{source.name}: is not UTF-8 at byte {at + error.start}") from error
+                raise InputError(f"{source.name}: is not UTF-8 at byte {offset + error.start}") from error
             if not ended:
-                text = text[: cut(text)]
-            at += len(text.encode())
-            yield Record(text, ended, Place(place.source, int(ended), at), source.name)
+                text = text[: split_point(text)]
+            offset += len(text.encode())
+            yield Record(text, ended, Position(position.source, int(ended), offset), source.name)
 
 
-def cut(text: str) -> int:
-    """How many characters of a long text to take: the last end of a line between two that are not blank, if any.
+def split_point(text: str) -> int:
+    """How many characters of a long text to encode together: up to the last end of a line between two that are neither
+    blank nor indented, if there is one.
 
-    There tokenizers begin a new token anyway, so that the pieces have the ids of the whole.
+    Tokenizers start a new token there anyway, so the pieces have the same ids as the whole.
     """
     end = text.rfind("\n")
     for _ in range(1000):  # many lines are indented or blank
@@ -150,36 +156,38 @@ def cut(text: str) -> int:
     return end + 1 if end > 0 else text.rfind("\n") + 1 or len(text)
 
 
-def _lines(source: Source, key: str, place: Place) -> Iterator[Record]:
+def _read_jsonl(source: Source, key: str, position: Position) -> Iterator[Record]:
     with open(source.name, "rb") as file:
-        file.seek(place.byte)
-        byte = place.byte
-        for number, line in enumerate(file, place.record + 1):
+        file.seek(position.byte)
+        byte = position.byte
+        for number, line in enumerate(file, position.record + 1):
             byte += len(line)
-            yield from _line(source, key, line, Place(place.source, number, byte))
+            yield from _parse_line(source, key, line, Position(position.source, number, byte))
 
 
-def _zipped_lines(source: Source, key: str, place: Place) -> Iterator[Record]:
+def _read_gzipped_jsonl(source: Source, key: str, position: Position) -> Iterator[Record]:
     with open(source.name, "rb") as file, gzip.open(file) as lines:
         for number, line in enumerate(lines, 1):
-            if number > place.record:  # what is before must be unpacked again, but not be understood
-                yield from _line(source, key, line, Place(place.source, number, file.tell()))
+            if number > position.record:  # earlier lines have to be decompressed again, but not parsed
+                yield from _parse_line(source, key, line, Position(position.source, number, file.tell()))
 
 
-def _line(source: Source, key: str, line: bytes, place: Place) -> Iterator[Record]:
+def _parse_line(source: Source, key: str, line: bytes, position: Position) -> Iterator[Record]:
+    """The record in a line of JSON, or nothing for a blank line. position: after the line."""
     if not line.strip():
         return
-    where = f"{source.name}, line {place.record}"
+    location = f"{source.name}, line {position.record}"
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
+        raise InputError(f"{location}: not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object")
-    yield Record(_content(row, key, where), True, place, where)
+        raise InputError(f"{location}: not a JSON object")
+    yield Record(_content(row, key, location), True, position, location)
 
 
-def _content(row: dict[str, Any], key: str, where: str) -> str | Messages:
+def _content(row: dict[str, Any], key: str, location: str) -> str | Messages:
+    """The text or the conversation in an object or row."""
     for name in (key, "messages"):
         value = row.get(name)
         if isinstance(value, str):
@@ -187,73 +195,79 @@ def _content(row: dict[str, Any], key: str, where: str) -> str | Messages:
         if isinstance(value, list) and all(isinstance(message, dict) for message in value):
             return value
         if value is not None:
-            raise InputError(f"{where}: {name!r} is neither a text nor a list of messages")
-    raise InputError(f"{where}: has neither {key!r} nor 'messages'")
+            raise InputError(f"{location}: {name!r} is neither a string nor a list of messages")
+    raise InputError(f"{location}: has neither {key!r} nor 'messages'")
 
 
-def _parquet(source: Source, key: str, place: Place) -> Iterator[Record]:
+def _read_parquet(source: Source, key: str, position: Position) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading it needs pyarrow: pip install pyarrow") from None
+        raise InputError(f"{source.name}: reading .parquet needs pyarrow: pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(source.name)
         columns = [name for name in (key, "messages") if name in file.schema_arrow.names]
         if not columns:
-            raise InputError(f"{source.name}: has no column {key!r} nor 'messages'")
+            raise InputError(f"{source.name}: has neither a column {key!r} nor 'messages'")
         rows, number = file.metadata.num_rows, 0
         for group in range(file.num_row_groups):
-            if number + file.metadata.row_group(group).num_rows <= place.record:
+            if number + file.metadata.row_group(group).num_rows <= position.record:
                 number += file.metadata.row_group(group).num_rows
                 continue
             for batch in file.iter_batches(256, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    if number > place.record:
-                        yield _row(source, key, row, place.source, number, rows)
+                    if number > position.record:
+                        yield _row_record(source, key, row, Position(position.source, number), rows)
     except pyarrow.ArrowException as error:
-        raise InputError(f"{source.name}: damaged or not a .parquet ({error})") from error
+        raise InputError(f"{source.name}: damaged, or not a .parquet file ({error})") from error
 
 
-def _row(source: Source, key: str, row: dict[str, Any], number: int, record: int, rows: int | None) -> Record:
-    where = f"{source.name}, row {record}"
-    byte = source.size * record // rows if source.size is not None and rows else 0
-    return Record(_content(row, key, where), True, Place(number, record, byte), where)
+def _row_record(source: Source, key: str, row: dict[str, Any], after: Position, rows: int | None) -> Record:
+    """The record in a row of a table. after: the position after the row, whose byte is estimated from the number of
+    rows in the table."""
+    location = f"{source.name}, row {after.record}"
+    byte = source.size * after.record // rows if source.size is not None and rows else 0
+    return Record(_content(row, key, location), True, after._replace(byte=byte), location)
 
 
-def _dataset(source: Source, key: str, place: Place) -> Iterator[Record]:
-    """A folder that `Dataset.save_to_disk` wrote; of several splits the one named train."""
-    datasets = _datasets(source)
+def _read_dataset(source: Source, key: str, position: Position) -> Iterator[Record]:
+    """A folder written by `Dataset.save_to_disk`; if it has several splits, the one called train."""
+    datasets = _import_datasets(source)
     rows = datasets.load_from_disk(source.name)
     if isinstance(rows, datasets.DatasetDict):
         if "train" not in rows:
-            raise InputError(f"{source.name}: has no split train; name the folder of one of {', '.join(rows)}")
+            raise InputError(
+                f"{source.name}: has no split train; give the folder of one of its splits: {', '.join(rows)}"
+            )
         rows = rows["train"]
     names = [name for name in (key, "messages") if name in rows.column_names]
     if not names:
-        raise InputError(f"{source.name}: has no column {key!r} nor 'messages'")
+        raise InputError(f"{source.name}: has neither a column {key!r} nor 'messages'")
     rows = rows.select_columns(names)
-    for number in range(place.record, len(rows)):
-        yield _row(source, key, rows[number], place.source, number + 1, len(rows))
+    for number in range(position.record, len(rows)):
+        yield _row_record(source, key, rows[number], Position(position.source, number + 1), len(rows))
 
 
-def _hub(source: Source, key: str, place: Place) -> Iterator[Record]:
-    datasets = _datasets(source)
+def _read_hub(source: Source, key: str, position: Position) -> Iterator[Record]:
+    """A dataset of the Hugging Face hub, streamed."""
+    datasets = _import_datasets(source)
     name, _, split = source.name.removeprefix(HUB).partition(":")
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True).skip(place.record)
-        for number, row in enumerate(rows, place.record + 1):
-            yield _row(source, key, row, place.source, number, None)
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True).skip(position.record)
+        for number, row in enumerate(rows, position.record + 1):
+            yield _row_record(source, key, row, Position(position.source, number), None)
     except InputError:
         raise
-    except Exception as error:  # the network, the name, the split, the files: the library raises what it likes
+    except Exception as error:  # many kinds: network, name, split, files
         raise InputError(f"{source.name}: {' '.join(str(error).split())}") from error
 
 
-def _datasets(source: Source) -> Any:
+def _import_datasets(source: Source) -> Any:
+    """The package, which is optional and slow to import."""
     try:
         import datasets
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading it needs datasets: pip install datasets") from None
+        raise InputError(f"{source.name}: reading it needs the package datasets: pip install datasets") from None
     return datasets

@@ -1,8 +1,8 @@
-"""Texts to token files: processes encode, one writes, and a run that was killed goes on.
+"""Texts to token files: worker processes encode, one process writes, and a killed run can be resumed.
 
-- the files are the same for any number of workers, and whether or not a run was stopped on its way
-- what is under way is a few pieces of text a worker, whatever there is in all
-- PREFIX.progress.json says every second how far the run is; what was written after it is cut off and made again
+- the files are the same for any number of workers, and whether or not the run was interrupted
+- only a few pieces of text per worker are in memory, however large the sources are
+- PREFIX.progress.json is written every second; what was written after it is cut off and encoded again
 """
 
 from __future__ import annotations
@@ -27,274 +27,296 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import atomic_write
+from ..text.chat_templates import TEMPLATES
+from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
 from ..text.tokenizers import load_tokenizer
-from .sources import BEGINNING, PIECE, Messages, Place, Record, cut, find, read
-from .token_file import TokenWriter, Written, beside, discard, publish
+from .sources import PIECE_SIZE, START, Messages, Position, Record, find_sources, read_records, split_point
+from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts
 
-# A conversation in pieces that are encoded one by one, each with the number of characters at its beginning whose
-# prediction counts in the loss. It is called in every worker, so it must be possible to pickle it.
-Render = Callable[[Messages], list[tuple[str, int]]]
-SMALL = 16 << 20  # bytes of sources that are encoded before other processes have started
+SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
 CHUNK = 1 << 17  # characters that a worker gets at once
-NOTE = 1.0  # seconds between notes of how far we are
+SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a run is: documents are done, of them `held` in PREFIX-eval; reading goes on at `place`."""
+class Progress:
+    """How far a run is.
 
-    place: Place = BEGINNING
+    Attributes:
+        position: in the sources, where reading resumes.
+        documents: number of documents encoded so far, including held-out ones.
+        written: how much of PREFIX has been written.
+        held_out: how much of PREFIX-eval has been written.
+        sealed: everything is written, and only the .part files have to be renamed.
+    """
+
+    position: Position = START
     documents: int = 0
-    kept: Written = NOTHING
-    held: Written = NOTHING
-    sealed: bool = False  # all is written, and gets its names
+    written: Written = NOTHING
+    held_out: Written = NOTHING
+    sealed: bool = False
 
     @property
     def tokens(self) -> int:
-        return self.kept.tokens + self.held.tokens
+        return self.written.tokens + self.held_out.tokens
 
 
-Tell = Callable[[int, Standing], None]  # bytes of the sources that are done; what came of them
+OnProgress = Callable[[int, Progress], None]  # bytes of the sources read so far, and how far the run is
 
 
-def prepare(
+def tokenize_corpus(
     sources: list[str],
     out: str | Path,
     tokenizer: str | Path,
     *,
     key: str = "text",
-    render: Render | None = None,
     template: str | None = None,
     holdout: float = 0.0,
     workers: int = 1,
     restart: bool = False,
-    tell: Tell = lambda done, standing: None,
-) -> Standing:
-    """Makes the token file `out` of `sources` (see reading.py), or goes on making it.
+    on_progress: OnProgress = lambda n_bytes, progress: None,
+) -> Progress:
+    """Encodes `sources` into the token file `out`, or resumes doing so.
 
     Args:
+        sources: files, folders, globs and hf:// names, see sources.py.
+        out: PREFIX of the token file.
         tokenizer: "bytes", "world", or the path of a tokenizer.json, which is copied to PREFIX.tokenizer.json.
-        key: of the text in rows that have several fields.
-        render: what makes pieces of conversations; without it they are refused.
-        template: its name, for whoever uses a model that learned from them.
-        holdout: this part of the documents, every k-th, goes to PREFIX-eval instead.
-        restart: begin anew, whatever is there. Files of an earlier run stay until the new ones are whole.
-        tell: is called once it is known where to begin, and then as it goes on.
+        key: the field of the text in rows that have several fields.
+        template: the name of the chat template for conversations, which are refused without one. It is recorded for
+            models that are trained on the file.
+        holdout: this fraction of the documents, every k-th, goes to PREFIX-eval instead.
+        workers: number of processes that encode.
+        restart: start over even if there are files of an earlier run, which stay until the new ones are complete.
+        on_progress: called once it is known where to start, and then repeatedly.
+
+    Returns:
+        The final progress, with the numbers of documents and tokens.
 
     Raises:
-        InputError: sources that cannot be read; files that are there already; an unfinished run with other options.
+        InputError: unreadable sources, an unknown template, files that already exist, or an unfinished run with other
+            options.
     """
     if holdout and not 0 < holdout <= 0.5:
-        raise InputError(f"the part to hold out must be above 0 and at most 0.5, got {holdout}")
+        raise InputError(f"the fraction to hold out must be above 0 and at most 0.5, got {holdout}")
     if workers < 1:
-        raise InputError(f"there must be at least one worker, got {workers}")
-    found, prefix = find(sources), Path(out).expanduser()
-    file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
-    encoder = Encoder(str(tokenizer), render)
+        raise InputError(f"workers must be at least 1, got {workers}")
+    source_list, prefix = find_sources(sources), Path(out).expanduser()
+    tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
+    encoder = Encoder(str(tokenizer), template)
     options = {
-        "sources": [list(asdict(source).values()) for source in found],
-        "tokenizer": tokenizer if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sources": [list(asdict(source).values()) for source in source_list],
+        "tokenizer": tokenizer if tokenizer_file is None else hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
         "key": key,
         "template": template,
         "holdout": holdout,
     }
-    held_out = beside(prefix, "-eval")
-    prefixes = [prefix, held_out] if holdout else [prefix]
-    notes = beside(prefix, ".progress.json")
-    standing = _standing(notes, options, prefixes, restart)
-    if not standing.sealed:
-        about = {
-            "tokenizer": tokenizer if file is None else f"{prefix.name}.tokenizer.json",
+    eval_prefix = prefix_file(prefix, "-eval")
+    prefixes = [prefix, eval_prefix] if holdout else [prefix]
+    progress_file = prefix_file(prefix, ".progress.json")
+    progress = _load_progress(progress_file, options, prefixes, restart)
+    if not progress.sealed:
+        metadata = {
+            "tokenizer": tokenizer if tokenizer_file is None else f"{prefix.name}.tokenizer.json",
             "vocab_size": encoder.vocab_size,
             "end_of_text": encoder.end_of_text,
             "template": template,
-            "sources": [source.name for source in found],
+            "sources": [source.name for source in source_list],
         }
-        if sum(SMALL if source.size is None else source.size for source in found) < SMALL:
+        if sum(SMALL if source.size is None else source.size for source in source_list) < SMALL:
             workers = 1
-        before = [sum(source.size or 0 for source in found[:n]) for n in range(len(found) + 1)]
-        every = round(1 / holdout) if holdout else 0
-        kept = TokenWriter(prefix, encoder.dtype, standing.kept)
-        held = TokenWriter(held_out, encoder.dtype, standing.held) if every else None
+        bytes_before = [sum(source.size or 0 for source in source_list[:n]) for n in range(len(source_list) + 1)]
+        eval_every = round(1 / holdout) if holdout else 0
+        train_writer = TokenWriter(prefix, encoder.dtype, progress.written)
+        eval_writer = TokenWriter(eval_prefix, encoder.dtype, progress.held_out) if eval_every else None
 
-        def note(standing: Standing) -> None:
-            kept.flush()
-            if held is not None:
-                held.flush()
-            _note(notes, options, standing)
+        def save(progress: Progress) -> None:
+            train_writer.flush()
+            if eval_writer is not None:
+                eval_writer.flush()
+            _save_progress(progress_file, options, progress)
 
-        noted = time.monotonic()
-        _note(notes, options, standing)
-        tell(before[standing.place.source] + standing.place.byte, standing)
+        def report(progress: Progress) -> None:
+            on_progress(bytes_before[progress.position.source] + progress.position.byte, progress)
+
+        last_saved = time.monotonic()
+        _save_progress(progress_file, options, progress)
+        report(progress)
         try:
-            for records, encoded in _encoded(read(found, key, standing.place), encoder, workers):
-                documents = standing.documents
-                for ids, mask, record in zip(*encoded.parts(), records, strict=True):
-                    writer = held if held is not None and documents % every == every - 1 else kept
-                    writer.write(ids, mask, record.ends)
-                    documents += record.ends
-                standing = Standing(
-                    records[-1].place, documents, kept.written, held.written if held is not None else NOTHING
+            records = read_records(source_list, key, progress.position)
+            for chunk, encoded in _encode_chunks(records, encoder, workers):
+                documents = progress.documents
+                for ids, mask, record in zip(*encoded.split(), chunk, strict=True):
+                    held_out = eval_writer is not None and documents % eval_every == eval_every - 1
+                    writer = eval_writer if eval_writer is not None and held_out else train_writer
+                    writer.write(ids, mask, record.ends_document)
+                    documents += record.ends_document
+                progress = Progress(
+                    chunk[-1].position,
+                    documents,
+                    train_writer.written,
+                    eval_writer.written if eval_writer is not None else NOTHING,
                 )
-                tell(before[standing.place.source] + standing.place.byte, standing)
-                if time.monotonic() - noted > NOTE:
-                    note(standing)
-                    noted = time.monotonic()
-            tell(before[-1], standing)
-            empty = [
-                p for p, written in zip(prefixes, (standing.kept, standing.held), strict=False) if not written.tokens
-            ]
+                report(progress)
+                if time.monotonic() - last_saved > SAVE_SECONDS:
+                    save(progress)
+                    last_saved = time.monotonic()
+            on_progress(bytes_before[-1], progress)
+            sizes = zip(prefixes, (progress.written, progress.held_out), strict=False)
+            empty = [path for path, written in sizes if not written.tokens]
             if not empty:
-                for writer in filter(None, (kept, held)):
-                    writer.seal(about)
-                standing = replace(standing, sealed=True)
-                _note(notes, options, standing)
+                for writer in filter(None, (train_writer, eval_writer)):
+                    writer.seal(metadata)
+                progress = replace(progress, sealed=True)
+                _save_progress(progress_file, options, progress)
         except OSError as error:
             raise InputError(f"{prefix}: cannot be written ({error})") from error
-        except BaseException:  # Ctrl-C, or a bad line
-            note(standing)
+        except BaseException:  # Ctrl-C, or a malformed line
+            save(progress)
             raise
         finally:
-            for writer in filter(None, (kept, held)):
+            for writer in filter(None, (train_writer, eval_writer)):
                 writer.close()
         if empty:
             for path in prefixes:
-                discard(path)
-            notes.unlink()
-            raise InputError(f"{empty[0]}: would be empty, there are {standing.documents} documents in the sources")
-    if file is not None:
-        with atomic_write(beside(prefix, ".tokenizer.json")) as copy:
-            shutil.copyfile(file, copy)
-    for path, written in zip(prefixes, (standing.kept, standing.held), strict=False):
-        publish(path, written.masked)
-    notes.unlink()
-    return standing
+                discard_parts(path)
+            progress_file.unlink()
+            raise InputError(f"{empty[0]}: would be empty, as the sources have {progress.documents} documents")
+    if tokenizer_file is not None:
+        with atomic_write(prefix_file(prefix, ".tokenizer.json")) as copy:
+            shutil.copyfile(tokenizer_file, copy)
+    for path, written in zip(prefixes, (progress.written, progress.held_out), strict=False):
+        publish_parts(path, written.masked)
+    progress_file.unlink()
+    return progress
 
 
-def _standing(notes: Path, options: dict[str, Any], prefixes: list[Path], restart: bool) -> Standing:
-    """Where to begin."""
+def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], restart: bool) -> Progress:
+    """Where to start: the progress in `file`, or the beginning, for which old .part files are deleted."""
     if restart:
-        notes.unlink(missing_ok=True)
-    elif notes.is_file():
+        file.unlink(missing_ok=True)
+    elif file.is_file():
         try:
-            told = json.loads(notes.read_text(encoding="utf-8"))
-            before, standing = told["options"], told["standing"]
-            place, kept, held = Place(*standing["place"]), Written(**standing["kept"]), Written(**standing["held"])
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            saved_options, fields = saved["options"], saved["progress"]
+            progress = Progress(
+                Position(*fields["position"]),
+                fields["documents"],
+                Written(**fields["written"]),
+                Written(**fields["held_out"]),
+                fields["sealed"],
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{notes}: is damaged; begin anew with --restart") from error
-        other = [name for name in options if before.get(name) != options[name]]
-        if other:
-            raise InputError(f"{notes}: an unfinished run had other {' and '.join(other)}; begin anew with --restart")
-        return Standing(place, standing["documents"], kept, held, standing["sealed"])
+            raise InputError(f"{file}: damaged; start over with --restart") from error
+        changed = [name for name in options if saved_options.get(name) != options[name]]
+        if changed:
+            raise InputError(
+                f"{file}: there is an unfinished run with other {' and '.join(changed)}; start over with --restart"
+            )
+        return progress
     else:
-        for path in (beside(prefix, ending) for prefix in prefixes for ending in (".bin", ".idx")):
+        for path in (prefix_file(prefix, suffix) for prefix in prefixes for suffix in (".bin", ".idx")):
             if path.exists():
-                raise InputError(f"{path}: is there already; replace it with --restart")
+                raise InputError(f"{path}: already exists; replace it with --restart")
     for prefix in prefixes:
-        discard(prefix)
-    return Standing()
+        discard_parts(prefix)
+    return Progress()
 
 
-def _note(notes: Path, options: dict[str, Any], standing: Standing) -> None:
-    with atomic_write(notes) as part:
-        part.write_text(json.dumps({"options": options, "standing": asdict(standing)}), encoding="utf-8")
+def _save_progress(file: Path, options: dict[str, Any], progress: Progress) -> None:
+    with atomic_write(file) as part:
+        part.write_text(json.dumps({"options": options, "progress": asdict(progress)}), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of some records."""
+    """The ids of several records, in one array."""
 
-    ids: np.ndarray  # [n] of all of them, in the dtype of the file
-    lengths: list[int]  # of each
-    mask: np.ndarray | None  # bool [n]; None = all count
+    ids: np.ndarray  # [n], in the dtype of the file
+    lengths: list[int]  # of each record; their sum is n
+    mask: np.ndarray | None  # bool [n]: which count in the loss; None: all
 
-    def parts(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-        """ids and mask of each."""
-        cuts = np.cumsum(self.lengths)[:-1]
-        ids = np.split(self.ids, cuts)
-        return ids, [None] * len(ids) if self.mask is None else list(np.split(self.mask, cuts))
+    def split(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+        """The ids and the mask of each record."""
+        ends = np.cumsum(self.lengths)[:-1]
+        ids = np.split(self.ids, ends)
+        return ids, [None] * len(ids) if self.mask is None else list(np.split(self.mask, ends))
 
 
 class Encoder:
-    """Records to ids, each document with the end of text behind it where the tokenizer has an id for that."""
+    """Encodes records; each document is followed by the end of text if the tokenizer has an id for it."""
 
-    def __init__(self, tokenizer: str, render: Render | None):
-        self.spec, self.render = tokenizer, render
+    def __init__(self, tokenizer: str, template: str | None):
+        """tokenizer, template: as for `tokenize_corpus`."""
+        if template is not None and template not in TEMPLATES:
+            raise InputError(f"unknown chat template {template!r}; choose from {', '.join(TEMPLATES)}")
+        self.tokenizer_spec, self.template = tokenizer, template
         self.tokenizer = load_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "int32"
-        # of a tokenizer with several the first: <|endoftext|> comes before <|im_end|> everywhere
-        self.end_of_text = min(self.tokenizer.stop_ids, default=None)
+        self.end_of_text = end_of_text(self.tokenizer)
 
     def __call__(self, records: list[Record]) -> Encoded:
-        ids: list[np.ndarray] = []
-        counts: list[np.ndarray] = []
-        lengths = []
+        arrays: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        lengths: list[int] = []
         for record in records:
+            n_arrays = len(arrays)
             try:
-                done = [self._encode(text, counted) for text, counted in self._pieces(record.content)]
+                for piece in self._pieces(record.content):
+                    ids, n_counted = encode_piece(piece, self.tokenizer)
+                    arrays.append(np.array(ids, self.dtype))
+                    masks.append(np.arange(len(ids)) < n_counted)
             except InputError as error:
-                raise InputError(f"{record.where}: {error}") from error
-            if record.ends and self.end_of_text is not None:
-                done.append((np.array([self.end_of_text], self.dtype), np.ones(1, bool)))
-            ids += (x for x, _ in done)
-            counts += (x for _, x in done)
-            lengths.append(sum(len(x) for x, _ in done))
-        mask = np.concatenate(counts)
-        return Encoded(np.concatenate(ids), lengths, None if mask.all() else mask)
+                raise InputError(f"{record.location}: {error}") from error
+            if record.ends_document and self.end_of_text is not None:
+                arrays.append(np.array([self.end_of_text], self.dtype))
+                masks.append(np.ones(1, bool))
+            lengths.append(sum(len(ids) for ids in arrays[n_arrays:]))
+        mask = np.concatenate(masks)
+        return Encoded(np.concatenate(arrays), lengths, None if mask.all() else mask)
 
-    def _pieces(self, content: str | Messages) -> Iterator[tuple[str, int]]:
+    def _pieces(self, content: str | Messages) -> Iterator[Piece]:
+        """The parts of a text or a conversation that are encoded separately."""
         if not isinstance(content, str):
-            if self.render is None:
-                raise InputError("is a conversation: name a chat template with --template")
-            yield from self.render(content)
+            if self.template is None:
+                raise InputError("this is a conversation: choose a chat template with --template")
+            yield from render_conversation(content, TEMPLATES[self.template], self.end_of_text is not None)
             return
-        while len(content) > PIECE:  # lists of ids take twenty times the memory of their text
-            n = cut(content[:PIECE])
-            yield content[:n], n
+        while len(content) > PIECE_SIZE:  # lists of ids take twenty times the memory of their text
+            n = split_point(content[:PIECE_SIZE])
+            yield Piece(content[:n], n)
             content = content[n:]
-        yield content, len(content)
-
-    def _encode(self, text: str, counted: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [n] and bool [n]: which of them have a character among the first `counted`."""
-        ids = self.tokenizer.encode(text)
-        n = len(ids) if counted >= len(text) else 0
-        if 0 < counted < len(text):
-            stream, read = self.tokenizer.stream(), 0
-            while read < counted and n < len(ids):
-                read += len(stream.push(ids[n]))
-                n += 1
-        counts = np.zeros(len(ids), bool)
-        counts[:n] = True
-        return np.array(ids, self.dtype), counts
+        yield Piece(content, len(content))
 
 
-def _encoded(records: Iterator[Record], encoder: Encoder, workers: int) -> Iterator[tuple[list[Record], Encoded]]:
-    """Chunks of records, in their order, with what became of them."""
+def _encode_chunks(records: Iterator[Record], encoder: Encoder, workers: int) -> Iterator[tuple[list[Record], Encoded]]:
+    """Yields the records in chunks, in order, each with its ids."""
     if workers == 1:
         for chunk in _chunks(records):
             yield chunk, encoder(chunk)
         return
-    # spawned, for a forked process is not safe where threads run; they do in the tokenizers and in the progress bar
+    # spawned: forking is unsafe with threads, which the tokenizers and the progress bar have
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin, (encoder.spec, encoder.render))
-    waiting: deque[tuple[list[Record], Future[Encoded]]] = deque()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder.tokenizer_spec, encoder.template))
+    pending: deque[tuple[list[Record], Future[Encoded]]] = deque()
     try:
         for chunk in _chunks(records):
-            waiting.append((chunk, pool.submit(_work, chunk)))
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
+            pending.append((chunk, pool.submit(_encode_in_worker, chunk)))
+            if len(pending) > 2 * workers:
+                done, future = pending.popleft()
                 yield done, future.result()
-        for done, future in waiting:
+        for done, future in pending:
             yield done, future.result()
     except BrokenProcessPool as error:
-        raise InputError("a worker has ended, perhaps for want of memory; the same command goes on") from error
+        raise InputError("a worker was killed, perhaps for lack of memory; the same command resumes") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Groups records until they have CHUNK characters."""
     chunk: list[Record] = []
     size = 0
     for record in records:
@@ -308,22 +330,22 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-_encoder: Encoder  # of a worker
+_encoder: Encoder  # of a worker process
 
 
-def _begin(tokenizer: str, render: Render | None) -> None:
+def _start_worker(tokenizer: str, template: str | None) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that writes
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:  # which may be killed and cannot tell us
+    def end_with_parent() -> None:  # which may be killed without notice
         parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer, render)
+    _encoder = Encoder(tokenizer, template)
 
 
-def _work(records: list[Record]) -> Encoded:
+def _encode_in_worker(records: list[Record]) -> Encoded:
     return _encoder(records)

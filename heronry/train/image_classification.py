@@ -1,6 +1,6 @@
 """What a process reads in a step of a model of pictures: batches of them, cut, flipped, changed and mixed.
 
-Pictures are found by their number, as rows of tokens are: which one it is and how it is cut depend on the seed and that
+Images are found by their number, as rows of tokens are: which one it is and how it is cut depend on the seed and that
 number alone, and how a batch is changed on the seed and its first number. So a run that goes on from a checkpoint sees
 what it would have seen. Processes read ahead while the model computes.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.batching import random
-from ..data.image_dataset import Pictures
-from ..data.images import cut, normalise, prepare, resized, tensor
+from ..data.batching import generator_for
+from ..data.image_dataset import ImageDataset
+from ..data.images import normalize, preprocess, random_resized_crop, resize, to_tensor
 from ..errors import InputError
 from ..models import VisionModel
 from .config import Config, VisionSection
@@ -33,18 +33,18 @@ Chunk = tuple[int, Tensor, Tensor]  # the first picture's number, uint8 [B, 3, S
 class _Numbered(Dataset):
     """Picture i of all epochs, as it is trained with: (uint8 [3, S, S], class)."""
 
-    def __init__(self, data: Pictures, told: VisionSection, seed: int):
+    def __init__(self, data: ImageDataset, told: VisionSection, seed: int):
         self.data, self.told, self.seed = data, told, seed
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         epoch, place = divmod(i, len(self.data))
-        picture, label = self.data.get(int(_order(self.seed, epoch, len(self.data))[place]))
-        dice, size = random(self.seed, i), self.told.size
+        picture, label = self.data[int(_order(self.seed, epoch, len(self.data))[place])]
+        dice, size = generator_for(self.seed, i), self.told.size
         if self.told.crop != (1.0, 1.0):
-            picture = cut(picture, size, self.told.crop, dice)
+            picture = random_resized_crop(picture, size, self.told.crop, dice)
         elif picture.size != (size, size):
-            picture = resized(picture, (size, size))
-        pixels = tensor(picture)
+            picture = resize(picture, (size, size))
+        pixels = to_tensor(picture)
         return pixels.flip(2) if self.told.flip and dice.random() < 0.5 else pixels, label
 
 
@@ -55,7 +55,7 @@ def _order(seed: int, epoch: int, number: int) -> np.ndarray:
     """The order of an epoch; that of the last asked for is kept."""
     global _kept
     if _kept is None or _kept[0] != (seed, epoch, number):
-        _kept = (seed, epoch, number), random(seed, epoch).permutation(number)
+        _kept = (seed, epoch, number), generator_for(seed, epoch).permutation(number)
     return _kept[1]
 
 
@@ -68,27 +68,29 @@ class PicturePasses:
     """
 
     unit = "picture"
+    tokenizer_file = None
     states: dict = {}  # noqa: RUF012  pictures carry none
 
-    def __init__(self, config: Config, data: Pictures, accelerator: Accelerator):
+    def __init__(self, config: Config, data: ImageDataset, accelerator: Accelerator):
         self.config, self.data, self.accelerator = config, data, accelerator
-        self.measured = Pictures(config.data.eval) if config.data.eval else None
-        if self.measured is not None and len(self.measured.labels) > len(data.labels):
+        self.measured = ImageDataset(config.data.eval) if config.data.eval else None
+        if self.measured is not None and len(self.measured.class_names) > len(data.class_names):
             raise InputError(
-                f"{config.data.eval}: has {len(self.measured.labels)} classes, {config.data.train} {len(data.labels)}"
+                f"{config.data.eval}: has {len(self.measured.class_names)} classes, "
+                f"{config.data.train} {len(data.class_names)}"
             )
-        self.rows, self.rows_an_epoch = self, len(data)
+        self.rows, self.rows_per_epoch = self, len(data)
         self.a_step = config.run.batch * config.run.accumulate * accelerator.num_processes
         self.change = _changes(config.vision)
         self._ahead: tuple[int, Iterator] | None = None  # the step that is read next, and the batches from there on
 
     def told(self) -> str:
         told = self.config.vision
-        return f"{len(self.data):,} pictures of {told.size} x {told.size} in {len(self.data.labels)} classes"
+        return f"{len(self.data):,} pictures of {told.size} x {told.size} in {len(self.data.class_names)} classes"
 
     @property
     def notes(self) -> dict[str, Any]:
-        return {"labels": self.data.labels}
+        return {"labels": self.data.class_names}
 
     def flops(self, model: VisionModel) -> int:
         """Operations of a picture's way forward and back, those of the matrices."""
@@ -118,13 +120,13 @@ class PicturePasses:
         """The cross entropy, summed over the batch, and nothing else."""
         (first, pixels, classes), told, device = chunk, self.config.vision, self.accelerator.device
         torch.manual_seed(
-            int(random(self.config.run.seed, first).integers(2**62))
+            int(generator_for(self.config.run.seed, first).integers(2**62))
         )  # of all that follows, drop path too
         images = pixels.to(device).float() / 255
-        targets = F.one_hot(classes.to(device), len(self.data.labels)).float()
+        targets = F.one_hot(classes.to(device), len(self.data.class_names)).float()
         if self.change is not None:
             images = self.change(images)
-        images, targets = mixed(normalise(images), targets, told.mixup, told.cutmix)
+        images, targets = mixed(normalize(images), targets, told.mixup, told.cutmix)
         with autocast:
             logits = model(images)
         wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -158,12 +160,12 @@ class PicturePasses:
 class _Whole(Dataset):
     """The middle of each picture, normalised."""
 
-    def __init__(self, data: Pictures, size: int):
+    def __init__(self, data: ImageDataset, size: int):
         self.data, self.size = data, size
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = self.data.get(i)
-        return prepare(picture, self.size), label
+        picture, label = self.data[i]
+        return preprocess(picture, self.size), label
 
 
 class _Batches:

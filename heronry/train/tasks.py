@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.batching import Batch, Documents, Lanes, Row, Windows, collate
+from ..data.batching import Batch, DocumentSampler, LaneSampler, Row, WindowSampler, collate
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import LayerState, Model, State
@@ -31,14 +31,14 @@ Chunk = tuple[dict[int, Row], Batch]  # what the model reads at once: a batch, a
 ROWS_MEASURED = 64  # where the configuration does not say
 
 
-def sampler(config: Config, file: TokenFile, lanes: int = 0) -> Documents | Lanes | Windows:
+def sampler(config: Config, file: TokenFile, lanes: int = 0) -> DocumentSampler | LaneSampler | WindowSampler:
     """Without lanes, for measuring, documents begin anew in every row."""
     told, seed = config.data, config.run.seed
     if told.order == "carried" and lanes:
-        return Lanes(file, told.ctx_len, lanes, seed)
+        return LaneSampler(file, told.ctx_len, lanes, seed)
     if told.order in ("documents", "carried"):
-        return Documents(file, told.ctx_len, seed)
-    return Windows(file, told.ctx_len, seed, told.order)
+        return DocumentSampler(file, told.ctx_len, seed)
+    return WindowSampler(file, told.ctx_len, seed, told.order)
 
 
 class Passes:
@@ -60,10 +60,10 @@ class Passes:
         self.group, self.groups = self._group(), accelerator.num_processes // self.pieces
         lanes = config.run.batch * config.run.accumulate * self.groups
         self.rows = sampler(config, file, lanes)
-        if self.rows.shortest < self.pieces:
+        if self.rows.shortest_row < self.pieces:
             raise InputError(
-                f"{config.data.train}: its last row of {config.data.ctx_len} tokens has {self.rows.shortest}, too few "
-                f"for run.sequence_parallel = {self.pieces}; give another data.ctx_len"
+                f"{config.data.train}: its last row of {config.data.ctx_len} tokens has {self.rows.shortest_row}, "
+                f"too few for run.sequence_parallel = {self.pieces}; give another data.ctx_len"
             )
         self.a_step = lanes * config.data.tbptt_chunks
         self.states: dict[int, State] = {}
@@ -106,10 +106,14 @@ class Passes:
         return f"{len(self.data.tokens) / 1e6:.1f} M tokens, rows of {self.config.data.ctx_len} tokens"
 
     @property
+    def tokenizer_file(self) -> Path | None:
+        return self.data.tokenizer_file
+
+    @property
     def notes(self) -> dict[str, Any]:
         """For the model's config.json. Windows over texts without marks between them have no opening."""
         notes = dict(self.data.notes)
-        if self.config.data.order not in ("documents", "carried") and self.data.about.get("end_of_text") is None:
+        if self.config.data.order not in ("documents", "carried") and self.data.metadata.get("end_of_text") is None:
             del notes["opening_tokens"]
         return notes
 
@@ -137,7 +141,7 @@ class Passes:
         assert self.measured is not None
         told, device = self.config.run, self.accelerator.device
         rows = sampler(self.config, self.measured)
-        number, size = min(told.eval_rows or ROWS_MEASURED, rows.rows_an_epoch), told.batch
+        number, size = min(told.eval_rows or ROWS_MEASURED, rows.rows_per_epoch), told.batch
         mine = range(self.accelerator.process_index, number, self.accelerator.num_processes)
         nats, all_counted = torch.zeros(2, dtype=torch.float64)
         with autocast:
@@ -154,7 +158,7 @@ class Passes:
 
     def enter(self, rows: dict[int, Row]) -> State | None:
         """The states that these rows begin from: one for each document in them."""
-        if not isinstance(self.rows, Lanes):
+        if not isinstance(self.rows, LaneSampler):
             return None
         empty = self.model.initial_state()
         states = []
@@ -169,7 +173,7 @@ class Passes:
 
     def leave(self, rows: dict[int, Row], batch: Batch, logits: Tensor, state: State) -> Tensor:
         """Keeps the state that each lane ends with. The logits as they are."""
-        if isinstance(self.rows, Lanes):
+        if isinstance(self.rows, LaneSampler):
             state = state[[end - 1 for end in itertools.accumulate(len(row.starts) for row in rows.values())]]
             if isinstance(batch.cu_seqlens, SequenceShard):
                 logits, state = batch.cu_seqlens.broadcast_final_state(logits, state)

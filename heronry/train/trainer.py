@@ -59,7 +59,7 @@ class Run:
         set_seed(config.run.seed)
         self.plain, self.passes = self._parts(model)
         self.data, self.rows = self.passes.data, self.passes.rows
-        self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_an_epoch / self.passes.a_step)
+        self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_per_epoch / self.passes.a_step)
         self.optimizer = optimizer(self.plain, config.optim)
         self.mean: AveragedModel | None = None
         if config.run.ema:
@@ -78,12 +78,12 @@ class Run:
         """The model, on the device, and what it reads."""
         config, device = self.config, self.accelerator.device
         if config.model.is_vision:
-            from ..data.image_dataset import Pictures
+            from ..data.image_dataset import ImageDataset
             from .image_classification import PicturePasses
 
-            pictures = Pictures(config.data.train)
+            pictures = ImageDataset(config.data.train)
             if model is None:
-                model = build.make_vision(config, len(pictures.labels), self.precision)
+                model = build.make_vision(config, len(pictures.class_names), self.precision)
             return model.to(device).train(), PicturePasses(config, pictures, self.accelerator)
         data = TokenFile(config.data.train)
         if model is None:
@@ -138,7 +138,7 @@ class Run:
         if self.accelerator.is_main_process or self.plain.sharded:
             standing = {"tokens": self.tokens, "seconds": self.seconds, "waiting": self.waiting}
             standing["config"] = self._decisive()
-            most, about = self.config.run.keep, (self.data.tokenizer_file, self.passes.notes)
+            most, about = self.config.run.keep, (self.passes.tokenizer_file, self.passes.notes)
             try:
                 checkpointing.keep(
                     self.checkpoints, self.step, self.plain, self.optimizer, standing, most, *about, carried, self.mean
@@ -200,7 +200,7 @@ class Run:
             elif model.adapted_from is not None:
                 save_adapter(model, self.out, self.passes.notes)
             else:
-                save(model, self.out, self.data.tokenizer_file, self.passes.notes)
+                save(model, self.out, self.passes.tokenizer_file, self.passes.notes)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.out}: cannot be written ({error}); the same command goes on") from error
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heronry import RWKV7, InputError
-from heronry.data.batching import ORDERS, Documents, Row, Windows, collate
+from heronry.data.batching import WINDOW_ORDERS, DocumentSampler, Row, WindowSampler, collate
 from heronry.data.token_file import TokenFile, TokenWriter
 from heronry.models import RWKV7Config
 
@@ -46,8 +46,8 @@ def same(a: Row, b: Row) -> bool:
 @given(LENGTHS, st.integers(1, 30), st.integers(0, 2**64 - 1), st.booleans())
 def test_documents_make_every_token_a_target_once_and_do_not_leak(prefix, lengths, length, seed, masked):
     file = made(prefix, lengths, masked, end_of_text=77_777)
-    sampler = Documents(file, length, seed)
-    n = sampler.rows_an_epoch
+    sampler = DocumentSampler(file, length, seed)
+    n = sampler.rows_per_epoch
     assert n == math.ceil(sum(lengths) / length)
     first = {int(file.offsets[d]) + 1: d for d in range(len(file)) if lengths[d]}  # first id -> document
     for epoch in (0, 1):
@@ -82,18 +82,18 @@ def test_epochs_and_seeds_have_orders_of_their_own(prefix):
     file = made(prefix, [5] * 200)
     orders = []
     for seed in (1, 2):
-        for sampler in (Documents(file, 5, seed), Windows(file, 5, seed)):
+        for sampler in (DocumentSampler(file, 5, seed), WindowSampler(file, 5, seed)):
             orders += [tuple(int(sampler.row(epoch * 200 + j).targets[0]) for j in range(200)) for epoch in (0, 1)]
     assert len(set(orders)) == 8
-    assert Documents(file, 5).row(0).inputs[0] == 0  # no end of text is known
+    assert DocumentSampler(file, 5).row(0).inputs[0] == 0  # no end of text is known
 
 
 @settings(max_examples=50, deadline=None)
 @given(LENGTHS.filter(lambda lengths: sum(lengths) > 1), st.integers(1, 30), st.sampled_from(["shuffle", "sequential"]))
 def test_windows_make_every_token_but_the_first_a_target_once(prefix, lengths, length, order):
     file = made(prefix, lengths, masked=True)
-    sampler = Windows(file, length, 3, order)
-    n = sampler.rows_an_epoch
+    sampler = WindowSampler(file, length, 3, order)
+    n = sampler.rows_per_epoch
     for epoch in (0, 1):
         rows = [sampler.row(epoch * n + j) for j in range(n)]
         targets = np.concatenate([row.targets for row in rows]).tolist()
@@ -109,12 +109,12 @@ def test_windows_make_every_token_but_the_first_a_target_once(prefix, lengths, l
 @given(st.integers(3, 400), st.integers(1, 7), st.integers(0, 6))
 def test_cubic_is_a_bijection_and_what_rwkv_lm_does(prefix, windows, length, rest):
     file = made(prefix, [windows * length + rest % length])
-    sampler = Windows(file, length, order="magic_prime")
+    sampler = WindowSampler(file, length, order="magic_prime")
     # as its make_data.py finds the prime and its dataset.py the place
     most = len(file.tokens) // length - 1
     primes = [p for p in range(2, most + 1) if p % 3 == 2 and not any(p % d == 0 for d in range(2, p))]
     prime = primes[-1]
-    assert sampler.rows_an_epoch == prime
+    assert sampler.rows_per_epoch == prime
     starts = []
     for row in range(prime + 3):
         ii = 1 + row
@@ -127,22 +127,22 @@ def test_cubic_is_a_bijection_and_what_rwkv_lm_does(prefix, windows, length, res
 
 def test_random_windows_lie_anywhere(prefix):
     file = made(prefix, [50])
-    sampler = Windows(file, 10, 5, "random")
-    assert sampler.rows_an_epoch == 5
+    sampler = WindowSampler(file, 10, 5, "random")
+    assert sampler.rows_per_epoch == 5
     starts = [int(sampler.row(i).inputs[0]) for i in range(1500)]
     assert set(starts) == set(range(1, 41))
     assert max(starts.count(start) for start in set(starts)) < 75  # 37.5 are expected
     assert all(len(sampler.row(i).targets) == 10 for i in range(50))
-    assert Windows(file, 80, 5, "random").row(3).targets.tolist() == list(range(2, 51))
+    assert WindowSampler(file, 80, 5, "random").row(3).targets.tolist() == list(range(2, 51))
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 40), st.sampled_from(["documents", *ORDERS]))
+@given(st.integers(1, 5), st.integers(0, 40), st.sampled_from(["documents", *WINDOW_ORDERS]))
 def test_rows_are_the_same_whoever_asks_and_whatever_was_asked_before(prefix, ranks, begin, order):
     file = made(prefix, [9, 0, 4, 17, 1, 1, 25], masked=True)
 
-    def sampler() -> Documents | Windows:
-        return Documents(file, 6, 1) if order == "documents" else Windows(file, 6, 1, order)
+    def sampler() -> DocumentSampler | WindowSampler:
+        return DocumentSampler(file, 6, 1) if order == "documents" else WindowSampler(file, 6, 1, order)
 
     alone = sampler()
     expected = [alone.row(i) for i in range(50)]
@@ -155,7 +155,7 @@ def test_rows_are_the_same_whoever_asks_and_whatever_was_asked_before(prefix, ra
 
 def test_collate(prefix):
     file = made(prefix, [7, 7, 7, 7, 3, 4])
-    rows = [Windows(file, 5, order="sequential").row(i) for i in range(3)]
+    rows = [WindowSampler(file, 5, order="sequential").row(i) for i in range(3)]
     batch = collate(rows)
     assert batch.cu_seqlens is batch.mask is None
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
@@ -164,7 +164,7 @@ def test_collate(prefix):
     masked = Row(rows[0].inputs, rows[0].targets, np.array([True, False, True, True, False]))
     assert collate([masked, rows[1]]).mask.tolist() == [masked.mask.tolist(), [True] * 5]
 
-    rows = [Documents(file, 10).row(i) for i in range(4)]
+    rows = [DocumentSampler(file, 10).row(i) for i in range(4)]
     assert any(len(row.starts) > 1 for row in rows)
     batch = collate(rows)
     assert batch.inputs.shape == batch.targets.shape == (1, 35)
@@ -175,7 +175,7 @@ def test_collate(prefix):
 
 def test_packed_rows_are_the_documents_apart(prefix):
     file = made(prefix, [7, 12, 3, 20, 1, 30])
-    rows = [Documents(file, 24, 2).row(i) for i in range(4)]
+    rows = [DocumentSampler(file, 24, 2).row(i) for i in range(4)]
     batch = collate(rows)
     torch.manual_seed(0)
     model = RWKV7(RWKV7Config.sized(128, 2, 32, head_size=16)).double()
@@ -192,12 +192,12 @@ def test_packed_rows_are_the_documents_apart(prefix):
 def test_bad_input_is_named(prefix):
     file = made(prefix, [5])
     for made_of, said in [
-        (lambda: Documents(file, 0), "at least one token"),
-        (lambda: Documents(file, 4, -1), "seed must be"),
-        (lambda: Windows(file, 4, 2**64), "seed must be"),
-        (lambda: Windows(file, 4, order="zigzag"), "no order 'zigzag'"),
-        (lambda: Windows(file, 4, order="magic_prime"), "needs 12 tokens, there are 5"),
-        (lambda: Windows(made(prefix, [1]), 4), "nothing to predict"),
+        (lambda: DocumentSampler(file, 0), "length of a row must be at least 1"),
+        (lambda: DocumentSampler(file, 4, -1), "seed must be"),
+        (lambda: WindowSampler(file, 4, 2**64), "seed must be"),
+        (lambda: WindowSampler(file, 4, order="zigzag"), "unknown order 'zigzag'"),
+        (lambda: WindowSampler(file, 4, order="magic_prime"), "needs 12 tokens, got 5"),
+        (lambda: WindowSampler(made(prefix, [1]), 4), "nothing to predict"),
     ]:
         with pytest.raises(InputError, match=said):
             made_of()

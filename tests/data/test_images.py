@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import heronry
 from heronry import InputError
 from heronry.cli.app import main
-from heronry.data.images import cut, open_picture, prepare
+from heronry.data.images import open_image, preprocess, random_resized_crop
 from heronry.models.vision import MEAN, STD, create
 
 
@@ -42,7 +42,7 @@ def test_modes(tmp_path):
         "floats.tiff": (Image.fromarray(np.linspace(0, 2, 6, dtype=np.float32).reshape(2, 3)), None),
     }
     for name, (picture, expected) in kinds.items():
-        found = pixels(open_picture(saved(picture, tmp_path / name)))
+        found = pixels(open_image(saved(picture, tmp_path / name)))
         assert found.shape == (2, 3, 3), name
         if expected is not None:
             assert np.abs(found - np.array(expected)).max() <= 2, name
@@ -54,34 +54,34 @@ def test_cameras_say_how_they_were_held(tmp_path):
     turned = Image.fromarray(np.rot90(upright).copy())  # 90 degrees to the left, which 6 says to undo
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = pixels(open_picture(saved(turned, tmp_path / "a.png", exif=exif)))
+    found = pixels(open_image(saved(turned, tmp_path / "a.png", exif=exif)))
     assert found.tolist() == upright.tolist()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (500, 7), (224, 224), (256, 256)])
 def test_any_size_becomes_a_square(size):
-    x = prepare(Image.new("RGB", size, (10, 200, 90)), 224)
+    x = preprocess(Image.new("RGB", size, (10, 200, 90)), 224)
     assert x.shape == (3, 224, 224)
     expected = (torch.tensor([10, 200, 90]) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     assert torch.allclose(x, expected[:, None, None].expand_as(x))
-    assert prepare(Image.new("RGB", size), None).shape == (3, *size[::-1])
+    assert preprocess(Image.new("RGB", size), None).shape == (3, *size[::-1])
 
 
 def test_the_middle_is_seen():
     picture = np.zeros((64, 128, 3), np.uint8)
     picture[:, 32:96] = 255  # the middle square
-    x = prepare(Image.fromarray(picture), 32)
+    x = preprocess(Image.fromarray(picture), 32)
     assert (x > 1).all()  # seven eighths of it
-    with_edges = prepare(Image.fromarray(picture), None)
+    with_edges = preprocess(Image.fromarray(picture), None)
     assert with_edges.min() < 0
 
 
 def test_cuts():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
-    one, same, other = (cut(picture, 16, (0.2, 0.5), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, same, other = (random_resized_crop(picture, 16, (0.2, 0.5), np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one.size == (16, 16)
     assert one.tobytes() == same.tobytes() != other.tobytes()
-    narrow = cut(Image.new("RGB", (1, 500), "red"), 8, (0.9, 1.0), np.random.default_rng(0))
+    narrow = random_resized_crop(Image.new("RGB", (1, 500), "red"), 8, (0.9, 1.0), np.random.default_rng(0))
     assert (pixels(narrow) == (255, 0, 0)).all()  # no shape fits, so the middle is taken
 
 
@@ -93,16 +93,16 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, told in (
         ("nothing.png", "no such file"),
-        ("text.png", "not a picture that can be read"),
-        ("empty.jpg", "not a picture that can be read"),
+        ("text.png", "not an image that can be read"),
+        ("empty.jpg", "not an image that can be read"),
         ("short.png", r"cannot be read \("),
         (".", r"cannot be read \("),
     ):
         with pytest.raises(InputError, match=told) as caught:
-            open_picture(tmp_path / name)
+            open_image(tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="a picture: not a picture"):
-        open_picture(b"nothing")
+    with pytest.raises(InputError, match="the image: not an image"):
+        open_image(b"nothing")
 
 
 # ---- heronry see --------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_see(model, tmp_path, capsys):
     for i, size in enumerate([(40, 50), (1, 1), (33, 20)]):
         noise = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
         paths.append(saved(Image.fromarray(noise), tmp_path / f"{i}.png"))
-    images = torch.stack([prepare(open_picture(path), 32) for path in paths])
+    images = torch.stack([preprocess(open_image(path), 32) for path in paths])
     with torch.no_grad():
         chances = model(images).softmax(1)
     code, out, _ = run(capsys, "see", *paths, "--model", tmp_path / "model", "--top", 2)

@@ -82,7 +82,7 @@ def test_what_another_wrote_is_read(folder, documents, data):
 
 
 def test_long_documents_are_several_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_file, "LONGEST", 4)
+    monkeypatch.setattr(token_file, "MAX_SEQUENCE", 4)
     monkeypatch.setattr(token_file, "BLOCK", 2)
     documents = [list(range(n)) for n in (3, 4, 5, 0, 13, 1)]
     writer = TokenWriter(tmp_path / "x", "uint16")
@@ -146,7 +146,7 @@ def test_names_appear_at_the_end_and_publishing_can_be_repeated(tmp_path):
     (tmp_path / "x.bin.part").rename(tmp_path / "x.bin")  # a kill in the middle of it
     (tmp_path / "x.mask.part").rename(tmp_path / "x.mask")
     for _ in range(2):
-        token_file.publish(prefix, masked=True)
+        token_file.publish_parts(prefix, masked=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.mask"]
         assert TokenFile(prefix).mask.tolist() == [1, 0, 1, 1]
 
@@ -158,34 +158,38 @@ def test_damaged_files_are_named_in_one_line(tmp_path):
     writer.write(np.arange(6))
     writer.finish({"vocab_size": 10})
     whole = {ending: (tmp_path / f"x{ending}").read_bytes() for ending in (".bin", ".idx", ".mask", ".json")}
-    index, about = whole[".idx"], json.loads(whole[".json"])
+    index, metadata = whole[".idx"], json.loads(whole[".json"])
 
     def changed(at: int, value: bytes) -> bytes:
         return index[:at] + value + index[at + len(value) :]
 
     cases = [
-        (".bin", None, "x.bin: no such file, the other half is there"),
-        (".idx", None, "x.idx: no such file, the other half is there"),
-        (".bin", whole[".bin"][:-1], "x.bin: is truncated: 19 bytes, where x.idx says 20"),
-        (".bin", whole[".bin"] + b"00", "x.bin: is too long"),
-        (".idx", b"", "x.idx: not an index of tokens"),
-        (".idx", changed(0, b"NOMIDIDX"), "x.idx: not an index of tokens"),
-        (".idx", index[:20], "x.idx: is truncated"),
-        (".idx", index[:-3], "x.idx: is truncated for 2 sequences"),
-        (".idx", index + b"0", "x.idx: is too long for 2 sequences"),
-        (".idx", changed(9, b"\x02"), "of version 2"),
+        (".bin", None, "x.bin: no such file, although x.idx exists"),
+        (".idx", None, "x.idx: no such file, although x.bin exists"),
+        (".bin", whole[".bin"][:-1], "x.bin: truncated: 19 bytes, expected 20 from x.idx"),
+        (".bin", whole[".bin"] + b"00", "x.bin: too long"),
+        (".idx", b"", "x.idx: not an index of a token file"),
+        (".idx", changed(0, b"NOMIDIDX"), "x.idx: not an index of a token file"),
+        (".idx", index[:20], "x.idx: truncated"),
+        (".idx", index[:-3], "x.idx: truncated for 2 sequences"),
+        (".idx", index + b"0", "x.idx: too long for 2 sequences"),
+        (".idx", changed(9, b"\x02"), "unsupported version 2"),
         (".idx", changed(17, b"\x06"), "ids of type 6"),
-        (".idx", changed(18, b"\xff" * 8), "x.idx: is truncated"),
-        (".idx", changed(34, struct.pack("<i", -4)), "do not lie one after the other"),
-        (".idx", changed(50, struct.pack("<q", 9)), "do not lie one after the other"),
-        (".idx", changed(len(index) - 8, struct.pack("<q", 3)), "its documents are not its sequences"),
-        (".mask", whole[".mask"][:-1], "x.mask: has 9 bytes for 10 tokens"),
+        (".idx", changed(18, b"\xff" * 8), "x.idx: truncated"),
+        (".idx", changed(34, struct.pack("<i", -4)), "its sequences are not consecutive"),
+        (".idx", changed(50, struct.pack("<q", 9)), "its sequences are not consecutive"),
+        (".idx", changed(len(index) - 8, struct.pack("<q", 3)), "its documents do not consist of its sequences"),
+        (".mask", whole[".mask"][:-1], "x.mask: 9 bytes, expected 10"),
         (".json", b"{", "x.json: not JSON"),
         (".json", b"[]", "x.json: does not describe"),
-        (".json", json.dumps(about | {"tokens": 11}).encode(), "speaks of 11 tokens, but there are 10"),
-        (".json", json.dumps(about | {"documents": 1}).encode(), "speaks of 1 documents, but there are 2"),
-        (".json", json.dumps(about | {"vocab_size": "ten"}).encode(), "vocab_size is 'ten'"),
-        (".json", json.dumps(about | {"tokenizer": 3}).encode(), "tokenizer is 3"),
+        (".json", json.dumps(metadata | {"tokens": 11}).encode(), "says 11 tokens, but the token file has 10"),
+        (".json", json.dumps(metadata | {"documents": 1}).encode(), "says 1 documents, but the token file has 2"),
+        (
+            ".json",
+            json.dumps(metadata | {"vocab_size": "ten"}).encode(),
+            "vocab_size must be a whole number of at least 1, got 'ten'",
+        ),
+        (".json", json.dumps(metadata | {"tokenizer": 3}).encode(), "tokenizer must be a string, got 3"),
     ]
     for ending, content, said in cases:
         path = tmp_path / f"x{ending}"
@@ -199,5 +203,5 @@ def test_damaged_files_are_named_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"nothing.bin: no such file$"):
         TokenFile(tmp_path / "nothing")
     write_pair(tmp_path / "empty", [[[]]], 8)
-    with pytest.raises(InputError, match="holds no tokens"):
+    with pytest.raises(InputError, match="contains no tokens"):
         TokenFile(tmp_path / "empty")

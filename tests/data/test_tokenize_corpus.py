@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,15 @@ import torch
 
 from heronry import LLM, RWKV7, InputError
 from heronry.cli.app import main
-from heronry.data import sources, tokenize_corpus
-from heronry.data.batching import Documents, collate
+from heronry.data import sources
+from heronry.data import tokenize_corpus as corpus
+from heronry.data.batching import DocumentSampler, collate
 from heronry.data.token_file import TokenFile
-from heronry.data.tokenize_corpus import prepare
+from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.engine.llm import BUNDLED
 from heronry.models import RWKV7Config
 from heronry.text.chat_templates import TEMPLATES
-from heronry.text.conversations import Dialogue
+from heronry.text.conversations import encode_conversation, render_conversation
 from heronry.text.tokenizers import load_tokenizer
 
 ENDINGS = (".bin", ".idx", ".mask", ".json")
@@ -124,22 +126,25 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
         f"hf://{tmp_path}/hub:train",
     ]
     for name in names:
-        found = sources.find([name])
-        records = list(sources.read(found))
+        found = sources.find_sources([name])
+        records = list(sources.read_records(found))
         assert [record.content for record in records] == written
         for at in (0, 255, 299, 300, 650, 699):  # and from every place
-            rest = list(sources.read(found, start=records[at].place))
+            rest = list(sources.read_records(found, start=records[at].position))
             assert rest == records[at + 1 :]
     for name in ("talks.parquet", "talks"):
-        assert [record.content for record in sources.read(sources.find([str(tmp_path / name)]))] == [TALK, TALK[:2]]
-    with pytest.raises(InputError, match=r"train.parquet: has no column 'words' nor 'messages'"):
-        list(sources.read(sources.find(names[:1]), key="words"))
+        assert [record.content for record in sources.read_records(sources.find_sources([str(tmp_path / name)]))] == [
+            TALK,
+            TALK[:2],
+        ]
+    with pytest.raises(InputError, match=r"train.parquet: has neither a column 'words' nor 'messages'"):
+        list(sources.read_records(sources.find_sources(names[:1]), key="words"))
     with pytest.raises(InputError, match=r"^hf://.*nowhere"):
-        list(sources.read(sources.find([f"hf://{tmp_path}/nowhere"])))
+        list(sources.read_records(sources.find_sources([f"hf://{tmp_path}/nowhere"])))
     for module, name in (("pyarrow", names[0]), ("datasets", names[1])):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(InputError, match=f"pip install {module}"):
-            list(sources.read(sources.find([name])))
+            list(sources.read_records(sources.find_sources([name])))
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "world", str(BUNDLED / "tokenizer.json")])
@@ -147,50 +152,50 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, t
     text = "\n".join(texts(100))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     write_lines(tmp_path / "b.jsonl", [{"text": text}])
-    monkeypatch.setattr(sources, "PIECE", 999)
-    monkeypatch.setattr(tokenize_corpus, "PIECE", 999)
-    assert len(list(sources.read(sources.find([str(tmp_path / "a.txt")])))) > 20
+    monkeypatch.setattr(sources, "PIECE_SIZE", 999)
+    monkeypatch.setattr(corpus, "PIECE_SIZE", 999)
+    assert len(list(sources.read_records(sources.find_sources([str(tmp_path / "a.txt")])))) > 20
     for name in ("a.txt", "b.jsonl"):
-        prepare([str(tmp_path / name)], tmp_path / "x", tokenizer, restart=True)
+        tokenize_corpus([str(tmp_path / name)], tmp_path / "x", tokenizer, restart=True)
         known = load_tokenizer(tokenizer)
         file = TokenFile(tmp_path / "x")
         assert len(file) == 1
         assert file.document(0).tolist() == known.encode(text) + sorted(known.stop_ids)[:1]
     (tmp_path / "c.txt").write_text("鳥" * 5000, encoding="utf-8")  # not a line in it
-    prepare([str(tmp_path / "c.txt")], tmp_path / "x", "bytes", restart=True)
+    tokenize_corpus([str(tmp_path / "c.txt")], tmp_path / "x", "bytes", restart=True)
     assert decoded(tmp_path / "x") == ["鳥" * 5000]
 
 
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 400)
-    monkeypatch.setattr(tokenize_corpus, "PIECE", 400)
-    monkeypatch.setattr(tokenize_corpus, "CHUNK", 900)
+    monkeypatch.setattr(sources, "PIECE_SIZE", 400)
+    monkeypatch.setattr(corpus, "PIECE_SIZE", 400)
+    monkeypatch.setattr(corpus, "CHUNK", 900)
     (tmp_path / "a.txt").write_text("\n".join(texts(8)), encoding="utf-8")
     (tmp_path / "b.txt").write_text("x" * 1200)  # pieces end exactly where it does
     write_lines(tmp_path / "c.jsonl", [{"text": text} for text in texts(30)])
     write_lines(tmp_path / "d.jsonl.gz", [{"messages": TALK}, *({"text": text} for text in texts(30, seed=1))])
     paths = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl.gz")]
-    options = {"render": Dialogue(TEMPLATES["world"], False), "template": "world", "holdout": 0.2}
-    prepare(paths, tmp_path / "once" / "x", "bytes", **options)
+    options = {"template": "world", "holdout": 0.2}
+    tokenize_corpus(paths, tmp_path / "once" / "x", "bytes", **options)
 
     class Stop(BaseException):
         pass
 
     stops = 0
     for note in (0.0, 100.0):  # a note after every chunk, or only when it stops
-        monkeypatch.setattr(tokenize_corpus, "NOTE", note)
+        monkeypatch.setattr(corpus, "SAVE_SECONDS", note)
         out = tmp_path / f"often {note}" / "x"
         while True:
             calls = 0
 
-            def tell(done, standing):
+            def stop_at_third(n_bytes, progress):
                 nonlocal calls
                 calls += 1
                 if calls == 3:
                     raise Stop
 
             try:
-                prepare(paths, out, "bytes", **options, tell=tell)
+                tokenize_corpus(paths, out, "bytes", **options, on_progress=stop_at_third)
                 break
             except Stop:
                 stops += 1
@@ -208,14 +213,14 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
 
 def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(6_000)])
-    script = "from heronry.data import tokenize_corpus as t; t.SMALL, t.NOTE = 0, 0.2; "
+    script = "from heronry.data import tokenize_corpus as t; t.SMALL, t.SAVE_SECONDS = 0, 0.2; "
     script += "from heronry.cli.app import main; main()"  # workers and notes as a longer run has them
     options = ["data", str(source), "--tokenizer", str(BUNDLED), "--holdout", "0.1"]
     out = tmp_path / "x"
     notes = tmp_path / "x.progress.json"
 
     def standing() -> int:
-        return json.loads(notes.read_text())["standing"]["documents"] if notes.exists() else 0
+        return json.loads(notes.read_text())["progress"]["documents"] if notes.exists() else 0
 
     before = 0
     for sent, workers in ((signal.SIGKILL, 2), (signal.SIGINT, 1)):
@@ -241,9 +246,15 @@ def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
     assert 0 < before < 6_000
     seen = []
     sources = [str(source)]
-    prepare(sources, out, BUNDLED / "tokenizer.json", holdout=0.1, tell=lambda done, standing: seen.append(standing))
+    tokenize_corpus(
+        sources,
+        out,
+        BUNDLED / "tokenizer.json",
+        holdout=0.1,
+        on_progress=lambda n_bytes, progress: seen.append(progress),
+    )
     assert seen[0].documents == before
-    prepare(sources, tmp_path / "y", BUNDLED / "tokenizer.json", holdout=0.1)  # in one go, by one process
+    tokenize_corpus(sources, tmp_path / "y", BUNDLED / "tokenizer.json", holdout=0.1)  # in one go, by one process
     for name in ("", "-eval"):
         one, other = contents(tmp_path / f"x{name}"), contents(tmp_path / f"y{name}")
         assert one.pop(".json").replace(b"x.tokenizer", b"y.tokenizer") == other.pop(".json")
@@ -263,7 +274,7 @@ def test_memory_is_not_that_of_the_texts(tmp_path):
     script = """
 import re, sys
 from pathlib import Path
-from heronry.data.tokenize_corpus import prepare
+from heronry.data.tokenize_corpus import tokenize_corpus
 
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -271,50 +282,12 @@ def memory(name):
 for source in sys.argv[1:]:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    prepare([source], "x", "bytes", restart=True)
+    tokenize_corpus([source], "x", "bytes", restart=True)
     print((memory("VmHWM") - before) / 1024)
 """
     command = [sys.executable, "-c", script, "c.txt", "a.jsonl.gz", "b.txt"]
     grown = [float(word) for word in subprocess.check_output(command, cwd=tmp_path).split()]
     assert max(grown) < 30, grown  # MiB; the smaller text alone has 40
-
-
-@pytest.mark.parametrize("name", ["raven", "world", "g1", "story", "g1-fast-think"])
-def test_conversations_as_a_template_shows_them(name):
-    """What the loss counts is what a chat must be answered with, up to where it stops listening."""
-    template = TEMPLATES[name]
-    for marked in (True, False):
-        pieces = Dialogue(template, marked)([{"role": "system", "content": "Be a bird. "}, *TALK])
-        text = "".join(piece for piece, _ in pieces)
-        counted = "".join(piece[:n] + "|" * (n > 0) for piece, n in pieces).split("|")
-        first = "A rook.\nAnd you?" if name == "raven" else "A rook.\n\nAnd you?"
-        begins = {"raven": "Bob: Hi,\nwho are you?\n\nAlice:", "story": "User: Hi,\n\nwho are you?\n\nAssistant:"}
-        begin = begins.get(name, "User: Hi,\nwho are you?\n\nAssistant:")
-        think, answer = (" <think>\n</think", ">\n") if name == "g1-fast-think" else ("", " ")
-        opening = "System: Be a bird.\n\n" if name.startswith("g1") else "Be a bird.\n\n"
-        assert text.startswith(f"{opening}{begin}{think}{answer}{first}\n\n")
-        stop = template.stops[0]
-        assert "".join(counted[:-2]) == f"{answer}{first}{stop}"
-        assert counted[-2] == f"{answer}Hello, crow!{'' if marked else stop}"
-
-
-def test_thinking_and_bad_conversations():
-    think = Dialogue(TEMPLATES["g1-think"], True)
-    talk = [TALK[0], {"role": "assistant", "content": "<think>Hm.</think>Me."}]
-    assert think(talk)[1] == (">Hm.</think>Me.", 15)
-    for messages, said in [
-        (TALK[:2], "an answer does not begin with '<think'"),
-        ([TALK[0]], "not of user and assistant in turn"),
-        (TALK[1:], "not of user and assistant in turn"),
-        ([TALK[0], TALK[0]], "not of user and assistant in turn"),
-        ([TALK[0], {"role": "assistant"}], "a message has no role or no content"),
-        ([TALK[0], {"role": "assistant", "content": " \n"}], "an answer is empty"),
-        ([{"role": "user", "content": ""}, TALK[1]], "the message is empty"),
-    ]:
-        with pytest.raises(InputError, match=said):
-            think(messages)
-    world = Dialogue(TEMPLATES["world"], True)
-    assert world(TALK[:3]) == world(TALK[:2])  # what nobody answered teaches nothing
 
 
 @pytest.fixture
@@ -334,13 +307,14 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
     talks = [TALK, [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."}]]
     source = write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     known = load_tokenizer(tokenizer)
-    prepare(
-        [str(source)], tmp_path / "x", tokenizer, render=Dialogue(TEMPLATES[name], bool(known.stop_ids)), template=name
-    )
+    tokenize_corpus([str(source)], tmp_path / "x", tokenizer, template=name)
     file = TokenFile(tmp_path / "x")
-    batch = collate([Documents(file, 1000).row(0)])
+    batch = collate([DocumentSampler(file, 1000).row(0)])
     assert batch.cu_seqlens is not None
     assert batch.mask is not None
+    ids, mask = zip(*(encode_conversation(talk, TEMPLATES[name], known) for talk in talks), strict=True)
+    assert file.tokens.tolist() == [*chain(*ids)]
+    assert file.mask.astype(bool).tolist() == [*chain(*mask)]
     torch.manual_seed(0)
     model = RWKV7(RWKV7Config.sized(-(-file.vocab_size // 64) * 64, 2, 64, head_size=32))
     model.init_weights()
@@ -370,7 +344,9 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
             wanted = answer["content"].replace("\n\n", "\n") if name == "raven" else answer["content"]
             assert chat.say(question["content"], temperature=0, presence_penalty=0, frequency_penalty=0) == wanted
             # all that the model read, in the order of its training text, but for the answers that it made itself
-        pieces = [known.encode(piece) for piece, _ in Dialogue(TEMPLATES[name], bool(known.stop_ids))(talk)[::2]]
+        pieces = [
+            known.encode(piece) for piece, _ in render_conversation(talk, TEMPLATES[name], bool(known.stop_ids))[::2]
+        ]
         assert fed == [0, *(token for piece in pieces for token in piece)]
 
 
@@ -381,7 +357,7 @@ def test_what_is_there_is_kept(tmp_path, heronry):
     assert heronry(*words)[0] == 0
     before = contents(out)
     code, _, told = heronry(*words)
-    assert (code, told) == (2, f"heronry: {out}.bin: is there already; replace it with --restart\n")
+    assert (code, told) == (2, f"heronry: {out}.bin: already exists; replace it with --restart\n")
     assert contents(out) == before
     assert heronry(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
@@ -392,13 +368,13 @@ def test_what_is_there_is_kept(tmp_path, heronry):
     for other, named in ((("--holdout", "0.5"), "holdout"), (("--key", "words"), "key")):
         code, _, told = heronry(*words, *other)
         assert code == 2
-        assert f"y.progress.json: an unfinished run had other {named}; begin anew with --restart" in told
+        assert f"y.progress.json: there is an unfinished run with other {named}; start over with --restart" in told
     write_lines(tmp_path / "b.jsonl", [{"text": "changed"}])
     assert "other sources" in heronry(*words)[2]
     assert heronry(*words, "--restart")[0] == 0
     assert decoded(tmp_path / "y") == ["changed"]
     (tmp_path / "z.progress.json").write_text("{")
-    assert "z.progress.json: is damaged" in heronry(*words[:3], tmp_path / "z", *words[4:])[2]
+    assert "z.progress.json: damaged" in heronry(*words[:3], tmp_path / "z", *words[4:])[2]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
@@ -412,22 +388,25 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
     good = file("good.jsonl", b'{"text": "a"}\n')
     for words, said in [
         ([tmp_path / "missing"], "missing: no such file or folder"),
-        ([tmp_path / "nothing"], "nothing: holds no .txt, .jsonl, .jsonl.gz, .parquet"),
-        ([file("a.pdf", b"x")], "a.pdf: is no .txt"),
+        ([tmp_path / "nothing"], "nothing: contains no .txt, .jsonl, .jsonl.gz, .parquet file"),
+        ([file("a.pdf", b"x")], "a.pdf: unsupported kind of file; expected .txt"),
         ([file("a.jsonl", b'{"text": "a"}\n{"text": \n')], "a.jsonl, line 2: not JSON"),
         ([file("b.jsonl", b'{"text": "a"}\n\n[1]\n')], "b.jsonl, line 3: not a JSON object"),
-        ([file("c.jsonl", b'{"text": 3}\n')], "c.jsonl, line 1: 'text' is neither a text nor a list of messages"),
+        ([file("c.jsonl", b'{"text": 3}\n')], "c.jsonl, line 1: 'text' is neither a string nor a list of messages"),
         ([file("d.jsonl", b'{"text": "\xff"}\n')], "d.jsonl, line 1: not JSON"),
         ([file("e.jsonl", b'{"text": "\\ud800"}\n')], "e.jsonl, line 1: character 0 of the text is half"),
-        ([file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')], "f.jsonl, line 1: is a conversation: name a chat"),
+        (
+            [file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')],
+            "f.jsonl, line 1: this is a conversation: choose a chat template",
+        ),
         ([tmp_path / "f.jsonl", "--template", "g1"], "f.jsonl, line 1: a message has no role or no content"),
         ([file("a.txt", b"abc\xff")], "a.txt: is not UTF-8 at byte 3"),
-        ([file("a.jsonl.gz", b"abc")], "a.jsonl.gz: cannot be read to its end"),
-        ([file("b.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 9)[:-20])], "b.jsonl.gz: cannot be read to its end"),
-        ([file("empty.txt", b"")], "out: would be empty, there are 0 documents in the sources"),
-        ([good, "--holdout", "0.5"], "out-eval: would be empty, there are 1 documents"),
+        ([file("a.jsonl.gz", b"abc")], "a.jsonl.gz: cannot be read to the end"),
+        ([file("b.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 9)[:-20])], "b.jsonl.gz: cannot be read to the end"),
+        ([file("empty.txt", b"")], "out: would be empty, as the sources have 0 documents"),
+        ([good, "--holdout", "0.5"], "out-eval: would be empty, as the sources have 1 documents"),
         ([good, "--holdout", "0.6"], "must be above 0 and at most 0.5, got 0.6"),
-        ([good, "--workers", "0"], "at least one worker"),
+        ([good, "--workers", "0"], "workers must be at least 1, got 0"),
         ([good, "--template", "klingon"], "chat template 'klingon'"),
         ([good, "--tokenizer", tmp_path / "none.json"], "none.json: tokenizer file not found"),
         ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: tokenizer file not found"),
@@ -441,5 +420,5 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
     pytest.importorskip("pyarrow")
     code, _, err = heronry("data", file("a.parquet", b"x" * 100), "-o", tmp_path / "out", "--restart")
     assert (code, err.count("\n")) == (2, 1)
-    assert "a.parquet: damaged or not a .parquet" in err
+    assert "a.parquet: damaged, or not a .parquet file" in err
     assert not (tmp_path / "out.bin").exists()

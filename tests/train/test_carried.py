@@ -12,7 +12,7 @@ from binidx import write_binidx
 from test_sequence_parallel import spread
 from test_trainer import curve, run, same, settings, stopped, weights
 
-from heronry.data.batching import Lanes
+from heronry.data.batching import LaneSampler
 from heronry.data.token_file import TokenFile
 from heronry.errors import InputError
 from heronry.train.config import read_config
@@ -25,10 +25,10 @@ CARRIED = ["data.order=carried", "run.batch=3", "model.n_layer=1", "run.precisio
 def test_every_lane_reads_on(lanes, texts):
     """Row after row of a lane are the documents without a gap; all lanes together read every token once an epoch."""
     file = TokenFile(texts)
-    rows = Lanes(file, 16, lanes, seed=3)
+    rows = LaneSampler(file, 16, lanes, seed=3)
     seen = []
     for lane in range(lanes):
-        number = (lane + 1) * rows.rows_an_epoch // lanes - lane * rows.rows_an_epoch // lanes
+        number = (lane + 1) * rows.rows_per_epoch // lanes - lane * rows.rows_per_epoch // lanes
         mine = [rows.row(step * lanes + lane) for step in range(number)]
         seen += [row.targets for row in mine]
         assert not mine[0].continues
@@ -39,8 +39,8 @@ def test_every_lane_reads_on(lanes, texts):
                 assert after.inputs[0] == file.end_of_text
         assert not rows.row(number * lanes + lane).continues  # the next epoch
     assert np.array_equal(np.sort(np.concatenate(seen)), np.sort(file.tokens))
-    with pytest.raises(InputError, match=f"has {rows.rows_an_epoch} rows of 16 tokens for 1000 lanes"):
-        Lanes(file, 16, 1000)
+    with pytest.raises(InputError, match=f"too small: {rows.rows_per_epoch} rows of 16 tokens for 1000 lanes"):
+        LaneSampler(file, 16, 1000)
 
 
 @pytest.mark.parametrize("generation", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])

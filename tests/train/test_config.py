@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heronry.data.batching import _prime
+from heronry.data.batching import magic_prime
 from heronry.errors import InputError
 from heronry.models import RWKV7, RWKV7Config
 from heronry.train.config import Config, OptimSection, from_dict, read_config
@@ -95,7 +95,7 @@ def test_the_published_recipe_of_minipile():
     assert (optim.betas, optim.eps, optim.clip, optim.l2wrap) == ((0.9, 0.99), 1e-18, 1.0, 1e-4)
     assert steps.steps == math.ceil(1498226207 / (16 * 512))
     assert 40320 % (steps.log_every * steps.batch) == 0  # lines of the log that add up to a published mean
-    assert [_prime(1498226207 // length - 1) for length in (512, 2048, 4096)] == [2926181, 731531, 365759]
+    assert [magic_prime(1498226207 // length - 1) for length in (512, 2048, 4096)] == [2926181, 731531, 365759]
     with torch.device("meta"):
         made = RWKV7(RWKV7Config.sized(model.vocab_size, model.n_layer, model.n_embd))
     assert made.blocks[0].att.w1.shape[1] == made.blocks[0].att.a1.shape[1] == 64

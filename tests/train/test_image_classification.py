@@ -14,7 +14,7 @@ from PIL import Image
 
 import heronry
 from heronry import InputError
-from heronry.data.image_dataset import Pictures
+from heronry.data.image_dataset import ImageDataset
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.train.config import read_config
 from heronry.train.image_classification import mixed
@@ -132,7 +132,7 @@ def test_the_mean_of_a_text_models_weights(texts, tmp_path):
     more = ["run.steps=4", "run.batch=2", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=64", "run.ema=0.5"]
     run = Run(read_config(None, [f"data.train={texts}", f"run.out={tmp_path / 'out'}", *more]))
     run()
-    assert not torch.equal(heronry.load(tmp_path / "out", kind=heronry.VisionModel).head.weight, run.plain.head.weight)
+    assert not torch.equal(heronry.load(tmp_path / "out").head.weight, run.plain.head.weight)
     with pytest.raises(InputError, match=r"run\.ema is for whole models"):
         read_config(None, [f"data.train={texts}", "run.ema=0.5", "run.shard=full"])
 
@@ -180,13 +180,13 @@ def parquet(path, rows, names=("image", "label")):
 
 def test_folders_and_parquet_hold_the_same(folder, tmp_path):
     rows = [(noisy(colour, i), n) for n, (_, colour) in enumerate(sorted(COLOURS.items())) for i in range(16)]
-    table = Pictures(str(parquet(tmp_path / "a.parquet", rows, ("img", "labels"))))
-    files = Pictures(str(folder))
-    assert files.labels == ["blue", "green", "red"]
-    assert table.labels == ["0", "1", "2"]
+    table = ImageDataset(str(parquet(tmp_path / "a.parquet", rows, ("img", "labels"))))
+    files = ImageDataset(str(folder))
+    assert files.class_names == ["blue", "green", "red"]
+    assert table.class_names == ["0", "1", "2"]
     assert len(table) == len(files) == 48
     for i in (0, 17, 47):
-        a, b = table.get(i), files.get(i)
+        a, b = table[i], files[i]
         assert a[1] == b[1] == i // 16
         assert a[0].tobytes() == b[0].tobytes()
 
@@ -232,21 +232,21 @@ def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     bad = parquet(tmp_path / "bad.parquet", [(noisy((0, 0, 0), 0), 0)], ("photo", "kind"))
     for source, told in (
-        (tmp_path / "nowhere", "no folder of pictures, no .parquet file and no hf:// name"),
+        (tmp_path / "nowhere", "not a folder of images, a .parquet file or an hf:// name"),
         (tmp_path / "nothing.parquet", "no such file"),
         (tmp_path / "empty", "empty: "),
-        (bad, "has the columns photo, kind; pictures stand in 'image', their classes in 'label'"),
+        (bad, "has the columns photo, kind; expected 'image' and 'label'"),
     ):
         with pytest.raises(InputError, match=told) as caught:
-            Pictures(str(source))
+            ImageDataset(str(source))
         assert "\n" not in str(caught.value)
     damaged = tmp_path / "damaged"
     for name in ("a", "b"):
         (damaged / name).mkdir(parents=True)
         (damaged / name / "x.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"damaged: picture \d: .*not a picture that can be read"):
+    with pytest.raises(InputError, match=r"damaged: image \d: .*not an image that can be read"):
         Run(read_config(None, settings(damaged, tmp_path / "out", "run.batch=1")))()
-    with pytest.raises(InputError, match=r"^\S+damaged: picture \d: .*not a picture that can be read$"):
+    with pytest.raises(InputError, match=r"^\S+damaged: image \d: .*not an image that can be read$"):
         Run(read_config(None, settings(damaged, tmp_path / "out2", "run.batch=1", "vision.workers=1")))()
     few = tmp_path / "few"
     for name in ("a", "b"):

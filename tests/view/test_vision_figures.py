@@ -264,10 +264,10 @@ def test_drawings_are_written(kind, tmp_path):
 def test_pixels_are_those_of_the_picture():
     from PIL import Image
 
-    from heronry.data.images import prepare
+    from heronry.data.images import preprocess
 
     numbers = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    np.testing.assert_allclose(pixels(prepare(Image.fromarray(numbers), 20)[None])[0], numbers / 255, atol=1e-6)
+    np.testing.assert_allclose(pixels(preprocess(Image.fromarray(numbers), 20)[None])[0], numbers / 255, atol=1e-6)
 
 
 def test_matplotlib_comes_when_something_is_drawn(monkeypatch):

@@ -1,13 +1,13 @@
-"""One to many: a picture goes in, words come out. Vision-RWKV's patches are read by an RWKV that tells stories.
+"""A caption for a picture: Vision-RWKV's patches are read by an RWKV that writes stories.
 
     python examples/captioning.py cifar10-train.parquet cifar10-test.parquet --out captioner
 
-The language model is the bundled storyteller (or --language) and stays what it is; the eyes are a new small VRWKV (or
---vision, the folder of a trained one), and a projection stands between the two. Between the picture and its caption
-there is nothing but a state. The captions are made of the name of the class and of how bright the picture is.
+The language model is the bundled storyteller (or --language) and stays frozen; the encoder is a new small VRWKV (or
+--vision, the folder of a trained one), with a projection between them. Only a state connects the picture with its
+caption. The captions are made from the name of the class and the brightness of the picture.
 
-Some ten minutes on one core; Ctrl-C ends the learning and keeps what was reached. In the folder --out are then the eyes
-and projection.safetensors (`pip install 'heronry[train,vision]'`).
+Takes about ten minutes on one core; Ctrl-C stops the training and keeps what was reached. --out gets the encoder and
+projection.safetensors. Needs `pip install 'heronry[train,vision]'`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Teaches the bundled storyteller to take bookings: by LoRA and by state tuning, compared.
+"""Teaches the bundled storyteller to take bookings, by LoRA and by state tuning, and compares the two.
 
     python examples/chat.py dialogues.jsonl.gz --out assistant
     heronry chat --adapter assistant/lora
     heronry chat --state assistant/state/time_state.safetensors
 
-The file: one JSON object a line with `messages`. Every 20th conversation is only measured, by what its answers cost;
-what the user says counts nowhere. Both runs read the same rows. A run that is there already is not made again.
+The file has one JSON object a line with `messages`. Every 20th conversation is held out, and the loss of its answers
+is measured; the loss never counts what the user says. Both runs read the same rows. A run that already exists is not
+repeated. Needs `pip install 'heronry[train,plots]'`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "texts.idx").exists():
-        data([str(args.file)], args.out / "texts", str(BUNDLED / "tokenizer.json"), "story", None, "text", 0.05, False)
+        data([str(args.file)], args.out / "texts", str(BUNDLED / "tokenizer.json"), template="story", holdout=0.05)
 
     lines = ["| | trained numbers | file, bytes | held-out answers, nats a token | tokens/s |", "|---|---|---|---|---|"]
     told = {}

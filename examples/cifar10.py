@@ -1,13 +1,13 @@
-"""Vision-RWKV beside a ViT of equal size on CIFAR-10, and what the Q-shift and both directions are worth.
+"""Vision-RWKV beside a ViT of equal size on CIFAR-10, and what the Q-shift and the second direction contribute.
 
     python examples/cifar10.py cifar10-train.parquet cifar10-test.parquet --out cifar10
 
-Five models learn from the same pictures in the same order, 64 patches of 4 x 4 pixels each: a ViT, VRWKV as it is, and
-VRWKV without a shift, with the shift of text (the patch before), and with the Q-shift but attention that looks back
-only: the comparison of the paper's ablation. A run that was stopped goes on. At the end stand a table and a picture of
-the curves (`pip install 'heronry[train,vision,plots]'`).
+Five models learn from the same pictures in the same order, in 64 patches of 4 x 4 pixels: a ViT, VRWKV, and VRWKV
+without a shift, with the shift of text (the previous patch), and with the Q-shift but attention in one direction only,
+as in the paper's ablation. An interrupted run continues. The result is a table and a figure of the curves. Needs `pip
+install 'heronry[train,vision,plots]'`.
 
-On a GPU several runs share it well: --jobs 5.
+A GPU can run several at once: --jobs 5.
 """
 
 from __future__ import annotations

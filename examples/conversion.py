@@ -1,9 +1,9 @@
-"""The matrix of docs/conversion.md: every format into every other, and how far the logits move.
+"""The matrix of docs/conversion.md: every format into every other, and how much the logits change.
 
     python examples/conversion.py tiny-rwkv-4.pth tiny-rwkv-5.pth tiny-rwkv-7.pth
 
-Each file is first written in every format that can hold it; then each of these is converted into each other. A cell is
-the largest difference of a logit over 24 tokens, both files computed in float32.
+Each file is first written in every format that can hold it; then each of these is converted to every other. A cell is
+the largest difference between logits over 24 tokens, with both files computed in float32.
 """
 
 from __future__ import annotations

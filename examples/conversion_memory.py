@@ -1,9 +1,10 @@
-"""How much memory converting a large checkpoint takes, and how near it is to the pace of the disk.
+"""How much memory the conversion of a large checkpoint takes, and how close it is to the speed of the disk.
 
     python examples/conversion_memory.py --to huggingface gguf
 
-Makes an RWKV-7 of 1.5B parameters in bfloat16 (3 GB; --layers, --width), converts it in a process of its own and looks
-at that process every 20 ms. Private is what no file stands behind: pages mapped from the checkpoint come and go.
+Makes an RWKV-7 of 1.5B parameters in bfloat16 (3 GB; --layers, --width), converts it in a separate process and samples
+the memory of that process every 20 ms. Private memory has no file behind it; pages mapped from the checkpoint come and
+go.
 """
 
 from __future__ import annotations

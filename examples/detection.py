@@ -1,10 +1,10 @@
-"""Vision-RWKV finds coloured shapes: D-FINE of transformers over a VRWKV backbone, trained from nothing.
+"""Object detection: D-FINE of transformers over a VRWKV backbone finds coloured shapes, trained from scratch.
 
     python examples/detection.py --out detection
 
-Squares, discs and triangles, each kind in shades of its colour, stand on grey noise. The pictures are drawn here, new
-ones at every step; two minutes on one core. Measured is the average precision at IoU 0.5 on pictures never trained on.
---out gets the detector, as DFineForObjectDetection.from_pretrained reads it. (`pip install transformers scipy`)
+Squares, discs and triangles, each kind in shades of its own colour, lie on grey noise. The pictures are drawn here,
+new ones at every step; takes two minutes on one core. The measure is average precision at IoU 0.5 on new pictures.
+--out gets the detector for DFineForObjectDetection.from_pretrained. Needs `pip install transformers scipy`.
 """
 
 from __future__ import annotations

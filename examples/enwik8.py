@@ -1,14 +1,14 @@
-"""The classic byte-level run: RWKV-4 and RWKV-7 beside an LSTM and a GPT of as many parameters.
+"""The classic byte-level run: RWKV-4 and RWKV-7 beside an LSTM and a GPT with as many parameters.
 
     python examples/enwik8.py enwik8 --out enwik8-run
 
-Every model reads the same random windows of the first 90% of the file with the same optimiser, at a rate of its own.
-The next 5% are measured on the way, the last 5% at the end: from an empty state in windows of the same length and, for
-those that have a state, in one pass with the state carried through. Each model is as wide as makes its parameters those
-of the RWKV-7.
+All models read the same random windows of the first 90% of the file with the same optimizer, each at its own learning
+rate. The next 5% are the validation set, the last 5% the test set: measured from an empty state in windows of the same
+length, and for models with a state also in one pass with the state carried through. The width of each model is chosen
+so that it has as many parameters as the RWKV-7.
 
-A run that is there already is not made again; one that was stopped goes on. The early demos of RWKV-4 are
-`--layers 6 --width 512 --context 1024 --batch 12`.
+A run that already exists is not repeated; an interrupted one continues. The early demos of RWKV-4 are `--layers 6
+--width 512 --context 1024 --batch 12`.
 """
 
 from __future__ import annotations

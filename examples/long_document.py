@@ -1,10 +1,10 @@
-"""One document of a million tokens: what it costs to learn from it, in rows of 1024 and of 8192.
+"""One document of a million tokens: what training on it costs, in rows of 1024 and of 8192.
 
     python examples/long_document.py enwik8 --out long-document
 
-The state is carried from row to row, gradients flow through `--tbptt-chunks` rows of each step. Each length of document
-and of row is trained in a process of its own, which tells how much memory it took at most. For the speed, runs that
-differ in the length of their rows take turns in one process, with as many tokens in every turn.
+The state is carried from row to row, and gradients flow through `--tbptt-chunks` rows of each step. Each length of
+document and row is trained in a separate process, which reports its peak memory. For the speed, runs with different
+row lengths alternate in one process, with equally many tokens in each turn.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Writes a text with onnxruntime and numpy alone: no PyTorch, no heronry.
+"""Generates text with onnxruntime and numpy alone: no PyTorch, no heronry.
 
     heronry convert MODEL step.onnx --to onnx-step
     python examples/onnx_numpy.py step.onnx tokenizer.json "Once upon a time"
 
-The state is three arrays that go in and come out; the file's metadata says what fills them before the first token.
+The state is three arrays that go in and come out; the file's metadata holds their values before the first token.
 """
 
 from __future__ import annotations

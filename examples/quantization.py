@@ -2,8 +2,8 @@
 
     python examples/quantization.py --stories stories.jsonl.gz [--texts 200] [--tiny FOLDER --text FILE]
 
-The bundled model reads held-out stories (see storyteller.py). With --tiny, byte-level .pth files are measured on the
-first 20,000 bytes of --text too.
+The bundled model reads held-out stories (see storyteller.py). With --tiny, byte-level .pth files are measured too, on
+the first 20,000 bytes of --text.
 """
 
 from __future__ import annotations

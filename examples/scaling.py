@@ -1,9 +1,9 @@
-"""What training takes on many GPUs: memory, tokens a second, and when processes wait for each other. Computed.
+"""What training on many GPUs takes: memory, tokens/s, and when processes wait for each other. Computed, not measured.
 
     python examples/scaling.py
 
-The tables of docs/scaling.md, from the parameters of the models as they are made here. Everything assumed is a name at
-the top; what is measured says where.
+Prints the tables of docs/scaling.md, from the parameters of the models as they are built here. Every assumption is a
+name at the top of the file; measured ones say where.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Vision-RWKV learns to tell the pixels of coloured shapes from noise: a Segmenter, trained from nothing.
+"""Semantic segmentation: a Vision-RWKV Segmenter tells coloured shapes from noise, trained from scratch.
 
     python examples/segmentation.py --out segmentation
 
-Squares, discs and triangles, each kind in shades of its colour, lie one over the other on grey noise. The pictures are
-drawn here, new ones at every step; a minute or two on one core. Measured is the mean over the four classes (noise is
-one) of intersection over union, on pictures never trained on, of the trained size and of another. At the end --out
-holds shapes.png with pictures, truths and what was found, and the weights.
+Squares, discs and triangles, each kind in shades of its own colour, overlap on grey noise. The pictures are drawn
+here, new ones at every step; takes a minute or two on one core. The measure is mean intersection over union of the
+four classes (noise is one) on new pictures, of the trained size and of another. --out gets the weights and shapes.png,
+with pictures, labels and predictions.
 """
 
 from __future__ import annotations

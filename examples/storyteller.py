@@ -1,14 +1,14 @@
-"""Trains the storyteller: the small RWKV-7 that heronry carries with it.
+"""Trains the storyteller: the small RWKV-7 that is bundled with heronry.
 
     python examples/storyteller.py --stories stories.jsonl.gz --out storyteller
 
-The texts: one JSON object a line, {"source", "text"}. Ours are 22,167 TinyStories (Eldan & Li, arXiv 2305.07759,
-CDLA-Sharing-1.0) followed by 278 classic fairy tales (the public-domain texts of FairytaleQA). Every tenth
-TinyStories text (index % 10 == 9) is held out and only ever measured.
+The file has one JSON object a line: {"source", "text"}. For the bundled model: 22,167 TinyStories (Eldan & Li, arXiv
+2305.07759, CDLA-Sharing-1.0) followed by 278 classic fairy tales (the public-domain texts of FairytaleQA). Every tenth
+TinyStories text (index % 10 == 9) is held out.
 
-Every pass has each story once, half of them dressed as the answer to a question about their subject, so that the model
-learns to answer "User: Tell me a story about a frog". What is asked counts in no loss. The tales, in a language of
-their own, are in the first pass only, for breadth. Stopped in whatever way, the same command goes on.
+Each pass has every story once, half of them as the answer to a request for their subject, so that the model learns to
+answer "User: Tell me a story about a frog". The loss does not count the request. The tales, which differ in language,
+are in the first pass only. If interrupted, the same command continues.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def encode(rows: list[dict[str, Any]], out: Path, tokenizer: Path) -> None:
         return
     texts = out.with_suffix(".jsonl")
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data([str(texts)], out, str(tokenizer), "story", None, "text", 0.0, False)
+    data([str(texts)], out, str(tokenizer), template="story")
 
 
 @torch.inference_mode()

@@ -3,8 +3,8 @@
     python examples/tinyshakespeare.py tinyshakespeare.txt --out shakespeare
     heronry generate "ROMEO:" --model shakespeare/model
 
-The first 90% of the file are read in random windows, the last 10% are only measured. The loss is in nats a character,
-as others tell it for this text. Stopped in whatever way, the same command goes on.
+Trains on random windows of the first 90% of the file and measures on the last 10%. The loss is in nats per character,
+as is usual for this text. If interrupted, the same command continues.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What transformers' generate() adds to our own step, and RWKV-4 beside transformers' own class.
+"""What generate() of transformers adds to heronry's own decode step, and RWKV-4 beside the class of transformers.
 
     python examples/transformers_speed.py --dtype bfloat16
     python examples/transformers_speed.py --device cuda
 
-All contestants take turns on the same prompt; medians are told. Random weights of 12 layers of 768.
+All contestants alternate on the same prompt; figures are medians. The models have random weights, 12 layers of 768.
 """
 
 from __future__ import annotations

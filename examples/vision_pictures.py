@@ -1,11 +1,12 @@
-"""Four drawings of what a Vision-RWKV does with pictures: how far it sees, how fast it forgets, what the Q-shift moves,
-and which patches a class looks at.
+"""Four drawings of what a Vision-RWKV does with pictures: how far it sees, how fast it forgets, what the Q-shift
+moves, and which patches a class looks at.
 
     python examples/vision_pictures.py MODEL PICTURE... --out FOLDER
 
-MODEL is whatever `heronry.load` reads, the name of a variant like vrwkv_tiny, which gets new weights, or the folder of
-a ViT that examples/cifar10.py trained. What a model does not have (decays, a Q-shift, classes) is not drawn. How far it
-sees is drawn beside those of --beside, its like with new weights and a new ViT (`pip install 'heronry[vision,plots]'`).
+MODEL is anything that `heronry.load` reads, the name of a variant like vrwkv_tiny (with new weights), or the folder of
+a ViT trained by examples/cifar10.py. What a model does not have (decays, a Q-shift, classes) is not drawn. Its
+receptive field is drawn beside that of --beside, of the same model with new weights and of a new ViT. Needs `pip
+install 'heronry[vision,plots]'`.
 """
 
 from __future__ import annotations

@@ -30,23 +30,26 @@ struct Node {
 // The nodes of the trie, each after its parent, found by a hash of the edge that leads to them.
 class Trie {
   public:
-    Trie() : nodes(1), table(1 << 18) {}
+    Trie() : nodes(1), table(1 << 18) { nodes.reserve(1 << 17); }
 
     uint32_t child(uint32_t parent, uint8_t byte) {
-        const uint32_t key = parent << 8 | byte;
-        uint32_t at = (key * 0x9E3779B1u) >> 14;  // 18 bits
-        for (; table[at]; at = (at + 1) & (uint32_t(table.size()) - 1))
-            if (nodes[table[at]].parent == parent && nodes[table[at]].byte == byte) return table[at];
-        table[at] = uint32_t(nodes.size());
+        const uint32_t edge = parent << 8 | byte;
+        uint32_t at = (edge * 0x9E3779B1u) >> 14;  // 18 bits
+        for (; table[at].node; at = (at + 1) & (uint32_t(table.size()) - 1))
+            if (table[at].edge == edge) return table[at].node;
+        table[at] = {edge, uint32_t(nodes.size())};
         nodes.push_back({parent, byte, 0, 0, 0, 0});
         ++nodes[parent].children;
-        return table[at];
+        return table[at].node;
     }
 
     std::vector<Node> nodes;
 
   private:
-    std::vector<uint32_t> table;
+    struct Entry {
+        uint32_t edge, node;
+    };
+    std::vector<Entry> table;
 };
 
 // Gives every node a slot below `slots`; false if they do not fit. Nodes with many children are placed first, into the
@@ -57,24 +60,31 @@ bool place(std::vector<Node>& nodes, uint32_t slots) {
         first[n + 1] = first[n] + nodes[n].children;
         parents[nodes[n].children].push_back(n);
     }
+    std::vector<uint8_t> bytes(nodes.size());  // of the children
     std::vector<uint32_t> end(first.begin(), first.end() - 1);
-    for (uint32_t n = 1; n < nodes.size(); ++n) children[end[nodes[n].parent]++] = n;
+    for (uint32_t n = 1; n < nodes.size(); ++n) {
+        const uint32_t i = end[nodes[n].parent]++;
+        children[i] = n;
+        bytes[i] = nodes[n].byte;
+    }
 
     std::vector<uint8_t> used(slots);
-    used[0] = true;  // the root's
-    for (int count = 256; count > 0; --count) {
-        uint32_t slot = 1;  // moves on only: gaps that were passed are left to nodes with fewer children
+    used[0] = true;       // the root's
+    uint32_t lowest = 1;  // slot that may be free
+    for (uint32_t count = 256; count > 0; --count) {
+        while (used[lowest]) ++lowest;
+        uint32_t slot = lowest;  // moves on only: gaps that were passed are left to nodes with fewer children
         for (const uint32_t parent : parents[count]) {
-            const uint32_t* begin = &children[first[parent]];
+            const uint8_t* byte = &bytes[first[parent]];
             const auto fits = [&](uint32_t base) {
-                return std::none_of(begin, begin + count, [&](uint32_t n) { return used[base + nodes[n].byte]; });
+                return std::none_of(byte, byte + count, [&](uint8_t b) { return used[base + b]; });
             };
-            while (slot <= nodes[*begin].byte || (slot + 256 < slots && !fits(slot - nodes[*begin].byte))) ++slot;
+            while (slot <= byte[0] || (slot + 256 < slots && !fits(slot - byte[0]))) ++slot;
             if (slot + 256 >= slots) return false;
-            nodes[parent].base = slot - nodes[*begin].byte;
-            for (int i = 0; i < count; ++i) {
-                nodes[begin[i]].slot = nodes[parent].base + nodes[begin[i]].byte;
-                used[nodes[begin[i]].slot] = true;
+            const uint32_t base = nodes[parent].base = slot - byte[0];
+            for (uint32_t i = 0; i < count; ++i) {
+                nodes[children[first[parent] + i]].slot = base + byte[i];
+                used[base + byte[i]] = true;
             }
         }
     }
@@ -88,10 +98,16 @@ bool place(std::vector<Node>& nodes, uint32_t slots) {
 EXPORT int world_build(uint64_t* array, int64_t slots, const uint8_t* bytes, const uint8_t* lengths, int64_t count) {
     try {
         Trie trie;
+        const uint8_t* previous = bytes;  // a token mostly begins as the one before it
+        uint32_t path[256] = {};         // the nodes of that one; the root first
+        int known = 0;                   // of these nodes, the root apart
         for (int64_t token = 1; token <= count; ++token) {
-            uint32_t node = 0;
-            for (int i = 0; i < lengths[token - 1]; ++i) node = trie.child(node, *bytes++);
-            trie.nodes[node].token = uint32_t(token);
+            const int length = lengths[token - 1];
+            known = int(std::mismatch(bytes, bytes + std::min(known, length), previous).first - bytes);
+            for (; known < length; ++known) path[known + 1] = trie.child(path[known], bytes[known]);
+            trie.nodes[path[length]].token = uint32_t(token);
+            previous = bytes;
+            bytes += length;
         }
         if (!place(trie.nodes, uint32_t(slots))) return 0;
         for (const Node& node : trie.nodes)

@@ -1,6 +1,6 @@
 """RWKV World's tokenizer: at every position the longest token of rwkv_vocab_v20230424, in bytes.
 
-- C++ encodes (world.cpp); without a compiled library Python does, with the same ids, some 20 times slower
+- C++ encodes (world.cpp); without a compiled library Python does, with the same ids, some 40 times slower
 - the vocabulary lies beside this file; rwkv_vocab_v20230424.md says where it comes from and how it is packed
 """
 
@@ -31,14 +31,19 @@ class WorldTokenizer:
     vocab_size = COUNT + 1
 
     def __init__(self) -> None:
-        self.vocabulary = read_vocabulary()  # the bytes of each id
         self._encode = _find_encoder()
+
+    @property
+    def vocabulary(self) -> tuple[bytes, ...]:
+        """The bytes of each id."""
+        return read_vocabulary()
 
     def encode(self, text: str) -> list[int]:
         return self._encode(encode_utf8(text))
 
     def decode(self, tokens: Iterable[int]) -> str:
-        pieces = (self.vocabulary[token] for token in tokens if 0 <= token < self.vocab_size)
+        vocabulary = self.vocabulary
+        pieces = (vocabulary[token] for token in tokens if 0 <= token < len(vocabulary))
         return b"".join(pieces).decode(errors="replace")
 
     def stream(self) -> ByteStream:
@@ -48,28 +53,32 @@ class WorldTokenizer:
 @cache
 def read_vocabulary() -> tuple[bytes, ...]:
     """The bytes of each id; id 0 has none."""
-    data = zlib.decompress(FILE.read_bytes())  # the length of each token from id 1 on, then the bytes of all
-    ends = accumulate(data[:COUNT], initial=COUNT)
-    return (b"", *(data[begin:end] for begin, end in pairwise(ends)))
+    lengths, joined = read_file()
+    return (b"", *(joined[begin:end] for begin, end in pairwise(accumulate(lengths, initial=0))))
+
+
+def read_file() -> tuple[bytes, bytes]:
+    """The length of each token from id 1 on, and the bytes of all tokens one after another."""
+    data = zlib.decompress(FILE.read_bytes())
+    return data[:COUNT], data[COUNT:]
 
 
 @cache
 def _find_encoder() -> Callable[[bytes], list[int]]:
     """The native encoder, or the one in Python where there is no compiled library (build.py logs a warning then)."""
     library = build.library(Path(__file__).with_suffix(".cpp"))
-    vocabulary = read_vocabulary()
-    return PythonEncoder(vocabulary) if library is None else NativeEncoder(library, vocabulary)
+    return PythonEncoder(read_vocabulary()) if library is None else NativeEncoder(library, *read_file())
 
 
 class NativeEncoder:
     """Bytes to ids in C++. Threads may share it; they encode at the same time."""
 
-    def __init__(self, library: ctypes.CDLL, vocabulary: Sequence[bytes]):
+    def __init__(self, library: ctypes.CDLL, lengths: bytes, joined: bytes):
+        """lengths, joined: the tokens as in `read_file`."""
         self._trie = (ctypes.c_uint64 * SLOTS)()
-        lengths = bytes(map(len, vocabulary[1:]))
         build_trie = library.world_build
         build_trie.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
-        if build_trie(self._trie, SLOTS, b"".join(vocabulary), lengths, len(lengths)) != 1:
+        if build_trie(self._trie, SLOTS, joined, lengths, len(lengths)) != 1:
             raise MemoryError("not enough memory for the vocabulary of World")
         self._encode = library.world_encode
         self._encode.restype = ctypes.c_int64

@@ -15,7 +15,7 @@ import pytest
 from heronry import build
 from heronry.text import world
 from heronry.text.pack_world_vocabulary import pack
-from heronry.text.world import FILE, NativeEncoder, PythonEncoder, WorldTokenizer, read_vocabulary
+from heronry.text.world import FILE, NativeEncoder, PythonEncoder, WorldTokenizer, read_file, read_vocabulary
 
 Encode = Callable[[bytes], list[int]]
 
@@ -83,7 +83,7 @@ def encode(request) -> Encode:
     library = build.library(Path(world.__file__).with_suffix(".cpp"))
     if library is None:
         pytest.skip("there is no compiler")
-    return NativeEncoder(library, read_vocabulary())
+    return NativeEncoder(library, *read_file())
 
 
 @pytest.fixture(scope="module")

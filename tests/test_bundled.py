@@ -1,4 +1,4 @@
-"""The model that comes with the package: small, whole, and a storyteller."""
+"""The bundled model: it is small, complete, and writes stories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_it_fits_in_eight_megabytes():
     assert sum(file.stat().st_size for file in BUNDLED.iterdir()) <= 8_000_000
 
 
-def test_its_file_is_the_model_too():
+def test_its_file_alone_is_the_same_model():
     file = LLM(BUNDLED / "model.safetensors")
     assert (file.opening, file.chat_template) == ([0], "story")
 
@@ -40,13 +40,13 @@ def test_the_same_seed_tells_the_same_story(llm):
     assert len(re.findall(r"[a-z]+", story)) > 30
 
 
-def test_it_answers_with_a_story_mostly_about_what_was_asked(llm):
+def test_it_answers_mostly_with_a_story_about_the_subject(llm):
     things = ["frog", "boat", "cake", "dog", "bird", "tree", "cat", "ball", "car", "fish"]
     prompts = [f"User: Tell me a story about a {thing}\n\nAssistant:" for thing in things]
     stories = [story for seed in (1, 2, 3) for story in llm.generate(prompts, 400, temperature=0.8, seed=seed)]
     assert sum(story.startswith((" Once upon a time", " One")) for story in stories) >= 20
-    about = sum(thing in story.lower() for thing, story in zip(things * 3, stories, strict=True))
-    assert about >= 12  # it was 20; a story about another of the ten has the thing in 3.6 of 30
+    on_subject = sum(thing in story.lower() for thing, story in zip(things * 3, stories, strict=True))
+    assert on_subject >= 12  # it was 20; stories about the other nine mention the thing in 3.6 of 30
 
 
 def test_chat_uses_its_template(llm):
@@ -55,8 +55,8 @@ def test_chat_uses_its_template(llm):
     assert chat.text.startswith("User: Tell me a story about a frog\n\nAssistant: ")
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the held-out stories are not here: ../shared/data/stories.jsonl.gz")
-def test_held_out_stories_cost_less_than_the_promised_bits(llm):
+@pytest.mark.skipif(not STORIES.exists(), reason="needs the held-out stories: ../shared/data/stories.jsonl.gz")
+def test_bits_per_byte_of_held_out_stories(llm):
     spec = importlib.util.spec_from_file_location("storyteller", ROOT / "examples" / "storyteller.py")
     storyteller = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(storyteller)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what goes where, exit codes, one line for what is wrong."""
+"""The command line as a user meets it: output streams, exit codes, one line for an error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_generate_prints_only_the_text(heronry, folder):
     assert echoed[1] == "Hello" + out
 
 
-def test_generate_tells_its_speed_on_standard_error(heronry, folder):
+def test_generate_reports_its_speed_on_standard_error(heronry, folder):
     code, out, err = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--temperature", 0, "--speed")
     assert code == 0
     assert "tokens/s" in err
@@ -72,7 +72,7 @@ def test_options_reach_the_sampler(heronry, folder):
 def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path):
     LLM(folder).state("Hi").save(tmp_path / "hi")
     seen = {}
-    monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **given: seen.update(given, n=n) or iter(()))
+    monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **options: seen.update(options, n=n) or iter(()))
     numbers = {"temperature": 0.5, "top_k": 7, "top_p": 0.6, "min_p": 0.1, "seed": 3}
     numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4}
     words = [word for name, x in numbers.items() for word in (f"--{name.replace('_', '-')}", x)]
@@ -84,7 +84,7 @@ def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path)
 
 def test_every_chat_option_reaches_the_conversation(heronry, folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("heronry.cli.chat_loop.run_chat_loop", lambda *given: seen.extend(given))
+    monkeypatch.setattr("heronry.cli.chat_loop.run_chat_loop", lambda *arguments: seen.extend(arguments))
     words = ["--template", "world", "--system", "Be kind.", "--session", "s", "--max-tokens", 9]
     assert heronry("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
     chat, session, max_tokens, seed, sampling = seen
@@ -92,7 +92,7 @@ def test_every_chat_option_reaches_the_conversation(heronry, folder, monkeypatch
     assert (str(session), max_tokens, seed, sampling) == ("s", 9, 3, {"temperature": 0.5, "top_p": 0.6})
 
 
-def test_chat_moves_between_kept_states(heronry, folder, tmp_path):
+def test_chat_moves_between_saved_states(heronry, folder, tmp_path):
     common = ("chat", "-m", folder, "--template", "world", "--max-tokens", 8, "--seed", 1)
     session = tmp_path / "talk.safetensors"
     lines = ["Hello", "/fork other", "More", "/undo", "/switch main", "/switch", f"/save {session}", "/quit"]
@@ -103,11 +103,11 @@ def test_chat_moves_between_kept_states(heronry, folder, tmp_path):
     assert "  other" in out
     answer = out.split("\n")[0]
 
-    # the same conversation, taken up again
+    # the same conversation, continued
     code, out, err = heronry(*common, "--session", session, stdin="/retry\n")
     assert (code, err) == (0, "")
     assert "user: Hello" in out
-    assert out.endswith(answer + "\n")  # the same seed, drawn from the kept logits
+    assert out.endswith(answer + "\n")  # the same seed, drawn from the saved logits
 
 
 def test_retry_draws_another_answer(heronry, folder):
@@ -119,14 +119,14 @@ def test_retry_draws_another_answer(heronry, folder):
     assert both == heronry(*words, stdin="Hello\n/retry\n")[1]
 
 
-def test_chat_says_what_is_wrong_and_goes_on(heronry, folder):
+def test_chat_prints_errors_and_continues(heronry, folder):
     lines = ["/undo", "/switch nowhere", "/load nothing.safetensors", "/fly", '/save "half', "Hello"]
     code, out, err = heronry(
         "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
     )
     assert (code, err) == (0, "")
-    for said in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is not a command"):
-        assert said in out
+    for line in ("nothing was said yet", "no branch 'nowhere'", "no such conversation file", "/fly is not a command"):
+        assert line in out
 
 
 def test_info_reads_every_size(heronry, folder):
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_and_exit_code_2(heronry, folder, tmp_path):
     nothing.touch()
     weights = (folder / "model.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(weights[: len(weights) // 2])
-    for words, said in [
+    for words, message in [
         (["generate", "x", "-m", tmp_path / "missing.pth"], "no such file"),
         (["generate", "x", "-m", nothing], "empty"),
         (["generate", "x", "-m", tmp_path / "half.safetensors"], "truncated"),
@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(heronry, folder, tmp_path):
     ]:
         code, out, err = heronry(*words)
         assert (code, out) == (2, ""), words
-        assert said in err, words
+        assert message in err, words
         assert err.startswith("heronry: "), words
         assert err.count("\n") == 1, words
 
@@ -181,7 +181,7 @@ def test_unknown_options_exit_with_code_2(heronry):
     assert heronry("fly")[0] == 2
 
 
-def test_a_real_process_ends_quietly_when_its_reader_goes(folder):
+def test_a_real_process_ends_quietly_when_its_reader_is_gone(folder):
     command = [sys.executable, "-m", "heronry", "generate", "Hello", "-m", str(folder), "--max-tokens", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)

@@ -36,7 +36,7 @@ from .files import atomic_write
 from .formats.lazy_tensor import LazyTensor, Tensors, metadata, stored
 from .memory import Arena
 from .models import MODELS, VISION_MODELS, Model, Network, State, VisionModel, detect
-from .models.fingerprint import fingerprint, sample
+from .models.fingerprint import compute_fingerprint, sample
 from .models.layers import PackedLinear
 from .ops.packed import GROUP, untile
 from .progress import ByteCounter, Progress
@@ -296,7 +296,7 @@ def assemble(
         model.quantization = quantize
     large, small = Arena(device), Arena(device)  # apart, for quantizing gives the matrices back and nothing else
     strict = model.quantization is None
-    samples: dict[str, Tensor] = {}
+    samples: dict[str, bytes] = {}
 
     def take(key: str) -> Tensor:
         """Its numbers, which are nowhere else once they are copied; none of a model that is only looked at."""
@@ -304,9 +304,7 @@ def assemble(
         bytes_read.add(held.nbytes)
         if torch.device(device).type == "meta" and quantize is None:
             return skeleton[key]
-        x = held.read().reshape(skeleton[key].shape)
-        samples[key] = sample(x)
-        return x
+        return held.read().reshape(skeleton[key].shape)
 
     for name, _ in matrices(model):  # one matrix at a time is there twice
         key = f"{name}.weight"
@@ -314,7 +312,9 @@ def assemble(
             q, scales = packed.pop(key)
             bytes_read.add(q.nbytes + scales.nbytes)
         elif quantize is not None:
-            q, scales = FORMATS[quantize](take(key))
+            x = take(key)
+            q, scales = FORMATS[quantize](x)
+            samples[key] = sample(x)
         else:
             continue
         replace_matrix(model, name, q.to(device), scales.to(device), large)
@@ -322,11 +322,14 @@ def assemble(
     copied = {}
     for name in list(found):
         arena = large if name in in_matrices else small
-        copied[name] = arena.allocate(skeleton[name].shape, dtype).copy_(take(name))
+        x = take(name)
+        copied[name] = arena.allocate(skeleton[name].shape, dtype).copy_(x)
+        if not x.is_meta:
+            samples[name] = sample(x)  # after the copy, which reads a mapped file in order
     model.load_state_dict(copied, assign=True, strict=strict)
     model.eval()
     own = described.get("fingerprint") if model.quantization and not quantize else None
-    model.set_fingerprint(own or (fingerprint(cls.name, config, samples) if samples else None))
+    model.set_fingerprint(own or (compute_fingerprint(cls.name, config, samples) if samples else None))
     return model
 
 

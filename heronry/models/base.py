@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..ops.dispatch import assume_constant_result
 from ..ops.packing import boundaries
 from . import native_step
-from .fingerprint import fingerprint
+from .fingerprint import compute_fingerprint, sample_all
 from .layers import Linear, PackedLinear
 from .sequence_parallel import Boundaries, SequenceShard
 from .state import LayerState, State
@@ -91,7 +91,8 @@ class Network(nn.Module):
     @assume_constant_result  # torch.compile cannot trace hashlib, and need not
     def _compute_fingerprint(self) -> str:
         # with sharded weights no process holds all of them, so only the configuration counts
-        return fingerprint(self.name, self.config, {} if self.sharded else dict(self.named_parameters()))
+        samples = {} if self.sharded else sample_all(dict(self.named_parameters()))
+        return compute_fingerprint(self.name, self.config, samples)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As in any module; invalidates the fingerprint."""

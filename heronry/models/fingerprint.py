@@ -1,4 +1,12 @@
-"""Which states fit a model: a short text made of its configuration and of numbers of its weights."""
+"""Fingerprints: a short text that identifies a model by its configuration and samples of its weights.
+
+- a state, a tuned initial state or an adapter carries the fingerprint of the model it belongs to; another model
+  refuses it
+- of every tensor the shape and SAMPLES evenly spaced elements enter, the first and the last among them, so that the
+  cost does not grow with the model
+- elements are rounded to bfloat16: a float32 and a bfloat16 copy of one file have the same fingerprint
+- a tuned initial state does not enter: a state-tuned model shares its states with the model it came from
+"""
 
 from __future__ import annotations
 
@@ -8,25 +16,46 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
+VERSION = 2  # enters every fingerprint: raise it when the computation changes
+SAMPLES = 128  # elements of a tensor
 
-def fingerprint(name: str, config: Any, tensors: Mapping[str, Tensor]) -> str:
-    """See `Model.fingerprint`; `tensors` in the dtype of the file, so that a model loaded in float32 and in
-    bfloat16 from one file shares its states, as does a bfloat16 copy of the file. The first 64 numbers of every
-    tensor enter, in whatever shape; a tuned initial state does not, so that a state-tuned model shares its states
-    with the model it came from."""
-    sizes = {field: value for field, value in asdict(config).items() if field not in ("time_state", "deep_rank")}
-    if getattr(config, "deep_rank", 0):  # RWKV-7 keeps the fingerprints that it had before there was a 7a
-        sizes["deep_rank"] = config.deep_rank
-    kind = hashlib.sha256(json.dumps([name, sizes], sort_keys=True).encode())
+
+def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) -> str:
+    """The fingerprint of a model: 16 hex digits for its class and configuration, 16 for its weights.
+
+    The limit: two models that differ only in elements that are not sampled have the same fingerprint. Training moves
+    nearly every element and is always seen; an edit of single elements of a large tensor may not be.
+
+    Args:
+        name: of the model's class, "rwkv7".
+        config: the configuration, a dataclass; `time_state` does not enter.
+        samples: `sample` of each tensor by name, taken in the dtype of the file.
+    """
+    settings = {field: value for field, value in asdict(config).items() if field != "time_state"}
+    architecture = hashlib.sha256(json.dumps([VERSION, name, settings], sort_keys=True).encode())
     weights = hashlib.sha256()
-    for key in sorted(tensors):
-        if not key.endswith(".time_state") and not tensors[key].is_meta:
-            weights.update(key.encode() + sample(tensors[key]).numpy().tobytes())
-    return kind.hexdigest()[:16] + weights.hexdigest()[:16]
+    for key in sorted(samples):
+        if not key.endswith(".time_state"):
+            weights.update(key.encode() + samples[key])
+    return architecture.hexdigest()[:16] + weights.hexdigest()[:16]
 
 
-def sample(x: Tensor) -> Tensor:
-    """What of a tensor enters a fingerprint, float32; a fingerprint of samples is that of the tensors."""
-    return x.detach().reshape(-1)[:64].bfloat16().float().cpu()
+def sample(x: Tensor) -> bytes:
+    """What enters a fingerprint of a tensor: its shape, and SAMPLES evenly spaced elements (all, if it has no more).
+
+    Reads only these elements: `x` may lie in a mapped file, on a GPU, or transposed in memory.
+    """
+    x = x.detach()
+    count = min(x.numel(), SAMPLES)
+    # element i * (numel - 1) / (count - 1) of the flattened tensor: no fixed stride, which could stay in one column
+    flat = torch.arange(count, device=x.device) * (x.numel() - 1) // max(1, count - 1)
+    elements = x[torch.unravel_index(flat, x.shape)]  # not x.flatten(), which copies a transposed tensor
+    return repr(tuple(x.shape)).encode() + elements.bfloat16().cpu().view(torch.int16).numpy().tobytes()
+
+
+def sample_all(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """`sample` of each tensor that has elements, by name; those on the meta device have none."""
+    return {name: sample(x) for name, x in tensors.items() if not x.is_meta}

@@ -79,7 +79,7 @@ def test_files(weights, tmp_path):
     assert 0 < (packed(TOKENS)[0] - model(TOKENS)[0]).abs().mean() < 0.1
 
 
-def test_a_plain_one_keeps_its_fingerprint_and_its_step(random_checkpoint):
+def test_is_not_taken_for_a_plain_one(random_checkpoint):
     plain = assemble(random_checkpoint("7", **(SMALL | {"deep": 0})))
     assert plain.native_step_enabled
     deep = assemble(random_checkpoint("7", **SMALL))

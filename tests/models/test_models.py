@@ -11,6 +11,7 @@ import torch
 from heronry import RWKV4, InputError, State
 from heronry.checkpoint import assemble
 from heronry.models import LayerState, Model
+from heronry.models.fingerprint import sample
 from heronry.ops.wkv4 import wkv4
 from heronry.ops.wkv5 import wkv5
 from heronry.ops.wkv6 import wkv6
@@ -259,6 +260,25 @@ def test_fingerprint_follows_new_weights(model):
     changed = {name: x + 1 for name, x in model.state_dict().items()}
     model.load_state_dict(changed)
     assert model.fingerprint not in (before, None)
+
+
+@pytest.mark.parametrize("where", [(0, 0), (-1, -1), (-1, slice(None)), (slice(50, 52), slice(None))], ids=str)
+def test_fingerprint_sees_the_whole_tensor(model, where):
+    """The first and the last element, and each region that the samples fall into."""
+    before = model.fingerprint
+    with torch.no_grad():
+        model.emb.weight[where] += 1
+    model.invalidate_fingerprint()
+    assert (model.fingerprint[:16], model.fingerprint == before) == (before[:16], False)
+
+
+def test_fingerprint_reads_only_samples():
+    """Of a tensor of 4 TB, which is one number in memory, or of one that is transposed in memory."""
+    huge = torch.ones(1).expand(2**20, 2**20)
+    assert len(sample(huge)) < 1000
+    x = torch.randn(300, 70)
+    assert sample(x.t().contiguous().t()) == sample(x) != sample(x.view(70, 300))
+    assert sample(x.bfloat16()) == sample(x.bfloat16().float())
 
 
 def test_a_state_keeps_itself_alive_and_no_more(model):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ...errors import InputError
 from ...files import atomic_write
 from ..base import Model, Network, replace_embeddings
-from ..fingerprint import fingerprint
+from ..fingerprint import compute_fingerprint, sample_all
 from ..layers import widen
 from ..state import State
 from . import VisionModel
@@ -130,4 +130,4 @@ def _as_it_is(model: Network) -> str:
     they came from and cannot move."""
     if model.quantization is not None:
         return model.fingerprint
-    return fingerprint(model.name, model.config, dict(model.named_parameters()))
+    return compute_fingerprint(model.name, model.config, sample_all(dict(model.named_parameters())))

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from heronry import LLM
-from heronry.cli.data import data
+from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.engine.llm import BUNDLED
 from heronry.train.config import Config, from_dict
 from heronry.train.trainer import Run
@@ -58,7 +58,8 @@ def main() -> None:
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "texts.idx").exists():
-        data([str(args.file)], args.out / "texts", str(BUNDLED / "tokenizer.json"), template="story", holdout=0.05)
+        tokenizer = BUNDLED / "tokenizer.json"
+        tokenize_corpus([str(args.file)], args.out / "texts", tokenizer, template="story", holdout=0.05)
 
     lines = ["| | trained numbers | file, bytes | held-out answers, nats a token | tokens/s |", "|---|---|---|---|---|"]
     told = {}

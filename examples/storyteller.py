@@ -17,6 +17,7 @@ import argparse
 import gzip
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 
 from heronry import LLM
 from heronry.checkpoint import load, save
-from heronry.cli.data import data
+from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.models import Model
 from heronry.train.config import from_dict
 from heronry.train.trainer import Run, Stopped
@@ -130,7 +131,7 @@ def encode(rows: list[dict[str, Any]], out: Path, tokenizer: Path) -> None:
         return
     texts = out.with_suffix(".jsonl")
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data([str(texts)], out, str(tokenizer), template="story")
+    tokenize_corpus([str(texts)], out, tokenizer, template="story", workers=os.cpu_count() or 1)
 
 
 @torch.inference_mode()

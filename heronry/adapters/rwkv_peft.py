@@ -24,7 +24,7 @@ from .matrices import adaptable_matrices
 
 @torch.no_grad()
 def merge_rwkv_peft(
-    model: Model, file: str | Path, alpha: float | None = None, beginning: str | Path | None = None
+    model: Model, file: str | Path, alpha: float | None = None, pissa_init: str | Path | None = None
 ) -> None:
     """Merges an adapter of RWKV-PEFT into the weights of a model, in place, which gives it another fingerprint.
 
@@ -32,22 +32,22 @@ def merge_rwkv_peft(
         model: the base model, plain and without adapters.
         file: the .pth of the adapter.
         alpha: for LoRA: the --lora_alpha of the run.
-        beginning: for PiSSA: the file of its initial matrices.
+        pissa_init: for PiSSA: the file of its initial matrices.
 
     Raises:
         InputError: the file is missing, is something else or belongs to another model; neither or both of alpha and
-            beginning are given. The model is then unchanged.
+            pissa_init are given. The model is then unchanged.
     """
     if model.quantization is not None or model.adapted_from is not None:
         raise InputError("an adapter is merged into plain weights; load the model without quantize and adapters")
-    if (alpha is None) == (beginning is None):
-        raise InputError("give either alpha= (--alpha) for LoRA, or beginning= (--beginning) for PiSSA")
+    if (alpha is None) == (pissa_init is None):
+        raise InputError("give either alpha= (--alpha) for LoRA, or pissa_init= (--pissa-init) for PiSSA")
     try:
         tensors = _read_adapter(file)
         names = sorted(key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A"))
         if not names:
             raise InputError("not an adapter of RWKV-PEFT (no lora_A in it)")
-        initial = {} if beginning is None else _read_adapter(beginning)
+        initial = {} if pissa_init is None else _read_adapter(pissa_init)
         merged = {f"{name}.weight": _merged_matrix(model, name, tensors, initial, alpha) for name in names}
         parameters = dict(model.named_parameters())
         for key, lazy in tensors.items():

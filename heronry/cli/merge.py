@@ -19,7 +19,7 @@ def merge(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     dtype: options.Precision = None,
     alpha: Annotated[float | None, typer.Option(help="For a LoRA file of RWKV-PEFT: its --lora_alpha.")] = None,
-    beginning: Annotated[
+    pissa_init: Annotated[
         Path | None, typer.Option(help="For a PiSSA file of RWKV-PEFT: the file with its initial matrices.")
     ] = None,
 ) -> None:
@@ -33,12 +33,12 @@ def merge(
     model = load(source, dtype=dtype)
     tokenizer, notes = companions(source, model)
     if adapter.is_file():
-        merge_rwkv_peft(model, adapter, alpha, beginning)
+        merge_rwkv_peft(model, adapter, alpha, pissa_init)
         save(model, target, tokenizer, notes)
         print(target)
         return
-    if alpha is not None or beginning is not None:
-        raise InputError(f"{adapter}: --alpha and --beginning are for files of RWKV-PEFT, not for adapter folders")
+    if alpha is not None or pissa_init is not None:
+        raise InputError(f"{adapter}: --alpha and --pissa-init are for files of RWKV-PEFT, not for adapter folders")
     folder = adapters.read_adapter(adapter, model)
     if model.quantization is not None:
         raise InputError(

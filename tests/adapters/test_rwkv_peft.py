@@ -40,7 +40,7 @@ def test_lora_and_pissa(version, random_checkpoint, tmp_path):
     lora, pissa = assemble(dict(weights)), assemble(dict(weights))
     before = lora.fingerprint
     merge_rwkv_peft(lora, tmp_path / "lora.pth", alpha=20)
-    merge_rwkv_peft(pissa, tmp_path / "lora.pth", beginning=tmp_path / "init.pth")
+    merge_rwkv_peft(pissa, tmp_path / "lora.pth", pissa_init=tmp_path / "init.pth")
     assert lora.fingerprint != before
     for name, x in weights.items():
         stem = name.removesuffix(".weight")
@@ -91,5 +91,5 @@ def test_bad_input(random_checkpoint, tmp_path):
     assert "DiSHA and Bone adapters are not supported" in refusal(
         {"blocks.0.att.key.disha": torch.ones(5, 32)}, alpha=1
     )
-    assert "init_lora_A is missing" in refusal(trained, beginning=tmp_path / "lora.pth")
+    assert "init_lora_A is missing" in refusal(trained, pissa_init=tmp_path / "lora.pth")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

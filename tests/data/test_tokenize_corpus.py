@@ -394,7 +394,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
         ([file("b.jsonl", b'{"text": "a"}\n\n[1]\n')], "b.jsonl, line 3: not a JSON object"),
         ([file("c.jsonl", b'{"text": 3}\n')], "c.jsonl, line 1: 'text' is neither a string nor a list of messages"),
         ([file("d.jsonl", b'{"text": "\xff"}\n')], "d.jsonl, line 1: not JSON"),
-        ([file("e.jsonl", b'{"text": "\\ud800"}\n')], "e.jsonl, line 1: character 0 of the text is half"),
+        ([file("e.jsonl", b'{"text": "\\ud800"}\n')], "e.jsonl, line 1: the text has a lone surrogate at character 0"),
         (
             [file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')],
             "f.jsonl, line 1: this is a conversation: choose a chat template",

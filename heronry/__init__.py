@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import initial_state, load, save
+    from .engine.chat import Chat
+    from .engine.completion import Completion
     from .engine.llm import LLM
+    from .engine.sampling import Sampling
     from .errors import InputError
-    from .models import RWKV4, RWKV5, RWKV6, RWKV7, State, VisionModel
+    from .models import RWKV4, RWKV5, RWKV6, RWKV7, Model, State, VisionModel
     from .quantization import quantize
 
 __all__ = [
@@ -18,7 +21,11 @@ __all__ = [
     "RWKV5",
     "RWKV6",
     "RWKV7",
+    "Chat",
+    "Completion",
     "InputError",
+    "Model",
+    "Sampling",
     "State",
     "VisionModel",
     "initial_state",
@@ -30,7 +37,11 @@ __version__ = "0.1.0"
 
 # A name brings its module, and with it PyTorch, on first use (PEP 562): `heronry --help` needs none of them.
 _MODULES = {
+    "Chat": ".engine.chat",
+    "Completion": ".engine.completion",
     "LLM": ".engine.llm",
+    "Model": ".models",
+    "Sampling": ".engine.sampling",
     "RWKV4": ".models",
     "RWKV5": ".models",
     "RWKV6": ".models",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
 from . import options
+
+if TYPE_CHECKING:
+    from ..engine.options import DecodeOptions
 
 
 def chat(
@@ -43,16 +46,19 @@ def chat(
 ) -> None:
     """Chat with a model. /help lists what can be undone, forked and saved."""
     from ..engine.llm import LLM
-    from ..engine.sampling import Sampling
     from .chat_loop import run_chat_loop
 
     llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
     if state is not None:
         llm.begin_from(state)
-    overrides = {"temperature": temperature, "top_p": top_p}
-    sampling = {name: value for name, value in overrides.items() if value is not None}
+    sampling: DecodeOptions = {}
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    if top_p is not None:
+        sampling["top_p"] = top_p
     if max_tokens < 0:
         raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
-    conversation = llm.chat(template, system)
-    Sampling(**conversation.template.sampling).changed(seed=seed, **sampling)  # fails before the first message
+    conversation = llm.chat(template=template, system=system)
+    first: DecodeOptions = {**sampling, "seed": seed}
+    conversation.check_options(**first)  # fails before the first message
     run_chat_loop(conversation, session, max_tokens, seed, sampling)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from ..engine.chat import Chat
+from ..engine.completion import Completion
+from ..engine.options import DecodeOptions
 from ..errors import InputError
 
 with contextlib.suppress(ImportError):  # Windows has none
@@ -29,9 +30,7 @@ HELP = """\
 \"\"\"             begins and ends a message of several lines"""
 
 
-def run_chat_loop(
-    chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: dict[str, Any]
-) -> None:
+def run_chat_loop(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: DecodeOptions) -> None:
     """Read messages and commands until the end of input.
 
     Args:
@@ -76,8 +75,8 @@ def run_chat_loop(
 
 
 def _command(
-    console: Console, chat: Chat, words: list[str], max_tokens: int, sampling: dict[str, Any]
-) -> Iterator[str] | None:
+    console: Console, chat: Chat, words: list[str], max_tokens: int, sampling: DecodeOptions
+) -> Generator[Completion, None, None] | None:
     """Run the command that `words` spell, without the slash; returns an answer to stream, if it gives one."""
     match words:
         case ["undo"]:
@@ -125,13 +124,13 @@ def _read(branch: str, terminal: bool) -> str | None:
             return line
 
 
-def _stream(pieces: Iterator[str]) -> None:
+def _stream(pieces: Generator[Completion, None, None]) -> None:
     """Print an answer as it comes. Ctrl-C ends it early; what came so far stays in the conversation."""
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(piece.text, end="", flush=True)
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
     print(flush=True)
 
 

@@ -71,14 +71,13 @@ def generate(
     )
     if echo:
         print(prompt, end="", flush=True)
-    first_piece, text = None, ""  # the time when the first piece came
+    first_piece, n_tokens = None, 0  # the time when the first piece came
     for piece in pieces:
         first_piece = first_piece or time.perf_counter()
-        text += piece
-        print(piece, end="", flush=True)
+        n_tokens = piece.usage.completion_tokens
+        print(piece.text, end="", flush=True)
     end = time.perf_counter()
     print(flush=True)
     if speed and first_piece is not None:
-        n_tokens = len(llm.tokenizer.encode(text))
         rate = (n_tokens - 1) / (end - first_piece) if n_tokens > 1 else 0.0
         print(f"[first word after {first_piece - start:.1f} s with loading, then {rate:.0f} tokens/s]", file=sys.stderr)

@@ -43,7 +43,7 @@ def train(
         def sample(model: Model, prompt: str) -> str:
             llm = LLM(model, tokenizer=tokenizer)
             llm.opening = run.passes.notes.get("opening_tokens", [])
-            return prompt + llm.generate(prompt, SAMPLE_TOKENS, seed=0)
+            return prompt + llm.generate(prompt, SAMPLE_TOKENS, seed=0).text
 
         run.sample = sample
     try:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,11 +30,19 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import atomic_write
 from ..models import LayerState, State
-from ..text.chat_templates import TEMPLATES, Template, template_from, usual_template
+from ..text.chat_templates import TEMPLATES, Template, read_messages, template_from, usual_template
 from ..text.tokenizers import WorldTokenizer
+from .completion import Completion, FinishReason, TokenLogprob, Usage, joined
 from .generate import Generation, prefill
-from .llm import LLM, StopStringBuffer
+from .options import Decoding, resolve
 from .sampling import Sampling
+from .stop_strings import StopStringBuffer
+from .text_model import TextModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import DecodeOptions
 
 FORMAT = "heronry.chat"
 
@@ -61,25 +70,37 @@ class Chat:
         branch: the name of the branch we are on; the first one is "main".
     """
 
-    def __init__(self, llm: LLM, template: str | Template | None = None, system: str | None = None):
+    def __init__(
+        self,
+        llm: TextModel,
+        template: str | Template | None = None,
+        system: str | None = None,
+        history: Sequence[Mapping[str, str]] = (),
+    ):
         """
         Args:
             template: a Template or the name of one in TEMPLATES; None = what the model's folder names, else raven
                 for RWKV-4, g1 for RWKV-7 with the World vocabulary, world for the rest.
             system: read once, in front of everything.
+            history: messages of an earlier conversation, read at once: [{"role": "user", "content": ...}, ...], the
+                last of "assistant". `undo` does not reach into them.
         """
         name = (
             template or llm.chat_template or usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
         )
         if isinstance(name, str) and name not in TEMPLATES:
-            raise InputError(f"there is no chat template {name!r}; known are {', '.join(TEMPLATES)}")
+            raise InputError(f"unknown chat template {name!r}; choose from {', '.join(TEMPLATES)}")
         self.template: Template = TEMPLATES[name] if isinstance(name, str) else name
         self.branch = "main"
         self._llm = llm
-        self._system = self.template.clean(system) if system else None
+        self._history = read_messages(([{"role": "system", "content": system}] if system else []) + list(history))
+        if self._history and self._history[-1]["role"] == "user":
+            raise InputError("the history must end with an answer")
+        if self._history and self._history[0]["role"] == "system":
+            self._history[0]["content"] = self.template.clean(self._history[0]["content"])
         self._opening: State | None = None  # what the first message goes on from
-        if self._system is not None:
-            self._opening = llm.state(self.template.system.replace("{system}", self._system))
+        if self._history:
+            self._opening = llm.state(self.template.render_history(self._history))
         self._heads: dict[str, Turn | None] = {self.branch: None}  # branch -> its last turn
 
     @property
@@ -90,10 +111,11 @@ class Chat:
     def messages(self) -> list[dict[str, str]]:
         """The conversation of this branch: [{"role": "user", "content": ...}, ...], answers without white space
         around them."""
-        said = [("system", self._system)] if self._system is not None else []
+        messages = [dict(message) for message in self._history]
         for turn in _lineage(self._heads[self.branch]):
-            said += [("user", turn.message), ("assistant", turn.answer.strip())]
-        return [{"role": role, "content": text} for role, text in said]
+            messages.append({"role": "user", "content": turn.message})
+            messages.append({"role": "assistant", "content": turn.answer.strip()})
+        return messages
 
     @property
     def text(self) -> str:
@@ -101,25 +123,49 @@ class Chat:
         before, owed = self._end(self._heads[self.branch])
         return (before.texts[0] if before is not None else "") + owed
 
+    # fmt: off
     @overload
-    def say(self, text: str, stream: Literal[False] = ..., max_tokens: int = ..., **sampling: Any) -> str: ...
+    def say(self, message: str, max_tokens: int = ..., *, stream: Literal[False] = ...,
+            **options: Unpack[DecodeOptions]) -> Completion: ...
     @overload
-    def say(self, text: str, stream: Literal[True], max_tokens: int = ..., **sampling: Any) -> Iterator[str]: ...
-    def say(self, text: str, stream: bool = False, max_tokens: int = 512, **sampling: Any) -> str | Iterator[str]:
-        """The answer to a message; with `stream` an iterator of its pieces. sampling: fields of `Sampling`."""
-        message = self.template.clean(text)
-        pieces = self._ask(message, max_tokens, Sampling(**self.template.sampling).changed(**sampling))
-        return pieces if stream else "".join(pieces)
+    def say(self, message: str, max_tokens: int = ..., *, stream: Literal[True],
+            **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    # fmt: on
+    def say(
+        self, message: str, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
+    ) -> Completion | Generator[Completion, None, None]:
+        """The answer to a message, without white space around it. Its state is that of the conversation after it.
 
+        Args:
+            stream: an iterator of its pieces, the last of which has a finish_reason.
+            options: see `DecodeOptions`; by default the sampling of the template.
+        """
+        message = self.template.clean(message)
+        pieces = self._ask(message, max_tokens, self._decoding(options))
+        return pieces if stream else joined(list(pieces))
+
+    # fmt: off
     @overload
-    def retry(self, stream: Literal[False] = ..., max_tokens: int = ..., **sampling: Any) -> str: ...
+    def retry(self, max_tokens: int = ..., *, stream: Literal[False] = ...,
+              **options: Unpack[DecodeOptions]) -> Completion: ...
     @overload
-    def retry(self, stream: Literal[True], max_tokens: int = ..., **sampling: Any) -> Iterator[str]: ...
-    def retry(self, stream: bool = False, max_tokens: int = 512, **sampling: Any) -> str | Iterator[str]:
-        """Another answer to the last message, in place of the one it has."""
-        self._last()  # complains now, not when the stream is read
-        pieces = self._answer(None, max_tokens, Sampling(**self.template.sampling).changed(**sampling))
-        return pieces if stream else "".join(pieces)
+    def retry(self, max_tokens: int = ..., *, stream: Literal[True],
+              **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    # fmt: on
+    def retry(
+        self, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
+    ) -> Completion | Generator[Completion, None, None]:
+        """Another answer to the last message, in place of the one it has; see `say`."""
+        self._last()  # raises now, not when the stream is read
+        pieces = self._answer(None, max_tokens, self._decoding(options))
+        return pieces if stream else joined(list(pieces))
+
+    def check_options(self, **options: Unpack[DecodeOptions]) -> None:
+        """InputError where `say` would not take these options."""
+        self._decoding(options)
+
+    def _decoding(self, options: Mapping[str, Any]) -> Decoding:
+        return resolve(options, Sampling(**self.template.sampling), prompts=1)
 
     def undo(self) -> str:
         """Takes the last message and its answer back; returns the message."""
@@ -150,7 +196,7 @@ class Chat:
         """What goes on after a turn: its state and what is owed to it."""
         return (turn.state, turn.owed) if turn is not None else (self._opening, "")
 
-    def _ask(self, message: str, max_tokens: int, sampling: Sampling) -> Iterator[str]:
+    def _ask(self, message: str, max_tokens: int, decoding: Decoding) -> Generator[Completion, None, None]:
         before = self._heads[self.branch]
         state, owed = self._end(before)
         prompt = owed + self.template.turn.replace("{user}", message)
@@ -158,39 +204,66 @@ class Chat:
         logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
         asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
         turn = Turn(before, message, asked, logits[0], "", asked, self.template.separator)
-        yield from self._answer(turn, max_tokens, sampling)
+        yield from self._answer(turn, max_tokens, decoding)
 
-    def _answer(self, turn: Turn | None, max_tokens: int, sampling: Sampling) -> Iterator[str]:
+    def _answer(self, turn: Turn | None, max_tokens: int, decoding: Decoding) -> Generator[Completion, None, None]:
         """Draws the answer of `turn` (None: the last), which takes the end of the branch and grows there."""
         branch, old, retried = self.branch, self._heads[self.branch], turn is None
         turn = replace(turn or self._last(), answer="", owed=self.template.separator)
         turn = replace(turn, state=turn.asked)
         self._heads[branch] = turn
-        hold, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
+        prompt = self._llm.tokenizer.encode(self.template.turn.replace("{user}", turn.message))
+        buffer, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
         read = ""  # what the model wrote
-        said = ""  # the beginning of it that is certain to come before a stop string
+        certain = ""  # the beginning of it that is certain to come before a stop string
         marks = {0: turn.asked}  # characters of `read` -> the state after them
-        stop_ids = self._llm.tokenizer.stop_ids
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] | None = None if decoding.top_logprobs is None else []
+        passed_on = 0  # tokens that a piece was made of
+        generation = Generation(
+            self._llm.model,
+            turn.logits[None],
+            turn.asked,
+            decoding.samplings,
+            max_tokens,
+            decoding.stop_ids(self._llm.tokenizer),
+            min_tokens=decoding.min_tokens,
+            top_logprobs=decoding.top_logprobs,
+            masks=decoding.masks,
+            prompts=[prompt],
+        )
         try:
-            for event in Generation(self._llm.model, turn.logits[None], turn.asked, sampling, max_tokens, stop_ids):
+            for event in generation:
                 if event.token is None:
-                    said += hold.finish()
+                    certain += buffer.finish()
                 else:
+                    token_ids.append(event.token)
+                    if logprobs is not None and event.logprob is not None:
+                        logprobs.append(event.logprob)
                     piece = decoder.push(event.token)
                     read += piece
-                    said += hold.push(piece)
+                    certain += buffer.push(piece) if len(token_ids) > decoding.min_tokens else piece
                     if decoder.whole:
                         marks[len(read)] = event.state
                 if self._heads.get(branch) is not turn:
                     return  # the conversation moved on while this stream was open
-                answer = said.rstrip()
+                answer = certain.rstrip()
                 new = answer[len(turn.answer) :] if turn.answer else answer.lstrip()
-                marks = _useful(marks, answer, said, self.template.separator)
+                marks = _useful(marks, answer, certain, self.template.separator)
                 turn = _settled(turn, answer + self.template.separator, len(answer), read, marks)
                 self._heads[branch] = turn
-                if new:
-                    yield new
-                if hold.stopped:
+                finish_reason: FinishReason | None = "stop" if buffer.stopped else event.finish_reason
+                if new or finish_reason is not None:
+                    yield Completion(
+                        text=new,
+                        token_ids=token_ids[passed_on:],
+                        finish_reason=finish_reason,
+                        logprobs=None if logprobs is None else logprobs[passed_on:],
+                        usage=Usage(len(prompt), len(token_ids)),
+                        make_state=partial(_state_of, turn),
+                    )
+                    passed_on = len(token_ids)
+                if buffer.stopped:
                     return
         except BaseException as error:  # Ctrl-C keeps what was said, if anything was
             if self._heads.get(branch) is turn and (isinstance(error, Exception) or (retried and not turn.answer)):
@@ -207,7 +280,7 @@ class Chat:
         states += [state for turn in turns for state in (turn.asked, turn.state)]
         about = {
             "template": asdict(self.template),
-            "system": self._system,
+            "history": self._history,
             "branch": self.branch,
             "heads": {name: None if head is None else turns[head] for name, head in self._heads.items()},
             "turns": [
@@ -269,7 +342,7 @@ class Chat:
         texts = about["texts"]
         rows = State(layers, metadata["fingerprint"], texts) if texts else None
         states = iter([rows[i] for i in range(len(texts))] if rows else [])
-        opening = next(states) if about["system"] is not None else None
+        opening = next(states) if about["history"] else None
         turns: list[Turn] = []
         for i, turn in enumerate(about["turns"]):
             before = None if turn["before"] is None else turns[turn["before"]]
@@ -277,8 +350,12 @@ class Chat:
             logits = tensors["logits"][i].to(device)
             turns.append(Turn(before, turn["message"], asked, logits, turn["answer"], state, turn["owed"]))
         self.template = template_from(about["template"])
-        self.branch, self._system, self._opening = about["branch"], about["system"], opening
+        self.branch, self._history, self._opening = about["branch"], about["history"], opening
         self._heads = {name: None if head is None else turns[head] for name, head in about["heads"].items()}
+
+
+def _state_of(turn: Turn) -> State:
+    return turn.state
 
 
 def _lineage(turn: Turn | None) -> list[Turn]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Model, State
-from .sampling import Sampler, Sampling
+from .completion import FinishReason, TokenLogprob
+from .sampling import Mask, Sampler, Sampling
 
 CHUNK = 512  # tokens a prefill call: enough for the matrix products, little enough memory
 
@@ -28,13 +29,16 @@ class Event:
 
     index: which sequence.
     token: None at the end; an end-of-text id is not handed out.
-    finish: None, at the end "stop" (an end-of-text id was drawn) or "length".
+    finish_reason: None before the end.
+    logprob: of the token, where it was asked for.
+    batch: the state of all sequences that are running; `state` is this one's.
     """
 
     index: int
     token: int | None
-    finish: str | None
-    batch: State  # of all rows that were running; `state` is this sequence's
+    finish_reason: FinishReason | None
+    logprob: TokenLogprob | None
+    batch: State
     row: int
 
     @property
@@ -46,7 +50,7 @@ class Event:
 class Result(NamedTuple):
     tokens: list[int]
     state: State | None  # one row, after the prompt and all of `tokens`; None if the sequence was dropped
-    finish: str | None  # "stop", "length"; None if it was dropped
+    finish_reason: FinishReason | None  # None if it was dropped
 
 
 class Generation:
@@ -60,61 +64,91 @@ class Generation:
         samplings: Sampling | Sequence[Sampling],
         max_tokens: int,
         stop_ids: Collection[int] = (),
+        *,
+        min_tokens: int = 0,
+        top_logprobs: int | None = None,
+        masks: Sequence[Mask | None] | None = None,
+        prompts: Sequence[Sequence[int]] | None = None,
     ):
-        """Decodes from what `prefill` returned: logits [S, V] and a state of S rows.
+        """Decodes from what `prefill` returned.
 
-        samplings: one for all, or one a sequence.
-        max_tokens: handed out a sequence at most.
-        stop_ids: drawing one ends the sequence.
+        Args:
+            logits: [S, V], after each prompt.
+            state: of S rows.
+            samplings: one for all, or one a sequence.
+            max_tokens: handed out a sequence at most.
+            stop_ids: drawing one of them ends the sequence.
+            min_tokens: no stop id is drawn before so many tokens were.
+            top_logprobs: log-probabilities of each token and of so many of the most likely ones; None = of none.
+            masks: one a sequence; see `Mask`.
+            prompts: the token ids of each, for `repetition_penalty`.
         """
-        count = len(logits)
+        count, size = logits.shape
         samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
         if len(samplings) != count:
             raise InputError(f"{len(samplings)} samplings were given for {count} sequences")
-        if not isinstance(max_tokens, int) or max_tokens < 0:
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0:
             raise InputError(f"max_tokens must be a whole number of at least 0, got {max_tokens!r}")
+        for token in stop_ids:
+            if not 0 <= token < size:
+                raise InputError(f"stop id {token} is outside the vocabulary of {size}")
         self._model = model
         self._logits = logits
         self._state = state
-        self._samplers = [Sampler(sampling) for sampling in samplings]
+        self._samplers = [Sampler(sampling, prompts[i] if prompts else ()) for i, sampling in enumerate(samplings)]
+        self._masks = masks
         self._max_tokens = max_tokens
+        self._min_tokens = min_tokens
+        self._top_logprobs = top_logprobs
         self._stop_ids = frozenset(stop_ids)
         self._dropped: set[int] = set()
+        self._drawn: list[list[int]] = [[] for _ in samplings]
 
     def drop(self, index: int) -> None:
         """Ends a sequence from outside; no event of it follows."""
         self._dropped.add(index)
 
+    def _pick(self, index: int, logits: Tensor, step: int) -> tuple[int, TokenLogprob | None]:
+        """The next token of a sequence from its logits [V]."""
+        mask = self._masks and self._masks[index]
+        allowed = mask(self._drawn[index]) if mask else None
+        banned = self._stop_ids if step < self._min_tokens else ()
+        token = self._samplers[index].pick(logits, allowed, banned)
+        if self._top_logprobs is None:
+            return token, None
+        return token, logprob_of(token, logits, self._top_logprobs)
+
     def __iter__(self) -> Iterator[Event]:
         logits, state = self._logits, self._state
         running = list(range(len(logits)))
-        for _ in range(self._max_tokens):
-            tokens: list[int] = []
+        for step in range(self._max_tokens):
+            drawn: list[tuple[int, TokenLogprob | None]] = []
             rows: list[int] = []
             for row, i in enumerate(running):
                 if i in self._dropped:
                     continue
-                token = self._samplers[i].pick(logits[row])
+                token, logprob = self._pick(i, logits[row], step)
                 if token in self._stop_ids:
-                    yield Event(i, None, "stop", state, row)
+                    yield Event(i, None, "stop", None, state, row)
                 else:
                     rows.append(row)
-                    tokens.append(token)
+                    drawn.append((token, logprob))
+                    self._drawn[i].append(token)
             if not rows:
                 return
             if len(rows) < len(running):
                 running = [running[row] for row in rows]
                 state = state[rows]
             with torch.inference_mode():
-                ids = torch.tensor(tokens, device=logits.device)[:, None]  # [B, 1]
+                ids = torch.tensor([token for token, _ in drawn], device=logits.device)[:, None]  # [B, 1]
                 logits, state = self._model(ids, state)
                 logits = logits[:, -1]
             for row, i in enumerate(running):
                 if i not in self._dropped:
-                    yield Event(i, tokens[row], None, state, row)
+                    yield Event(i, drawn[row][0], None, drawn[row][1], state, row)
         for row, i in enumerate(running):
             if i not in self._dropped:
-                yield Event(i, None, "length", state, row)
+                yield Event(i, None, "length", None, state, row)
 
     def run(self) -> list[Result]:
         """All of it at once: one Result a sequence."""
@@ -122,10 +156,17 @@ class Generation:
         for event in self:
             tokens = results[event.index].tokens
             if event.token is None:
-                results[event.index] = Result(tokens, event.state, event.finish)
+                results[event.index] = Result(tokens, event.state, event.finish_reason)
             else:
                 tokens.append(event.token)
         return results
+
+
+def logprob_of(token: int, logits: Tensor, top: int) -> TokenLogprob:
+    """The log-probability of a token under logits [V], and those of the `top` most likely ones."""
+    logprobs = torch.log_softmax(logits.detach().to("cpu", torch.float32), 0)
+    values, ids = logprobs.topk(min(top, len(logprobs)))
+    return TokenLogprob(token, float(logprobs[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def generate(
@@ -140,17 +181,23 @@ def generate(
     """Reads the prompts, then decodes; see `prefill` and `Generation`. Each sequence's tokens are those that its
     prompt and sampling give alone."""
     logits, state = prefill(model, prompts, state, chunk)
-    return Generation(model, logits, state, samplings, max_tokens, stop_ids)
+    return Generation(model, logits, state, samplings, max_tokens, stop_ids, prompts=prompts)
 
 
 @torch.inference_mode()
 def prefill(
-    model: Model, prompts: Sequence[Sequence[int]], state: State | None = None, chunk: int = CHUNK
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    state: State | None = None,
+    chunk: int = CHUNK,
+    progress: Callable[[int, int], object] | None = None,
 ) -> tuple[Tensor, State]:
     """Reads token ids: the logits [S, V] after the last token of each prompt, and the state of S rows.
 
-    state: what each prompt goes on from, one row a prompt; None = nothing.
-    chunk: tokens a model call at most, of all prompts together.
+    Args:
+        state: what each prompt goes on from, one row a prompt; None = nothing.
+        chunk: tokens a model call at most, of all prompts together.
+        progress: called after every model call with (tokens read, tokens in all).
 
     Raises:
         InputError: no prompts, an empty prompt, a state that does not fit.
@@ -160,7 +207,7 @@ def prefill(
     for i, prompt in enumerate(prompts):
         if not prompt:
             which = f"prompt {i} is" if len(prompts) > 1 else "the prompt is"
-            raise InputError(f"{which} empty: give at least one token, for a state alone does not tell what comes next")
+            raise InputError(f"{which} empty: give at least one token, a state alone does not say what comes next")
     if chunk < 1:
         raise InputError(f"chunk must be at least 1, got {chunk}")
     if state is not None and len(state) != len(prompts):
@@ -168,6 +215,7 @@ def prefill(
     device = model.device
     rows = [model.initial_state() if state is None else state[i] for i in range(len(prompts))]
     logits: list[Tensor] = []  # a prompt's last part is never before that of the prompt in front of it
+    total, done = sum(map(len, prompts)), 0
     for pack in _packs([len(prompt) for prompt in prompts], chunk):
         ids: list[int] = []
         cu = [0]
@@ -175,11 +223,14 @@ def prefill(
             ids.extend(prompts[i][start:end])
             cu.append(len(ids))
         before = State.stack([rows[i] for i, _, _ in pack])
-        read, after = model(torch.tensor([ids], device=device), before, cu_seqlens=tuple(cu), last_only=True)
+        last, after = model(torch.tensor([ids], device=device), before, cu_seqlens=tuple(cu), last_only=True)
         for row, (i, _, end) in enumerate(pack):
             rows[i] = after[row]
             if end == len(prompts[i]):
-                logits.append(read[0, row])
+                logits.append(last[0, row])
+        done += len(ids)
+        if progress is not None:
+            progress(done, total)
     return torch.stack(logits), State.stack(rows)
 
 

@@ -1,43 +1,52 @@
 """Text in, text out: a model, its tokenizer and the engine together.
 
-- nothing here changes after construction: a generation that is broken off, by Ctrl-C or by closing it, leaves
-  everything as usable as before
+- nothing here changes after construction: a generation that is broken off, by Ctrl-C, by closing it or by cancelling
+  its task, leaves everything as usable as before
 - a stop string never shows in the output, nor does a part of one while text is streamed
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from .. import adapters
-from ..checkpoint import load_checkpoint, locate, notes, read_time_state
+from ..checkpoint import load_checkpoint, locate, notes
 from ..errors import InputError
 from ..models import Model, State
+from ..text.chat_templates import Template, read_messages
 from ..text.tokenizers import HFTokenizer, Tokenizer, guess_tokenizer, load_tokenizer
-from .generate import Generation, generate, prefill
+from .asynchronous import iterate
+from .chat import Chat
+from .completion import Completion, TokenLogprob, Usage, joined
+from .generate import Event, Generation, prefill
+from .options import Progress, Prompt, resolve
 from .sampling import Sampling
+from .stop_strings import StopStringBuffer
+from .text_model import TextModel
 
-if TYPE_CHECKING:  # chat.py stands on this file
-    from ..text.chat_templates import Template
-    from .chat import Chat
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import DecodeOptions, GenerateOptions
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usually sampled with
 
+# Several prompts. Lists, for a str is a sequence of str too.
+Prompts = list[str] | list[list[int]] | list[Prompt]
 
-class LLM:
+
+class LLM(TextModel):
     """A language model that reads and writes text.
 
-    Attributes:
-        model, tokenizer: what it is made of.
-        chat_template: the name its folder gives for conversations; None if it gives none.
-        opening: token ids read in front of every text that begins from nothing. A model that always saw a mark
-            there in training expects it; a folder's config.json names them as "opening_tokens".
-        start: the state of one row that a text begins from, in front of the opening; None = the model's own.
+    Attributes: see `TextModel`.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class LLM:
         device: torch.device | str = "cpu",
         quantize: str | None = None,
         adapter: str | Path | None = None,
+        progress: Progress | None = None,
     ):
         """
         Args:
@@ -60,17 +70,18 @@ class LLM:
             quantize: "int8" or "int4" packs the matrices of a model that is loaded.
             adapter: the folder of a LoRA or DoRA adapter for a model that is loaded. It is merged into the weights;
                 beside packed ones it stays as it is, and the plain model runs instead of the native step.
+            progress: called while a model is loaded, with (bytes read, bytes in all).
 
         Raises:
             InputError: no such model, no tokenizer that fits it, or an adapter that does not.
         """
-        told: dict[str, Any] = {}
+        described: dict[str, Any] = {}
         if isinstance(path, Model):
             if adapter is not None:
                 raise InputError(
                     "adapter= is for a model that is loaded; for your own model use heronry.adapters.apply_adapter"
                 )
-            self.model = path
+            model = path
             tokenizer = guess_tokenizer(path.config.vocab_size) if tokenizer is None else tokenizer
         else:
             if path is None and not (BUNDLED / "config.json").is_file():
@@ -78,149 +89,302 @@ class LLM:
             if path is None:  # so small that float32 is the fastest everywhere
                 path, dtype = BUNDLED, dtype or "float32"
             path = locate(path)
-            self.model, checkpoint = load_checkpoint(path, dtype=dtype, device=device, quantize=quantize)
-            told = notes(checkpoint.config)
+            model, checkpoint = load_checkpoint(path, dtype, device, quantize=quantize, progress=progress)
+            described = notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:
                 tokenizer = HFTokenizer(path, checkpoint.tokenizer)
             elif tokenizer is None:
-                tokenizer = guess_tokenizer(self.model.config.vocab_size, path if path.is_dir() else path.parent)
-        self.tokenizer = load_tokenizer(tokenizer, self.model.config.vocab_size)
+                tokenizer = guess_tokenizer(model.config.vocab_size, path if path.is_dir() else path.parent)
+        tokenizer = load_tokenizer(tokenizer, model.config.vocab_size)
         if adapter is not None:
-            told |= adapters.apply_adapter(self.model, adapter).notes
-        self.chat_template: str | None = told.get("chat_template")
-        self.opening: list[int] = list(told.get("opening_tokens", ()))
-        self.start: State | None = None
+            described |= adapters.apply_adapter(model, adapter).notes
+        super().__init__(model, tokenizer, described.get("chat_template"), described.get("opening_tokens", ()))
 
     # fmt: off
     @overload
-    def generate(self, prompt: str, max_tokens: int = ..., *, stream: Literal[False] = ..., state: State | None = ...,
-                 stop: str | Sequence[str] | None = ..., **sampling: Any) -> str: ...
+    def generate(self, prompt: Prompt, max_tokens: int = ..., *, n: None = ..., stream: Literal[False] = ...,
+                 **options: Unpack[GenerateOptions]) -> Completion: ...
     @overload
-    def generate(self, prompt: list[str], max_tokens: int = ..., *, stream: Literal[False] = ...,
-                 state: State | None = ..., stop: str | Sequence[str] | None = ..., **sampling: Any) -> list[str]: ...
+    def generate(self, prompt: Prompt, max_tokens: int = ..., *, n: int, stream: Literal[False] = ...,
+                 **options: Unpack[GenerateOptions]) -> list[Completion]: ...
     @overload
-    def generate(self, prompt: str, max_tokens: int = ..., *, stream: Literal[True], state: State | None = ...,
-                 stop: str | Sequence[str] | None = ..., **sampling: Any) -> Iterator[str]: ...
+    def generate(self, prompt: Prompts, max_tokens: int = ..., *, n: None = ..., stream: Literal[False] = ...,
+                 **options: Unpack[GenerateOptions]) -> list[Completion]: ...
     @overload
-    def generate(self, prompt: list[str], max_tokens: int = ..., *, stream: Literal[True], state: State | None = ...,
-                 stop: str | Sequence[str] | None = ..., **sampling: Any) -> Iterator[tuple[int, str]]: ...
+    def generate(self, prompt: Prompts, max_tokens: int = ..., *, n: int, stream: Literal[False] = ...,
+                 **options: Unpack[GenerateOptions]) -> list[list[Completion]]: ...
+    @overload
+    def generate(self, prompt: Prompt | Prompts, max_tokens: int = ..., *, n: int | None = ..., stream: Literal[True],
+                 **options: Unpack[GenerateOptions]) -> Generator[Completion, None, None]: ...
     # fmt: on
     def generate(
         self,
-        prompt: str | list[str],
+        prompt: Prompt | Prompts,
         max_tokens: int = 256,
         *,
+        n: int | None = None,
         stream: bool = False,
-        state: State | None = None,
-        stop: str | Sequence[str] | None = None,
-        **sampling: Any,
-    ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion] | list[list[Completion]] | Generator[Completion, None, None]:
         """What the model writes after the prompt, without the prompt.
 
         Args:
-            prompt: one text, or a list whose texts are written side by side as each would be alone.
-            max_tokens: for each text. It ends earlier at the end of text or at a stop string.
-            stream: an iterator of pieces as they come; of (index, piece) for a list. The prompts are read at once.
-            state: goes on from here (see `state`) instead of from nothing: a row for each prompt, or one for all.
-            stop: strings that end the text; they are not part of it.
-            sampling: fields of `Sampling`; by default temperature 1 and top_p 0.85. One seed serves every prompt of
-                a list.
+            prompt: a text or a list of token ids; or a list of such, which are written side by side, each as it would
+                be alone.
+            max_tokens: for each completion. It ends earlier at the end of text or at a stop.
+            n: so many completions of each prompt, which is read once.
+            stream: an iterator of Completions, each the next piece of one completion (`index`, `choice`): their texts
+                joined are the text, their token ids joined the ids. The last of each has a finish_reason. The prompts
+                are read before the iterator is returned.
+            options: see `GenerateOptions` and `Sampling`; by default temperature 1 and top_p 0.85.
+
+        Returns:
+            A Completion; a list of them for several prompts or with `n`, a list of lists for both.
 
         Raises:
             InputError: an empty prompt, an unknown option, a value out of range, a state of another model.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        options = DEFAULT.changed(**sampling)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if "" in stops:
-            raise InputError("a stop string must not be empty")
-        tokens = [self.encode(text, begins=state is None) for text in prompts]
-        state = self.start if state is None else state
-        if state is not None and len(state) == 1:
-            state = state[[0] * len(prompts)]
-        events = generate(self.model, tokens, options, max_tokens, self.tokenizer.stop_ids, state)
-        pieces = self._pieces(events, len(prompts), stops)
+        batch = _Batch.of(prompt, n)
+        pieces = self._generate(batch, max_tokens, dict(options))
         if stream:
-            return (piece for _, piece in pieces) if isinstance(prompt, str) else pieces
-        texts = [""] * len(prompts)
-        for i, piece in pieces:
-            texts[i] += piece
-        return texts[0] if isinstance(prompt, str) else texts
+            return pieces
+        return batch.arrange(list(pieces))
 
-    def state(self, text: str, state: State | None = None) -> State:
-        """The state after reading a text, from nothing or going on from `state`; one row that knows its text."""
-        tokens = [self.encode(text, begins=state is None)]
-        before = state.texts[0] if state is not None else ""
-        return prefill(self.model, tokens, self.start if state is None else state)[1].with_texts([before + text])
+    # fmt: off
+    @overload
+    async def generate_async(self, prompt: Prompt, max_tokens: int = ..., *, n: None = ...,
+                             **options: Unpack[GenerateOptions]) -> Completion: ...
+    @overload
+    async def generate_async(self, prompt: Prompt, max_tokens: int = ..., *, n: int,
+                             **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+    @overload
+    async def generate_async(self, prompt: Prompts, max_tokens: int = ..., *, n: None = ...,
+                             **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+    @overload
+    async def generate_async(self, prompt: Prompts, max_tokens: int = ..., *, n: int,
+                             **options: Unpack[GenerateOptions]) -> list[list[Completion]]: ...
+    # fmt: on
+    async def generate_async(
+        self,
+        prompt: Prompt | Prompts,
+        max_tokens: int = 256,
+        *,
+        n: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion] | list[list[Completion]]:
+        """As `generate`, for asyncio: the model computes in a thread. Cancelling the task ends it after the step under
+        way, in prefill too."""
+        pieces = self.stream_async(prompt, max_tokens, n=n, **options)
+        return _Batch.of(prompt, n).arrange([piece async for piece in pieces])
 
-    def begin_from(self, path: str | Path) -> None:
-        """From now on every text begins from the tuned state in a file, and with the opening it was tuned with.
+    def stream_async(
+        self,
+        prompt: Prompt | Prompts,
+        max_tokens: int = 256,
+        *,
+        n: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Completion, None]:
+        """As `generate(..., stream=True)`, for asyncio; see `generate_async`. Close it (`aclose`) if you leave it
+        before its end."""
+        cancelled = threading.Event()
+        progress = options.get("progress")
 
-        Raises:
-            InputError: no such file, or not a tuned state of this model.
+        def check(done: int, total: int) -> None:
+            if cancelled.is_set():
+                raise InterruptedError("the task that wanted this text was cancelled")
+            if progress is not None:
+                progress(done, total)
+
+        options["progress"] = check
+        begin = partial(self._generate, _Batch.of(prompt, n), max_tokens, dict(options))
+        return iterate(begin, cancelled.set)
+
+    # fmt: off
+    @overload
+    def chat(self, messages: None = ..., *, template: str | Template | None = ...,
+             system: str | None = ...) -> Chat: ...
+    @overload
+    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
+             template: str | Template | None = ..., system: str | None = ..., stream: Literal[False] = ...,
+             **options: Unpack[DecodeOptions]) -> Completion: ...
+    @overload
+    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
+             template: str | Template | None = ..., system: str | None = ..., stream: Literal[True],
+             **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    # fmt: on
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        max_tokens: int = 512,
+        *,
+        template: str | Template | None = None,
+        system: str | None = None,
+        stream: bool = False,
+        **options: Unpack[DecodeOptions],
+    ) -> Chat | Completion | Generator[Completion, None, None]:
+        """A conversation to go on with, or the answer to a list of messages.
+
+        Args:
+            messages: [{"role": "user", "content": ...}, ...]: at most one of "system" first, then "user" and
+                "assistant" in turn, one of the user last; None = a `Chat` that has not begun.
+            template, system: see `Chat`.
+            max_tokens, stream, options: see `Chat.say`.
         """
-        tensors, notes = read_time_state(path, self.model)
-        self.start = self.model.initial_state(time_states=tensors)
-        self.opening = list(notes.get("opening_tokens", self.opening))
-        self.chat_template = notes.get("chat_template", self.chat_template)
+        if messages is None:
+            return Chat(self, template, system)
+        if isinstance(messages, str | Template):
+            raise InputError(f"messages must be a list of messages, got {messages!r}; a template is named by template=")
+        *history, last = read_messages(messages) or [{"role": "", "content": ""}]
+        if last["role"] != "user":
+            raise InputError("the last message must be one of 'user'")
+        chat = Chat(self, template, system, history)
+        if stream:
+            return chat.say(last["content"], max_tokens, stream=True, **options)
+        return chat.say(last["content"], max_tokens, **options)
 
-    def encode(self, text: str, begins: bool) -> list[int]:
-        """Token ids; a text that `begins` from nothing has the model's opening in front."""
-        return (self.opening if begins else []) + self.tokenizer.encode(text)
-
-    def chat(self, template: str | Template | None = None, system: str | None = None) -> Chat:
-        """A conversation; see chat.py for the templates and for which one is the default."""
-        from .chat import Chat
-
-        return Chat(self, template, system)
-
-    def _pieces(self, events: Generation, count: int, stops: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-        decoders = [self.tokenizer.stream() for _ in range(count)]
-        holds = [StopStringBuffer(stops) for _ in range(count)]
-        for event in events:
-            i = event.index
-            if event.token is not None:
-                piece = holds[i].push(decoders[i].push(event.token))
-            else:
-                piece = holds[i].push(decoders[i].finish()) + holds[i].finish()
-            if piece:
-                yield i, piece
-            if holds[i].stopped:
-                events.drop(i)
-
-
-class StopStringBuffer:
-    """Text on its way out: ends before the first stop string, holds back what may be the beginning of one.
-
-    What comes out in total depends on the text alone, not on how it is cut into pieces: it ends at the stop string
-    that is complete first (of several that end together, the one that begins first).
-    """
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = tuple(stops)
-        self.held = ""
-        self.stopped = False
-
-    def push(self, piece: str) -> str:
-        """The text that is now certain to come before any stop string."""
-        if self.stopped:
-            return ""
-        self.held += piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            out, self.held = self.held[: min(found)[1]], ""
-            return out
-        keep = max((_overlap(self.held, stop) for stop in self._stops), default=0)
-        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return out
-
-    def finish(self) -> str:
-        """What was held back: no stop string came of it."""
-        out, self.held = self.held, ""
-        return out
+    def _generate(self, batch: _Batch, max_tokens: int, options: dict[str, Any]) -> Generator[Completion, None, None]:
+        """Checks the options and reads the prompts; returns the pieces as they are decoded."""
+        state: State | None = options.pop("state", None)
+        stop = options.pop("stop", None)
+        progress = options.pop("progress", None)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(x, str) and x for x in stops):
+            raise InputError("a stop string must not be empty")
+        decoding = resolve(options, DEFAULT, len(batch.prompts), batch.n)
+        tokens = [self.encode(prompt, begins=state is None) for prompt in batch.prompts]
+        texts = [self.text_of(prompt) for prompt in batch.prompts]
+        if state is not None:
+            if len(state) == 1:
+                state = state[[0] * len(tokens)]
+            texts = [before + text for before, text in zip(state.texts, texts, strict=False)]
+        elif self.start is not None:
+            state = self.start[[0] * len(tokens)]
+        logits, state = prefill(self.model, tokens, state, progress=progress)
+        logprobs = decoding.top_logprobs is not None
+        rows = [
+            _Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j)
+            for i in range(len(tokens))
+            for j in range(batch.n)
+        ]
+        if batch.n > 1:
+            numbers = [row.index for row in rows]
+            logits, state = logits[numbers], state[numbers]
+        generation = Generation(
+            self.model,
+            logits,
+            state,
+            decoding.samplings,
+            max_tokens,
+            decoding.stop_ids(self.tokenizer),
+            min_tokens=decoding.min_tokens,
+            top_logprobs=decoding.top_logprobs,
+            masks=decoding.masks,
+            prompts=[row.prompt for row in rows],
+        )
+        return _pieces(generation, rows, decoding.min_tokens)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+@dataclass(frozen=True)
+class _Batch:
+    """The prompts of one call, and in which shape its completions are wanted."""
+
+    prompts: list[Prompt]
+    single: bool  # one prompt, not in a list of prompts
+    n: int
+    listed: bool  # n was given, so that each prompt gets a list
+
+    @classmethod
+    def of(cls, prompt: Prompt | Prompts, n: int | None) -> _Batch:
+        if not isinstance(prompt, Sequence):
+            raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise InputError(f"n must be a whole number of at least 1, got {n!r}")
+        single = isinstance(prompt, str) or (len(prompt) > 0 and not isinstance(prompt[0], Sequence))
+        prompts: list[Any] = [prompt] if single else list(prompt)
+        return cls(prompts, single, n or 1, n is not None)
+
+    def arrange(self, pieces: list[Completion]) -> Completion | list[Completion] | list[list[Completion]]:
+        """Completions out of the pieces of all of them, as `generate` returns them."""
+        rows: list[list[Completion]] = [[] for _ in range(len(self.prompts) * self.n)]
+        for piece in pieces:
+            rows[piece.index * self.n + piece.choice].append(piece)
+        completions = [joined(parts) for parts in rows]
+        if self.listed:
+            lists = [completions[i : i + self.n] for i in range(0, len(completions), self.n)]
+            return lists[0] if self.single else lists
+        return completions[0] if self.single else completions
+
+
+class _Row:
+    """One completion on its way: tokens in, pieces of text out."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        text: str,
+        stops: Sequence[str],
+        logprobs: bool,
+        index: int,
+        choice: int,
+    ):
+        """text: what the state stands for before the completion."""
+        self.tokenizer, self.prompt, self.text = tokenizer, prompt, text
+        self.index, self.choice = index, choice
+        self.decoder = tokenizer.stream()
+        self.buffer = StopStringBuffer(stops)
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self.passed_on = 0  # tokens that a piece was made of
+
+    def push(self, event: Event, min_tokens: int) -> Completion | None:
+        """Takes an event; returns the next piece, if there is one."""
+        finish_reason = event.finish_reason
+        if event.token is None:
+            text = self.buffer.push(self.decoder.finish()) + self.buffer.finish()
+        else:
+            self.token_ids.append(event.token)
+            if self.logprobs is not None and event.logprob is not None:
+                self.logprobs.append(event.logprob)
+            text = self.decoder.push(event.token)
+            if len(self.token_ids) > min_tokens:
+                text = self.buffer.push(text)
+        if self.buffer.stopped:
+            finish_reason = "stop"
+        if not text and finish_reason is None:
+            return None
+        begin, self.passed_on = self.passed_on, len(self.token_ids)
+        return Completion(
+            text=text,
+            token_ids=self.token_ids[begin:],
+            finish_reason=finish_reason,
+            logprobs=None if self.logprobs is None else self.logprobs[begin:],
+            usage=Usage(len(self.prompt), len(self.token_ids)),
+            index=self.index,
+            choice=self.choice,
+            make_state=self._state_of(event, last=finish_reason is not None),
+        )
+
+    def _state_of(self, event: Event, last: bool) -> Callable[[], State]:
+        """The state after an event, cut out of the batch's when it is asked for; the last is cut at once, for the batch
+        holds the memory of all rows."""
+        count = len(self.token_ids)
+
+        def with_text(state: State) -> State:
+            return state.with_texts([self.text + self.tokenizer.decode(self.token_ids[:count])])
+
+        if last:
+            return partial(with_text, event.state)
+        return lambda: with_text(event.state)
+
+
+def _pieces(generation: Generation, rows: list[_Row], min_tokens: int) -> Generator[Completion, None, None]:
+    """The pieces of all rows, as they are decoded."""
+    for event in generation:
+        row = rows[event.index]
+        piece = row.push(event, min_tokens)
+        if row.buffer.stopped:
+            generation.drop(event.index)
+        if piece is not None:
+            yield piece

@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -18,9 +18,31 @@ from torch import Tensor
 
 from ..errors import InputError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ORDERS = ("temperature-first", "top-p-first")
 COLDEST = 1e-30  # float32 takes what is far below for 0
 OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
+
+# Which tokens may come next: called with the token ids generated so far, returns bool [V], or None for all.
+Mask = Callable[[Sequence[int]], "Tensor | None"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_decay: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    order: str
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,8 @@ class Sampling:
     min_p: only tokens at least this share as likely as the best one.
     presence_penalty: taken from the logit of every token that was generated before.
     frequency_penalty: the same, times how often; the counts fade by `penalty_decay` a token.
+    repetition_penalty: divides the positive logits of tokens in the prompt or the output so far, and multiplies the
+        negative ones; 1 = off. As in transformers and vLLM.
     logit_bias: token id -> what is added to its logit; -inf bans it.
     seed: the same seed draws the same tokens, whatever else is in the batch; None draws new ones each time.
     order: "temperature-first" cuts the tempered distribution, by top_p among what top_k left (as transformers
@@ -47,6 +71,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     order: str = "temperature-first"
@@ -58,6 +83,7 @@ class Sampling:
         _expect("presence_penalty", self.presence_penalty, -math.inf, math.inf)
         _expect("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
         _expect("penalty_decay", self.penalty_decay, 0, 1)
+        _expect("repetition_penalty", self.repetition_penalty, COLDEST, math.inf)
         _expect("top_k", self.top_k, 0, math.inf, whole=True)
         if self.seed is not None:
             _expect("seed", self.seed, 0, 2**64 - 1, whole=True)
@@ -70,30 +96,40 @@ class Sampling:
             if bias != -math.inf:
                 _expect(f"logit_bias of token {token}", bias, -math.inf, math.inf)
 
-    def changed(self, **changes: Any) -> Sampling:
-        """The same with some fields replaced; an unknown name is refused."""
+    def replace(self, **changes: Unpack[SamplingOptions]) -> Sampling:
+        """A copy with some fields replaced.
+
+        Raises:
+            InputError: an unknown field, or a value out of range.
+        """
         known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:
-                raise InputError(f"there is no sampling option {name!r}; known are {', '.join(known)}")
+                raise InputError(f"unknown sampling option {name!r}; choose from {', '.join(known)}")
         return replace(self, **changes)
 
 
 class Sampler:
-    """Draws the tokens of one sequence; holds its random numbers and what it has drawn."""
+    """Draws the tokens of one sequence; holds its random numbers and what it has drawn so far.
 
-    def __init__(self, sampling: Sampling):
+    prompt: the ids that `repetition_penalty` counts beside those drawn.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()):
         self.sampling = sampling
-        self._counts: dict[int, float] = {}
+        self._prompt = prompt
+        self._drawn = torch.zeros(0, dtype=torch.bool)  # [V] once logits have shown how many
+        self._repeated = self._drawn  # [V], drawn or in the prompt
+        self._counts = torch.zeros(0, dtype=torch.float64)  # [V], how often each was drawn, faded
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
         else:
             self._random.manual_seed(int(sampling.seed))
 
-    def pick(self, logits: Tensor) -> int:
-        """The next token for logits [V]."""
-        logits = self._adjusted(logits)
+    def pick(self, logits: Tensor, mask: Tensor | None = None, banned: Collection[int] = ()) -> int:
+        """The next token for logits [V]. mask: bool [V], the tokens that are allowed; banned: ids that are not."""
+        logits = self._adjust(logits, mask, banned)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -103,29 +139,46 @@ class Sampler:
         self._count(token)
         return token
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        """Bias and penalties applied, on the CPU in float32; the caller's tensor stays as it is."""
+    def _adjust(self, logits: Tensor, mask: Tensor | None, banned: Collection[int]) -> Tensor:
+        """Logits with penalties, bias and then the mask, float32 on the CPU; the caller's tensor stays as it is."""
         options = self.sampling
         logits = logits.detach().to("cpu", torch.float32, copy=True)
         if not logits.max() < math.inf:  # NaN is not smaller either
-            raise InputError("the model's logits are not finite: load it with dtype float32 (or bfloat16, not float16)")
+            raise InputError("the logits contain NaN or infinity: load the model in float32 or bfloat16, not float16")
+        size = len(logits)
+        if not len(self._counts):
+            self._counts = self._counts.new_zeros(size)
+            self._drawn, self._repeated = self._drawn.new_zeros(size), self._drawn.new_zeros(size)
+            if options.repetition_penalty != 1 and self._prompt:
+                self._repeated[list(self._prompt)] = True
+        if options.repetition_penalty != 1:
+            penalty = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
+            logits = torch.where(self._repeated, logits * penalty, logits)
         for token, bias in options.logit_bias.items():
-            if not 0 <= token < len(logits):
-                raise InputError(f"logit_bias names token {token}, but the vocabulary ends at {len(logits) - 1}")
+            if not 0 <= token < size:
+                raise InputError(f"logit_bias: token {token} is outside the vocabulary of {size}")
             logits[token] += bias
-        if self._counts:
-            often = torch.tensor(list(self._counts.values()))
-            logits[list(self._counts)] -= options.presence_penalty + options.frequency_penalty * often
+        if options.presence_penalty or options.frequency_penalty:
+            often = options.frequency_penalty * self._counts.float()
+            logits -= torch.where(self._drawn, options.presence_penalty + often, 0.0)
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != logits.shape:
+                kind = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+                raise InputError(f"a mask must be bool [{size}], got {kind}")
+            logits.masked_fill_(~mask.cpu(), -math.inf)
+        if banned:
+            logits[list(banned)] = -math.inf
         if logits.max() == -math.inf:
-            raise InputError("no token is left to choose: logit_bias bans them all")
+            raise InputError("no token is left to choose: logit_bias or the mask bans them all")
         return logits
 
     def _count(self, token: int) -> None:
         options = self.sampling
+        self._repeated[token] = True
         if options.presence_penalty or options.frequency_penalty:
-            for seen in self._counts:
-                self._counts[seen] *= options.penalty_decay
-            self._counts[token] = self._counts.get(token, 0.0) + 1.0
+            self._counts *= options.penalty_decay
+            self._counts[token] += 1
+            self._drawn[token] = True
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

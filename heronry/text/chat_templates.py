@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import InputError
 
+ROLES = ("system", "user", "assistant")
 FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}  # what chat models are used with
 
 
@@ -31,12 +32,55 @@ class Template:
     collapse: bool = True
     sampling: Mapping[str, Any] = field(default_factory=lambda: FOCUSED)
 
+    def render_history(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation up to where the next message begins: a system text, if there is one, and whole
+        turns (see `read_messages`). What a model thought before an answer is not part of it."""
+        text = ""
+        question, lead = self.turn.split("{user}", 1)
+        if ":" in lead:  # what follows the role is the beginning of a thought
+            lead = lead[: lead.rindex(":") + 1]
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "system":
+                text += self.system.replace("{system}", self.clean(content))
+            elif message["role"] == "user":
+                text += question + self.clean(content) + lead
+            else:
+                answer = content.replace("\r\n", "\n").strip()
+                if any(stop in answer for stop in self.stops):  # it would end there
+                    answer = re.sub("\n+", "\n", answer)
+                text += f" {answer}{self.separator}"
+        return text
+
     def clean(self, message: str) -> str:
         """A message as the model gets to see it; InputError if nothing is left of it."""
         message = message.replace("\r\n", "\n").strip()
         if not message:
             raise InputError("the message is empty")
         return re.sub("\n+", "\n", message) if self.collapse else message
+
+
+def read_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Checks a conversation: at most one message of "system" first, then "user" and "assistant" in turn. Returns the
+    messages with role and content alone.
+
+    Raises:
+        InputError: another order, another role, or a content that is not text; the message is named.
+    """
+    checked: list[dict[str, str]] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"messages[{i}] must be a dict with role and content, got {message!r}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise InputError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, got {role!r}")
+        if not isinstance(content, str):
+            raise InputError(f"messages[{i}]: content must be a text, got {content!r}")
+        last = checked[-1]["role"] if checked else "system"
+        if role != ("assistant" if last == "user" else "user") and (i > 0 or role == "assistant"):
+            raise InputError(f"messages[{i}]: a message of {role!r} cannot follow one of {last!r}")
+        checked.append({"role": role, "content": content})
+    return checked
 
 
 RAVEN = Template("Bob: {user}\n\nAlice:", stops=("\n\n",))

@@ -109,7 +109,7 @@ def test_a_batch_is_its_sequences_alone(any_model, sampling):
     for prompt, result in zip(PROMPTS, together, strict=True):
         [alone] = generate(any_model, [prompt], sampling, 12, stop_ids={4, 17, 50}).run()
         assert alone.tokens == result.tokens
-        assert alone.finish == result.finish
+        assert alone.finish_reason == result.finish_reason
     assert (
         generate(any_model, PROMPTS, sampling, 12).run()[0].tokens
         == generate(any_model, PROMPTS, sampling, 12, chunk=3).run()[0].tokens
@@ -133,14 +133,14 @@ def test_greedy_is_the_plain_loop(model):
         logits, state = read(model, expected[-1:], state)
     [result] = generate(model, [PROMPTS[0]], GREEDY, 8).run()
     assert result.tokens == expected
-    assert result.finish == "length"
+    assert result.finish_reason == "length"
 
 
 def test_the_final_state_has_read_all_that_was_handed_out(model):
     free = generate(model, PROMPTS, Sampling(seed=5), 20).run()
     stops = {free[0].tokens[3], free[2].tokens[9]}
     results = generate(model, PROMPTS, Sampling(seed=5), 20, stop_ids=stops).run()
-    assert results[0].finish == results[2].finish == "stop"
+    assert results[0].finish_reason == results[2].finish_reason == "stop"
     for prompt, result, unstopped in zip(PROMPTS, results, free, strict=True):
         assert not stops & set(result.tokens)
         assert result.tokens == unstopped.tokens[: len(result.tokens)]
@@ -192,7 +192,7 @@ def test_no_tokens_at_all(model):
     logits, state = prefill(model, PROMPTS)
     for i, result in enumerate(Generation(model, logits, state, GREEDY, 0).run()):
         assert result.tokens == []
-        assert result.finish == "length"
+        assert result.finish_reason == "length"
         assert_same(result.state, state[i])
 
 
@@ -237,5 +237,5 @@ def test_what_cannot_be_generated_is_named(model, random_checkpoint):
 def test_not_a_number(random_checkpoint):
     weights = random_checkpoint("7", vocab=256, width=32, heads=2, layers=2, ffn=40, rank=3)
     weights["head.weight"][7] = torch.nan
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="NaN or infinity"):
         generate(assemble(weights), [[1]], GREEDY, 1).run()

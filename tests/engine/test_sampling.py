@@ -180,7 +180,7 @@ def test_logit_bias():
     assert Sampler(Sampling(temperature=0, logit_bias={2: -math.inf})).pick(logits) == 1
     assert Sampler(Sampling(temperature=0, logit_bias={0: 2.5})).pick(logits) == 0
     assert {Sampler(Sampling(seed=i, logit_bias={0: 100})).pick(logits) for i in range(20)} == {0}
-    with pytest.raises(InputError, match="token 3, but the vocabulary ends at 2"):
+    with pytest.raises(InputError, match="token 3 is outside the vocabulary of 3"):
         Sampler(Sampling(logit_bias={3: 1.0})).pick(logits)
     with pytest.raises(InputError, match="bans them all"):
         Sampler(Sampling(logit_bias=dict.fromkeys(range(3), -math.inf))).pick(logits)
@@ -189,7 +189,7 @@ def test_logit_bias():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite(bad, temperature):
-    with pytest.raises(InputError, match=r"not finite.*float32"):
+    with pytest.raises(InputError, match=r"NaN or infinity.*float32"):
         Sampler(Sampling(temperature=temperature)).pick(torch.tensor([0.0, bad, 1.0]))
 
 
@@ -219,9 +219,9 @@ def test_logits_of_any_dtype(dtype):
         ({"order": "random"}, "order must be one of temperature-first, top-p-first, got 'random'"),
         ({"logit_bias": {5: math.nan}}, "logit_bias of token 5 must be a number, got nan"),
         ({"logit_bias": {5: math.inf}}, "logit_bias of token 5"),
-        ({"topp": 0.5}, "no sampling option 'topp'; known are temperature, top_k"),
+        ({"topp": 0.5}, "unknown sampling option 'topp'; choose from temperature, top_k"),
     ],
 )
 def test_what_is_out_of_range_is_named(options, message):
     with pytest.raises(InputError, match=message):
-        Sampling().changed(**options)
+        Sampling().replace(**options)

@@ -1,0 +1,83 @@
+"""What generating text returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from ..models import State
+
+# "stop": an end of text, a stop id or a stop string; "length": max_tokens were generated
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probabilities of one step, by the model alone: before temperature, penalties, bias and masks.
+
+    top_logprobs: the most likely token ids with theirs, the best first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top_logprobs: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. prompt_tokens: those read for this prompt, without what a given state had read before."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The text a model wrote after a prompt, or in a stream the next piece of it. `str(completion)` is the text.
+
+    Attributes:
+        text: without the prompt, and without the stop string that ended it.
+        token_ids: the tokens behind `text`. Where a stop string ended the text, its tokens are the last of them.
+        finish_reason: why it ended; None while a stream goes on.
+        logprobs: one entry a token where they were asked for, else None.
+        usage: token counts, in a stream those so far.
+        index, choice: which of the prompts, and which of its `n` completions, from 0.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[TokenLogprob] | None
+    usage: Usage
+    index: int = 0
+    choice: int = 0
+    make_state: Callable[[], State] = field(repr=False, compare=False, kw_only=True)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @cached_property
+    def state(self) -> State:
+        """One row: the state after the prompt and every token so far; generation can go on from it."""
+        return self.make_state()
+
+
+def joined(pieces: Sequence[Completion]) -> Completion:
+    """One completion out of all its pieces, in order."""
+    last = pieces[-1]
+    return Completion(
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        finish_reason=last.finish_reason,
+        logprobs=None if last.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or ()],
+        usage=last.usage,
+        index=last.index,
+        choice=last.choice,
+        make_state=last.make_state,
+    )

@@ -1,0 +1,42 @@
+"""Stop strings in streamed text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStringBuffer:
+    """Passes text on up to the first stop string, and holds back what may be the beginning of one.
+
+    The total output depends on the text alone, not on how it is cut into pieces: it ends at the stop string that is
+    complete first (of several that end together, the one that begins first).
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self.held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """Takes the next piece; returns the text that is now certain to come before any stop string."""
+        if self.stopped:
+            return ""
+        self.held += piece
+        matches = [(at + len(stop), at) for stop in self._stops if (at := self.held.find(stop)) >= 0]
+        if matches:
+            self.stopped = True
+            out, self.held = self.held[: min(matches)[1]], ""
+            return out
+        keep = max((_overlap(self.held, stop) for stop in self._stops), default=0)
+        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return out
+
+    def finish(self) -> str:
+        """Returns what was held back, at the end of a text without a stop string."""
+        out, self.held = self.held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,97 @@
+"""A model with its tokenizer and what its texts begin with: what completions and conversations both stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint import read_time_state
+from ..errors import InputError
+from ..models import Model, State
+from ..text.tokenizers import Tokenizer
+from .generate import prefill
+from .options import Progress, Prompt
+
+
+class TextModel:
+    """Reads text: text to token ids, token ids to a state.
+
+    Attributes:
+        model, tokenizer: what it is made of.
+        chat_template: the name of the template that its conversations have; None = not known.
+        opening: token ids read in front of every text that begins from nothing. A model that always saw a mark
+            there in training expects it; a folder's config.json names them as "opening_tokens".
+        start: the state of one row that a text begins from, in front of the opening; None = the model's own.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        chat_template: str | None = None,
+        opening: Sequence[int] = (),
+        start: State | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.opening = list(opening)
+        self.start = start
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights; those that are packed in 8 or 4 bits apart."""
+        return self.model.dtype
+
+    def num_parameters(self) -> int:
+        """Of the model; packed matrices count the weights that they stand for."""
+        return self.model.num_parameters()
+
+    def encode(self, prompt: Prompt, begins: bool) -> list[int]:
+        """Token ids of a text; one that `begins` from nothing has the model's opening in front. Ids stay as they are.
+
+        Raises:
+            InputError: text that is not UTF-8, or ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            return (self.opening if begins else []) + self.tokenizer.encode(prompt)
+        size = self.model.config.vocab_size
+        for token in prompt:
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                raise InputError(f"a prompt must be a text or a list of token ids, got {token!r} in a list")
+            if not 0 <= token < size:
+                raise InputError(f"token id {token} is outside this model's vocabulary of {size}")
+        return [int(token) for token in prompt]
+
+    def state(self, text: Prompt, state: State | None = None, *, progress: Progress | None = None) -> State:
+        """The state after reading a text, from nothing or going on from `state`; one row that knows its text.
+
+        progress: called with (tokens read, tokens in all).
+        """
+        tokens = [self.encode(text, begins=state is None)]
+        before = state.texts[0] if state is not None else ""
+        after = prefill(self.model, tokens, self.start if state is None else state, progress=progress)[1]
+        return after.with_texts([before + self.text_of(text)])
+
+    def begin_from(self, path: str | Path) -> None:
+        """From now on every text begins from the tuned state in a file, and with the opening it was tuned with.
+
+        Raises:
+            InputError: no such file, or not a tuned state of this model.
+        """
+        tensors, notes = read_time_state(path, self.model)
+        self.start = self.model.initial_state(time_states=tensors)
+        self.opening = list(notes.get("opening_tokens", self.opening))
+        self.chat_template = notes.get("chat_template", self.chat_template)
+
+    def text_of(self, prompt: Prompt) -> str:
+        """The text that a prompt stands for."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

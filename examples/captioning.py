@@ -76,7 +76,7 @@ def measure(captioner: Captioner, llm: LLM, data: ImageDataset, number: int) -> 
     for first in range(0, number, 100):
         images, wanted = pick(data, range(first, min(number, first + 100)), captioner.vision.config.image_size)
         said = llm.generate([PROMPT] * len(images), 20, state=captioner.look(images), temperature=0, stop=".")
-        for text, want in zip(said, wanted, strict=True):
+        for text, want in zip([completion.text for completion in said], wanted, strict=True):
             right += text.split()[-1:] == want.split()[-1:]
             bright += text.split()[:2] == want.split()[:2]
         if first == 0:

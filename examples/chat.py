@@ -47,7 +47,7 @@ def answer(**options: str) -> str:
     llm = LLM(**{name: value for name, value in options.items() if name != "state"})
     if "state" in options:
         llm.begin_from(options["state"])
-    return llm.chat().say(ASK, max_tokens=60, temperature=0).strip().replace("\n", " ")
+    return llm.chat().say(ASK, max_tokens=60, temperature=0).text.replace("\n", " ")
 
 
 def main() -> None:

@@ -77,11 +77,13 @@ def main() -> None:
     compare("bundled", llm.model, texts)
 
     greedy = {"max_tokens": 200, "temperature": 0.0}
-    expected = [llm.generate(prompt, **greedy) for prompt in PROMPTS]
+    expected = [llm.generate(prompt, **greedy).text for prompt in PROMPTS]
     for format, change in FORMATS.items():
         changed = LLM(change(copy.deepcopy(llm.model)), tokenizer=llm.tokenizer)
         changed.opening = llm.opening
-        same = sum(changed.generate(prompt, **greedy) == text for prompt, text in zip(PROMPTS, expected, strict=True))
+        same = sum(
+            changed.generate(prompt, **greedy).text == text for prompt, text in zip(PROMPTS, expected, strict=True)
+        )
         print(f"bundled, greedy texts of 200 tokens, {format}: {same} of {len(PROMPTS)} as in float32", flush=True)
 
     if args.tiny is not None:

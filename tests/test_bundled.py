@@ -33,17 +33,17 @@ def test_its_file_alone_is_the_same_model():
 
 
 def test_the_same_seed_tells_the_same_story(llm):
-    story = llm.generate("Once upon a time", max_tokens=60, seed=7)
-    assert story == llm.generate("Once upon a time", max_tokens=60, seed=7)
-    assert story == "".join(llm.generate("Once upon a time", max_tokens=60, seed=7, stream=True))
-    assert story != llm.generate("Once upon a time", max_tokens=60, seed=8)
+    story = llm.generate("Once upon a time", max_tokens=60, seed=7).text
+    assert story == llm.generate("Once upon a time", max_tokens=60, seed=7).text
+    assert story == "".join(map(str, llm.generate("Once upon a time", max_tokens=60, seed=7, stream=True)))
+    assert story != llm.generate("Once upon a time", max_tokens=60, seed=8).text
     assert len(re.findall(r"[a-z]+", story)) > 30
 
 
 def test_it_answers_mostly_with_a_story_about_the_subject(llm):
     things = ["frog", "boat", "cake", "dog", "bird", "tree", "cat", "ball", "car", "fish"]
     prompts = [f"User: Tell me a story about a {thing}\n\nAssistant:" for thing in things]
-    stories = [story for seed in (1, 2, 3) for story in llm.generate(prompts, 400, temperature=0.8, seed=seed)]
+    stories = [x.text for seed in (1, 2, 3) for x in llm.generate(prompts, 400, temperature=0.8, seed=seed)]
     assert sum(story.startswith((" Once upon a time", " One")) for story in stories) >= 20
     on_subject = sum(thing in story.lower() for thing, story in zip(things * 3, stories, strict=True))
     assert on_subject >= 12  # it was 20; stories about the other nine mention the thing in 3.6 of 30

@@ -166,7 +166,7 @@ def test_bad_input_is_one_line_and_exit_code_2(heronry, folder, tmp_path):
         (["chat", "-m", folder, "--max-tokens", "-3"], "max_tokens must be"),
         (["chat", "-m", folder, "--temperature", "-1"], "temperature must be"),
         (["info", "e[/y]"], "no such file"),
-        (["chat", "-m", folder, "--template", "klingon"], "no chat template 'klingon'"),
+        (["chat", "-m", folder, "--template", "klingon"], "unknown chat template 'klingon'"),
         (["info", tmp_path / "missing"], "no such file"),
     ]:
         code, out, err = heronry(*words)

@@ -94,7 +94,7 @@ class HeronryLM(TemplateLM):
         if asked.get("do_sample") and asked.get("temperature", 1.0) > 0:
             options = {"temperature": asked.get("temperature", 1.0), "top_p": asked.get("top_p", 1.0)}
         count = int(asked.get("max_gen_toks") or self.max_gen_toks)
-        return self.llm.generate(prompts, count, stop=stop or None, **options)
+        return [completion.text for completion in self.llm.generate(prompts, count, stop=stop or None, **options)]
 
 
 def _bar(disable: bool) -> Any:

@@ -154,17 +154,17 @@ def test_a_constant_of_the_norm_stays(weights, tmp_path):
 
 def test_notes_and_tokenizer_come_along(tmp_path):
     """The bundled model through every format that can hold them."""
-    text = LLM().generate("Once upon a time", 20, temperature=0)
+    text = LLM().generate("Once upon a time", 20, temperature=0).text
     bundled = Path(heronry.__file__).parent / "bundled"
     for format in FOLDERS:
         convert(bundled, tmp_path / format, to=format)
         llm = LLM(tmp_path / format, dtype="float32")
-        assert llm.generate("Once upon a time", 20, temperature=0) == text
+        assert llm.generate("Once upon a time", 20, temperature=0).text == text
         assert (llm.chat_template, llm.opening) == ("story", [0])
     convert(bundled, tmp_path / "a.pth")
     with pytest.raises(InputError, match="no known tokenizer has"):
         LLM(tmp_path / "a.pth")
-    assert LLM(tmp_path / "a.pth", tokenizer=bundled, dtype="float32").generate("One day", 5, temperature=0)
+    assert LLM(tmp_path / "a.pth", tokenizer=bundled, dtype="float32").generate("One day", 5, temperature=0).text
 
 
 def test_a_gguf_holds_its_tokenizer(weights, tmp_path):

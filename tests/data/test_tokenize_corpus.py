@@ -338,11 +338,11 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
         engine, "prefill", lambda model, tokens, state: fed.extend(tokens[0]) or original(model, tokens, state)
     )
     for talk in talks:
-        chat = llm.chat(name)
+        chat = llm.chat(template=name)
         fed.clear()
         for question, answer in zip(talk[::2], talk[1::2], strict=True):
             wanted = answer["content"].replace("\n\n", "\n") if name == "raven" else answer["content"]
-            assert chat.say(question["content"], temperature=0, presence_penalty=0, frequency_penalty=0) == wanted
+            assert chat.say(question["content"], temperature=0, presence_penalty=0, frequency_penalty=0).text == wanted
             # all that the model read, in the order of its training text, but for the answers that it made itself
         pieces = [
             known.encode(piece) for piece, _ in render_conversation(talk, TEMPLATES[name], bool(known.stop_ids))[::2]

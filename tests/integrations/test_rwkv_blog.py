@@ -58,7 +58,7 @@ def test_text_generation(model_id):
     assert isinstance(model, RwkvForCausalLM)
     assert type(tokenizer).__name__ == "GPTNeoXTokenizer"
     assert output.shape == (1, inputs["input_ids"].shape[1] + 40)
-    assert text == prompt + heronry.LLM(model_id).generate(prompt, 40, temperature=0)
+    assert text == prompt + heronry.LLM(model_id).generate(prompt, 40, temperature=0).text
     theirs = TheirModel.from_pretrained(model_id, config=TheirConfig.from_pretrained(model_id, rescale_every=0))
     assert torch.equal(output, theirs.generate(inputs["input_ids"], max_new_tokens=40, do_sample=False))
 
@@ -98,7 +98,7 @@ def test_pipeline(model_id):
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
 
     greedy = pipe(prompt, max_new_tokens=20, do_sample=False)
-    assert greedy == [{"generated_text": prompt + heronry.LLM(model_id).generate(prompt, 20, temperature=0)}]
+    assert greedy == [{"generated_text": prompt + heronry.LLM(model_id).generate(prompt, 20, temperature=0).text}]
     torch.manual_seed(0)
     said = pipe(prompt, max_new_tokens=20, do_sample=True, temperature=0.9, top_p=0.8)
     assert said == [{"generated_text": tokenizer.decode(sampled(model_id, ids, 20, 0.9, 0.8))}]
@@ -119,5 +119,5 @@ def test_raven(model_id):
     output = model.generate(inputs["input_ids"], max_new_tokens=100)
     text = tokenizer.decode(output[0].tolist(), skip_special_tokens=True)
 
-    assert text == prompt + heronry.LLM(model_id).generate(prompt, 100, temperature=0)
+    assert text == prompt + heronry.LLM(model_id).generate(prompt, 100, temperature=0).text
     assert len(text) > len(prompt) + 50

@@ -238,7 +238,7 @@ def test_pipeline_with_the_bundled_model(tmp_path):
     convert(Path(heronry.__file__).parent / "bundled", tmp_path / "hf", to="huggingface")
     generator = pipeline("text-generation", model=str(tmp_path / "hf"), dtype="float32")
     text = generator("Once upon a time", max_new_tokens=20, do_sample=False)[0]["generated_text"]
-    ours = heronry.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0)
+    ours = heronry.LLM(dtype="float32").generate("Once upon a time", 20, temperature=0).text
     assert text.startswith("Once upon a time, there was")
     assert ours.startswith(", there was")
 

@@ -154,13 +154,13 @@ def test_it_names_colours(painter):
         state = painter.look(images)
     llm = LLM(painter.language, tokenizer="bytes")
     said = llm.generate(["\n"] * 12, 20, state=state, temperature=0, stop=".")
-    assert said == [f"a {name} wall" for name in names]
+    assert [x.text for x in said] == [f"a {name} wall" for name in names]
     for i in range(4):
-        assert llm.generate("\n", 20, state=state[i], temperature=0, stop=".") == said[i]
+        assert llm.generate("\n", 20, state=state[i], temperature=0, stop=".").text == said[i].text
     # with a state that has its history too
-    assert llm.generate("\n", 20, state=painter.look(images[:1])[0], temperature=0, stop=".") == said[0]
+    assert llm.generate("\n", 20, state=painter.look(images[:1])[0], temperature=0, stop=".").text == said[0].text
     llm.start = state[1]
-    chat = llm.chat("raven")
+    chat = llm.chat(template="raven")
     chat.say("What is it?", max_tokens=4)
     assert len(chat.messages) == 2
 
@@ -172,7 +172,7 @@ def test_a_state_of_a_picture_is_kept(painter, tmp_path):
     said = LLM(painter.language, tokenizer="bytes").generate(
         ["\n", "\n"], 20, state=State.load(tmp_path / "seen.safetensors"), temperature=0, stop="."
     )
-    assert said == ["a red wall", "a green wall"]
+    assert [x.text for x in said] == ["a red wall", "a green wall"]
 
 
 def write(captioner: Captioner, folder) -> Callable[..., Captioner]:

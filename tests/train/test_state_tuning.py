@@ -116,7 +116,7 @@ def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, m
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
-    assert capsys.readouterr().out == text.generate("\x14", 3, temperature=0) + "\n"
+    assert capsys.readouterr().out == text.generate("\x14", 3, temperature=0).text + "\n"
 
 
 @pytest.mark.parametrize("generation", MODELS)

@@ -1,128 +1,183 @@
-"""Compiles the C++ of an operator or a model on first use.
+"""Libraries of compiled C++: those that came with the wheel, or compiled on first use into the user's cache.
 
-The result lies in the user's cache under a name that says what it was made from: source and headers, compiler,
-flags, torch. A source that does not include simd.h is the same for every processor: it is built without OpenMP and
-loaded without importing torch. Without a compiler there is no library: the caller runs its Python code instead, and a
-warning says so.
+A source that does not include simd.h is the same for every processor and is loaded without importing torch. Where
+nothing can be loaded or compiled there is no library: the caller runs its Python code instead, and a warning says so.
+
+    python -m heronry.build [NAME ...]    compiles now what would be compiled on first use
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from . import compiler
+
 log = logging.getLogger("heronry")
 
-HEADERS = Path(__file__).parent / "ops"  # simd.h, matmul.h, team.h
-LEVELS = {
-    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "avx2": ("-march=x86-64-v3",),
-    "portable": (),
-}
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+PREBUILT = Path(__file__).parent / "_kernels"  # of a wheel for one platform; a checkout has none
+OPENMP = (  # the fields of OpenMP in ops/threads.h
+    "omp_get_thread_num",
+    "omp_get_num_threads",
+    "GOMP_parallel",
+    "__kmpc_fork_call",
+    "__kmpc_push_num_threads",
+    "__kmpc_global_thread_num",
+)
 
-level: str | None = None  # one of LEVELS instead of the best that this processor has
-_lock = threading.Lock()
+level: str | None = None  # one of compiler.LEVELS instead of the best that this processor has
+_locks: dict[tuple[Path, str], threading.Lock] = {}
 
 
 def library(source: Path) -> ctypes.CDLL | None:
-    """The compiled `source`; None, said once, where it cannot be compiled."""
-    return _library(source, (level or best_level()) if uses_vectors(source) else "portable")
+    """The compiled `source`; None, with one warning, where there is no way to get it."""
+    if not compiler.uses_vectors(source):
+        return _library(source, "portable")
+    return _library(source, compiler.distinct_level(source, level or best_level()))
 
 
 @cache
-def uses_vectors(source: Path) -> bool:
-    """Whether `source` includes simd.h, so that it differs from level to level."""
-    return HEADERS / "simd.h" in _included(source)
+def levels() -> list[str]:
+    """Names of the levels that this processor runs, best first."""
+    import torch  # heavy; and sources without vectors do without
+
+    has = dict(getattr(torch.cpu, "get_capabilities", dict)())  # unknown to torch below 2.10
+    best = torch.backends.cpu.get_cpu_capability()
+    has |= {"avx512": best == "AVX512", "avx2": best in ("AVX2", "AVX512"), "dotprod": _has_dotprod()}
+    return compiler.runnable_levels(compiler.machine(), has)
 
 
-@cache
 def best_level() -> str:
-    """The widest vectors of this processor."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return "portable"
-    import torch  # heavy
+    """The level with the widest vectors of this processor."""
+    return levels()[0]
 
-    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+
+def _has_dotprod() -> bool:
+    """Whether an ARM processor multiplies bytes four at a time, as all of Apple's do."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return sys.platform == "darwin" or (cpuinfo.exists() and " asimddp" in cpuinfo.read_text(errors="replace"))
 
 
 @cache
 def _library(source: Path, level: str) -> ctypes.CDLL | None:
-    with _lock:
+    with _locks.setdefault((source, level), threading.Lock()):
+        prebuilt = PREBUILT / compiler.file_name(source, level)
+        if prebuilt.exists():
+            try:
+                return _load(prebuilt)
+            except OSError as error:  # made for another libc, perhaps
+                log.info("heronry: %s cannot be loaded, so it is compiled (%s)", prebuilt.name, error)
         try:
-            return ctypes.CDLL(str(_compiled(source, level)))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            lines = [line for line in reason.splitlines() if line.strip()] or [reason]
-            told = next((line for line in lines if "error" in line), lines[0])
-            log.warning(
-                "heronry: no native %s, slower Python code runs instead (%s)", _name(source), told.strip()[:200]
-            )
+            file = compiled(source, level)
+            try:
+                return _load(file)
+            except OSError:  # damaged
+                file.unlink()
+                return _load(compiled(source, level))
+        except OSError as error:
+            name = compiler.name_of(source)
+            log.warning("heronry: no native %s, slower Python code runs instead (%s)", name, error)
             return None
 
 
-def _name(source: Path) -> str:
-    """wkv7 for ops/wkv7/cpu.cpp, rwkv7 for models/rwkv7.cpp."""
-    return source.parent.name if source.stem == "cpu" else source.stem
+def _load(file: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(file))
+    if hasattr(loaded, "use_openmp"):
+        loaded.use_openmp(torch_openmp())
+    return loaded
 
 
-def _compiled(source: Path, level: str) -> Path:
-    compiler = next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise OSError("there is no C++ compiler: install g++ or clang++")
-    flags = [*FLAGS, *LEVELS[level], f"-I{HEADERS}"]
-    torch_version = ""
-    if uses_vectors(source):
-        import torch  # heavy
+@cache
+def torch_openmp() -> ctypes.Array[ctypes.c_void_p]:
+    """The functions of the OpenMP runtime that torch has loaded."""
+    import torch  # heavy
 
-        torch_version = torch.__version__
-    else:
-        flags.remove("-fopenmp")
-    if level == "avx512":
-        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to torch below 2.10 or so
-        flags += [
-            flag for flag, name in (("-mavx512vnni", "avx512_vnni"), ("-mavx512bf16", "avx512_bf16")) if has.get(name)
-        ]
-    key = hashlib.sha256()
-    for file in _included(source):
-        key.update(file.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key.update(repr((flags[:-1], version, torch_version, sys.platform, platform.machine())).encode())
-    kept = cache_folder() / f"{_name(source)}-{level}-{key.hexdigest()[:16]}.so"
-    if kept.exists():
-        return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    log.warning("heronry: compiling %s for this processor; this happens once", _name(source))
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".building-") as folder:
-        made = Path(folder) / kept.name
-        subprocess.run([compiler, *flags, str(source), "-o", str(made)], capture_output=True, text=True, check=True)
-        os.replace(made, kept)  # whole or not at all; another process may have been as quick
-    return kept
+    folder = Path(torch.__file__).parent / "lib"
+    if sys.platform == "win32":
+        runtimes = [*folder.glob("libiomp5md.dll"), *folder.glob("libomp*.dll")]
+    else:  # a look into torch_cpu is a look into all that it was linked with
+        runtimes = [*folder.glob(f"libtorch_cpu{compiler.SUFFIX}")]
+    functions = openmp_functions(ctypes.CDLL(str(runtimes[0])) if runtimes else None)
+    if not functions[0]:
+        log.warning("heronry: no OpenMP found in torch, so native code runs on one thread")
+    return functions
 
 
-def _included(file: Path) -> list[Path]:
-    """`file` and the headers of ours that it includes, from beside it or from HEADERS."""
-    files = [file]
-    for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
-        beside = file.parent / name
-        for found in _included(beside if beside.exists() else HEADERS / name):
-            if found not in files:
-                files.append(found)
-    return files
+def openmp_functions(runtime: ctypes.CDLL | None) -> ctypes.Array[ctypes.c_void_p]:
+    """The struct OpenMP of ops/threads.h: addresses in `runtime`, all null where it cannot start a team."""
+    functions = [getattr(runtime, name, None) for name in OPENMP]
+    addresses = [ctypes.cast(function, ctypes.c_void_p) if function else ctypes.c_void_p() for function in functions]
+    if not (addresses[0] and addresses[1] and (addresses[2] or all(addresses[3:]))):
+        addresses = [ctypes.c_void_p()] * len(OPENMP)
+    return (ctypes.c_void_p * len(OPENMP))(*addresses)
 
 
-def cache_folder() -> Path:
-    """Where compiled code is kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "heronry"
+def compiled(source: Path, level: str) -> Path:
+    """The library of `source` in the cache, compiled if it is not there yet; OSError where that cannot be."""
+    name = compiler.file_name(source, level)
+    folders = cache_folders()
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    folder = _writable(folders)
+    log.warning("heronry: compiling %s for this processor; this happens once", compiler.name_of(source))
+    compiler.compile_library(source, level, folder / name)
+    return folder / name
+
+
+def cache_folders() -> list[Path]:
+    """Where compiled code is kept: the user's cache, or where that is missing or read-only, a temporary folder that
+    nobody else can write."""
+    folders = []
+    with suppress(RuntimeError):  # no home directory
+        folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heronry")
+    temporary = Path(tempfile.gettempdir()) / "heronry"
+    if sys.platform != "win32":  # which has a folder of each user for temporary files
+        temporary = temporary.with_name(f"heronry-{os.getuid()}")
+        if temporary.exists() and (temporary.stat().st_uid != os.getuid() or temporary.stat().st_mode & 0o022):
+            return folders
+    return [*folders, temporary]
+
+
+def _writable(folders: list[Path]) -> Path:
+    """The first of the cache folders that can be written; OSError where none can."""
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise OSError(f"cannot write to {' or '.join(map(str, folders))}")
+
+
+def compile_all(names: Collection[str] = (), at: Collection[str] = ()) -> list[Path]:
+    """Compiles the sources with these names (default: all) at these levels (default: the best of this processor), side
+    by side. Returns the libraries in the cache."""
+    wanted = {
+        (source, compiler.distinct_level(source, level))
+        for source in compiler.sources()
+        for level in at or (best_level(),)
+        if not names or compiler.name_of(source) in names
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pair: compiled(*pair), sorted(wanted)))
+
+
+if __name__ == "__main__":
+    known = [compiler.name_of(source) for source in compiler.sources()]
+    if not set(sys.argv[1:]) <= set(known):
+        sys.exit(f"expected names out of {', '.join(known)}, got {' '.join(sys.argv[1:])}")
+    try:
+        compile_all(sys.argv[1:])
+    except OSError as error:
+        sys.exit(str(error))

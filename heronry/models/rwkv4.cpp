@@ -23,8 +23,8 @@
 
 struct Model { MODEL(TENSOR) };
 struct Layer { LAYER(TENSOR) };
-extern "C" const char* model_names() { return MODEL(NAME); }
-extern "C" const char* layer_names() { return LAYER(NAME); }
+EXPORT const char* model_names() { return MODEL(NAME); }
+EXPORT const char* layer_names() { return LAYER(NAME); }
 
 // What the matrices made of the tokens, [rows, attention]; r without its sigmoid.
 struct Projected {
@@ -54,7 +54,7 @@ void run_channels(const Call& c, const Layer& layer, int64_t i, int64_t s, const
     store_some(state + i, a, n), store_some(state + A + i, b, n), store_some(state + 2 * A + i, p, n);
 }
 
-extern "C" void step(const Call* call) {
+EXPORT void step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;

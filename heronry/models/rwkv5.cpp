@@ -27,8 +27,8 @@
 
 struct Model { MODEL(TENSOR) };
 struct Layer { LAYER(TENSOR) };
-extern "C" const char* model_names() { return MODEL(NAME); }
-extern "C" const char* layer_names() { return LAYER(NAME); }
+EXPORT const char* model_names() { return MODEL(NAME); }
+EXPORT const char* layer_names() { return LAYER(NAME); }
 
 // 16 numbers of head h from i on, of a weight with a number a channel (5.2) or one a head
 INLINE Vec<float> of_head(const Call& c, const Tensor& w, int64_t h, int64_t i) {
@@ -46,7 +46,7 @@ void run_head(const Call& c, const Layer& layer, int64_t h, int64_t s, const Hea
     head_with_bonus<SIZE>(c, h, s, from, bonus, decay, entering, state, out);
 }
 
-extern "C" void step(const Call* call) {
+EXPORT void step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;

@@ -28,8 +28,8 @@
 
 struct Model { MODEL(TENSOR) };
 struct Layer { LAYER(TENSOR) };
-extern "C" const char* model_names() { return MODEL(NAME); }
-extern "C" const char* layer_names() { return LAYER(NAME); }
+EXPORT const char* model_names() { return MODEL(NAME); }
+EXPORT const char* layer_names() { return LAYER(NAME); }
 
 // low_w [rows, attention]: what the low-rank matrices add to the decay
 template <int SIZE>
@@ -44,7 +44,7 @@ void run_head(const Call& c, const Layer& layer, int64_t h, int64_t s, const Hea
     head_with_bonus<SIZE>(c, h, s, from, bonus, decay, entering, state, out);
 }
 
-extern "C" void step(const Call* call) {
+EXPORT void step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;

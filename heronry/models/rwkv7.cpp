@@ -27,8 +27,8 @@
 
 struct Model { MODEL(TENSOR) };
 struct Layer { LAYER(TENSOR) };
-extern "C" const char* model_names() { return MODEL(NAME); }
-extern "C" const char* layer_names() { return LAYER(NAME); }
+EXPORT const char* model_names() { return MODEL(NAME); }
+EXPORT const char* layer_names() { return LAYER(NAME); }
 
 // What the matrices made of the tokens, [rows, attention]; w, a, v_mix and g without bias and sigmoid.
 struct Projected {
@@ -115,7 +115,7 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
     }
 }
 
-extern "C" void step(const Call* call) {
+EXPORT void step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;

@@ -1,4 +1,4 @@
-// What all kernels share: registers, vectors of 64 bytes, numbers of any dtype, threads.
+// What all kernels share: registers, vectors of 64 bytes, numbers of any dtype.
 //
 // Registers are the compiler's own vectors (GCC, Clang), so one source becomes AVX-512, AVX2 or plain code by the flags
 // it is compiled with; only what a compiler does not find by itself is spelled out.
@@ -8,11 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-#define INLINE inline __attribute__((always_inline))
+#include "platform.h"
 
 // ---- registers -----------------------------------------------------------------------------------------------------
 
@@ -349,11 +346,3 @@ struct Array {
         for (int i = 0; i < n * bytes(dtype); i += 64) __builtin_prefetch(row + i, 0, 2);
     }
 };
-
-// ---- threads -----------------------------------------------------------------------------------------------------
-
-// work(unit) for every unit below `units`, on up to `threads` threads
-template <class F> INLINE void parallel(int64_t units, int threads, const F& work) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && units > 1)
-    for (int64_t unit = 0; unit < units; unit++) work(unit);
-}

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <omp.h>
-#include <sched.h>
+#include <new>
+#include <thread>
 
 #include "matmul.h"
+#include "threads.h"
 
 // One of `count` threads. All run the same code, each on its share, and meet at wait(): a layer is a handful of
 // microseconds, so they spin, and let go only when one of them has lost its core.
@@ -19,10 +19,8 @@ struct Member {
         if (count == 1) return;
         const int64_t round = (met->fetch_add(1) / count + 1) * count;
         for (int spins = 0; met->load(std::memory_order_acquire) < round; spins++) {
-            if (spins > 4000) sched_yield();
-#if defined(__x86_64__)
-            _mm_pause();
-#endif
+            if (spins > 4000) std::this_thread::yield();
+            pause();
         }
     }
     Range part(int64_t n) const { return share(n, GROUP, index, count); }
@@ -30,8 +28,7 @@ struct Member {
 
 template <class F> void team(int threads, const F& work) {
     std::atomic<int64_t> met{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    work(Member{omp_get_thread_num(), omp_get_num_threads(), &met});
+    on_threads(threads, [&](int index, int count) { work(Member{index, count, &met}); });
 }
 
 // All buffers of a step, cut from one block that the calling thread keeps for the next.
@@ -57,16 +54,21 @@ struct Arena {
     }
 };
 
+constexpr std::align_val_t ALIGNED{64};
+
 // Runs `work` twice, first with a block of nothing, to see how much it takes: then it must only take.
 template <class F> void with_memory(const F& work) {
-    static thread_local std::unique_ptr<char, decltype(&free)> kept(nullptr, free);
+    struct Free {
+        void operator()(char* block) const { ::operator delete(block, ALIGNED); }
+    };
+    static thread_local std::unique_ptr<char, Free> kept;
     static thread_local size_t size = 0;
     Arena counting{nullptr};
     work(counting);
     if (counting.used > size) {
-        size = 0;
-        kept.reset((char*)aligned_alloc(64, counting.used));
-        size = counting.used;
+        kept.reset();
+        kept.reset((char*)::operator new(counting.used, ALIGNED, std::nothrow));
+        size = kept ? counting.used : 0;
     }
     Arena memory{kept.get()};
     work(memory);

@@ -7,11 +7,7 @@
 #include <new>
 #include <vector>
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "platform.h"
 
 namespace {
 

@@ -23,7 +23,7 @@ SHAPES = {  # what random_checkpoint is given
     "one layer, one head": {"width": 70, "heads": 1, "ffn": 64, "layers": 1},
     "heads of 300": {"width": 600, "heads": 2, "ffn": 129, "rank": 33},
 }
-LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.best_level()) :]  # that this processor has
+LEVELS = build.levels()
 
 
 def wide(model: Model) -> Model:

@@ -18,7 +18,7 @@ from heronry.checkpoint import assemble
 from heronry.models import Model, base, native_step
 from heronry.quantization import quantize
 
-LEVELS = list(build.LEVELS)[list(build.LEVELS).index(build.best_level()) :]  # that this processor has
+LEVELS = build.levels()
 
 
 # ---- the weights of now ---------------------------------------------------------------------------------------------

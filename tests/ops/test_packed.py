@@ -10,14 +10,8 @@ from heronry import build
 from heronry.ops.packed import GROUP, LEVELS, dequantize, packed_matmul, reference, tile, untile
 from heronry.quantization import FORMATS
 
-LEVEL = ["avx512", "avx2", "portable"]
 
-
-def best_and_below() -> list[str]:
-    return LEVEL[LEVEL.index(build.best_level()) :]
-
-
-@pytest.fixture(params=best_and_below())
+@pytest.fixture(params=build.levels())
 def level(request, monkeypatch):
     monkeypatch.setattr(build, "level", request.param)
     return request.param

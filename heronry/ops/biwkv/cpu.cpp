@@ -4,6 +4,7 @@
 // unless decays are steep. Inside a run sums have one unit and decay for real, with one exponential a token; from run
 // to run they change their unit, so that nothing overflows. See README.md.
 #include "simd.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <vector>
@@ -356,8 +357,8 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 }  // namespace
 
 // x: log_w, k, v, u, y, kept [sequences * chunks, 3, A]: the future after every chunk. Nothing is packed.
-extern "C" void biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
-                              int64_t chunk, int64_t threads) {
+EXPORT void biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
+                          int64_t chunk, int64_t threads) {
     const Call call(x, 6, tokens, channels, chunk);
     if (x[5].dtype == FLOAT64)
         each(call, sequences, threads, [&](const Unit& unit) { forward<double>(call, unit); });
@@ -367,8 +368,8 @@ extern "C" void biwkv_forward(const Array* x, const int64_t*, int64_t sequences,
 
 // x: log_w, k, v, u, kept, dy, room for notes [sequences * chunks, 6, A], then the gradients of log_w, k, v, u. Those
 // of log_w and u are a row a sequence.
-extern "C" void biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
-                               int64_t chunk, int64_t threads) {
+EXPORT void biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
+                           int64_t chunk, int64_t threads) {
     const Call call(x, 11, tokens, channels, chunk);
     if (x[4].dtype == FLOAT64)
         each(call, sequences, threads, [&](const Unit& unit) { backward<double>(call, unit); });

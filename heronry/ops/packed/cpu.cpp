@@ -2,7 +2,7 @@
 
 #include "team.h"
 
-extern "C" void packed_matmul(const Tensor* w, const void* x, int64_t dtype, float* y, int64_t rows, int64_t threads) {
+EXPORT void packed_matmul(const Tensor* w, const void* x, int64_t dtype, float* y, int64_t rows, int64_t threads) {
     const int64_t in = w->columns, out = w->rows;
     with_memory([&](Arena& memory) {
         const Rows all = memory.rows(rows, in);

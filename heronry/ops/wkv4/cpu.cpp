@@ -3,6 +3,7 @@
 // Units are subtracted first, (p - m) + log_w: see README.md. To the gradients they are constants, so the gradient of
 // a sum is one in that sum's own unit, and walking back no exponent is above 0 either.
 #include "simd.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <vector>
@@ -179,8 +180,8 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 }  // namespace
 
 // x: log_w, k, v, u, state, y, final state, kept states (without data: none are kept)
-extern "C" void wkv4_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
-                             int64_t chunk, int64_t threads) {
+EXPORT void wkv4_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
+                         int64_t chunk, int64_t threads) {
     const Call call(x, 8, cu, tokens, channels, chunk);
     if (x[4].dtype == FLOAT64)
         each(call, sequences, threads, [&](int64_t s, int64_t channel) { forward<double>(call, s, channel); });
@@ -190,8 +191,8 @@ extern "C" void wkv4_forward(const Array* x, const int64_t* cu, int64_t sequence
 
 // x: log_w, k, v, u, kept states, dy, gradient of the final state, then the gradients of log_w, k, v, u and of the
 // initial state. Those of log_w and u are a row a sequence.
-extern "C" void wkv4_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
-                              int64_t chunk, int64_t threads) {
+EXPORT void wkv4_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
+                          int64_t chunk, int64_t threads) {
     const Call call(x, 12, cu, tokens, channels, chunk);
     if (x[4].dtype == FLOAT64)
         each(call, sequences, threads, [&](int64_t s, int64_t channel) { backward<double>(call, s, channel); });

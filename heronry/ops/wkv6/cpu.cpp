@@ -4,6 +4,7 @@
 // numbers side by side, the gradients of r, k and w included; only y and dv are sums across it. And no row needs
 // another: a tile of a few rows stays in registers for a chunk of tokens.
 #include "simd.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -286,8 +287,8 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, b
 }  // namespace
 
 // x: r, log_w, k, v, u, state, y, final state, kept states (without data: none are kept)
-extern "C" void wkv6_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                             int64_t size, int64_t chunk, int64_t threads) {
+EXPORT void wkv6_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                         int64_t size, int64_t chunk, int64_t threads) {
     const Call call{x, cu, tokens, heads, int(size), int(chunk)};
     each(call, sequences, threads, x[5].dtype == FLOAT64, [&](auto number, auto vectors, int64_t s, int64_t h) {
         forward<decltype(number), vectors()>(call, s, h);
@@ -296,8 +297,8 @@ extern "C" void wkv6_forward(const Array* x, const int64_t* cu, int64_t sequence
 
 // x: r, log_w, k, v, u, kept states, dy, gradient of the final state, then the gradients of r, log_w, k, v, u and of
 // the initial state. That of u, and of log_w where it is constant, is a row a sequence.
-extern "C" void wkv6_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                              int64_t size, int64_t chunk, int64_t constant_decay, int64_t threads) {
+EXPORT void wkv6_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                          int64_t size, int64_t chunk, int64_t constant_decay, int64_t threads) {
     const Call call{x, cu, tokens, heads, int(size), int(chunk)};
     each(call, sequences, threads, x[5].dtype == FLOAT64, [&](auto number, auto vectors, int64_t s, int64_t h) {
         backward<decltype(number), vectors()>(call, s, h, constant_decay);

@@ -4,6 +4,7 @@
 // channels never meet, so everything is vertical: row k is updated, and in the same breath adds its part to y_t and
 // to z_{t+1} = S_t a_{t+1}. One pass over the state a token.
 #include "simd.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <vector>
@@ -357,16 +358,16 @@ template <class R> void any_backward(const Call& call, const Array* x, int64_t t
 }  // namespace
 
 // x: r, log_w, k, v, a, b, state, y, final state, kept states (data is null: none are kept)
-extern "C" void wkv7_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                             int64_t size, int64_t chunk, int64_t threads) {
+EXPORT void wkv7_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                         int64_t size, int64_t chunk, int64_t threads) {
     const Call call{cu, sequences, tokens, heads, chunk, int(size)};
     x[6].dtype == FLOAT64 ? any_forward<double>(call, x, threads) : any_forward<float>(call, x, threads);
 }
 
 // x: r, log_w, k, v, a, b, kept states, dy, gradient of the final state; then the gradients of r, log_w, k, v, a, b
 // and of the initial state
-extern "C" void wkv7_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                              int64_t size, int64_t chunk, int64_t threads) {
+EXPORT void wkv7_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                          int64_t size, int64_t chunk, int64_t threads) {
     const Call call{cu, sequences, tokens, heads, chunk, int(size)};
     x[6].dtype == FLOAT64 ? any_backward<double>(call, x, threads) : any_backward<float>(call, x, threads);
 }

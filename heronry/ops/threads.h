@@ -1,0 +1,57 @@
+// Work on several threads: those of the OpenMP runtime that PyTorch has loaded, for a second runtime would start threads of
+// its own beside PyTorch's. So nothing is compiled or linked with OpenMP. build.py looks up the runtime's functions and
+// hands them over once after loading a library; without them the calling thread does all the work.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "platform.h"
+
+// Entry points of an OpenMP runtime, null where it lacks one. GNU's way to start a team is also in LLVM's runtime, but not
+// on Windows.
+struct OpenMP {
+    int (*thread_index)();
+    int (*thread_count)();
+    void (*gnu_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+    void (*llvm_fork)(void* location, int32_t arguments, void (*body)(int32_t*, int32_t*, void*), ...);
+    void (*llvm_set_threads)(void* location, int32_t thread, int32_t threads);
+    int32_t (*llvm_thread)(void* location);
+};
+static OpenMP openmp{};
+
+EXPORT void use_openmp(const OpenMP* functions) { openmp = *functions; }
+
+struct Region {
+    void (*run)(const void* work, int index, int count);
+    const void* work;
+};
+static void run_in_team(void* data) {
+    const Region* region = (const Region*)data;
+    region->run(region->work, openmp.thread_index(), openmp.thread_count());
+}
+static void run_in_llvm_team(int32_t*, int32_t*, void* data) { run_in_team(data); }
+
+static void run_region(Region region, int threads) {
+    if (threads <= 1 || !openmp.thread_index) return region.run(region.work, 0, 1);
+    if (openmp.gnu_parallel) return openmp.gnu_parallel(run_in_team, &region, unsigned(threads), 0);
+    static struct {  // ident_t of LLVM's runtime: where in the program a region is
+        int32_t reserved = 0, flags = 2, more[2] = {0, 0};
+        const char* source = ";unknown;unknown;0;0;;";
+    } location;
+    openmp.llvm_set_threads(&location, openmp.llvm_thread(&location), threads);
+    openmp.llvm_fork(&location, 1, run_in_llvm_team, &region);
+}
+
+// work(index, count) on a team of at most `threads` threads, all at once
+template <class F> INLINE void on_threads(int threads, const F& work) {
+    run_region({[](const void* f, int index, int count) { (*(const F*)f)(index, count); }, &work}, threads);
+}
+
+// work(unit) for every unit below `units`, on up to `threads` threads
+template <class F> INLINE void parallel(int64_t units, int threads, const F& work) {
+    std::atomic<int64_t> next{0};
+    on_threads(units > 1 ? threads : 1, [&](int, int) {
+        for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit);
+    });
+}

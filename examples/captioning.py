@@ -29,14 +29,14 @@ from heronry.models.vision import VRWKVConfig
 from heronry.models.vision.captioner import Captioner
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-PROMPT = "\n"  # what asks for a caption
+PROMPT = "\n"  # asks for a caption
 
 
 def pick(data: ImageDataset, numbers: Iterable[int], size: int) -> tuple[Tensor, list[str]]:
-    """Pictures [B, 3, size, size] and what there is to say of each."""
-    pictures, classes = zip(*map(data.get, numbers), strict=True)
+    """Pictures [B, 3, size, size] and their captions."""
+    pictures, classes = zip(*(data[i] for i in numbers), strict=True)
     images = torch.stack([preprocess(picture, size) for picture in pictures])
-    names = CIFAR10 if data.labels[0].isdigit() else data.labels
+    names = CIFAR10 if data.class_names[0].isdigit() else data.class_names
     return images, [caption(mean, names[i]) for mean, i in zip(images.mean((1, 2, 3)).tolist(), classes, strict=True)]
 
 
@@ -48,40 +48,44 @@ def caption(mean: float, name: str) -> str:
 def train(captioner: Captioner, llm: LLM, data: ImageDataset, lr: float, batch: int, steps: int) -> None:
     captioner.language.requires_grad_(False)
     groups = captioner.vision.param_groups(lr, 0.05)
-    groups.append({"params": captioner.projection.parameters(), "lr": 5 * lr})  # the eyes wait for it
+    groups.append(
+        {"params": captioner.projection.parameters(), "lr": 5 * lr}
+    )  # fast, because the encoder learns only through it
     optimizer = torch.optim.AdamW(groups)
     most = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, most, steps, pct_start=0.1, cycle_momentum=False)
     asks = llm.encode(PROMPT, begins=False)
     captioner.train()
     try:
-        for _ in track(range(steps), "learning"):
+        for _ in track(range(steps), "training"):
             numbers = torch.randint(len(data), (batch,)).tolist()
-            images, said = pick(data, numbers, captioner.vision.config.image_size)
+            images, captions = pick(data, numbers, captioner.vision.config.image_size)
             optimizer.zero_grad()
-            loss = captioner.loss(images, [asks + llm.encode(f"{text}.", begins=False) for text in said], len(asks))
+            loss = captioner.loss(images, [asks + llm.encode(f"{text}.", begins=False) for text in captions], len(asks))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
             optimizer.step()
             schedule.step()
     except KeyboardInterrupt:
-        print("stopped; with what was learned so far:")
+        print("stopped; results so far:")
     captioner.eval()
 
 
 @torch.no_grad()
 def measure(captioner: Captioner, llm: LLM, data: ImageDataset, number: int) -> None:
-    """Captions the first pictures, and tells how many captions are right."""
+    """Caption the first `number` pictures and print how many captions are right."""
     right = bright = 0
     for first in range(0, number, 100):
-        images, wanted = pick(data, range(first, min(number, first + 100)), captioner.vision.config.image_size)
-        said = llm.generate([PROMPT] * len(images), 20, state=captioner.look(images), temperature=0, stop=".")
-        for text, want in zip([completion.text for completion in said], wanted, strict=True):
-            right += text.split()[-1:] == want.split()[-1:]
-            bright += text.split()[:2] == want.split()[:2]
+        images, captions = pick(data, range(first, min(number, first + 100)), captioner.vision.config.image_size)
+        completions = llm.generate([PROMPT] * len(images), 20, state=captioner.look(images), temperature=0, stop=".")
+        for text, expected in zip([completion.text for completion in completions], captions, strict=True):
+            right += text.split()[-1:] == expected.split()[-1:]
+            bright += text.split()[:2] == expected.split()[:2]
         if first == 0:
-            print(*(f"{text}  ({want})" for text, want in zip(said[:8], wanted, strict=False)), sep="\n")
-    print(f"of {number} held-out captions {right} name the right class, {bright} tell how bright the picture is")
+            print(
+                *(f"{text}  ({expected})" for text, expected in zip(completions[:8], captions, strict=False)), sep="\n"
+            )
+    print(f"of {number} held-out captions {right} have the right class, {bright} name its brightness")
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def main() -> None:
     options.add_argument("--lr", type=float, default=2e-3)
     options.add_argument("--batch", type=int, default=64)
     options.add_argument("--steps", type=int, default=500)
-    options.add_argument("--captions", type=int, default=1000, help="so many held-out pictures are captioned")
+    options.add_argument("--captions", type=int, default=1000, help="how many held-out pictures to caption")
     args = options.parse_args()
     torch.manual_seed(0)
     llm, data, test = LLM(args.language, dtype="float32"), ImageDataset(args.train), ImageDataset(args.test)

@@ -62,7 +62,7 @@ def main() -> None:
         tokenize_corpus([str(args.file)], args.out / "texts", tokenizer, template="story", holdout=0.05)
 
     lines = ["| | trained numbers | file, bytes | held-out answers, nats a token | tokens/s |", "|---|---|---|---|---|"]
-    told = {}
+    answers = {}
     for tune, file in FILES.items():
         out = args.out / tune
         if not (out / file).exists():
@@ -73,16 +73,16 @@ def main() -> None:
             result = {"numbers": numbers, "before": before, "after": run.evaluate(), "speed": run.tokens / run.seconds}
             (out / "result.json").write_text(json.dumps(result) + "\n")
         result = json.loads((out / "result.json").read_text())
-        if not told:
+        if not answers:
             lines.append(f"| the storyteller as it is | | | {result['before']:.3f} | |")
-            told["the storyteller as it is"] = answer()
+            answers["the storyteller as it is"] = answer()
         size = (out / file).stat().st_size
         row = f"{result['numbers']:,} | {size:,} | {result['after']:.3f} | {result['speed']:,.0f}"
         lines.append(f"| {tune} | {row} |")
-        told[tune] = answer(adapter=str(out)) if tune == "lora" else answer(state=str(out / file))
+        answers[tune] = answer(adapter=str(out)) if tune == "lora" else answer(state=str(out / file))
     print("\n".join(lines))
     print(f"\nUser: {ASK}")
-    for name, text in told.items():
+    for name, text in answers.items():
         print(f"\n{name}: {text}")
     draw(args.out)
 

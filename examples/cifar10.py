@@ -41,13 +41,13 @@ SETTINGS = [
 
 
 def settings(args: argparse.Namespace, name: str, seed: int) -> Config:
-    told = [
+    overrides = [
         *(f"data.train={args.train}", f"data.eval={args.test}", f"model.n_embd={args.width}"),
         *(f"model.n_layer={args.layers}", f"run.batch={args.batch}", f"run.epochs={float(args.epochs)}"),
         *(f"optim.lr={args.lr}", f"run.seed={seed}", f"run.out={folder(args, name, seed)}"),
         *(f"optim.warmup={args.warmup}", f"vision.workers={args.workers}"),
     ]
-    return read_config(None, [*SETTINGS, *told, *MODELS[name], *args.set])
+    return read_config(None, [*SETTINGS, *overrides, *MODELS[name], *args.set])
 
 
 def folder(args: argparse.Namespace, name: str, seed: int) -> Path:
@@ -80,10 +80,10 @@ def table(args: argparse.Namespace) -> None:
     print(f"| {title} | right on the test pictures | nats | pictures/s |")
     print("|---|---|---|---|")
     for name in args.models:
-        found = [read(args, name, seed) for seed in args.seeds]
-        right = [seen[-1]["eval_accuracy"] for _, seen in found]
-        nats = mean(seen[-1]["eval_loss"] for _, seen in found)
-        speed = mean(losses[-1]["pictures_per_second"] for losses, _ in found)
+        logs = [read(args, name, seed) for seed in args.seeds]
+        right = [seen[-1]["eval_accuracy"] for _, seen in logs]
+        nats = mean(seen[-1]["eval_loss"] for _, seen in logs)
+        speed = mean(losses[-1]["pictures_per_second"] for losses, _ in logs)
         each = f" ({', '.join(f'{x:.2%}' for x in right)})" if len(right) > 1 else ""
         print(f"| {name} | {mean(right):.2%}{each} | {nats:.4f} | {speed:,.0f} |")
 
@@ -96,9 +96,9 @@ def plot(args: argparse.Namespace) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for name in args.models:
-        found = [read(args, name, seed)[1] for seed in args.seeds]
-        steps = [line["step"] for line in found[0]]
-        right = [100 * mean(seen[i]["eval_accuracy"] for seen in found) for i in range(len(steps))]
+        logs = [read(args, name, seed)[1] for seed in args.seeds]
+        steps = [line["step"] for line in logs[0]]
+        right = [100 * mean(seen[i]["eval_accuracy"] for seen in logs) for i in range(len(steps))]
         axes.plot([step * args.batch / 50_000 for step in steps], right, label=name)
     axes.set(xlabel="epochs", ylabel="test pictures right, %")
     axes.grid(alpha=0.3)
@@ -121,8 +121,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=500)
     parser.add_argument("--workers", type=int, default=-1)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--set", nargs="*", default=[], help="settings of heronry train on top")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at once")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings of heronry train")
     args = parser.parse_args()
     runs = [(name, seed) for seed in args.seeds for name in args.models]
     if args.jobs == 1:

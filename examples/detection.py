@@ -77,10 +77,10 @@ def build(c: int = 48) -> DFineForObjectDetection:
     pyramid = {"patch_size": PATCH, "pyramid_channels": c, "out_indices": [1, 2, 3]}
     backbone = VisionRwkvConfig(hidden_size=64, num_hidden_layers=3, image_size=SIZE, **pyramid)
     each = {"in_channels": [c] * 3, "attention_heads": c // 16, "ffn_dim": 2 * c}
-    told = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in each.items()}
-    told |= {"d_model": c, "encoder_hidden_dim": c, "decoder_layers": 2, "num_queries": 20, "num_denoising": 40}
-    told |= {"feat_strides": [PATCH // 2, PATCH, 2 * PATCH], "id2label": dict(enumerate(KINDS))}
-    return DFineForObjectDetection(DFineConfig(backbone_config=backbone, **told))
+    settings = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in each.items()}
+    settings |= {"d_model": c, "encoder_hidden_dim": c, "decoder_layers": 2, "num_queries": 20, "num_denoising": 40}
+    settings |= {"feat_strides": [PATCH // 2, PATCH, 2 * PATCH], "id2label": dict(enumerate(KINDS))}
+    return DFineForObjectDetection(DFineConfig(backbone_config=backbone, **settings))
 
 
 def main() -> None:
@@ -111,8 +111,8 @@ def main() -> None:
     scores, boxes = torch.cat([o.logits.sigmoid() for o in outputs]), torch.cat([o.pred_boxes for o in outputs])
     truths = ([x["boxes"][x["class_labels"] == kind] for x in labels] for kind in range(len(KINDS)))
     each = [average_precision(scores[..., kind], boxes, truth) for kind, truth in enumerate(truths)]
-    told = ", ".join(f"{kind} {x:.3f}" for kind, x in zip(KINDS, each, strict=True))
-    print(f"{HELD_OUT} pictures held out: average precision at IoU 0.5 {np.mean(each):.3f} ({told})")
+    per_class = ", ".join(f"{kind} {x:.3f}" for kind, x in zip(KINDS, each, strict=True))
+    print(f"{HELD_OUT} pictures held out: average precision at IoU 0.5 {np.mean(each):.3f} ({per_class})")
 
 
 if __name__ == "__main__":

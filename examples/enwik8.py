@@ -54,18 +54,18 @@ def make(name: str, layers: int, width: int) -> Model:
     """A new model of `layers` layers; all are as near as they come to the parameters of the RWKV-7 of this width."""
     if name == "rwkv7":
         return RWKV7(RWKV7Config.sized(VOCABULARY, layers, width))
-    wanted = count(lambda: make("rwkv7", layers, width))
-    made: dict[str, Callable[[int], Model]] = {
+    n_parameters = count(lambda: make("rwkv7", layers, width))
+    constructors: dict[str, Callable[[int], Model]] = {
         "rwkv4": lambda n: RWKV4(RWKV4Config(VOCABULARY, layers, width, width, n)),
         "gpt": lambda n: GPT(GPTConfig(VOCABULARY, layers, width, n)),
         "lstm": lambda n: LSTM(LSTMConfig(VOCABULARY, 2, width, n)),
     }
     widths = range(width // 2, 6 * width, 4)
-    return made[name](min(widths, key=lambda n: abs(count(lambda: made[name](n)) - wanted)))
+    return constructors[name](min(widths, key=lambda n: abs(count(lambda: constructors[name](n)) - n_parameters)))
 
 
 def count(make: Callable[[], Model]) -> int:
-    """The parameters of a model that is not really made."""
+    """How many parameters a model has; no memory is allocated for it."""
     with torch.device("meta"):
         return make().num_parameters()
 
@@ -101,13 +101,13 @@ def results(args: argparse.Namespace, parts: dict[str, Path]) -> Iterator[dict[s
     """Of every model and seed, one after the other."""
     for seed in range(args.seeds):
         for name in args.models:
-            told = config(args, name, seed, parts)
-            file = Path(told.run.out) / "result.json"
+            run_config = config(args, name, seed, parts)
+            file = Path(run_config.run.out) / "result.json"
             if not file.exists():
                 torch.manual_seed(seed)
                 model = make(name, args.layers, args.width)
                 model.init_weights()
-                run = Run(told, model=model)
+                run = Run(run_config, model=model)
                 run()
                 test = torch.from_numpy(np.fromfile(parts["test"].with_suffix(".bin"), np.uint8)).long()
                 row = {"model": name, "seed": seed, "parameters": model.num_parameters()}
@@ -137,7 +137,7 @@ def speeds(args: argparse.Namespace, parts: dict[str, Path], steps: int = 6) -> 
             F.cross_entropy(logits.flatten(0, 1), targets).backward()
             if step:  # the first one compiles
                 times[name].append(time.perf_counter() - began)
-    return {name: len(inputs) / sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+    return {name: len(inputs) / sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
 
 
 def table(rows: list[dict[str, Any]], speed: dict[str, float]) -> str:
@@ -192,10 +192,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     parts = split(args.file, args.out)
     rows = list(results(args, parts))
-    told = table(rows, speeds(args, parts))
-    (args.out / "table.md").write_text(told + "\n")
+    markdown = table(rows, speeds(args, parts))
+    (args.out / "table.md").write_text(markdown + "\n")
     draw(args, args.out / "curves.png")
-    print(told)
+    print(markdown)
 
 
 if __name__ == "__main__":

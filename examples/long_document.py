@@ -40,28 +40,28 @@ def document(file: Path, tokens: int, folder: Path) -> Path:
 
 
 def make(args: argparse.Namespace, data: Path, context: int, name: str) -> Run:
-    told = {
+    settings = {
         "model": {"generation": args.generation, "n_layer": args.layers, "n_embd": args.width},
         "data": {"train": str(data), "order": "carried", "ctx_len": context, "tbptt_chunks": args.tbptt_chunks},
         "optim": {"lr": 1e-3},
         "run": {"out": str(args.out / name), "batch": 1, "precision": "float32", "sample_every": 0, "log_every": 1},
     }
-    return Run(from_dict(told).check(), quiet=True)
+    return Run(from_dict(settings).check(), quiet=True)
 
 
 def speeds(args: argparse.Namespace, data: Path) -> dict[int, float]:
     """Tokens a second, each the median of its turns."""
     runs = {context: make(args, data, context, f"speed-{context}") for context in args.contexts}
     turn = max(args.contexts) * args.tbptt_chunks
-    taken: dict[int, list[float]] = {context: [] for context in runs}
+    seconds: dict[int, list[float]] = {context: [] for context in runs}
     for i in track(range(args.turns + 1), "taking turns"):
         for context, run in runs.items():
             began = time.perf_counter()
             for _ in range(turn // (context * args.tbptt_chunks)):
                 run.take_step()
             if i:  # the first ones compile
-                taken[context].append(time.perf_counter() - began)
-    return {context: turn / median(times) for context, times in taken.items()}
+                seconds[context].append(time.perf_counter() - began)
+    return {context: turn / median(times) for context, times in seconds.items()}
 
 
 def whole(args: argparse.Namespace, data: Path, context: int) -> None:
@@ -98,9 +98,9 @@ def main() -> None:
     for context in args.contexts:
         for tokens in args.tokens:
             only = ["--only", f"{document(args.file, tokens, args.out)},{context}"]
-            found = subprocess.run([sys.executable, *sys.argv, *only], check=True, stdout=subprocess.PIPE, text=True)
-            told = json.loads(found.stdout.splitlines()[-1])
-            print(f"| {told['tokens']:,} | {context} | {told['MiB']:,.0f} | {told['loss']:.3f} |", flush=True)
+            process = subprocess.run([sys.executable, *sys.argv, *only], check=True, stdout=subprocess.PIPE, text=True)
+            result = json.loads(process.stdout.splitlines()[-1])
+            print(f"| {result['tokens']:,} | {context} | {result['MiB']:,.0f} | {result['loss']:.3f} |", flush=True)
     for context, speed in speeds(args, document(args.file, max(args.tokens), args.out)).items():
         print(f"rows of {context}: {speed:,.0f} tokens/s")
 

@@ -20,10 +20,10 @@ def begin(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray]:
     """The state before the first token, of one text."""
     filling = json.loads(session.get_modelmeta().custom_metadata_map["heronry.state"])
     state = {}
-    for told in session.get_inputs()[1:]:
-        shape = [size if isinstance(size, int) else 1 for size in told.shape]
-        values = np.array(filling[told.name], np.float32).reshape(1, 1, -1, *(1 for _ in shape[3:]))
-        state[told.name] = np.zeros(shape, np.float32) + values
+    for state_input in session.get_inputs()[1:]:
+        shape = [size if isinstance(size, int) else 1 for size in state_input.shape]
+        values = np.array(filling[state_input.name], np.float32).reshape(1, 1, -1, *(1 for _ in shape[3:]))
+        state[state_input.name] = np.zeros(shape, np.float32) + values
     return state
 
 

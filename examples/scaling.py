@@ -126,19 +126,19 @@ def saved(generation: str, layers: int, width: int, tokens: int) -> float:
     cls = MODELS[generation]
     model = cls(cls.Config.sized(256, layers, width)).train()
     model.init_weights()
-    kept: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes = {p.numel() for p in model.parameters() if p.ndim == 2}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights and not (x.dtype == torch.bfloat16 and x.numel() in sizes):
-            kept[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
         model(torch.randint(256, (1, tokens)))
-    return sum(storage.nbytes() for storage in kept.values()) / tokens
+    return sum(storage.nbytes() for storage in storages.values()) / tokens
 
 
 def main() -> None:

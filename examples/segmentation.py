@@ -50,7 +50,7 @@ def batch(random: np.random.Generator, number: int, height: int, width: int) -> 
 
 
 @torch.inference_mode()
-def found(model: Segmenter, images: Tensor) -> Tensor:
+def predict(model: Segmenter, images: Tensor) -> Tensor:
     model.eval()
     classes = torch.cat([model(normalize(part)).argmax(1) for part in images.split(16)])
     model.train()
@@ -100,10 +100,10 @@ def main() -> None:
     held_out = np.random.default_rng(args.seed + 1)
     for height, width in ((args.size, args.size), (args.size + 13, args.size + 30)):
         images, truth = batch(held_out, 64, height, width)
-        guess = found(model, images)
+        guess = predict(model, images)
         each = overlaps(guess, truth)
-        told = ", ".join(f"{name} {x:.3f}" for name, x in zip(NAMES, each, strict=True))
-        print(f"64 pictures of {height} x {width}, held out: mean IoU {np.mean(each):.3f} ({told})")
+        per_class = ", ".join(f"{name} {x:.3f}" for name, x in zip(NAMES, each, strict=True))
+        print(f"64 pictures of {height} x {width}, held out: mean IoU {np.mean(each):.3f} ({per_class})")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     columns = zip(images.permute(0, 2, 3, 1).numpy()[:6], COLOURS[truth[:6]], COLOURS[guess[:6]], strict=True)

@@ -39,10 +39,10 @@ def read(file: Path, number: int) -> tuple[list[str], list[str], list[str], list
         for row in map(json.loads, lines):
             novels[row["title"].split("_")[0]].append(row["text"])
     able = sorted((name for name in novels if len(novels[name]) > 1), key=lambda name: -sum(map(len, novels[name])))
-    told = sorted(able[:number])
-    begins = ["".join(text[: -len(text) // 10] for text in novels[name][:-1]) for name in told]
-    ends = ["".join(text[-len(text) // 10 :] for text in novels[name][:-1]) for name in told]
-    return told, begins, ends, [novels[name][-1] for name in told]
+    names = sorted(able[:number])
+    begins = ["".join(text[: -len(text) // 10] for text in novels[name][:-1]) for name in names]
+    ends = ["".join(text[-len(text) // 10 :] for text in novels[name][:-1]) for name in names]
+    return names, begins, ends, [novels[name][-1] for name in names]
 
 
 def cut(texts: list[str], number: int, shortest: int, longest: int, dice: random.Random) -> tuple[list[str], Tensor]:
@@ -65,8 +65,8 @@ def last_vectors(llm: LLM, texts: list[str]) -> Tensor:
 
 def counts(texts: list[str]) -> Tensor:
     """The root of each byte's share, [texts, 256]."""
-    found = torch.stack([torch.bincount(torch.tensor([*text.encode()]), minlength=256) for text in texts])
-    return (found / found.sum(1, keepdim=True)).sqrt()
+    frequencies = torch.stack([torch.bincount(torch.tensor([*text.encode()]), minlength=256) for text in texts])
+    return (frequencies / frequencies.sum(1, keepdim=True)).sqrt()
 
 
 def train(llm: LLM, head: nn.Module, texts: list[str], lr: float, steps: int) -> None:
@@ -95,9 +95,9 @@ def train_on_counts(pieces: list[str], authors: Tensor) -> nn.Linear:
 
 @torch.no_grad()
 def right(vectors: Callable[[list[str]], Tensor], head: nn.Module, pieces: list[str], authors: Tensor) -> str:
-    """The share of texts whose author is told."""
-    found = [head(vectors(pieces[first : first + 50])).argmax(1) for first in range(0, len(pieces), 50)]
-    return f"{(torch.cat(found) == authors).float().mean():.1%} |"
+    """The share of texts with the right author."""
+    predictions = [head(vectors(pieces[first : first + 50])).argmax(1) for first in range(0, len(pieces), 50)]
+    return f"{(torch.cat(predictions) == authors).float().mean():.1%} |"
 
 
 def main() -> None:
@@ -120,9 +120,9 @@ def main() -> None:
     by_counts = train_on_counts(*cut(texts, 25 * args.texts, LENGTHS[0], LENGTHS[-1], random.Random(2)))
     print(f"Who of {', '.join(names)}? Of {args.texts} texts are right\n")
     print("| characters | same novels: RWKV | counts | other novels: RWKV | counts |\n|---|---|---|---|---|")
-    ways = ((lambda some: last_vectors(llm, some), head), (counts, by_counts))
+    ways = ((lambda texts: last_vectors(llm, texts), head), (counts, by_counts))
     for length in LENGTHS:
-        held = [cut(some, args.texts, length, length, random.Random(3)) for some in held_out]
+        held = [cut(split, args.texts, length, length, random.Random(3)) for split in held_out]
         print(f"| {length} |", *(right(*way, *pieces) for pieces in held for way in ways))
 
 

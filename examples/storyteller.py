@@ -71,13 +71,13 @@ def subjects(stories: list[str]) -> list[list[str]]:
         r"\b(?:a|an|the|his|her|their)\s+(?:\w+\s+)?([a-z]{3,})"
         r"(?=[.,!?]|\s+(?:was|is|and|had|that|who|named|to|in|on|with|said|saw|went|could|ran|looked)\b)"
     )
-    found = [Counter(phrase.findall(story)) for story in stories]
-    stories_with = Counter(word for words in found for word in words)
-    as_thing = Counter(word for words in found for word in words.elements())
+    nouns = [Counter(phrase.findall(story)) for story in stories]
+    stories_with = Counter(word for words in nouns for word in words)
+    as_thing = Counter(word for words in nouns for word in words.elements())
     anyhow = Counter(word for story in stories for word in re.findall(r"[a-z]+", story))
     things = {word for word, n in stories_with.items() if n >= 8 and as_thing[word] > 0.25 * anyhow[word]}
     about = []
-    for story, words in zip(stories, found, strict=True):
+    for story, words in zip(stories, nouns, strict=True):
         said = Counter(re.findall(r"[a-z]+", story.lower()))
         weight = {w: said[w] * math.log(len(stories) / stories_with[w]) for w in words if w in things}
         best = sorted(weight, key=lambda w: -weight[w])[:2]
@@ -105,8 +105,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def rows(stories: list[str], tales: list[str], passes: int, seed: int) -> list[dict[str, Any]]:
-    """What `heronry data` reads: all passes, one after the other."""
+def training_rows(stories: list[str], tales: list[str], passes: int, seed: int) -> list[dict[str, Any]]:
+    """The rows of the texts to tokenize: all passes, one after the other."""
     random_ = random.Random(seed)
     about = subjects(stories)
 
@@ -114,15 +114,15 @@ def rows(stories: list[str], tales: list[str], passes: int, seed: int) -> list[d
         ask = random_.choice(ASKS).format(random_.choice(about[i])) if about[i] else random_.choice(ASKS_ANY)
         return [{"role": "user", "content": ask}, {"role": "assistant", "content": stories[i]}]
 
-    made: list[dict[str, Any]] = [{"text": tale} for tale in tales]
+    rows: list[dict[str, Any]] = [{"text": tale} for tale in tales]
     for _ in range(passes):
         for i, story in enumerate(stories):
             if random_.random() < 0.5:
-                made.append({"text": story})
+                rows.append({"text": story})
             else:  # one in five conversations goes on with another story
                 others = [random_.randrange(len(stories))] if random_.random() < 0.2 else []
-                made.append({"messages": [message for j in [i, *others] for message in asked(j)]})
-    return made
+                rows.append({"messages": [message for j in [i, *others] for message in asked(j)]})
+    return rows
 
 
 def encode(rows: list[dict[str, Any]], out: Path, tokenizer: Path) -> None:
@@ -187,9 +187,9 @@ def main() -> None:
         shutil.copy(args.model / "tokenizer.json", file)
     elif not file.exists():
         train_tokenizer(train + [f"User: {ask}\n\nAssistant:" for ask in ASKS for _ in range(200)]).save(str(file))
-    encode(rows(train, tales, args.passes, args.seed), args.out / "texts", file)
+    encode(training_rows(train, tales, args.passes, args.seed), args.out / "texts", file)
     encode([{"text": text} for text in held_out[:200]], args.out / "held-out", file)
-    told = from_dict(
+    config = from_dict(
         {
             "model": {"path": str(args.model)} if args.model else {"n_layer": LAYERS, "n_embd": WIDTH},
             "data": {"train": str(args.out / "texts"), "eval": str(args.out / "held-out"), "ctx_len": 1024},
@@ -200,7 +200,7 @@ def main() -> None:
     ).check()
     if not (args.out / "run" / "model.safetensors").exists():
         try:
-            Run(told)()
+            Run(config)()
         except Stopped as stopped:
             sys.exit(str(stopped))
 

@@ -70,9 +70,9 @@ def draw(log: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for key, told in (("loss", "the windows that it learns from"), ("eval_loss", "held out")):
-        there = [row for row in rows if row.get(key) is not None]
-        axes.plot([row["step"] for row in there], [row[key] for row in there], label=told)
+    for key, label in (("loss", "training windows"), ("eval_loss", "held out")):
+        points = [row for row in rows if row.get(key) is not None]
+        axes.plot([row["step"] for row in points], [row[key] for row in points], label=label)
     axes.set(xlabel="steps of 2048 characters", ylabel="nats a character", ylim=(1.2, 3))
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=120)

@@ -63,7 +63,7 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
                 torch.cuda.synchronize()
             if number:  # the first one compiles
                 times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.median(turn_seconds) for name, turn_seconds in times.items()}
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
         expected = theirs(rows).logits.float()
         apart = (dove(rows)[0].float() - expected).abs().max() / expected.std()
     print(f"RWKV-4: logits of both at most {apart:.1g} of their spread apart")
-    taken = turns(
+    medians = turns(
         {
             "our step, RWKV-7": lambda: ours(goose, prompt, count),
             "generate() over it": lambda: generated(RwkvPreTrainedModel.of(goose), prompt, count),
@@ -101,25 +101,25 @@ def main() -> None:
         },
         args.rounds,
     )
-    for name, seconds in taken.items():
+    for name, seconds in medians.items():
         print(f"{name}: {1000 * seconds / count:.2f} ms a token")
-    print(f"added: {taken['generate() over it'] / taken['our step, RWKV-7'] - 1:.1%}")
-    faster = taken["RwkvForCausalLM, generate()"] / taken["generate() over it, RWKV-4"]
+    print(f"added: {medians['generate() over it'] / medians['our step, RWKV-7'] - 1:.1%}")
+    faster = medians["RwkvForCausalLM, generate()"] / medians["generate() over it, RWKV-4"]
     print(f"generating: {faster:.2f} times as fast as RwkvForCausalLM")
 
     mine = RwkvPreTrainedModel.of(dove.float())
     mine.train()
     theirs.float().train()
-    taken = turns(
+    medians = turns(
         {
             "training, ours": lambda: trained(mine, rows, dtype),
             "training, RwkvForCausalLM": lambda: trained(theirs, rows, dtype),
         },
         args.rounds,
     )
-    for name, seconds in taken.items():
+    for name, seconds in medians.items():
         print(f"{name}: {rows.numel() / seconds:.0f} tokens/s")
-    print(f"training: {taken['training, RwkvForCausalLM'] / taken['training, ours']:.2f} times as fast")
+    print(f"training: {medians['training, RwkvForCausalLM'] / medians['training, ours']:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_vision_pictures(run, folder, pictures):
 def test_captioning(run, folder, pictures):
     small = ["--steps", 2, "--batch", 4, "--captions", 12]
     told = run("captioning.py", pictures, pictures, "--out", folder / "captioner", *small)
-    assert re.search(r"of 12 held-out captions \d+ name the right class, \d+ tell how bright", told)
+    assert re.search(r"of 12 held-out captions \d+ have the right class, \d+ name its brightness", told)
     names = {file.name for file in (folder / "captioner").iterdir()}
     assert names == {"vision", "projection.safetensors"}
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,8 +52,9 @@ def sample(x: Tensor) -> bytes:
     x = x.detach()
     count = min(x.numel(), SAMPLES)
     # element i * (numel - 1) / (count - 1) of the flattened tensor: no fixed stride, which could stay in one column
-    flat = torch.arange(count, device=x.device) * (x.numel() - 1) // max(1, count - 1)
-    elements = x[torch.unravel_index(flat, x.shape)]  # not x.flatten(), which copies a transposed tensor
+    flat = np.arange(count) * (x.numel() - 1) // max(1, count - 1)
+    # not x.flatten(), which copies a transposed tensor; nor torch.unravel_index, which imports sympy
+    elements = x[tuple(torch.from_numpy(i).to(x.device) for i in np.unravel_index(flat, tuple(x.shape)))]
     return repr(tuple(x.shape)).encode() + elements.bfloat16().cpu().view(torch.int16).numpy().tobytes()
 
 

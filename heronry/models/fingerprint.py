@@ -49,13 +49,14 @@ def sample(x: Tensor) -> bytes:
 
     Reads only these elements: `x` may lie in a mapped file, on a GPU, or transposed in memory.
     """
-    x = x.detach()
+    shape = repr(tuple(x.shape)).encode()
+    x = x.detach() if x.ndim else x.detach()[None]
     count = min(x.numel(), SAMPLES)
     # element i * (numel - 1) / (count - 1) of the flattened tensor: no fixed stride, which could stay in one column
     flat = np.arange(count) * (x.numel() - 1) // max(1, count - 1)
     # not x.flatten(), which copies a transposed tensor; nor torch.unravel_index, which imports sympy
     elements = x[tuple(torch.from_numpy(i).to(x.device) for i in np.unravel_index(flat, tuple(x.shape)))]
-    return repr(tuple(x.shape)).encode() + elements.bfloat16().cpu().view(torch.int16).numpy().tobytes()
+    return shape + elements.bfloat16().cpu().view(torch.int16).numpy().tobytes()
 
 
 def sample_all(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -74,11 +74,12 @@ def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path)
     seen = {}
     monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **options: seen.update(options, n=n) or iter(()))
     numbers = {"temperature": 0.5, "top_k": 7, "top_p": 0.6, "min_p": 0.1, "seed": 3}
-    numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4}
+    numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4, "repetition_penalty": 1.2}
     words = [word for name, x in numbers.items() for word in (f"--{name.replace('_', '-')}", x)]
     words += ["--max-tokens", 9, "--stop", "a", "--stop", "b", "--state", tmp_path / "hi", "--order", "top-p-first"]
     assert heronry("generate", "x", "-m", folder, *words)[0] == 0
     assert seen.pop("state").texts == ("Hi",)
+    assert callable(seen.pop("progress"))
     assert seen == numbers | {"n": 9, "stream": True, "stop": ["a", "b"], "order": "top-p-first"}
 
 

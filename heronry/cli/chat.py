@@ -47,8 +47,18 @@ def chat(
     """Chat with a model. /help lists what can be undone, forked and saved."""
     from ..engine.llm import LLM
     from .chat_loop import run_chat_loop
+    from .progress import progress_bar
 
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
+    with progress_bar("loading") as progress:
+        llm = LLM(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            adapter=adapter,
+            progress=progress,
+        )
     if state is not None:
         llm.begin_from(state)
     sampling: DecodeOptions = {}

@@ -28,6 +28,9 @@ def generate(
     presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of tokens already used.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, times how often the token was used.")] = 0.0,
     penalty_decay: Annotated[float, typer.Option(help="The counts are multiplied by this at each token.")] = 0.996,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of tokens already seen, the prompt's too; 1 = off.")
+    ] = 1.0,
     order: Annotated[
         str, typer.Option(help="temperature-first, or top-p-first as in PyPI's rwkv.")
     ] = "temperature-first",
@@ -44,31 +47,44 @@ def generate(
     start = time.perf_counter()
     from ..engine.llm import LLM
     from ..models import State
+    from .progress import progress_bar
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
+    with progress_bar("loading") as progress:
+        llm = LLM(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            adapter=adapter,
+            progress=progress,
+        )
     saved_state = None
     if state is not None and State.is_saved_state(state):
         saved_state = State.load(state, device)
     elif state is not None:
         llm.begin_from(state)
-    pieces = llm.generate(
-        prompt,
-        max_tokens,
-        stream=True,
-        state=saved_state,
-        stop=stop,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        penalty_decay=penalty_decay,
-        order=order,
-        seed=seed,
-    )
+    with progress_bar("reading the prompt") as progress:
+        pieces = llm.generate(
+            prompt,
+            max_tokens,
+            stream=True,
+            state=saved_state,
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            penalty_decay=penalty_decay,
+            repetition_penalty=repetition_penalty,
+            order=order,
+            seed=seed,
+            progress=progress,
+        )
     if echo:
         print(prompt, end="", flush=True)
     first_piece, n_tokens = None, 0  # the time when the first piece came

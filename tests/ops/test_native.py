@@ -260,7 +260,7 @@ if len(sys.argv) > 1:
     functions = build.openmp_functions(ctypes.CDLL(sys.argv[1]))
     functions[2] = None  # GNU's way to start a team
     for operator in ("wkv7", "packed"):
-        dispatch.native(operator).use_openmp(functions)
+        dispatch.native_library(operator).use_openmp(functions)
 x = torch.randn(6, 1, 40, 4, 8, generator=torch.Generator().manual_seed(1)) / 4
 state = torch.zeros(1, 4, 8, 8)
 y, _ = wkv7(*x, state, impl="cpu")
@@ -303,7 +303,7 @@ def test_without_openmp_one_thread_does_it_all(operator: Operator, threads):
     arguments = to(draw(operator, 2, 40, 3, 8), torch.float32)
     threads(3)
     expected = run(operator, arguments, "cpu")
-    library = dispatch.native(operator.name)
+    library = dispatch.native_library(operator.name)
     library.use_openmp(build.openmp_functions(None))
     try:
         actual = run(operator, arguments, "cpu")

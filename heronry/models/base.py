@@ -41,7 +41,7 @@ class Network(nn.Module):
     sharded = False  # every process holds a piece of each parameter, and all must call the model together
     config: Any
     init_weights: Callable[[], None]
-    param_groups: Callable[[float, float], list[dict]]  # lr, weight_decay
+    param_groups: Callable[[float, float], list[dict[str, Any]]]  # lr, weight_decay
 
     def __init__(self, config: Any):
         super().__init__()

@@ -67,7 +67,7 @@ class LSTM(Model):
             else:
                 nn.init.xavier_uniform_(p)
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         return _param_groups(self, lr, weight_decay)
 
 
@@ -118,7 +118,8 @@ class GPTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.att(self.ln1(x))
-        return x + self.ffn(self.ln2(x))
+        y: Tensor = self.ffn(self.ln2(x))
+        return x + y
 
 
 class GPT(Model):
@@ -158,7 +159,7 @@ class GPT(Model):
             norm.weight.fill_(1)
             norm.bias.zero_()
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         return _param_groups(self, lr, weight_decay)
 
 
@@ -188,7 +189,8 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.ln1(x)).unflatten(-1, (3, -1, self.size)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, N]
         x = x + self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.ffn(self.ln2(x))
+        y: Tensor = self.ffn(self.ln2(x))
+        return x + y
 
 
 class ViT(Network):
@@ -215,7 +217,8 @@ class ViT(Network):
         x = (x + positions).flatten(2).transpose(1, 2)
         for block in self.layers:
             x = self.run_block(block, x)
-        return self.head(self.ln_out(x).mean(1))
+        logits: Tensor = self.head(self.ln_out(x).mean(1))
+        return logits
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -225,7 +228,7 @@ class ViT(Network):
                 module.bias.zero_()
         nn.init.trunc_normal_(self.positions, std=0.02)
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         return _param_groups(self, lr, weight_decay)
 
 
@@ -234,7 +237,7 @@ def _windows_only(model: Model, cu_seqlens: Tensor | Sequence[int] | None) -> No
         raise InputError(f"the {model.name} of the comparisons reads windows (data.order=random), not packed documents")
 
 
-def _param_groups(model: Network, lr: float, weight_decay: float) -> list[dict]:
+def _param_groups(model: Network, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, vectors do not."""
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
     return [

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ class RWKV4(Model):
             norm.weight.fill_(1)
             norm.bias.zero_()
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for Adam (betas 0.9, 0.99; eps 1e-8; the recipe's weight decay is 0): time_decay learns twice,
         time_first three times as fast; matrices decay, embedding, head and a tuned state included, vectors do not."""
         twice, thrice, matrices, rest = [], [], [], []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class TimeMix(nn.Module):
         before = token_shift(x, shift, cu)  # [B, T, C]
 
         def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
-            return x.unflatten(-1, (self.heads, -1))
+            return torch.unflatten(x, -1, (self.heads, -1))
 
         r = per_head(self.receptance(torch.lerp(before, x, self.time_mix_r)))
         k = per_head(self.key(torch.lerp(before, x, self.time_mix_k)))
@@ -260,7 +261,7 @@ class RWKV5(Model):
             norm.weight.fill_(1)
             norm.bias.zero_()
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): time_decay learns twice, time_first three times as fast;
         matrices decay, embedding, head and a tuned state included, vectors do not."""
         twice, thrice, matrices, rest = [], [], [], []

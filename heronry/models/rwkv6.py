@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ class TimeMix(nn.Module):
         xw, xk, xv, xr, xg = (torch.addcmul(x, d, m + by) for m, by in zip(mixes, moved, strict=True))
 
         def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
-            return x.unflatten(-1, (self.heads, -1))
+            return torch.unflatten(x, -1, (self.heads, -1))
 
         r = per_head(self.receptance(xr))
         k = per_head(self.key(xk))
@@ -243,7 +244,7 @@ class RWKV6(Model):
             norm.weight.fill_(1)
             norm.bias.zero_()
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): time_decay learns twice as fast; matrices decay, embedding,
         head and a tuned state included, vectors and low-rank matrices do not."""
         fast, matrices, rest = [], [], []

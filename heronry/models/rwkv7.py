@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class RWKV7Config:
         """A new model of this size with the ranks and widths of the training recipe."""
 
         def rank(factor: float) -> int:
-            return max(32, 32 * round(factor * n_embd**0.5 / 32))
+            return max(32, 32 * round(factor * math.sqrt(n_embd) / 32))
 
         ranks = (rank(2.5), rank(2.5), rank(1.7) if n_layer > 1 else 0, rank(5))
         return cls(vocab_size, n_layer, n_embd, n_embd, 4 * n_embd, head_size, *ranks)
@@ -149,7 +150,7 @@ class TimeMix(nn.Module):
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
 
         def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
-            return x.unflatten(-1, (self.heads, -1))
+            return torch.unflatten(x, -1, (self.heads, -1))
 
         kappa = F.normalize(widen(per_head(k * self.k_k)), dim=-1, eps=1e-12)  # of the key as it was
         k = k * (1 + (a - 1) * self.k_a)
@@ -305,7 +306,7 @@ class RWKV7(Model):
             norm.weight.fill_(1)
             norm.bias.zero_()
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): the decay's bias w0 learns twice as fast; matrices
         decay, embedding, head and a tuned state included, vectors and low-rank matrices do not."""
         fast, matrices, rest = [], [], []

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .state import LayerState, State
 
+Operator = Callable[..., tuple[Tensor, Tensor]]  # wkv5, wkv6 or wkv7
+
 
 class SequenceShard(Sequence[int]):
     """The `cu_seqlens` of a process that has one piece of each of some rows, packed one after the other.
@@ -59,7 +61,7 @@ class SequenceShard(Sequence[int]):
             shift = shift.index_copy(0, _numbers(self.entering, x), left[self.group.rank() - 1, self.rows])
         return x, shift
 
-    def run_operator(self, operator: Callable, inputs: Sequence[Tensor], wkv: Tensor) -> tuple[Tensor, Tensor]:
+    def run_operator(self, operator: Operator, inputs: Sequence[Tensor], wkv: Tensor) -> tuple[Tensor, Tensor]:
         """As the operator: y [1, T, H, N], and the states [S, H, N, N] that the pieces end with."""
         entering = _numbers(self.entering, wkv)
         y, left = operator(*inputs, wkv.index_fill(0, entering, 0), cu_seqlens=self.cu)
@@ -89,7 +91,7 @@ class SequenceShard(Sequence[int]):
         layers = [LayerState(*(next(parts).view_as(own) for own in layer)) for layer in state.layers]
         return x, State(layers, state.fingerprint)
 
-    def _without_values(self, operator: Callable, inputs: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _without_values(self, operator: Operator, inputs: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
         """What the operator makes of the identity where sequences go on: x_t [1, tokens, H, N], and P of each."""
         r, log_w, _, v, *rest = (x if x.ndim < 4 else self._taken(x) for x in inputs)
         nothing = like.new_zeros(1).expand_as(v)
@@ -114,7 +116,7 @@ Boundaries = tuple[int, ...] | SequenceShard  # of sequences packed in one row
 
 
 def run_operator(
-    operator: Callable, inputs: Sequence[Tensor], wkv: Tensor, cu: Boundaries | None
+    operator: Operator, inputs: Sequence[Tensor], wkv: Tensor, cu: Boundaries | None
 ) -> tuple[Tensor, Tensor]:
     """operator(*inputs, wkv, cu_seqlens=cu), over processes where cu says so."""
     if not isinstance(cu, SequenceShard):
@@ -126,7 +128,8 @@ def run_operator(
 def _exchange(x: Tensor, part: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """x as it is, and what every process gave, [processes, ...]."""
     anchor = torch.zeros((), device=x.device, requires_grad=True)
-    return _Exchange.apply(x, part, anchor, group)
+    exchanged: tuple[Tensor, Tensor] = _Exchange.apply(x, part, anchor, group)  # type: ignore[no-untyped-call]
+    return exchanged
 
 
 class _Exchange(torch.autograd.Function):

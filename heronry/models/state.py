@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ class State:
         )
         return State(layers, states[0].fingerprint, [text for state in states for text in state.texts])
 
-    def _map(self, change) -> State:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         layers = (LayerState(*(change(x) for x in layer)) for layer in self.layers)
         return State(layers, self.fingerprint, self._texts)
 

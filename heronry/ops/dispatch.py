@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,18 +17,21 @@ from .. import build
 
 log = logging.getLogger("heronry.ops")
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+Output = TypeVar("Output")
+
 MAX_LOOP_TOKENS = 4  # up to this many tokens the plain loop costs less than cutting chunks
 
 
-def assume_constant_result(function: Callable) -> Callable:
+def assume_constant_result(function: Function) -> Function:
     """torch.compiler.assume_constant_result, without the second and the 70 MB that importing the compiler takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def select_body(
-    operator: str, impl: str, bodies: Mapping[str, Callable], max_tokens: int, device: torch.device
-) -> Callable:
+    operator: str, impl: str, bodies: Mapping[str, Callable[..., Output]], max_tokens: int, device: torch.device
+) -> Callable[..., Output]:
     """The body for `impl`; "auto" takes the fastest for sequences of at most `max_tokens` tokens."""
     if impl == "auto":
         if device.type == "cpu" and has_native_body(operator):
@@ -69,7 +72,9 @@ def needs_gradients(inputs: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def select_entry_point(operator: Callable, plain: Callable, inputs: Iterable[Tensor]) -> Callable:
+def select_entry_point(
+    operator: Callable[..., Output], plain: Callable[..., Output], inputs: Iterable[Tensor]
+) -> Callable[..., Output]:
     """torch's operator where somebody looks at it, be it gradients, a compiler or tensors without numbers; else the
     function that it was made of. The operator takes longer to call, and its first call brings the compiler in, 70 MB.
     """
@@ -77,7 +82,7 @@ def select_entry_point(operator: Callable, plain: Callable, inputs: Iterable[Ten
     return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
 
 
-def _in_full_precision(body: Callable, *args: Any) -> tuple[Tensor, Tensor]:
+def _in_full_precision(body: Callable[..., Output], *args: Any) -> Output:
     """Outside of autocast, which would round the state and, in float16, overflow the factors of the chunks."""
     device = args[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -51,7 +51,8 @@ class Captioner(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """What the language model reads of pictures [B, 3, height, width]: a vector a patch, row by row, [B, T, C]."""
         features = self.vision.forward_features(images).flatten(2).transpose(1, 2)
-        return self.projection(features.to(self.projection.weight.dtype))
+        vectors: Tensor = self.projection(features.to(self.projection.weight.dtype))
+        return vectors
 
     def look(self, images: Tensor, state: State | None = None) -> State:
         """The language model's state after a picture, a row for each; going on from `state`, a row for each or one for
@@ -61,13 +62,16 @@ class Captioner(nn.Module):
         if state is not None and len(state) == 1:
             state = state[[0] * len(images)]
         with replace_embeddings(self.language, tokens, vectors):
-            return self.language(tokens, state, last_only=True)[1]
+            _, state = self.language(tokens, state, last_only=True)
+        assert state is not None
+        return state
 
     def forward(
         self, images: Tensor, tokens: Tensor, *, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, State]:
         """As the language model's forward, after looking at the pictures; packed, the i-th text follows picture i."""
-        return self.language(tokens, self.look(images), cu_seqlens=cu_seqlens)
+        logits, state = self.language(tokens, self.look(images), cu_seqlens=cu_seqlens)
+        return logits, state
 
     def loss(self, images: Tensor, captions: Sequence[Sequence[int]], given: int = 1) -> Tensor:
         """The mean cross entropy of the captions' tokens, in nats.

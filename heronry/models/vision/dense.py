@@ -81,7 +81,8 @@ class Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        return self.scales(self.backbone.forward_features(images))
+        maps: OrderedDict[str, Tensor] = self.scales(self.backbone.forward_features(images))
+        return maps
 
 
 class Segmenter(nn.Module):

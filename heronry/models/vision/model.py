@@ -243,7 +243,7 @@ class SpatialMix6(nn.Module):
         xw, xk, xv, xr, xg = (torch.addcmul(x, d, m + by) for m, by in zip(mixes, moved, strict=True))
 
         def per_head(x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, H, N]
-            return x.unflatten(-1, (self.heads, -1))
+            return torch.unflatten(x, -1, (self.heads, -1))
 
         log_w = -torch.exp(widen(self.time_decay) + widen(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2))
         r, k, v = per_head(self.receptance(xr)), per_head(self.key(xk)), per_head(self.value(xv))
@@ -310,7 +310,7 @@ class Block(nn.Module):
         return x + self._branch(self.ffn, self.ln2, self.gamma2, x, grid)
 
     def _branch(self, mix: nn.Module, norm: nn.Module, gamma: Tensor | None, x: Tensor, grid: Grid) -> Tensor:
-        y = norm(mix(x, grid)) if self.post_norm else mix(norm(x), grid)
+        y: Tensor = norm(mix(x, grid)) if self.post_norm else mix(norm(x), grid)
         if gamma is not None:
             y = gamma * y
         if not self.training or self.drop_path == 0:
@@ -356,7 +356,8 @@ class VisionModel(Network):
     @property
     def num_features(self) -> int:
         """Channels."""
-        return self.config.n_embd
+        n_embd: int = self.config.n_embd
+        return n_embd
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
@@ -442,7 +443,7 @@ class VisionModel(Network):
                     gamma.fill_(config.init_values)
             block.att.init_weights(rho, tau)
 
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict]:
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Norms and biases do not decay, everything else does, as in the released recipe; what forgets may have a rate
         of its own."""
         norms: set[nn.Parameter] = {
@@ -475,7 +476,7 @@ class VRWKV6(VisionModel):
 
 
 def _as_map(x: Tensor, grid: Grid) -> Tensor:
-    return x.transpose(1, 2).unflatten(2, grid)
+    return torch.unflatten(x.transpose(1, 2), 2, grid)
 
 
 def _head(config: VRWKVConfig | VRWKV6Config) -> nn.Module:

@@ -20,7 +20,7 @@ def chunked(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     log_w, k, v, u = (x.double() for x in (log_w, k, v, u))
     weighted, floor = lift(k, v)
     past, future = scan(log_w, weighted), scan(log_w, weighted.flip(2)).flip(2)
-    total, ones = torch.stack([past, future, weighted + u]).logsumexp(0)
+    total, ones = torch.stack([past, future, weighted + u]).logsumexp(0).unbind(0)
     return ((total - ones).exp() + floor).to(dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ CHUNK = 32  # tokens from one kept state to the next
 def cpu(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
     inputs = (log_w, k, v, u)
-    return select_entry_point(forward, _forward, inputs)(*inputs)[0]
+    y: Tensor
+    y, _ = select_entry_point(forward, _forward, inputs)(*inputs)
+    return y
 
 
 def _forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +34,8 @@ forward = torch.library.custom_op("heronry::biwkv", mutates_args=(), device_type
 
 
 @forward.register_fake
-def _fake_forward(log_w, k, v, u):
+def _fake_forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty outputs of the right shapes."""
     batch, tokens, channels = k.shape
     kept = k.new_empty(batch * -(-tokens // CHUNK), 3, channels, dtype=state_dtype(k))
     return v.new_empty(v.shape), kept
@@ -53,16 +58,20 @@ def backward(
 
 
 @backward.register_fake
-def _fake_backward(log_w, k, v, u, kept, dy):
-    return tuple(x.new_empty(x.shape) for x in (log_w, k, v, u))
+def _fake_backward(
+    log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, kept: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty gradients of the right shapes."""
+    return log_w.new_empty(log_w.shape), k.new_empty(k.shape), v.new_empty(v.shape), u.new_empty(u.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _gradients(ctx, dy, _):
-    return backward(*ctx.saved_tensors, dy)
+def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = backward(*ctx.saved_tensors, dy)
+    return gradients
 
 
 forward.register_autograd(_gradients, setup_context=_save)

@@ -29,7 +29,7 @@ def released(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, segments: int) -> T
     weighted = F.pad(weighted, (0, 0, 0, -tokens % length), value=NOTHING)  # at the end, where it weighs nothing
 
     def pieces(x: Tensor) -> Tensor:  # [2, B, T, A] -> [2, B * segments, L, A]
-        return x.unflatten(2, (-1, length)).flatten(1, 2)
+        return torch.unflatten(x, 2, (-1, length)).flatten(1, 2)
 
     inner = torch.arange(length, device=k.device)[:, None]  # t - t0
     near = scan(log_w, pieces(weighted))
@@ -42,5 +42,5 @@ def released(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, segments: int) -> T
     top = terms[:, 1].detach().amax(0)  # a unit, which cancels out of the quotient
     signs = torch.ones(len(terms), 1, 1, 1, 1, dtype=k.dtype, device=k.device) * torch.ones_like(log_w)
     signs[2] = -torch.expm1(-log_w)
-    total, ones = (signs * (terms - top).exp()).sum(0)
+    total, ones = (signs * (terms - top).exp()).sum(0).unbind(0)
     return (total / ones + floor).to(dtype)

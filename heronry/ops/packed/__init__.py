@@ -33,7 +33,7 @@ TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 def pack(codes: Tensor) -> Tensor:
     """Codes below 16 [out, in], uint8, two in a byte [out, in / 2]: of every 8, number i with number i + 4."""
-    low, high = codes.unflatten(1, (-1, 2, 4)).unbind(2)
+    low, high = torch.unflatten(codes, 1, (-1, 2, 4)).unbind(2)
     return (low | high << 4).flatten(1)
 
 
@@ -72,7 +72,7 @@ def dequantize(q: Tensor, scales: Tensor) -> Tensor:
     """The weights [out, in] that they stand for, float32; see `tile`."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
     values = levels[unpack(q).int()] if q.dtype == torch.uint8 else q.float()
-    return (values.unflatten(1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)
+    return (torch.unflatten(values, 1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)
 
 
 def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
@@ -83,7 +83,8 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     columns = scales.shape[1] * GROUP
     if x.shape[-1] != columns:
         raise ValueError(f"packed_matmul: x must have {columns} numbers in its last dimension, got {list(x.shape)}")
-    return _packed_matmul(x.reshape(-1, columns), data, scales, rows).view(*x.shape[:-1], rows)
+    y: Tensor = _packed_matmul(x.reshape(-1, columns), data, scales, rows)
+    return y.view(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("heronry::packed_matmul", mutates_args=())
@@ -105,12 +106,12 @@ def _(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     return x.new_empty(len(x), rows)
 
 
-def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, data, scales, ctx.rows = inputs
     ctx.save_for_backward(data, scales)
 
 
-def _gradient(ctx: Any, gradient: Tensor) -> tuple:
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     """Of x, as if its rounding were none."""
     data, scales = ctx.saved_tensors
     weights = dequantize(*untile(data, scales, ctx.rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and with `keep` the state before every CHUNK tokens."""
-    outputs = _fake_forward(log_w, k, v, u, state, cu, keep)
+    outputs: tuple[Tensor, Tensor, Tensor] = _fake_forward(log_w, k, v, u, state, cu, keep)
     tensors = (log_w[None, None], k, v, u[None, None], state.contiguous(), *outputs)
     call(native_library("wkv4").wkv4_forward, tensors, cu, len(state), *k.shape[1:], CHUNK)
     return outputs
@@ -49,7 +50,16 @@ forward = torch.library.custom_op("heronry::wkv4", mutates_args=(), device_types
 
 
 @forward.register_fake
-def _fake_forward(log_w, k, v, u, state, cu, keep):
+def _fake_forward(
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu: Sequence[int] | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs of the right shapes."""
     batch, tokens, channels = k.shape
     chunks = 0
     if keep:
@@ -82,16 +92,27 @@ def backward(
 
 
 @backward.register_fake
-def _fake_backward(log_w, k, v, u, kept, dy, dfinal, cu):
-    return *(x.new_empty(x.shape) for x in (log_w, k, v, u)), dfinal.new_empty(dfinal.shape)
+def _fake_backward(
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+    cu: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty gradients of the right shapes."""
+    dlog_w, dk, dv, du = (x.new_empty(x.shape) for x in (log_w, k, v, u))
+    return dlog_w, dk, dv, du, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, ctx.cu, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _gradients(ctx, dy, dfinal, _):
+def _gradients(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *backward(*ctx.saved_tensors, dy, dfinal, ctx.cu), None, None
 
 

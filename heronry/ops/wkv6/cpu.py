@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and with `keep` the state before every CHUNK tokens."""
-    outputs = _fake_forward(r, log_w, k, v, u, state, cu, keep)
+    outputs: tuple[Tensor, Tensor, Tensor] = _fake_forward(r, log_w, k, v, u, state, cu, keep)
     tensors = (r, log_w.expand(r.shape), k, v, u[None, None], state.contiguous(), *outputs)
     call(native_library("wkv6").wkv6_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
     return outputs
@@ -51,7 +52,17 @@ forward = torch.library.custom_op("heronry::wkv6", mutates_args=(), device_types
 
 
 @forward.register_fake
-def _fake_forward(r, log_w, k, v, u, state, cu, keep):
+def _fake_forward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu: Sequence[int] | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs of the right shapes."""
     batch, tokens, heads, size = r.shape
     chunks = 0
     if keep:
@@ -88,16 +99,28 @@ def backward(
 
 
 @backward.register_fake
-def _fake_backward(r, log_w, k, v, u, kept, dy, dfinal, cu):
-    return *(x.new_empty(x.shape) for x in (r, log_w, k, v, u)), dfinal.new_empty(dfinal.shape)
+def _fake_backward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+    cu: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty gradients of the right shapes."""
+    dr, dlog_w, dk, dv, du = (x.new_empty(x.shape) for x in (r, log_w, k, v, u))
+    return dr, dlog_w, dk, dv, du, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, ctx.cu, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _gradients(ctx, dy, dfinal, _):
+def _gradients(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *backward(*ctx.saved_tensors, dy, dfinal, ctx.cu), None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and with `keep` the state before every CHUNK tokens."""
-    outputs = _fake_forward(r, log_w, k, v, a, b, state, cu, keep)
+    outputs: tuple[Tensor, Tensor, Tensor] = _fake_forward(r, log_w, k, v, a, b, state, cu, keep)
     tensors = (r, log_w, k, v, a, b, state.contiguous(), *outputs)
     call(native_library("wkv7").wkv7_forward, tensors, cu, len(state), *r.shape[1:], CHUNK)
     return outputs
@@ -52,7 +53,18 @@ forward = torch.library.custom_op("heronry::wkv7", mutates_args=(), device_types
 
 
 @forward.register_fake
-def _fake_forward(r, log_w, k, v, a, b, state, cu, keep):
+def _fake_forward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu: Sequence[int] | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs of the right shapes."""
     batch, tokens, heads, size = r.shape
     chunks = batch * tokens // CHUNK + len(state) if keep else 0  # every sequence may end with a part of one
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(chunks, heads, size, size)
@@ -72,23 +84,38 @@ def backward(
     cu: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, log_w, k, v, a, b and of the initial state."""
-    gradients = _fake_backward(r, log_w, k, v, a, b, kept, dy, dfinal, cu)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _fake_backward(
+        r, log_w, k, v, a, b, kept, dy, dfinal, cu
+    )
     tensors = (r, log_w, k, v, a, b, kept, dy, dfinal.contiguous(), *gradients)
     call(native_library("wkv7").wkv7_backward, tensors, cu, len(dfinal), *r.shape[1:], CHUNK)
     return gradients
 
 
 @backward.register_fake
-def _fake_backward(r, log_w, k, v, a, b, kept, dy, dfinal, cu):
-    return (*(x.new_empty(x.shape) for x in (r, log_w, k, v, a, b)), dfinal.new_empty(dfinal.shape))
+def _fake_backward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+    cu: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty gradients of the right shapes."""
+    dr, dlog_w, dk, dv, da, db = (x.new_empty(x.shape) for x in (r, log_w, k, v, a, b))
+    return dr, dlog_w, dk, dv, da, db, dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *activations, _, ctx.cu, _ = inputs
     ctx.save_for_backward(*activations, output[2])
 
 
-def _gradients(ctx, dy, dfinal, _):
+def _gradients(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *backward(*ctx.saved_tensors, dy, dfinal, ctx.cu), None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.baselines import ViT
 from ..models.layers import widen
-from ..models.vision import MEAN, STD, Block, Grid, SpatialMix, SpatialMix6, VisionModel, shifted
+from ..models.vision import MEAN, STD, Block, Grid, SpatialMix, SpatialMix6, VisionModel, shift_patches
 
 
 def feature_map(model: VisionModel | ViT, images: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _product_weights(att: SpatialMix6, x: Tensor, grid: Grid) -> tuple[Tensor, T
 
 def _log_w(att: SpatialMix6, x: Tensor, grid: Grid) -> Tensor:
     """What SpatialMix6 makes of x on its way to biwkv6, [B, T, C]."""
-    d = shifted(x, grid, att.config, att.heads) - x
+    d = shift_patches(x, grid, att.config, att.heads) - x
     low = torch.tanh(torch.addcmul(x, d, att.time_maa_x) @ att.time_maa_w1).unflatten(-1, (5, -1))
     xw = torch.addcmul(x, d, att.time_maa_w + low[..., 0, :] @ att.time_maa_w2[0])  # the first of the five mixes is w's
     return -torch.exp(widen(att.time_decay) + widen(torch.tanh(xw @ att.time_decay_w1) @ att.time_decay_w2))
@@ -119,7 +119,7 @@ def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], np.ndar
     with _looking(model):
         x, grid = model.embed(_as_weights(model, images[:1]))
         x = _read_by_attention(model.layers[0], x)
-        moved = shifted(x, grid, model.config, heads)
+        moved = shift_patches(x, grid, model.config, heads)
     spread = x[0].float().std(0, correction=0).view(heads, size)
     channels = []
     for quarter in range(4):

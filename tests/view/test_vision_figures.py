@@ -156,7 +156,7 @@ def test_decays_of_vrwkv6_are_the_mean_response_of_biwkv6(changes, monkeypatch):
         seen.append((log_w, others[-1]))
         return biwkv6(r, log_w, *others)
 
-    monkeypatch.setattr("heronry.models.vision.model.biwkv6", record)
+    monkeypatch.setattr("heronry.models.vision.vrwkv6.biwkv6", record)
     with torch.no_grad():
         model(images(2, 12, 8))
     monkeypatch.undo()

@@ -1,22 +1,9 @@
-"""Vision-RWKV: model.py has the two kinds, variants.py the published sizes by name."""
+"""Vision-RWKV: vrwkv.py and vrwkv6.py have the two kinds, model.py what they share, variants.py the published sizes."""
 
-from .model import (
-    MEAN,
-    SHIFTS,
-    STD,
-    VRWKV,
-    VRWKV6,
-    Block,
-    Grid,
-    SpatialMix,
-    SpatialMix6,
-    VisionModel,
-    VRWKV6Config,
-    VRWKVConfig,
-    q_shift,
-    shifted,
-)
+from .model import MEAN, SHIFTS, STD, Block, Grid, VisionModel, q_shift, shift_patches
 from .variants import VARIANTS, create
+from .vrwkv import VRWKV, SpatialMix, VRWKVConfig
+from .vrwkv6 import VRWKV6, SpatialMix6, VRWKV6Config
 
 __all__ = [
     "MEAN",
@@ -34,5 +21,5 @@ __all__ = [
     "VisionModel",
     "create",
     "q_shift",
-    "shifted",
+    "shift_patches",
 ]

@@ -26,7 +26,7 @@ from ..base import Model, Network, replace_embeddings
 from ..fingerprint import compute_fingerprint, sample_all
 from ..layers import widen
 from ..state import State
-from . import VisionModel
+from .model import VisionModel
 
 FORMAT = "heronry.captioner"
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
-from . import VisionModel
+from .model import VisionModel
 
 BINS = (1, 2, 3, 6)  # of the pyramid pooling: so many rows and columns
 

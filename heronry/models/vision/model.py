@@ -1,12 +1,11 @@
-"""Vision-RWKV: pictures read by a bidirectional RWKV. VRWKV with the operator of RWKV-4, VRWKV6 with that of RWKV-6.
+"""What both Vision-RWKVs have in common: pictures read by a bidirectional RWKV. vrwkv.py and vrwkv6.py hold the two.
 
 What is special about it:
-- patches of a picture are the tokens, row by row; attention looks both ways (ops/biwkv, ops/biwkv6), so that its cost
-  grows with the number of patches and not with its square
-- decay and bonus are divided by the number of tokens, with no exp: the same model sees pictures of any size
+- the patches of a picture are the tokens, row by row; attention looks both ways, so that its cost grows with the
+  number of patches and not with its square
 - Q-shift in place of the token shift: a quarter of the channels comes from each of the four neighbours
 - no class token: the mean over all patches goes to the head
-- T norms before a branch, all larger ones after it, and scale each branch by a gamma
+- T has its norms before each branch; the larger ones have them after it, and scale each branch by a gamma
 Source: "Vision-RWKV" (arXiv 2403.02308) and its released code; parameter names are those of its checkpoints without
 their "backbone.".
 """
@@ -16,104 +15,25 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ...ops.biwkv import biwkv
-from ...ops.biwkv6 import biwkv6
-from ...ops.wkv4 import wkv4
 from ..base import Network
-from ..layers import Linear, group_norm, widen
+from ..layers import Linear, widen
 
 Grid = tuple[int, int]  # rows and columns of patches
 SHIFTS = ("q", "previous", "none")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0 .. 1: red, green, blue
 
 
-@dataclass(frozen=True)
-class VRWKVConfig:
-    n_embd: int
-    n_layer: int
-    dim_ffn: int
-    num_classes: int = 1000  # 0: no head
-    image_size: int = 224  # of the position embedding, in pixels; other sizes are interpolated
-    patch_size: int = 16
-    head_hidden: int = 0  # of a head with a hidden layer, as L has
-    key_norm: bool = False
-    # what no tensor shows
-    post_norm: bool = False
-    init_values: float | None = None  # what the gammas begin with; None: there are none
-    drop_path: float = 0.0  # of the last layer, in training; the first has 0
-    decay_lr: float = 1.0  # the learning rate of the decays, as a multiple of the others'
-    shift: str = "q"  # "q", or for comparisons "previous" (the token shift of text) or "none"
-    causal: bool = False  # for comparisons: attention looks back only
-    segments: int | None = None  # 32: the arithmetic of the released CUDA kernel, see ops/biwkv
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.segments is not None and (type(self.segments) is not int or self.segments < 1 or self.causal):
-            raise InputError(f"segments must be a positive number and the attention bidirectional, got {self.segments}")
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VRWKVConfig:
-        """Reads every size off the tensors of a checkpoint."""
-        return cls(**sizes(shapes), key_norm="layers.0.att.key_norm.weight" in shapes)
-
-    @classmethod
-    def sized(cls, n_embd: int, n_layer: int, **other: Any) -> VRWKVConfig:
-        """A new model with the widths of the published ones."""
-        return cls(n_embd, n_layer, 4 * n_embd, **other)
-
-
-@dataclass(frozen=True)
-class VRWKV6Config:
-    n_embd: int
-    n_layer: int
-    dim_ffn: int
-    num_classes: int = 1000
-    image_size: int = 224
-    patch_size: int = 16
-    head_hidden: int = 0
-    head_size: int = 64
-    mix_rank: int = 32
-    decay_rank: int = 64
-    # what no tensor shows
-    post_norm: bool = False
-    init_values: float | None = None
-    drop_path: float = 0.0
-    decay_lr: float = 1.0
-    shift: str = "q"
-
-    causal = False
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.head_size < 1 or self.n_embd % self.head_size:
-            raise InputError(f"{self.n_embd} channels do not divide into heads of {self.head_size}")
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VRWKV6Config:
-        """Reads every size off the tensors of a checkpoint."""
-        att = "layers.0.att."
-        ranks: dict[str, Any] = {
-            "mix_rank": shapes[f"{att}time_maa_w2"][1],
-            "decay_rank": shapes[f"{att}time_decay_w1"][1],
-        }
-        return cls(**sizes(shapes), head_size=shapes[f"{att}time_faaaa"][1], **ranks)
-
-    @classmethod
-    def sized(cls, n_embd: int, n_layer: int, **other: Any) -> VRWKV6Config:
-        """A new model with the widths of the published ones."""
-        return cls(n_embd, n_layer, 4 * n_embd, **other)
-
-
-def sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What both kinds have in common. Norms stand after the branches where gammas are, as in all published models."""
+def common_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The settings that both kinds read off a checkpoint. Norms come after the branches where there are gammas, as in
+    all published models."""
     _, tokens, n_embd = shapes["pos_embed"]
     patch = shapes["patch_embed.projection.weight"][2]
     if math.isqrt(tokens) ** 2 != tokens:
@@ -136,8 +56,8 @@ def sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def check(config: VRWKVConfig | VRWKV6Config) -> None:
-    """InputError unless the numbers can be."""
+def check_config(config: Any) -> None:
+    """InputError for impossible values of the settings that both kinds have."""
     for name in ("n_embd", "n_layer", "dim_ffn", "patch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -169,112 +89,24 @@ def q_shift(x: Tensor, grid: Grid, heads: int = 1) -> Tensor:
     return torch.cat([*moved, rest], -1).flatten(-2).flatten(1, 2)
 
 
-def shifted(x: Tensor, grid: Grid, config: VRWKVConfig | VRWKV6Config, heads: int = 1) -> Tensor:
-    """What the mixes mix x [B, T, C] with."""
+def shift_patches(x: Tensor, grid: Grid, config: Any, heads: int = 1) -> Tensor:
+    """The neighbours that the mixes blend x [B, T, C] with: [B, T, C], by the Q-shift or as `config.shift` says."""
     if config.shift == "q":
         return q_shift(x, grid, heads)
     return F.pad(x[:, :-1], (0, 0, 1, 0)) if config.shift == "previous" else x
 
 
-class SpatialMix(nn.Module):
-    def __init__(self, config: VRWKVConfig):
-        super().__init__()
-        c = config.n_embd
-        self.config = config
-        self.spatial_decay = nn.Parameter(torch.zeros(c))
-        self.spatial_first = nn.Parameter(torch.zeros(c))
-        # the share of the token itself
-        self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r = (
-            nn.Parameter(torch.zeros(1, 1, c)) for _ in range(3)
-        )
-        self.key, self.value, self.receptance, self.output = (Linear(c, c) for _ in range(4))
-        self.key_norm = nn.LayerNorm(c) if config.key_norm else nn.Identity()
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        near = shifted(x, grid, self.config)  # [B, T, C]
-        mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
-        k, v, r = (
-            f(torch.lerp(near, x, m)) for f, m in zip((self.key, self.value, self.receptance), mixes, strict=True)
-        )
-        tokens = x.shape[1]
-        log_w, u = -widen(self.spatial_decay) / tokens, widen(self.spatial_first) / tokens
-        if self.config.causal:  # both operators compute in float32, whatever they read
-            y, _ = wkv4(log_w, k, v, u)
-        else:
-            y = biwkv(log_w, k, v, u, segments=self.config.segments)
-        return self.output(torch.sigmoid(r) * self.key_norm(y))
-
-    def init_weights(self, rho: float, tau: float) -> None:
-        channel, along, zigzag = _channels(self.config.n_embd)
-        self.spatial_decay.copy_(-5 + 8 * along ** (0.7 + 1.3 * rho))
-        self.spatial_first.copy_(math.log(0.3) + 0.5 * zigzag)
-        self.spatial_mix_k.copy_(channel**tau)
-        self.spatial_mix_v.copy_(channel**tau + 0.3 * rho)
-        self.spatial_mix_r.copy_(channel ** (tau / 2))
-
-
-class SpatialMix6(nn.Module):
-    def __init__(self, config: VRWKV6Config):
-        super().__init__()
-        c, size = config.n_embd, config.head_size
-        self.config, self.heads = config, c // size
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape))
-
-        # the share of the neighbours; what the other five depend on comes first
-        self.time_maa_x, self.time_maa_w, self.time_maa_k = (parameter(1, 1, c) for _ in range(3))
-        self.time_maa_v, self.time_maa_r, self.time_maa_g = (parameter(1, 1, c) for _ in range(3))
-        # low-rank: y = (x @ _w1) @ _w2, not in the layout of nn.Linear
-        self.time_maa_w1 = parameter(c, 5 * config.mix_rank)
-        self.time_maa_w2 = parameter(5, config.mix_rank, c)
-        self.time_decay = parameter(1, 1, c)
-        self.time_decay_w1 = parameter(c, config.decay_rank)
-        self.time_decay_w2 = parameter(config.decay_rank, c)
-        self.time_faaaa = parameter(self.heads, size)
-        self.receptance, self.key, self.value, self.gate, self.output = (Linear(c, c) for _ in range(5))
-        self.ln_x = nn.GroupNorm(self.heads, c)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        d = shifted(x, grid, self.config, self.heads) - x  # [B, T, C]
-        low = torch.tanh(torch.addcmul(x, d, self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
-        moved = torch.einsum("btmd,mdc->mbtc", low, self.time_maa_w2)
-        mixes = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        xw, xk, xv, xr, xg = (torch.addcmul(x, d, m + by) for m, by in zip(mixes, moved, strict=True))
-
-        def per_head(x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, H, N]
-            return torch.unflatten(x, -1, (self.heads, -1))
-
-        log_w = -torch.exp(widen(self.time_decay) + widen(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2))
-        r, k, v = per_head(self.receptance(xr)), per_head(self.key(xk)), per_head(self.value(xv))
-        y = biwkv6(r, per_head(log_w), k, v, self.time_faaaa)  # [B, T, H, N]
-        return self.output(group_norm(y, self.ln_x) * F.silu(self.gate(xg)))
-
-    def init_weights(self, rho: float, tau: float) -> None:
-        channel, along, zigzag = _channels(self.config.n_embd)
-        for mix in (self.time_maa_x, self.time_maa_w, self.time_maa_k):
-            mix.copy_(1 - channel**tau)
-        self.time_maa_v.copy_(1 - (channel**tau + 0.3 * rho))
-        for mix in (self.time_maa_r, self.time_maa_g):
-            mix.copy_(1 - channel ** (tau / 2))
-        self.time_decay.copy_(-6 + 5 * along ** (0.7 + 1.3 * rho))
-        self.time_faaaa.copy_((rho * (1 - along) + 0.1 * zigzag).view_as(self.time_faaaa))
-        for low in (self.time_maa_w1, self.time_maa_w2, self.time_decay_w1, self.time_decay_w2):
-            nn.init.uniform_(low, -1e-4, 1e-4)
-
-
-def _channels(count: int) -> tuple[Tensor, Tensor, Tensor]:
+def channel_ramps(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each channel: its place as a share of them all, the same from 0 to 1, and 0, 1, -1, 0, ..."""
     channel = torch.arange(count)
     return channel / count, channel / max(1, count - 1), (channel + 1) % 3 - 1
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, config: VRWKVConfig | VRWKV6Config):
+    def __init__(self, config: Any):
         super().__init__()
         c, f = config.n_embd, config.dim_ffn
-        self.config = config
-        self.heads = config.n_embd // config.head_size if isinstance(config, VRWKV6Config) else 1
+        self.config, self.heads = config, config.heads
         self.spatial_mix_k, self.spatial_mix_r = (nn.Parameter(torch.zeros(1, 1, c)) for _ in range(2))
         self.key = Linear(c, f)
         self.key_norm = nn.LayerNorm(f) if getattr(config, "key_norm", False) else nn.Identity()
@@ -282,22 +114,22 @@ class ChannelMix(nn.Module):
         self.value = Linear(f, c)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        near = shifted(x, grid, self.config, self.heads)
+        near = shift_patches(x, grid, self.config, self.heads)
         k = self.key(torch.lerp(near, x, self.spatial_mix_k)).relu_().square()
-        y = self.value(self.key_norm(k))
+        y: Tensor = self.value(self.key_norm(k))
         return torch.sigmoid(self.receptance(torch.lerp(near, x, self.spatial_mix_r))) * y
 
 
 class Block(nn.Module):
-    def __init__(self, config: VRWKVConfig | VRWKV6Config, layer: int):
+    def __init__(self, config: Any, layer: int, spatial_mix: type[nn.Module]):
         super().__init__()
         c = config.n_embd
         self.post_norm = config.post_norm
-        self.drop_path = config.drop_path * layer / max(1, config.n_layer - 1)
+        self.drop_path: float = config.drop_path * layer / max(1, config.n_layer - 1)
         if layer == 0:
             self.ln0 = nn.LayerNorm(c)
         self.ln1, self.ln2 = nn.LayerNorm(c), nn.LayerNorm(c)
-        self.att = SpatialMix6(config) if isinstance(config, VRWKV6Config) else SpatialMix(config)
+        self.att = spatial_mix(config)
         self.ffn = ChannelMix(config)
         if config.init_values is not None:
             self.gamma1, self.gamma2 = (nn.Parameter(torch.zeros(c)) for _ in range(2))
@@ -320,7 +152,7 @@ class Block(nn.Module):
 
 
 class Patches(nn.Module):
-    def __init__(self, config: VRWKVConfig | VRWKV6Config):
+    def __init__(self, config: Any):
         super().__init__()
         self.projection = nn.Conv2d(3, config.n_embd, config.patch_size, config.patch_size)
 
@@ -342,6 +174,7 @@ class VisionModel(Network):
     `reset_classifier`, `num_features`.
     """
 
+    SpatialMix: ClassVar[type[nn.Module]]  # the attention, made of the configuration
     config_only = ("post_norm", "init_values", "drop_path", "decay_lr", "shift", "causal", "segments")
 
     def __init__(self, config: Any):
@@ -349,7 +182,7 @@ class VisionModel(Network):
         self.patch_embed = Patches(config)
         side = config.image_size // config.patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, side * side, config.n_embd))
-        self.layers: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.layers: Any = nn.ModuleList(Block(config, i, self.SpatialMix) for i in range(config.n_layer))
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.head = _head(config)
 
@@ -465,21 +298,11 @@ class VisionModel(Network):
         ]
 
 
-class VRWKV(VisionModel):
-    name = "vrwkv"
-    Config = VRWKVConfig
-
-
-class VRWKV6(VisionModel):
-    name = "vrwkv6"
-    Config = VRWKV6Config
-
-
 def _as_map(x: Tensor, grid: Grid) -> Tensor:
     return torch.unflatten(x.transpose(1, 2), 2, grid)
 
 
-def _head(config: VRWKVConfig | VRWKV6Config) -> nn.Module:
+def _head(config: Any) -> nn.Module:
     c, hidden, classes = config.n_embd, config.head_hidden, config.num_classes
     if not classes:
         return nn.Identity()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from ... import formats
 from ...errors import InputError
 from ...formats.lazy_tensor import LazyTensor
-from .model import VRWKV, VRWKV6, VisionModel, VRWKV6Config, VRWKVConfig
+from .model import VisionModel
+from .vrwkv import VRWKV, VRWKVConfig
+from .vrwkv6 import VRWKV6, VRWKV6Config
 
 SMALL, BASE = {"post_norm": True, "drop_path": 0.3}, {"post_norm": True, "init_values": 1e-5, "drop_path": 0.5}
 LARGE = {"init_values": 1e-5, "drop_path": 0.1, "key_norm": True, "head_hidden": 3072, "image_size": 192}
@@ -43,7 +45,8 @@ def create(
     if name not in VARIANTS:
         raise InputError(f"there is no model {name!r}; known are {', '.join(VARIANTS)}")
     usual = VARIANTS[name]
-    unknown = [key for key in changes if not hasattr(usual, key)]
+    known = {field.name for field in fields(usual)}
+    unknown = [key for key in changes if key not in known]
     if unknown:
         raise InputError(f"{name} has no setting {unknown[0]!r}")
     config = replace(usual, **changes)

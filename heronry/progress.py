@@ -1,10 +1,10 @@
-"""How far a long copy of bytes is: loading, quantizing, converting."""
+"""How far a long piece of work is: loading, quantizing, converting, reading a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], object]  # called with the bytes done and the bytes in all
+Progress = Callable[[int, int], object]  # called with the bytes (of a prompt, the tokens) done, and in all
 
 
 class ByteCounter:

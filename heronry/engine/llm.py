@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -20,15 +19,16 @@ from .. import adapters
 from ..checkpoint import load_checkpoint, locate, notes
 from ..errors import InputError
 from ..models import Model, State
+from ..progress import Progress
 from ..text.chat_templates import Template, read_messages
 from ..text.tokenizers import HFTokenizer, Tokenizer, guess_tokenizer, load_tokenizer
 from .asynchronous import iterate
+from .batch import PromptBatch, Row, stream_pieces
 from .chat import Chat
-from .completion import Completion, TokenLogprob, Usage, joined
-from .generate import Event, Generation, prefill
-from .options import Progress, Prompt, resolve
+from .completion import Completion
+from .generate import Generation, prefill
+from .options import Prompt, Prompts, resolve
 from .sampling import Sampling
-from .stop_strings import StopStringBuffer
 from .text_model import TextModel
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usually sampled with
-
-# Several prompts. Lists, for a str is a sequence of str too.
-Prompts = list[str] | list[list[int]] | list[Prompt]
 
 
 class LLM(TextModel):
@@ -144,7 +141,7 @@ class LLM(TextModel):
         Raises:
             InputError: an empty prompt, an unknown option, a value out of range, a state of another model.
         """
-        batch = _Batch.of(prompt, n)
+        batch = PromptBatch.parse(prompt, n)
         pieces = self._generate(batch, max_tokens, dict(options))
         if stream:
             return pieces
@@ -175,7 +172,7 @@ class LLM(TextModel):
         """As `generate`, for asyncio: the model computes in a thread. Cancelling the task ends it after the step under
         way, in prefill too."""
         pieces = self.stream_async(prompt, max_tokens, n=n, **options)
-        return _Batch.of(prompt, n).arrange([piece async for piece in pieces])
+        return PromptBatch.parse(prompt, n).arrange([piece async for piece in pieces])
 
     def stream_async(
         self,
@@ -197,7 +194,7 @@ class LLM(TextModel):
                 progress(done, total)
 
         options["progress"] = check
-        begin = partial(self._generate, _Batch.of(prompt, n), max_tokens, dict(options))
+        begin = partial(self._generate, PromptBatch.parse(prompt, n), max_tokens, dict(options))
         return iterate(begin, cancelled.set)
 
     # fmt: off
@@ -243,7 +240,9 @@ class LLM(TextModel):
             return chat.say(last["content"], max_tokens, stream=True, **options)
         return chat.say(last["content"], max_tokens, **options)
 
-    def _generate(self, batch: _Batch, max_tokens: int, options: dict[str, Any]) -> Generator[Completion, None, None]:
+    def _generate(
+        self, batch: PromptBatch, max_tokens: int, options: dict[str, Any]
+    ) -> Generator[Completion, None, None]:
         """Checks the options and reads the prompts; returns the pieces as they are decoded."""
         state: State | None = options.pop("state", None)
         stop = options.pop("stop", None)
@@ -263,7 +262,7 @@ class LLM(TextModel):
         logits, state = prefill(self.model, tokens, state, progress=progress)
         logprobs = decoding.top_logprobs is not None
         rows = [
-            _Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j)
+            Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j)
             for i in range(len(tokens))
             for j in range(batch.n)
         ]
@@ -282,109 +281,4 @@ class LLM(TextModel):
             masks=decoding.masks,
             prompts=[row.prompt for row in rows],
         )
-        return _pieces(generation, rows, decoding.min_tokens)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The prompts of one call, and in which shape its completions are wanted."""
-
-    prompts: list[Prompt]
-    single: bool  # one prompt, not in a list of prompts
-    n: int
-    listed: bool  # n was given, so that each prompt gets a list
-
-    @classmethod
-    def of(cls, prompt: Prompt | Prompts, n: int | None) -> _Batch:
-        if not isinstance(prompt, Sequence):
-            raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise InputError(f"n must be a whole number of at least 1, got {n!r}")
-        single = isinstance(prompt, str) or (len(prompt) > 0 and not isinstance(prompt[0], Sequence))
-        prompts: list[Any] = [prompt] if single else list(prompt)
-        return cls(prompts, single, n or 1, n is not None)
-
-    def arrange(self, pieces: list[Completion]) -> Completion | list[Completion] | list[list[Completion]]:
-        """Completions out of the pieces of all of them, as `generate` returns them."""
-        rows: list[list[Completion]] = [[] for _ in range(len(self.prompts) * self.n)]
-        for piece in pieces:
-            rows[piece.index * self.n + piece.choice].append(piece)
-        completions = [joined(parts) for parts in rows]
-        if self.listed:
-            lists = [completions[i : i + self.n] for i in range(0, len(completions), self.n)]
-            return lists[0] if self.single else lists
-        return completions[0] if self.single else completions
-
-
-class _Row:
-    """One completion on its way: tokens in, pieces of text out."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: list[int],
-        text: str,
-        stops: Sequence[str],
-        logprobs: bool,
-        index: int,
-        choice: int,
-    ):
-        """text: what the state stands for before the completion."""
-        self.tokenizer, self.prompt, self.text = tokenizer, prompt, text
-        self.index, self.choice = index, choice
-        self.decoder = tokenizer.stream()
-        self.buffer = StopStringBuffer(stops)
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = [] if logprobs else None
-        self.passed_on = 0  # tokens that a piece was made of
-
-    def push(self, event: Event, min_tokens: int) -> Completion | None:
-        """Takes an event; returns the next piece, if there is one."""
-        finish_reason = event.finish_reason
-        if event.token is None:
-            text = self.buffer.push(self.decoder.finish()) + self.buffer.finish()
-        else:
-            self.token_ids.append(event.token)
-            if self.logprobs is not None and event.logprob is not None:
-                self.logprobs.append(event.logprob)
-            text = self.decoder.push(event.token)
-            if len(self.token_ids) > min_tokens:
-                text = self.buffer.push(text)
-        if self.buffer.stopped:
-            finish_reason = "stop"
-        if not text and finish_reason is None:
-            return None
-        begin, self.passed_on = self.passed_on, len(self.token_ids)
-        return Completion(
-            text=text,
-            token_ids=self.token_ids[begin:],
-            finish_reason=finish_reason,
-            logprobs=None if self.logprobs is None else self.logprobs[begin:],
-            usage=Usage(len(self.prompt), len(self.token_ids)),
-            index=self.index,
-            choice=self.choice,
-            make_state=self._state_of(event, last=finish_reason is not None),
-        )
-
-    def _state_of(self, event: Event, last: bool) -> Callable[[], State]:
-        """The state after an event, cut out of the batch's when it is asked for; the last is cut at once, for the batch
-        holds the memory of all rows."""
-        count = len(self.token_ids)
-
-        def with_text(state: State) -> State:
-            return state.with_texts([self.text + self.tokenizer.decode(self.token_ids[:count])])
-
-        if last:
-            return partial(with_text, event.state)
-        return lambda: with_text(event.state)
-
-
-def _pieces(generation: Generation, rows: list[_Row], min_tokens: int) -> Generator[Completion, None, None]:
-    """The pieces of all rows, as they are decoded."""
-    for event in generation:
-        row = rows[event.index]
-        piece = row.push(event, min_tokens)
-        if row.buffer.stopped:
-            generation.drop(event.index)
-        if piece is not None:
-            yield piece
+        return stream_pieces(generation, rows, decoding.min_tokens)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..models import State
+from ..progress import Progress
 from ..text.tokenizers import Tokenizer
-from .sampling import Mask, Sampling, SamplingOptions
+from .sampling import Mask, Sampling, SamplingOptions, UnseededOptions
 
 Prompt = str | Sequence[int]  # a text, or token ids that are read as they are
-Progress = Callable[[int, int], object]  # called with the prompt tokens read so far, and of how many
+Prompts = list[str] | list[list[int]] | list[Prompt]  # lists, because a str is a sequence of str too
 
 
-class DecodeOptions(TypedDict, total=False):
+class DecodeOptions(UnseededOptions, total=False):
     """How tokens are drawn, and when it ends.
 
     sampling: a Sampling for all prompts, or one a prompt; the options below replace its fields.
@@ -33,17 +34,7 @@ class DecodeOptions(TypedDict, total=False):
     """
 
     sampling: Sampling | Sequence[Sampling] | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    presence_penalty: float
-    frequency_penalty: float
-    penalty_decay: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float]
     seed: int | Sequence[int] | None
-    order: str
     min_tokens: int
     stop_token_ids: Sequence[int]
     ignore_eos: bool

@@ -29,8 +29,8 @@ OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a te
 Mask = Callable[[Sequence[int]], "Tensor | None"]
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The fields of `Sampling` as keyword arguments."""
+class UnseededOptions(TypedDict, total=False):
+    """The fields of `Sampling` but for the seed, as keyword arguments."""
 
     temperature: float
     top_k: int
@@ -41,8 +41,13 @@ class SamplingOptions(TypedDict, total=False):
     penalty_decay: float
     repetition_penalty: float
     logit_bias: Mapping[int, float]
-    seed: int | None
     order: str
+
+
+class SamplingOptions(UnseededOptions, total=False):
+    """The fields of `Sampling` as keyword arguments."""
+
+    seed: int | None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from ..checkpoint import read_time_state
 from ..errors import InputError
 from ..models import Model, State
+from ..progress import Progress
 from ..text.tokenizers import Tokenizer
 from .generate import prefill
-from .options import Progress, Prompt
+from .options import Prompt
 
 
 class TextModel:

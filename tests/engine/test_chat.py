@@ -33,7 +33,7 @@ def assert_same(a: State, b: State, tolerance: float = 1e-8) -> None:
 
 
 def last(chat: Chat):
-    return chat._heads[chat.branch]
+    return chat._tree.heads[chat.branch]
 
 
 def talk(scripted, *replies, template="story", system=None, **options):
@@ -424,7 +424,7 @@ def test_save_and_load(llm, tmp_path, system):
     other.switch("main")
     other.undo()
     chat.switch("other")
-    assert len({id(turn) for turn in (last(other), other._heads["other"].before)}) == 1
+    assert len({id(turn) for turn in (last(other), other._tree.heads["other"].before)}) == 1
 
 
 def test_an_empty_conversation_is_saved_too(llm, tmp_path):
@@ -482,7 +482,7 @@ def test_a_failed_save_leaves_the_old_file(llm, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("heronry.engine.chat.save_file", full)
+    monkeypatch.setattr("heronry.engine.conversation.save_file", full)
     with pytest.raises(OSError, match="no space"):
         chat.save(tmp_path / "talk")
     assert (tmp_path / "talk").read_bytes() == whole

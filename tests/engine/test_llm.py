@@ -197,7 +197,7 @@ def test_tokens_of_several_bytes(random_checkpoint, tmp_path):
         chat = llm.chat(template="story")
         assert chat.say("Hello", max_tokens=20, seed=seed).text == chat.messages[1]["content"]
         chat.say("Où", max_tokens=20, seed=seed)
-        turn = chat._heads["main"]
+        turn = chat._tree.heads["main"]
         assert turn.state.texts[0] + turn.owed == chat.text
 
 

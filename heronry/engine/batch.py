@@ -1,0 +1,122 @@
+"""From the prompts of one call to its completions: tokens in, pieces of text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..errors import InputError
+from ..models import State
+from ..text.tokenizers import Tokenizer
+from .completion import Completion, TokenLogprob, Usage, joined
+from .generate import Event, Generation
+from .options import Prompt, Prompts
+from .stop_strings import StopStringBuffer
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one call, and in which shape its completions are wanted."""
+
+    prompts: list[Prompt]
+    single: bool  # one prompt, not in a list of prompts
+    n: int
+    listed: bool  # n was given, so that each prompt gets a list
+
+    @classmethod
+    def parse(cls, prompt: Prompt | Prompts, n: int | None) -> PromptBatch:
+        """From the arguments of `LLM.generate`; InputError where they are of another type or out of range."""
+        if not isinstance(prompt, Sequence):
+            raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise InputError(f"n must be a whole number of at least 1, got {n!r}")
+        single = isinstance(prompt, str) or (len(prompt) > 0 and not isinstance(prompt[0], Sequence))
+        prompts: list[Any] = [prompt] if single else list(prompt)
+        return cls(prompts, single, n or 1, n is not None)
+
+    def arrange(self, pieces: list[Completion]) -> Completion | list[Completion] | list[list[Completion]]:
+        """Completions out of the pieces of all of them, as `generate` returns them."""
+        rows: list[list[Completion]] = [[] for _ in range(len(self.prompts) * self.n)]
+        for piece in pieces:
+            rows[piece.index * self.n + piece.choice].append(piece)
+        completions = [joined(parts) for parts in rows]
+        if self.listed:
+            lists = [completions[i : i + self.n] for i in range(0, len(completions), self.n)]
+            return lists[0] if self.single else lists
+        return completions[0] if self.single else completions
+
+
+class Row:
+    """One completion while it is generated: takes events, gives pieces of text."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        text: str,
+        stops: Sequence[str],
+        logprobs: bool,
+        index: int,
+        choice: int,
+    ):
+        """text: what the state stands for before the completion."""
+        self.tokenizer, self.prompt, self.text = tokenizer, prompt, text
+        self.index, self.choice = index, choice
+        self.decoder = tokenizer.stream()
+        self.buffer = StopStringBuffer(stops)
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self.passed_on = 0  # tokens that a piece was made of
+
+    def push(self, event: Event, min_tokens: int) -> Completion | None:
+        """Takes an event; returns the next piece, if there is one."""
+        finish_reason = event.finish_reason
+        if event.token is None:
+            text = self.buffer.push(self.decoder.finish()) + self.buffer.finish()
+        else:
+            self.token_ids.append(event.token)
+            if self.logprobs is not None and event.logprob is not None:
+                self.logprobs.append(event.logprob)
+            text = self.decoder.push(event.token)
+            if len(self.token_ids) > min_tokens:
+                text = self.buffer.push(text)
+        if self.buffer.stopped:
+            finish_reason = "stop"
+        if not text and finish_reason is None:
+            return None
+        begin, self.passed_on = self.passed_on, len(self.token_ids)
+        return Completion(
+            text=text,
+            token_ids=self.token_ids[begin:],
+            finish_reason=finish_reason,
+            logprobs=None if self.logprobs is None else self.logprobs[begin:],
+            usage=Usage(len(self.prompt), len(self.token_ids)),
+            index=self.index,
+            choice=self.choice,
+            make_state=self._state_of(event, last=finish_reason is not None),
+        )
+
+    def _state_of(self, event: Event, last: bool) -> Callable[[], State]:
+        """The state after an event, cut out of the batch's when it is asked for; the last is cut at once, for the batch
+        holds the memory of all rows."""
+        count = len(self.token_ids)
+
+        def with_text(state: State) -> State:
+            return state.with_texts([self.text + self.tokenizer.decode(self.token_ids[:count])])
+
+        if last:
+            return partial(with_text, event.state)
+        return lambda: with_text(event.state)
+
+
+def stream_pieces(generation: Generation, rows: list[Row], min_tokens: int) -> Generator[Completion, None, None]:
+    """The pieces of all rows, as they are decoded."""
+    for event in generation:
+        row = rows[event.index]
+        piece = row.push(event, min_tokens)
+        if row.buffer.stopped:
+            generation.drop(event.index)
+        if piece is not None:
+            yield piece

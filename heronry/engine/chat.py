@@ -1,15 +1,14 @@
-"""Conversations as a tree of kept states: whatever was read once is never read again.
+"""Conversations as a tree of kept states: nothing is read twice.
 
-A turn keeps two moments: after the template's "Assistant:", with the logits of the first word of the answer
-(`retry` draws from them), and after the answer (the next message goes on from there; `undo`, `fork` and `switch`
-only choose which one).
+A turn keeps two states: after the template's "Assistant:", with the logits of the answer's first token (`retry` draws
+from them), and after the answer (the next message continues from there; `undo`, `fork` and `switch` only choose which).
 
-The second moment stands for exactly this: the prompt, the answer as the model wrote it without white space at its
-end, and the template's separator in front of the next message. An answer is often cut inside of what the model has
-read (a stop string, white space, half a character), so the states of the last steps are kept until it is certain
-what they stand for. The rule: of these, take the longest whose text the conversation begins with; what is missing
-is `owed`, and read in front of the next message. Mostly that is the separator. If a token crosses the cut (".\\n\\nU"),
-its share before the cut is owed as well: a part of one token is then all that is read a second time.
+The second state covers exactly the prompt, the answer as the model wrote it without white space at its end, and the
+template's separator in front of the next message. An answer often ends inside what the model has read (a stop string,
+white space, half a character), so the states of the last steps are kept until it is certain what they cover. The rule:
+of these, take the longest whose text is a prefix of the conversation; the rest is `owed`, and read in front of the next
+message. Mostly that is the separator. If a token crosses the end (".\\n\\nU"), its share before the end is owed as
+well: at most a part of one token is read again.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
 class Chat:
     """A conversation with branches.
 
-    An answer that is broken off (Ctrl-C, a stream that is closed) keeps what was handed out of it. A stream that
-    is still open when its branch moves on ends there.
+    An answer that is interrupted (Ctrl-C, a stream that is closed) keeps what was handed out of it. A stream that is
+    still open when its branch moves on ends there.
     """
 
     def __init__(
@@ -65,15 +64,15 @@ class Chat:
         )
         if isinstance(name, str) and name not in TEMPLATES:
             raise InputError(f"unknown chat template {name!r}; choose from {', '.join(TEMPLATES)}")
-        known: Template = TEMPLATES[name] if isinstance(name, str) else name
+        chosen: Template = TEMPLATES[name] if isinstance(name, str) else name
         messages = read_messages(([{"role": "system", "content": system}] if system else []) + list(history))
         if messages and messages[-1]["role"] == "user":
             raise InputError("the history must end with an answer")
         if messages and messages[0]["role"] == "system":
-            messages[0]["content"] = known.clean(messages[0]["content"])
+            messages[0]["content"] = chosen.clean(messages[0]["content"])
         self._llm = llm
-        opening = llm.state(known.render_history(messages)) if messages else None
-        self._tree = ConversationTree(known, messages, opening)
+        opening = llm.state(chosen.render_history(messages)) if messages else None
+        self._tree = ConversationTree(chosen, messages, opening)
 
     @property
     def template(self) -> Template:

@@ -2,8 +2,8 @@
 
 - prompts of any lengths are read packed in one row, a bounded number of tokens a call
 - decoding runs one step for all unfinished sequences as a batch [B, 1]; finished rows leave it
-- a token is handed out once the model has read it, so the state beside it stands for everything handed out so
-  far: whoever stops here, for whatever reason, can go on from that state without reading anything again
+- a token is handed out once the model has read it, so the state beside it covers everything handed out so far:
+  generation that is stopped here, for whatever reason, can continue from that state without reading anything again
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Generation:
         self._drawn: list[list[int]] = [[] for _ in samplings]
 
     def drop(self, index: int) -> None:
-        """Ends a sequence from outside; no event of it follows."""
+        """Stop a sequence early; no further event of it comes."""
         self._dropped.add(index)
 
     def _pick(self, index: int, logits: Tensor, step: int) -> tuple[int, TokenLogprob | None]:
@@ -151,7 +151,7 @@ class Generation:
                 yield Event(i, None, "length", None, state, row)
 
     def run(self) -> list[Result]:
-        """All of it at once: one Result a sequence."""
+        """Run to the end: one Result a sequence."""
         results = [Result([], None, None) for _ in self._samplers]
         for event in self:
             tokens = results[event.index].tokens
@@ -195,7 +195,7 @@ def prefill(
     """Reads token ids: the logits [S, V] after the last token of each prompt, and the state of S rows.
 
     Args:
-        state: what each prompt goes on from, one row a prompt; None = nothing.
+        state: what each prompt continues, one row a prompt; None = nothing.
         chunk: tokens a model call at most, of all prompts together.
         progress: called after every model call with (tokens read, tokens in all).
 

@@ -1,6 +1,6 @@
 """Text in, text out: a model, its tokenizer and the engine together.
 
-- nothing here changes after construction: a generation that is broken off, by Ctrl-C, by closing it or by cancelling
+- nothing here changes after construction: a generation that is interrupted, by Ctrl-C, by closing it or by cancelling
   its task, leaves everything as usable as before
 - a stop string never shows in the output, nor does a part of one while text is streamed
 """
@@ -41,10 +41,7 @@ DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usuall
 
 
 class LLM(TextModel):
-    """A language model that reads and writes text.
-
-    Attributes: see `TextModel`.
-    """
+    """A language model that reads and writes text. See `TextModel` for its attributes."""
 
     def __init__(
         self,

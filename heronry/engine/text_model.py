@@ -1,4 +1,4 @@
-"""A model with its tokenizer and what its texts begin with: what completions and conversations both stand on."""
+"""A model with its tokenizer and what its texts begin with: the common base of completions and conversations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .options import Prompt
 
 
 class TextModel:
-    """Reads text: text to token ids, token ids to a state.
+    """Encodes text and reads it into a state.
 
     Attributes:
-        model, tokenizer: what it is made of.
-        chat_template: the name of the template that its conversations have; None = not known.
-        opening: token ids read in front of every text that begins from nothing. A model that always saw a mark
-            there in training expects it; a folder's config.json names them as "opening_tokens".
+        model, tokenizer: a `Model` and the `Tokenizer` for its vocabulary.
+        chat_template: the name of the template of its conversations; None = unknown.
+        opening: token ids read in front of every text that begins from nothing, like the end-of-text token that a model
+            always saw there in training; "opening_tokens" in a folder's config.json.
         start: the state of one row that a text begins from, in front of the opening; None = the model's own.
     """
 
@@ -73,7 +73,7 @@ class TextModel:
         return [int(token) for token in prompt]
 
     def state(self, text: Prompt, state: State | None = None, *, progress: Progress | None = None) -> State:
-        """The state after reading a text, from nothing or going on from `state`; one row that knows its text.
+        """The state after reading a text, from nothing or continuing `state`; one row that knows its text.
 
         progress: called with (tokens read, tokens in all).
         """

@@ -184,12 +184,16 @@ class Model(Network):
         return self._step if self._step.is_available() else None
 
     def is_unmodified(self) -> bool:
-        """Whether it is made of the modules that its class makes, packed matrices apart: no adapters, no surgery."""
+        """Whether it consists of the modules that its class creates, packed matrices apart: no adapters, no surgery."""
         with torch.device("meta"):
-            made = type(self)(self.config)
-        kinds = {name: (Linear, PackedLinear) if type(m) is Linear else (type(m),) for name, m in made.named_modules()}
-        found = dict(self.named_modules())
-        return kinds.keys() == found.keys() and all(type(found[name]) in kind for name, kind in kinds.items())
+            fresh = type(self)(self.config)
+        expected = {
+            name: (Linear, PackedLinear) if type(m) is Linear else (type(m),) for name, m in fresh.named_modules()
+        }
+        modules = dict(self.named_modules())
+        return expected.keys() == modules.keys() and all(
+            type(modules[name]) in types for name, types in expected.items()
+        )
 
     def validate_inputs(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
@@ -233,8 +237,10 @@ class Model(Network):
 
 
 def replace_embeddings(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
-    """While it is entered (`with`), `vectors` [B, T, C] are what the embedding makes of `tokens` [B, T]. The C++ step
-    does not run for a model that has hooks."""
+    """In the `with` block of what is returned, the embedding of `tokens` [B, T] is `vectors` [B, T, C].
+
+    The C++ step does not run for a model that has hooks.
+    """
     vectors = vectors.to(model.emb.weight.dtype)
-    # of these tokens only: another thread may be reading its own
-    return model.emb.register_forward_hook(lambda _, given, made: vectors if given[0] is tokens else made)
+    # for this tensor of tokens only: another thread may be reading its own
+    return model.emb.register_forward_hook(lambda _, inputs, output: vectors if inputs[0] is tokens else output)

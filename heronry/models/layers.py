@@ -108,11 +108,11 @@ def group_norm(y: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 def count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
     """How many blocks a checkpoint holds; none may be missing in between."""
-    found = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
-    missing = sorted(set(range(len(found))) - found)
+    layers = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
+    missing = sorted(set(range(len(layers))) - layers)
     if missing:
         raise InputError(f"blocks.{missing[0]} is missing")
-    return len(found)
+    return len(layers)
 
 
 def check_heads(config: Any) -> None:

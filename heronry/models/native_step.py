@@ -92,11 +92,11 @@ class NativeStep:
 
     @staticmethod
     def _table(named: dict[str, Tensor], names: Any, prefix: str) -> Any:
-        """Tensors in the order of the names that the library tells; one that a layer has not is all zeros."""
+        """The tensors in the order of the library's own list of names; one that a layer does not have is all zeros."""
         names.restype = ctypes.c_char_p
-        wanted = names().decode().split()
-        table = (_Tensor * len(wanted))()
-        for place, name in enumerate(wanted):
+        fields = names().decode().split()
+        table = (_Tensor * len(fields))()
+        for place, name in enumerate(fields):
             x = named.get(prefix + name)
             if x is None:
                 continue
@@ -111,8 +111,8 @@ class NativeStep:
 
     def is_current(self) -> bool:
         """Whether the model is still the one that this step was made for."""
-        found = chain.from_iterable(map(dict.values, self.parts))
-        same = all(map(is_, self.objects, found)) and next(found, None) is None
+        objects = chain.from_iterable(map(dict.values, self.parts))
+        same = all(map(is_, self.objects, objects)) and next(objects, None) is None
         return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
     def is_available(self) -> bool:
@@ -177,6 +177,6 @@ class NativeStep:
         """Along time, with the state carried on."""
         logits: list[Tensor] = []
         for piece in tokens.split(MAX_CALL_TOKENS // len(tokens), dim=1):
-            found, state = self(piece, state, None, last_only)
-            logits = [found] if last_only else [*logits, found]
+            output, state = self(piece, state, None, last_only)
+            logits = [output] if last_only else [*logits, output]
         return torch.cat(logits, 1), state

@@ -114,8 +114,8 @@ def check_sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int,
 def check_shape(operator: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
     """ValueError unless `x` is floating point and has one of these shapes."""
     if tuple(x.shape) not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{operator}: {name} must have shape {wanted}, got {list(x.shape)}")
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{operator}: {name} must have shape {expected}, got {list(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{operator}: {name} must be floating point, got {x.dtype}")
 

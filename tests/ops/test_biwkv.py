@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -14,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heronry import build
 from heronry.ops import dispatch
 from heronry.ops.biwkv import BODIES, biwkv
+from heronry.ops.biwkv import recurrent as streaming
 
 from .cases import Arguments, assert_close, to
 from .test_native import last_axis_dense, scattered, threads  # noqa: F401
-
-streaming = importlib.import_module("heronry.ops.biwkv.recurrent")  # the package's own name is the operator's
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("biwkv"), reason="there is no C++ compiler")
 

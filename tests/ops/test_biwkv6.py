@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
 from heronry.ops import dispatch
 from heronry.ops.biwkv6 import BODIES, biwkv6
+from heronry.ops.biwkv6 import recurrent as body
 
 from .cases import Arguments, assert_close, to
 from .test_native import threads  # noqa: F401
-
-body = importlib.import_module("heronry.ops.biwkv6.recurrent")  # the package's own name is the operator's
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("wkv6"), reason="there is no C++ compiler")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch import check_shape, check_sizes, longest_sequence, select_body
-from .chunked import chunked
-from .cpu import cpu
-from .recurrent import recurrent
-from .reference import reference
-from .released import released
+from . import chunked, cpu, recurrent, reference, released
 
-BODIES = {"reference": reference, "chunked": chunked, "recurrent": recurrent, "cpu": cpu}
+__all__ = ["BODIES", "biwkv"]
+
+BODIES = {
+    "reference": reference.reference,
+    "chunked": chunked.chunked,
+    "recurrent": recurrent.recurrent,
+    "cpu": cpu.cpu,
+}
 
 
 def biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, segments: int | None = None, impl: str = "auto") -> Tensor:
@@ -46,9 +49,9 @@ def biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, segments: int | Non
             raise ValueError(f"biwkv: segments must be at least 1, got {segments}")
         if impl not in ("auto", "chunked"):
             raise ValueError(f"biwkv has no body {impl!r} with segments; choose one of auto, chunked")
-        return select_body("biwkv", "chunked", {"chunked": released}, longest_sequence(tokens, None), k.device)(
-            log_w, k, v, u, segments
-        )
+        return select_body(
+            "biwkv", "chunked", {"chunked": released.released}, longest_sequence(tokens, None), k.device
+        )(log_w, k, v, u, segments)
     # without C++ the plain loop is the faster body on a CPU, however long
     many = 1 if k.device.type == "cpu" else longest_sequence(tokens, None)
     return select_body("biwkv", impl, BODIES, many, k.device)(log_w, k, v, u)

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..dispatch import check_shape, check_sizes, state_dtype
 from ..wkv6 import BODIES as WKV6_BODIES
 from ..wkv6 import wkv6
-from .recurrent import recurrent
+from . import recurrent
+
+__all__ = ["BODIES", "biwkv6"]
 
 BODIES = (*WKV6_BODIES, "recurrent")
 
@@ -40,7 +42,7 @@ def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: s
     if impl != "auto" and impl not in BODIES:
         raise ValueError(f"biwkv6 has no body {impl!r}; choose one of auto, {', '.join(BODIES)}")
     if impl == "recurrent":
-        return recurrent(r, log_w, k, v, u)
+        return recurrent.recurrent(r, log_w, k, v, u)
     wide = v.to(state_dtype(r))  # and so both directions: only their sum is rounded
     past, _ = wkv6(r, log_w, k, wide, u, impl=impl)
     back = [x.flip(1) for x in (r, log_w, k, wide)]

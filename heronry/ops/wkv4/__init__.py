@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..dispatch import check_shape, check_sizes, longest_sequence, select_body, state_dtype
 from ..packing import boundaries
-from .chunked import NOTHING, chunked
-from .cpu import cpu
-from .reference import reference
+from . import chunked, cpu, reference
+from .chunked import NOTHING
 
-BODIES = {"reference": reference, "chunked": chunked, "cpu": cpu}
+__all__ = ["BODIES", "wkv4"]
+
+BODIES = {"reference": reference.reference, "chunked": chunked.chunked, "cpu": cpu.cpu}
 
 
 def wkv4(

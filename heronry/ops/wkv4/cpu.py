@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import call
 from ..dispatch import native_library, needs_gradients, select_entry_point
 
-CHUNK = 16  # tokens from one kept state to the next
+CHUNK = 16  # tokens from one saved state to the next
 
 
 def cpu(
@@ -74,16 +74,16 @@ def backward(
     k: Tensor,
     v: Tensor,
     u: Tensor,
-    kept: Tensor,
+    saved_states: Tensor,
     dy: Tensor,
     dfinal: Tensor,
     cu: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of log_w, k, v, u and of the initial state."""
-    dlog_w, dk, dv, du, dstate = _fake_backward(log_w, k, v, u, kept, dy, dfinal, cu)
+    dlog_w, dk, dv, du, dstate = _fake_backward(log_w, k, v, u, saved_states, dy, dfinal, cu)
     # one gradient a sequence, added in one order: the same for any number of threads
     dlog_w_parts, du_parts = dfinal.new_empty(2, len(dfinal), 1, k.shape[2])
-    tensors = (log_w[None, None], k, v, u[None, None], kept, dy, dfinal.contiguous())
+    tensors = (log_w[None, None], k, v, u[None, None], saved_states, dy, dfinal.contiguous())
     gradients = (dlog_w_parts, dk, dv, du_parts, dstate)
     call(native_library("wkv4").wkv4_backward, (*tensors, *gradients), cu, len(dfinal), *k.shape[1:], CHUNK)
     dlog_w.copy_(dlog_w_parts.sum((0, 1)))
@@ -97,7 +97,7 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     u: Tensor,
-    kept: Tensor,
+    saved_states: Tensor,
     dy: Tensor,
     dfinal: Tensor,
     cu: Sequence[int] | None,

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..dispatch import check_shape, check_sizes, longest_sequence, select_body, state_dtype
 from ..packing import boundaries
-from .chunked import chunked
-from .cpu import cpu
-from .reference import reference
+from . import chunked, cpu, reference
 
-BODIES = {"reference": reference, "chunked": chunked, "cpu": cpu}
+__all__ = ["BODIES", "wkv5"]
+
+BODIES = {"reference": reference.reference, "chunked": chunked.chunked, "cpu": cpu.cpu}
 
 
 def wkv5(

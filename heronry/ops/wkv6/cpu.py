@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import call
 from ..dispatch import native_library, needs_gradients, select_entry_point
 
-CHUNK = 32  # tokens from one kept state to the next
+CHUNK = 32  # tokens from one saved state to the next
 
 
 def cpu(
@@ -78,18 +78,18 @@ def backward(
     k: Tensor,
     v: Tensor,
     u: Tensor,
-    kept: Tensor,
+    saved_states: Tensor,
     dy: Tensor,
     dfinal: Tensor,
     cu: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, log_w, k, v, u and of the initial state."""
     constant = log_w.ndim == 2
-    dr, dlog_w, dk, dv, du, dstate = _fake_backward(r, log_w, k, v, u, kept, dy, dfinal, cu)
+    dr, dlog_w, dk, dv, du, dstate = _fake_backward(r, log_w, k, v, u, saved_states, dy, dfinal, cu)
     # what all tokens share is summed a sequence by one thread, then over sequences: the same for any number of threads
     du_parts = dfinal.new_empty(len(dfinal), 1, *u.shape)
     dlog_w_parts = torch.empty_like(du_parts) if constant else dlog_w
-    tensors = (r, log_w.expand(r.shape), k, v, u[None, None], kept, dy, dfinal.contiguous())
+    tensors = (r, log_w.expand(r.shape), k, v, u[None, None], saved_states, dy, dfinal.contiguous())
     gradients = (dr, dlog_w_parts, dk, dv, du_parts, dstate)
     call(native_library("wkv6").wkv6_backward, (*tensors, *gradients), cu, len(dfinal), *r.shape[1:], CHUNK, constant)
     du.copy_(du_parts.sum((0, 1)))
@@ -105,7 +105,7 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     u: Tensor,
-    kept: Tensor,
+    saved_states: Tensor,
     dy: Tensor,
     dfinal: Tensor,
     cu: Sequence[int] | None,

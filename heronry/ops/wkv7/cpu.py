@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import call
 from ..dispatch import native_library, needs_gradients, select_entry_point
 
-CHUNK = 32  # tokens from one kept state to the next
+CHUNK = 32  # tokens from one saved state to the next
 
 
 def cpu(
@@ -78,16 +78,16 @@ def backward(
     v: Tensor,
     a: Tensor,
     b: Tensor,
-    kept: Tensor,
+    saved_states: Tensor,
     dy: Tensor,
     dfinal: Tensor,
     cu: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, log_w, k, v, a, b and of the initial state."""
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _fake_backward(
-        r, log_w, k, v, a, b, kept, dy, dfinal, cu
+        r, log_w, k, v, a, b, saved_states, dy, dfinal, cu
     )
-    tensors = (r, log_w, k, v, a, b, kept, dy, dfinal.contiguous(), *gradients)
+    tensors = (r, log_w, k, v, a, b, saved_states, dy, dfinal.contiguous(), *gradients)
     call(native_library("wkv7").wkv7_backward, tensors, cu, len(dfinal), *r.shape[1:], CHUNK)
     return gradients
 
@@ -100,7 +100,7 @@ def _fake_backward(
     v: Tensor,
     a: Tensor,
     b: Tensor,
-    kept: Tensor,
+    saved_states: Tensor,
     dy: Tensor,
     dfinal: Tensor,
     cu: Sequence[int] | None,

@@ -1,8 +1,9 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and where there is space for them."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_free_space(size: int, path: Path) -> None:
+    """InputError if the disk of `path` has fewer than `size` bytes left."""
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(f"{path}: needs {size / 1e6:,.0f} MB, but {folder} has only {free / 1e6:,.0f} MB left")
 
 
 def _umask() -> int:

@@ -1,8 +1,8 @@
-"""Weight-only quantization: the large matrices in 8 or 4 bits, everything else as it was.
+"""Weight-only quantization: the large matrices in 8 or 4 bits, everything else unchanged.
 
-int8 takes 8.5 bits a weight, int4 4.5, the scales of the groups of 32 included (ops/packed says what they mean). A
-group has its own scale, so a weight out of the ordinary coarsens only the 31 beside it. Embeddings, norms, mixes,
-decays, low-rank matrices and states stay as they are.
+int8 takes 8.5 bits per weight and int4 4.5, including the scales of groups of 32 weights (ops/packed defines both).
+Each group has its own scale, so an outlier costs precision only in the 31 weights beside it. Embeddings, norms, mixes,
+decays, low-rank matrices and states are not quantized.
 """
 
 from __future__ import annotations
@@ -22,34 +22,37 @@ from .progress import ByteCounter, Progress
 
 M = TypeVar("M", bound=Network)
 
-MOST = -LEVELS[0]
-# Where the search for a scale begins: the largest weight of the group at this multiple of MOST, either way up, for the
-# levels are not symmetric.
+MAX_LEVEL = -LEVELS[0]
+# The search for an int4 scale starts with the largest weight of a group at these multiples of MAX_LEVEL; with both
+# signs, because the levels are not symmetric.
 STARTS = [sign * start for sign in (1, -1) for start in (0.84, 0.91, 0.98, 1.05)]
-BLOCK = 1 << 18  # weights at a time: fits the cache
-TINY, HUGE = 2.0**-24, 65504  # the ends of float16
+BLOCK = 1 << 18  # weights quantized at a time: fits the cache
+TINY, HUGE = 2.0**-24, 65504  # the smallest and largest float16
 
 
 def quantize(model: M, format: str, progress: Progress | None = None) -> M:
-    """Replaces the matrices of `model` by packed ones, "int8" or "int4", and returns it.
+    """Quantizes the large matrices of a model in place, and returns the model.
 
-    The model is changed in place, runs on as before and cannot be trained; `heronry.save` writes it and
-    `heronry.load` reads it back without the original.
+    A quantized model runs like the original and accepts its states, but cannot be trained. `heronry.save` writes it and
+    `heronry.load` reads it without the original.
 
-    progress: called with (bytes done, bytes in all) after each matrix; the bytes are those of the original weights.
+    Args:
+        model: in float32, bfloat16, float16 or float64.
+        format: "int8" or "int4".
+        progress: called with (bytes done, bytes in all) after each matrix; bytes of the original weights.
 
     Raises:
-        InputError: another format, a model that is quantized already, or a matrix whose rows do not divide into
-            groups of 32 weights.
+        InputError: an unknown format, a model that is already quantized or has adapters, weights that contain NaN or
+            infinity, or a matrix whose rows are not whole groups of 32 weights.
     """
-    check(model, format)
-    model.fingerprint  # noqa: B018  taken before the weights go: the states stay those of the original
+    check_quantizable(model, format)
+    model.fingerprint  # noqa: B018  computed before the weights change: states of the original still fit
     arena = Arena(model.device)
-    linears = matrices(model)
+    linears = quantizable_matrices(model)
     counter = ByteCounter(sum(linear.weight.nbytes for _, linear in linears), progress)
     for name, linear in linears:
         if not linear.weight.isfinite().all():
-            raise InputError(f"{name}.weight holds numbers that are infinite or none")
+            raise InputError(f"{name}.weight contains NaN or infinity")
         with torch.no_grad():
             replace_matrix(model, name, *FORMATS[format](linear.weight), arena)
         counter.add(linear.weight.nbytes)
@@ -57,26 +60,26 @@ def quantize(model: M, format: str, progress: Progress | None = None) -> M:
     return model
 
 
-def check(model: Network, format: str) -> None:
-    """InputError if `model` cannot be quantized so; its weights are not looked at."""
+def check_quantizable(model: Network, format: str) -> None:
+    """InputError if `model` cannot be quantized to `format`. Its weights are not read."""
     if format not in FORMATS:
-        raise InputError(f"there is no quantization {format!r}; choose one of {', '.join(FORMATS)}")
+        raise InputError(f"unknown quantization {format!r}; choose one of {', '.join(FORMATS)}")
     if model.quantization is not None:
-        raise InputError(f"the model is quantized already ({model.quantization}); begin with the original")
+        raise InputError(f"the model is already quantized ({model.quantization}); quantize the original")
     if model.adapted_from is not None:
-        raise InputError("the model has adapters beside its matrices; pack first, or merge them")
-    for name, linear in matrices(model):
+        raise InputError("the model has adapters beside its matrices; quantize first, or merge them")
+    for name, linear in quantizable_matrices(model):
         if linear.in_features % GROUP:
-            raise InputError(f"{name}.weight has rows of {linear.in_features} weights, not whole groups of {GROUP}")
+            raise InputError(f"{name}.weight has rows of {linear.in_features} weights, not a multiple of {GROUP}")
 
 
-def matrices(model: Network) -> list[tuple[str, Linear]]:
-    """The matrices that are quantized, by name."""
+def quantizable_matrices(model: Network) -> list[tuple[str, Linear]]:
+    """The names and modules of the large matrices that are not quantized yet."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
 def replace_matrix(model: Network, name: str, q: Tensor, scales: Tensor, arena: Arena) -> None:
-    """Puts a packed matrix in the place of a `Linear`; q and scales as `quantize_int8` or `quantize_int4` give them."""
+    """Replaces a `Linear` by a packed matrix; q and scales as returned by `quantize_int8` or `quantize_int4`."""
     parent, _, child = name.rpartition(".")
     data, scales = map(arena.copy, tile(q, scales))
     packed = PackedLinear(data, scales, len(q))
@@ -84,7 +87,7 @@ def replace_matrix(model: Network, name: str, q: Tensor, scales: Tensor, arena: 
 
 
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [out, in] -> q int8 [out, in] in -127 .. 127 and scales float16 [out, in / 32]; w is about q * scale."""
+    """w [out, in] -> q int8 [out, in] in -127 .. 127 and scales float16 [out, in / 32]; w ≈ q * scale."""
     groups = w.float().unflatten(1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / 127).clamp(TINY, HUGE).half()
     q = (groups / scales.float()[..., None]).round_().clamp_(-127, 127)
@@ -92,15 +95,17 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [out, in] -> packed codes uint8 [out, in / 2], scales float16 [out, in / 32]; w is about LEVELS[code] * scale.
+    """w [out, in] -> packed codes uint8 [out, in / 2] and scales float16 [out, in / 32]; w ≈ LEVELS[code] *
+    scale.
 
-    Scales may be negative. Each is searched for the least squared error.
+    Scales may be negative. Each is chosen by a search for the least squared error.
     """
-    parts = [_int4(block.float()) for block in w.split(max(1, BLOCK // w.shape[1]))]
+    parts = [_quantize_int4_block(block.float()) for block in w.split(max(1, BLOCK // w.shape[1]))]
     return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
-def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_int4_block(w: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize_int4`, for float32 [rows, in] that fit the cache."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=w.device)
     # the code nearest to (i - 128) / 2 + 1/4; between two integers the midpoint is a multiple of 1/2, so this is exact
     nearest = torch.bucketize((torch.arange(256, device=w.device) - 127.5) / 2, (levels[1:] + levels[:-1]) / 2)
@@ -110,11 +115,11 @@ def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
         return x.mul_(2).add_(128).clamp_(0, 255).int().flatten()
 
     groups = w.unflatten(1, (-1, GROUP))
-    largest = groups.abs().amax(-1, keepdim=True).clamp_min(MOST * TINY)
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(MAX_LEVEL * TINY)
     # with the best scale for given values v, sum(wv) / sum(vv), the squared error is sum(ww) - sum(wv)^2 / sum(vv)
     best = gain = torch.zeros_like(largest)
     for start in STARTS:
-        v = rounded.index_select(0, bins(groups * (MOST * start / largest))).view_as(groups)
+        v = rounded.index_select(0, bins(groups * (MAX_LEVEL * start / largest))).view_as(groups)
         wv, vv = (groups * v).sum(-1, keepdim=True), v.square().sum(-1, keepdim=True)
         better = wv.square() / vv > gain
         best = torch.where(better, wv / vv, best)

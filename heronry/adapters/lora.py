@@ -27,7 +27,7 @@ from torch import Tensor
 from ..checkpoint import check_note
 from ..errors import InputError
 from ..files import atomic_write
-from ..formats.lazy_tensor import metadata, read_safetensors
+from ..formats import safetensors_file
 from ..models import Model
 from ..models.layers import widen
 from .matrices import adaptable_matrices
@@ -153,12 +153,12 @@ def read_adapter(folder: str | Path, model: Model) -> Adapter:
             if not (folder / name).is_file():
                 raise InputError(f"the folder has no {name}")
         settings = _read_settings(folder / SETTINGS)
-        header = metadata(folder / WEIGHTS)
+        header = safetensors_file.read_metadata(folder / WEIGHTS)
         base = model.adapted_from or model.fingerprint
         if header.get("fingerprint", base) != base:
             base_name = settings.get("base_model_name_or_path")
             raise InputError("this adapter was trained on another model" + (f", {base_name}" if base_name else ""))
-        tensors = {name.removeprefix(PREFIX): x.read() for name, x in read_safetensors(folder / WEIGHTS).items()}
+        tensors = {name.removeprefix(PREFIX): x.read() for name, x in safetensors_file.read(folder / WEIGHTS).items()}
         matrices = _check_tensors(tensors, settings, model)
         notes = json.loads(header.get("notes", "{}"))
         for key, value in notes.items():

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import locate, notes
+from ..checkpoint import locate, select_notes
 from ..errors import InputError
 from ..models import Model, Network
 from ..text.tokenizers import guess_tokenizer
@@ -30,4 +30,4 @@ def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any
             tokenizer = guess_tokenizer(model.config.vocab_size, source if source.is_dir() else source.parent)
     config = json.loads((source / "config.json").read_text(encoding="utf-8")) if source.is_dir() else {}
     config |= config.get("heronry") or {}  # a config.json of Hugging Face keeps the notes under this key
-    return tokenizer if isinstance(tokenizer, Path) else None, notes(config)
+    return tokenizer if isinstance(tokenizer, Path) else None, select_notes(config)

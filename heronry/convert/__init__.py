@@ -1,5 +1,7 @@
-"""From any format to any other, proved by the logits of both."""
+"""From any format to any other, verified by comparing the logits of both files."""
 
-from .conversion import FOLDERS, GRAPHS, SUFFIXES, Converted, convert
+from .conversion import convert
+from .result import Converted
+from .target_formats import FOLDERS, GRAPHS, SUFFIXES
 
 __all__ = ["FOLDERS", "GRAPHS", "SUFFIXES", "Converted", "convert"]

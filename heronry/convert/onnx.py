@@ -1,14 +1,14 @@
-"""A model as an ONNX graph, for onnxruntime and others: float32, any batch.
+"""Models as ONNX graphs, for onnxruntime and others: float32, any batch size.
 
 - "onnx" reads any number of tokens: tokens int64 [B, T], the state -> logits [B, T, V], the new state
-- "onnx-step" reads one a sequence: tokens [B, 1] -> logits [B, 1, V]; what generates a text
-- the state is three tensors, of all layers: att_shift [L, B, C], wkv [L, B, H, N_v, N_k] (RWKV-4: [L, B, 3, A]) and
-  ffn_shift [L, B, C]; the file's metadata "heronry.state" tells what each is filled with before the first token, or,
-  of a model with a tuned state, that it is an input like any other
-- Vision-RWKV's reads pictures of the size it was trained with: images [B, 3, S, S] -> logits [B, classes]
-- matrices are multiplied for all tokens at once; only the recurrence goes from token to token, in a Scan
+- "onnx-step" reads one token per sequence, for generation: tokens [B, 1] -> logits [B, 1, V]
+- the state is three tensors for all layers: att_shift [L, B, C], wkv [L, B, H, N_v, N_k] (RWKV-4: [L, B, 3, A]) and
+  ffn_shift [L, B, C]; "heronry.state" in the metadata says what each is filled with before the first token, or "tuned"
+  where the caller must supply the tuned state
+- Vision-RWKV reads pictures of the size it was trained with: images [B, 3, S, S] -> logits [B, classes]
+- matrix products are over all tokens at once; only the recurrence goes from token to token, in a Scan
 
-torch.export takes the model apart; the recurrence, one operator there, becomes a function of the file, below.
+torch.export traces the model; the recurrence, a single operator there, becomes one of the ONNX functions below.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..ops.dispatch import has_native_body
 STATE = LayerState._fields
 INPUTS = ("tokens", *STATE)
 OUTPUTS = ("logits", *(f"{name}_out" for name in STATE))
-INSIDE = 1_800_000_000  # bytes of weights that go into the file itself; ONNX ends at 2 GiB
+MAX_INLINE = 1_800_000_000  # bytes of weights inside the file itself; the limit of ONNX is 2 GiB
 
 # As in ops/wkv4/reference.py: per channel, state (a, b, p).
 WKV4 = """
@@ -144,7 +144,7 @@ wkv7 (r, log_w, k, v, a, b, state) => (y, final)
 }
 """
 
-# As in ops/biwkv/reference.py: what is after each token, read from the last to the first, then the outputs.
+# As in ops/biwkv/reference.py: first the sums over later tokens, from the last to the first, then the outputs.
 BIWKV = """
 <domain: "heronry", opset_import: ["" : 20]>
 biwkv (log_w, k, v, u) => (y)
@@ -223,7 +223,7 @@ FUNCTIONS = {"rwkv4": WKV4, "rwkv5": WKV6, "rwkv6": WKV6, "rwkv7": WKV7, "vrwkv"
 
 
 class Graph(nn.Module):
-    """The model with its state as plain tensors, as it is exported."""
+    """A model with its state as plain tensors, for torch.export."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -231,68 +231,69 @@ class Graph(nn.Module):
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         layers = (LayerState(*parts) for parts in zip(*(x.unbind(0) for x in state), strict=True))
-        logits, left = self.model(tokens, State(layers, self.model.fingerprint))
-        return logits, *stacked(left)
+        logits, new_state = self.model(tokens, State(layers, self.model.fingerprint))
+        return logits, *stack_layers(new_state)
 
 
-def stacked(state: State) -> tuple[Tensor, ...]:
-    """The state as the graph takes it, [L, S, ...] each."""
+def stack_layers(state: State) -> tuple[Tensor, ...]:
+    """A state of S sequences as the three inputs of the graph, each [L, S, ...]."""
     return tuple(torch.stack(parts) for parts in zip(*state.layers, strict=True))
 
 
-def exported(model: Model, step: bool) -> torch.export.ExportedProgram:
-    """The model as torch.export sees it, for any number of sequences and, but for a step, of tokens."""
+def export(model: Model, step: bool) -> torch.export.ExportedProgram:
+    """Exports a model for any number of sequences, and of tokens or (step) for one token per sequence."""
     example = torch.zeros(2, 1 if step else 5, dtype=torch.int64)
     batch = torch.export.Dim("batch")
-    # the least is what the exporter can prove; the graph itself is as good for one token or two
+    # min=3 is what the exporter can prove; the graph also works for one or two tokens
     tokens: dict[int, Any] = {0: batch} if step else {0: batch, 1: torch.export.Dim("tokens", min=3)}
-    state = stacked(model.initial_state(2))
+    state = stack_layers(model.initial_state(2))
     shapes = {"tokens": tokens, "state": tuple({1: batch} for _ in state)}
     with torch.no_grad():
         return torch.export.export(Graph(model).eval(), (example, *state), dynamic_shapes=shapes)
 
 
 def write(model: Model, path: Path, name: str, step: bool) -> None:
-    """Writes an ONNX file, which is to be called `name`; the weights of a model of more than INSIDE bytes lie beside
-    it, in NAME.data.
+    """Writes an ONNX file at `path`, to be renamed to `name`; the weights of a model of more than MAX_INLINE bytes are
+    in NAME.data beside it.
 
     Raises:
-        InputError: the package onnx is not there, the model is packed or not in float32, or there is no C++ compiler.
+        InputError: the package onnx is not installed, the model is quantized or not in float32, or no C++ compiler.
     """
-    _check(model, model.dtype)
-    about = {"vocab_size": model.config.vocab_size, "heronry.state": _filling(model)}
-    _write(model, exported(model, step), INPUTS, OUTPUTS, about, path, name)
+    _check_exportable(model)
+    metadata = {"vocab_size": model.config.vocab_size, "heronry.state": _initial_values(model)}
+    _write(model, export(model, step), INPUTS, OUTPUTS, metadata, path, name)
 
 
-def write_pictures(model: VisionModel, path: Path, name: str) -> None:
-    """Likewise of a model of pictures: images [B, 3, S, S] of the size that it was trained with, any number of them, ->
-    logits [B, classes] (without a head the pooled features [B, C])."""
-    _check(model, model.pos_embed.dtype)
+def write_vision_model(model: VisionModel, path: Path, name: str) -> None:
+    """As `write`, for a picture model: images [B, 3, S, S] of the size it was trained with -> logits [B, classes], or
+    without a head the pooled features [B, C]."""
+    _check_exportable(model)
     if model.config.causal or getattr(model.config, "segments", None) is not None:
-        raise InputError("an ONNX file is made of a model as published: neither causal nor with segments")
+        raise InputError("ONNX export does not support causal picture models or segments")
     size = model.config.image_size
     example = torch.zeros(2, 3, size, size)
     with torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    about = {"image_size": size, "mean": list(MEAN), "std": list(STD)}
-    _write(model, program, ("images",), ("logits",), about, path, name)
+    metadata = {"image_size": size, "mean": list(MEAN), "std": list(STD)}
+    _write(model, program, ("images",), ("logits",), metadata, path, name)
 
 
-def _check(model: Network, dtype: torch.dtype) -> None:
+def _check_exportable(model: Network) -> None:
+    """InputError if a package is missing or the model cannot be exported."""
     try:
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401  looks at what was made
-        import onnxscript  # noqa: F401  torch's exporter is made of it
+        import onnxruntime  # noqa: F401  verifies the file
+        import onnxscript  # noqa: F401  used by torch's exporter
     except ImportError as error:
         raise InputError(
-            "ONNX files take the packages onnx, onnxscript and onnxruntime: pip install 'heronry[onnx]'"
+            "ONNX files need the packages onnx, onnxscript and onnxruntime: pip install 'heronry[onnx]'"
         ) from error
-    if model.quantization is not None or dtype != torch.float32:
-        raise InputError("an ONNX file is made of a model in float32; onnxruntime's own tools pack it")
+    if model.quantization is not None or model.dtype != torch.float32:
+        raise InputError("only float32 models can be exported to ONNX; onnxruntime's own tools quantize the file")
     for operator in ("biwkv", "wkv4", "wkv6", "wkv7"):
         if not has_native_body(operator):
             raise InputError(
-                "torch.export sees the recurrence as one operator only where C++ compiles (g++ or clang++)"
+                "ONNX export needs a C++ compiler (g++ or clang++): with it the recurrence is a single operator"
             )
 
 
@@ -301,11 +302,11 @@ def _write(
     program: torch.export.ExportedProgram,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     path: Path,
     name: str,
 ) -> None:
-    """The file of an exported model, with what is told `about` it as metadata."""
+    """Writes an exported model; the values of `metadata` are strings, or become JSON."""
     import onnx
 
     program = program.run_decompositions(
@@ -316,19 +317,19 @@ def _write(
             torch.ops.heronry.wkv7.default: _wkv7,
         }
     )
-    with warnings.catch_warnings():  # of the exporter, about itself
+    with warnings.catch_warnings():  # the exporter warns about its own deprecations
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             program, dynamo=True, verbose=False, opset_version=20, input_names=inputs, output_names=outputs
         )
-    assert made is not None
-    proto = made.model_proto
+    assert onnx_program is not None
+    proto = onnx_program.model_proto
     proto.functions.append(onnx.parser.parse_function(FUNCTIONS[model.name]))
     if not any(opset.domain == "heronry" for opset in proto.opset_import):
         proto.opset_import.add(domain="heronry", version=1)
-    for key, value in {"model": model.name, **about}.items():
+    for key, value in {"model": model.name, **metadata}.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    large = sum(p.nbytes for p in model.parameters()) > INSIDE
+    large = sum(p.nbytes for p in model.parameters()) > MAX_INLINE
     if large:
         with atomic_write(path.parent / f"{name}.data") as weights:
             onnx.save_model(proto, path, save_as_external_data=True, location=weights.name)
@@ -340,22 +341,31 @@ def _write(
         onnx.save_model(proto, path)
 
 
-def logits(path: Path, tokens: Tensor, model: Model) -> Tensor:
-    """What onnxruntime gives for tokens [1, T], one by one if the graph is a step's: [1, T, V]."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    state = [x.numpy() for x in stacked(model.initial_state())]
+def run_graph(path: Path, tokens: Tensor, model: Model) -> Tensor:
+    """onnxruntime's logits [1, T, V] for tokens [1, T], fed one by one if the graph is that of a step."""
+    session = _open_session(path)
+    state = [x.numpy() for x in stack_layers(model.initial_state())]
     single = session.get_inputs()[0].shape[1] == 1
     parts = []
-    for piece in tokens.split(1 if single else tokens.shape[1], dim=1):
-        told, *state = session.run(None, dict(zip(INPUTS, [piece.numpy(), *state], strict=True)))
-        parts.append(torch.from_numpy(told))
+    for chunk in tokens.split(1 if single else tokens.shape[1], dim=1):
+        logits, *state = session.run(None, dict(zip(INPUTS, [chunk.numpy(), *state], strict=True)))
+        parts.append(torch.from_numpy(logits))
     return torch.cat(parts, dim=1)
 
 
-def _filling(model: Model) -> dict[str, Any]:
-    """What each tensor of the state is filled with before the first token: numbers along the axis after the batch."""
+def run_vision_graph(path: Path, images: Tensor) -> Tensor:
+    """onnxruntime's logits [B, classes] for images [B, 3, S, S]."""
+    return torch.from_numpy(_open_session(path).run(None, {"images": images.numpy()})[0])
+
+
+def _open_session(path: Path) -> Any:
+    import onnxruntime  # optional, and slow to import
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def _initial_values(model: Model) -> dict[str, Any]:
+    """The values of each tensor of the state before the first token, along the axis after the batch; or "tuned"."""
     if model.config.time_state:
         return {name: "tuned" if name == "wkv" else [0.0] for name in STATE}
     if model.name == "rwkv4":
@@ -366,25 +376,31 @@ def _filling(model: Model) -> dict[str, Any]:
 
 
 def _call(name: str, y: Tensor, state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The function of the file in place of the operator, whose third output nobody reads."""
+    """A call of an ONNX function in place of the operator, whose third output is not used."""
     y, final = torch.onnx.ops.symbolic_multi_out(
         f"heronry::{name}", inputs, dtypes=(y.dtype, state.dtype), shapes=(y.shape, state.shape), version=1
     )
     return y, final, state.new_empty(0)
 
 
-def _biwkv(log_w, k, v, u):
+def _biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.onnx.ops.symbolic("heronry::biwkv", (log_w, k, v, u), dtype=v.dtype, shape=v.shape, version=1)
     return y, k.new_empty(0)
 
 
-def _wkv4(log_w, k, v, u, state, cu, keep):
+def _wkv4(
+    log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, cu: Any, keep: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return _call("wkv4", v, state, log_w, k, v, u, state)
 
 
-def _wkv6(r, log_w, k, v, u, state, cu, keep):
+def _wkv6(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, cu: Any, keep: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return _call("wkv6", v, state, r, log_w.expand(r.shape), k, v, u, state)
 
 
-def _wkv7(r, log_w, k, v, a, b, state, cu, keep):
+def _wkv7(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, cu: Any, keep: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return _call("wkv7", v, state, r, log_w, k, v, a, b, state)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .. import adapters
-from ..checkpoint import load_checkpoint, locate, notes
+from ..checkpoint import load_checkpoint, locate, select_notes
 from ..errors import InputError
 from ..models import Model, State
 from ..progress import Progress
@@ -84,7 +84,7 @@ class LLM(TextModel):
                 path, dtype = BUNDLED, dtype or "float32"
             path = locate(path)
             model, checkpoint = load_checkpoint(path, dtype, device, quantize=quantize, progress=progress)
-            described = notes(checkpoint.config)
+            described = select_notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:
                 tokenizer = HFTokenizer(path, checkpoint.tokenizer)
             elif tokenizer is None:

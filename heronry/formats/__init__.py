@@ -1,7 +1,7 @@
-"""Every file that holds an RWKV: what it is, and its tensors under BlinkDL's names (Vision-RWKV's under its own).
+"""Every file that holds an RWKV: its format, and its tensors under BlinkDL's names (Vision-RWKV's under its own).
 
-One file a format, each with its table of names, both ways. Nothing here knows a model: heronry.load makes one of what
-is read, `heronry convert` writes.
+One file per format, each with its table of names, both ways. Nothing here depends on a model: heronry.load builds one
+from what is read, heronry.convert writes.
 """
 
 from .reader import Checkpoint, read

@@ -1,8 +1,10 @@
-"""rwkv.cpp's .bin files: a header of six integers, then tensor after tensor.
+"""rwkv.cpp's .bin files: a header of six integers, then one tensor after another.
 
-Read are versions 100 and 101 in FP32, FP16, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; written is 101 in FP32 or FP16. The
-numbers are BlinkDL's but for the decay, which lies exponentiated (RWKV-4: -e^w, 5: e^-e^w), the bonus of RWKV-5.0
-likewise, what one multiplies by from the right, which lies transposed, and the six mixes of RWKV-7, which lie together.
+- reads versions 100 and 101 in FP32, FP16, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; writes 101 in FP32 or FP16
+- the decay is stored exponentiated (RWKV-4: -e^w, 5: e^-e^w), as is the bonus of RWKV-5.0
+- matrices that x is multiplied by from the right are transposed
+- the six token-shift mixes of RWKV-7 are one tensor
+
 Source: FILE_FORMAT.md and convert_pytorch_to_ggml.py of rwkv.cpp.
 """
 
@@ -18,11 +20,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .lazy_tensor import LazyTensor, Progress, Tensors, nth, squeezed, transposed, write_numbers
+from ..progress import ByteCounter
+from .ggml_types import block_bytes, dequantize
+from .lazy_tensor import LazyTensor, Tensors, nth, squeezed, transposed
+from .safetensors_file import write_numbers
 
 MAGIC = 0x67676D66
 NUMBERS = {0: torch.float32, 1: torch.float16}
-QUANTIZED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}  # as ggml has them, in blocks of 32
+QUANTIZED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}  # in blocks of 32 weights
 HEADER, TENSOR = struct.Struct("<6i"), struct.Struct("<3i")
 MIXES = [f"att.x_{name}" for name in "rwkvag"]
 TRANSPOSED = (
@@ -32,43 +37,44 @@ TRANSPOSED = (
 
 
 def is_ggml(head: bytes) -> bool:
+    """Whether a file begins like one of rwkv.cpp's."""
     return head[:4] == MAGIC.to_bytes(4, "little")
 
 
 def read(path: Path) -> Tensors:
     """The tensors under BlinkDL's names; quantized ones in float32."""
     size = path.stat().st_size
-    found: Tensors = {}
+    tensors: Tensors = {}
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
         if len(head) < HEADER.size:
-            raise InputError("damaged or truncated rwkv.cpp file (it ends inside its header)")
+            raise InputError("damaged or truncated rwkv.cpp file (it ends within its header)")
         _, version, vocab, width, layers, _ = HEADER.unpack(head)
         if version not in (100, 101):
-            raise InputError(f"rwkv.cpp file of version {version}; 100 and 101 are known")
-        while (at := file.tell()) < size:
+            raise InputError(f"rwkv.cpp file of version {version}; supported are 100 and 101")
+        while (offset := file.tell()) < size:
             try:
                 dimensions, length, kind = TENSOR.unpack(file.read(TENSOR.size))
                 if not 1 <= dimensions <= 4 or not 0 < length < 1000:
-                    raise InputError(f"damaged rwkv.cpp file (no tensor begins at byte {at})")
+                    raise InputError(f"damaged rwkv.cpp file (no tensor begins at byte {offset})")
                 shape = struct.unpack(f"<{dimensions}i", file.read(4 * dimensions))[::-1]
                 name = file.read(length).decode()
             except (struct.error, UnicodeDecodeError) as error:
-                raise InputError(f"damaged or truncated rwkv.cpp file (at byte {at})") from error
-            found[name], end = _tensor(path, name, kind, torch.Size(shape), file.tell())
+                raise InputError(f"damaged or truncated rwkv.cpp file (at byte {offset})") from error
+            tensors[name], end = _read_tensor(path, name, kind, torch.Size(shape), file.tell())
             if end > size:
-                raise InputError(f"truncated rwkv.cpp file: {name} goes on after its end")
+                raise InputError(f"truncated rwkv.cpp file: {name} is incomplete")
             file.seek(end)
-    emb = found.get("emb.weight")
-    told, shown = (vocab, width, layers), tuple(emb.shape) if emb else ()
-    blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
-    if told != (*shown, blocks):
-        raise InputError(f"its header says {told} tokens, channels and layers, its tensors say {(*shown, blocks)}")
-    return _to_blinkdl(found)
+    emb = tensors.get("emb.weight")
+    n_blocks = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    in_header, in_tensors = (vocab, width, layers), (*(emb.shape if emb else ()), n_blocks)
+    if in_header != in_tensors:
+        raise InputError(f"its header says {in_header} tokens, channels and layers, its tensors say {in_tensors}")
+    return _to_blinkdl(tensors)
 
 
-def _tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> tuple[LazyTensor, int]:
-    """The tensor whose numbers begin there, and where they end."""
+def _read_tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> tuple[LazyTensor, int]:
+    """The tensor whose numbers begin at byte `begin`, and the byte after its last."""
     if min(shape) < 1:
         raise InputError(f"{name} has the shape {list(shape)}")
     if kind in NUMBERS:
@@ -80,104 +86,107 @@ def _tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> 
 
         return LazyTensor(shape, dtype, read), begin + size
     if kind not in QUANTIZED or shape[-1] % 32:
-        raise InputError(f"{name} is of ggml's type {kind}, {list(shape)}, which is not read")
-    from .gguf import block_bytes, dequantize
-
+        raise InputError(f"{name} has ggml's type {kind} and the shape {list(shape)}, which is not supported")
     size = shape.numel() // 32 * block_bytes(QUANTIZED[kind])
 
-    def unpacked() -> Tensor:
+    def read_quantized() -> Tensor:
         return dequantize(np.memmap(path, np.uint8, "r", begin, (size,)), QUANTIZED[kind]).view(shape)
 
-    return LazyTensor(shape, torch.float32, unpacked), begin + size
+    return LazyTensor(shape, torch.float32, read_quantized), begin + size
 
 
 def _to_blinkdl(tensors: Tensors) -> Tensors:
-    fourth = "blocks.0.att.ln_x.weight" not in tensors
-    fifth = not fourth and "blocks.0.att.time_mix_k" in tensors
-    gated = "blocks.0.att.gate.weight" in tensors
-    made: Tensors = {}
+    is_v4 = "blocks.0.att.ln_x.weight" not in tensors
+    is_v5 = not is_v4 and "blocks.0.att.time_mix_k" in tensors
+    has_gate = "blocks.0.att.gate.weight" in tensors
+    renamed: Tensors = {}
     for name, x in tensors.items():
         if name.endswith("att.x_rwkvag"):
             for i, mix in enumerate(MIXES):
-                made[name.replace("att.x_rwkvag", mix)] = x.map(partial(nth, i, 6))
+                renamed[name.replace("att.x_rwkvag", mix)] = x.map(partial(nth, i, 6))
             continue
         if name.endswith(TRANSPOSED):
             x = x.map(transposed)
-        elif name.endswith("att.time_decay") and fourth:
-            x = x.map(lambda x: _inverse(x, lambda w: -w.exp(), lambda y: (-y).log()))
-        elif name.endswith("att.time_decay") and fifth:
-            x = x.map(_flat).map(lambda x: _inverse(x, lambda w: (-w.exp()).exp(), lambda y: (-y.log()).log()))
+        elif name.endswith("att.time_decay") and is_v4:
+            x = x.map(lambda x: _invert(x, lambda w: -w.exp(), lambda y: (-y).log()))
+        elif name.endswith("att.time_decay") and is_v5:
+            x = x.map(_flat).map(lambda x: _invert(x, lambda w: (-w.exp()).exp(), lambda y: (-y.log()).log()))
         elif name.endswith("att.time_decay"):
             x = x.map(lambda x: x.reshape(1, 1, -1))
-        elif name.endswith("att.time_first") and fifth and not gated:
-            x = x.map(_flat).map(lambda x: _inverse(x, Tensor.exp, Tensor.log))
+        elif name.endswith("att.time_first") and is_v5 and not has_gate:
+            x = x.map(_flat).map(lambda x: _invert(x, Tensor.exp, Tensor.log))
         elif name.endswith("att.time_faaaa"):
             x = x.map(_flat)
-        made[name] = x
-    return made
+        renamed[name] = x
+    return renamed
 
 
-def _inverse(y: Tensor, of: Callable[[Tensor], Tensor], by: Callable[[Tensor], Tensor]) -> Tensor:
-    """float32 numbers w with of(w) = y: what 16 bits can hold, where that gives y, for most were made of such."""
-    exact = by(y.double())
+def _invert(y: Tensor, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Tensor:
+    """float32 w with function(w) = y. Where a 16-bit w gives exactly y it is taken: most were made from such."""
+    exact = inverse(y.double())
     w = exact.float()
     for dtype in (torch.float16, torch.bfloat16):
-        short = exact.to(dtype).float()
-        w = torch.where(of(short) == y, short, w)
+        rounded = exact.to(dtype).float()
+        w = torch.where(function(rounded) == y, rounded, w)
     return w
 
 
-def write(tensors: Tensors, path: Path, dtype: torch.dtype, progress: Progress) -> None:
-    """An rwkv.cpp file of tensors under BlinkDL's names: matrices in `dtype`, float32 or float16, the rest float32."""
+def write(tensors: Tensors, path: Path, dtype: torch.dtype, counter: ByteCounter) -> None:
+    """Writes an rwkv.cpp file of tensors under BlinkDL's names: matrices in `dtype` (float32 or float16), the rest in
+    float32.
+
+    Raises:
+        InputError: the format has no place for something in the model.
+    """
     if "blocks.0.att.time_state" in tensors:
-        raise InputError("rwkv.cpp's files have no place for a tuned initial state")
+        raise InputError("rwkv.cpp's format has no tuned initial state")
     if "blocks.0.att.ln_x.weight" in tensors and "blocks.0.att.time_decay" in tensors:
-        gated, shape = "blocks.0.att.gate.weight" in tensors, tensors["blocks.0.att.time_decay"].shape
-        if "blocks.0.att.time_maa_x" not in tensors and gated and shape[1:].numel() == 1:
-            raise InputError("rwkv.cpp takes an RWKV-5.1 for a 5.2 and computes something else")
+        has_gate, shape = "blocks.0.att.gate.weight" in tensors, tensors["blocks.0.att.time_decay"].shape
+        if "blocks.0.att.time_maa_x" not in tensors and has_gate and shape[1:].numel() == 1:
+            raise InputError("rwkv.cpp does not support RWKV-5.1: it would read it as a 5.2")
     kind = next((kind for kind, known in NUMBERS.items() if known == dtype), None)
     if kind is None:
-        raise InputError(f"rwkv.cpp's files are written in float32 or float16, not {dtype}")
+        raise InputError(f"rwkv.cpp's files are float32 or float16, not {dtype}")
     vocab, width = tensors["emb.weight"].shape
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, 101, vocab, width, layers, kind))
         for name, x in _from_blinkdl(tensors).items():
-            wide = len(x.shape) == 1 or ".time_" in name or dtype == torch.float32
-            x = x.to(torch.float32 if wide else dtype)
-            file.write(TENSOR.pack(len(x.shape), len(name.encode()), 0 if wide else 1))
+            is_float32 = len(x.shape) == 1 or ".time_" in name or dtype == torch.float32
+            x = x.to(torch.float32 if is_float32 else dtype)
+            file.write(TENSOR.pack(len(x.shape), len(name.encode()), 0 if is_float32 else 1))
             file.write(struct.pack(f"<{len(x.shape)}i", *x.shape[::-1]) + name.encode())
-            write_numbers(file, x.read(), progress)
+            write_numbers(file, x.read(), counter)
 
 
 def _from_blinkdl(tensors: Tensors) -> Tensors:
-    fourth = "blocks.0.att.ln_x.weight" not in tensors
-    fifth = not fourth and "blocks.0.att.time_mix_k" in tensors
-    made: Tensors = {}
+    is_v4 = "blocks.0.att.ln_x.weight" not in tensors
+    is_v5 = not is_v4 and "blocks.0.att.time_mix_k" in tensors
+    renamed: Tensors = {}
     for name, x in tensors.items():
         prefix, _, part = name.partition(".att.")
         if f"att.{part}" in MIXES:
             if part == "x_r":
                 parts = [tensors[f"{prefix}.{mix}"] for mix in MIXES]
-                made[f"{prefix}.att.x_rwkvag"] = LazyTensor.made(_together, *parts)
+                renamed[f"{prefix}.att.x_rwkvag"] = LazyTensor.computed(_stack, *parts)
             continue
         if ".time_" in name or name.endswith(("w0", "a0", "v0", "k_k", "k_a", "ffn.x_k")):
             x = x.map(squeezed)
         if name.endswith(TRANSPOSED):
             x = x.map(transposed)
-        elif name.endswith("att.time_decay") and fourth:
+        elif name.endswith("att.time_decay") and is_v4:
             x = x.map(lambda x: -x.float().exp())
-        elif name.endswith("att.time_decay") and fifth:
+        elif name.endswith("att.time_decay") and is_v5:
             x = x.map(lambda x: _column((-x.float().exp()).exp()))
         elif name.endswith("att.time_decay"):
             heads = tensors["blocks.0.att.time_faaaa"].shape[0]
             x = x.map(partial(_per_head, heads))
-        elif name.endswith("att.time_first") and fifth:
+        elif name.endswith("att.time_first") and is_v5:
             x = x.map(lambda x: _column(x.float().exp()))
         elif name.endswith("att.time_faaaa"):
             x = x.map(_column)
-        made[name] = x
-    return made
+        renamed[name] = x
+    return renamed
 
 
 def _column(x: Tensor) -> Tensor:
@@ -191,8 +200,10 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _per_head(heads: int, x: Tensor) -> Tensor:
+    """[C] -> [H, N, 1]."""
     return x.reshape(heads, -1, 1)
 
 
-def _together(*vectors: Tensor) -> Tensor:
+def _stack(*vectors: Tensor) -> Tensor:
+    """n x [..., C] -> [n, 1, C]."""
     return torch.stack([x.reshape(1, -1) for x in vectors])

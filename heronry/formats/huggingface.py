@@ -1,10 +1,11 @@
 """Folders in Hugging Face's layouts: config.json, and the weights as safetensors or .bin.
 
-- RWKV-4 as transformers' RwkvForCausalLM has it (RWKV/rwkv-4-*), RWKV-5 and 6 as the repositories RWKV/rwkv-5-* and
-  RWKV/rwkv-6-* do: BlinkDL's names with longer words and a prefix
-- RWKV-7 as flash-linear-attention has it (RWKV/RWKV7-Goose-*): names of its own, low-rank matrices as nn.Linear
-- what these have no place for is written under a name of the same kind, which others leave out: a tuned initial state,
-  the constant of a group norm, and what LLM should know ("heronry" in config.json)
+- RWKV-4 as in transformers' RwkvForCausalLM (RWKV/rwkv-4-*), RWKV-5 and 6 as in the repositories RWKV/rwkv-5-* and
+  RWKV/rwkv-6-*: BlinkDL's names with longer words and a prefix
+- RWKV-7 as in flash-linear-attention (RWKV/RWKV7-Goose-*): names of its own, low-rank matrices as nn.Linear
+- what these layouts lack is written under additional names: a tuned initial state, the epsilon of a group norm, and the
+  notes for LLM ("heronry" in config.json)
+
 Sources: the configuration and model classes of transformers (models/rwkv) and of flash-linear-attention (models/rwkv7).
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..errors import InputError
 from .lazy_tensor import Tensors, nth, transposed
 
-# model_type -> the class that transformers should make of it
+# model_type -> the class in transformers or in the repository
 ARCHITECTURES = {
     "rwkv": "RwkvForCausalLM",
     "rwkv5": "Rwkv5ForCausalLM",
@@ -29,7 +30,7 @@ ARCHITECTURES = {
 }
 MODEL_TYPES = {"rwkv4": "rwkv", "rwkv5": "rwkv5", "rwkv6": "rwkv6", "rwkv7": "rwkv7"}
 
-# RWKV-4 to 6: what a name consists of, ours and theirs
+# RWKV-4 to 6: the words of a name, BlinkDL's and Hugging Face's
 WORDS = {
     "emb": "rwkv.embeddings",
     "blocks": "rwkv.blocks",
@@ -50,7 +51,7 @@ FLA = {
     "ln_out.bias": "model.norm.bias",
     "head.weight": "lm_head.weight",
 }
-# and in one, "blocks.i." and "model.layers.i."
+# within a layer, "blocks.i." and "model.layers.i."
 FLA_LAYER = {
     "ln0.weight": "pre_norm.weight",
     "ln0.bias": "pre_norm.bias",
@@ -82,131 +83,134 @@ FLA_TRANSPOSED = {
 
 
 def from_blinkdl(tensors: Tensors) -> Tensors:
-    """The same under Hugging Face's names."""
+    """The same tensors under Hugging Face's names."""
     if "blocks.0.att.r_k" not in tensors:
         return {".".join(WORDS.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
-    made: Tensors = {}
+    renamed: Tensors = {}
     for name, x in tensors.items():
         if name in FLA:
-            made[FLA[name]] = x
+            renamed[FLA[name]] = x
             continue
         _, layer, part = name.split(".", 2)
         prefix = f"model.layers.{layer}."
         if part in FLA_TRANSPOSED:
-            made[prefix + FLA_TRANSPOSED[part]] = x.map(transposed)
+            renamed[prefix + FLA_TRANSPOSED[part]] = x.map(transposed)
         elif part in FLA_FLAT:
-            made[prefix + FLA_FLAT[part]] = x.map(Tensor.flatten)
+            renamed[prefix + FLA_FLAT[part]] = x.map(Tensor.flatten)
         else:
-            made[prefix + FLA_LAYER[part]] = x
-    return made
+            renamed[prefix + FLA_LAYER[part]] = x
+    return renamed
 
 
 def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
-    """The same under BlinkDL's names; what is not known keeps its own.
+    """The same tensors under BlinkDL's names; unknown names are kept.
 
-    tied: the head shares the embedding's weights and may be left out.
+    tied: the head shares the embedding's weights and may be missing.
     """
-    if "embeddings.weight" in tensors:  # of a base model, which is saved without the name it has in one with a head
-        whole = "model" if "layers.0.attn.r_k" in tensors else "rwkv"
-        tensors = {f"{whole}.{name}": x for name, x in tensors.items()}
+    if "embeddings.weight" in tensors:  # a base model, saved without the prefix that it has in a model with a head
+        prefix = "model" if "layers.0.attn.r_k" in tensors else "rwkv"
+        tensors = {f"{prefix}.{name}": x for name, x in tensors.items()}
     if "model.layers.0.attn.r_k" in tensors:
-        made = _from_fla(tensors)
+        renamed = _from_fla(tensors)
     else:
-        made = {}
+        renamed = {}
         words = {theirs: ours for ours, theirs in WORDS.items()}
         for name, x in tensors.items():
             head, _, rest = name.partition(".")
             if head == "rwkv":
                 first, _, rest = rest.partition(".")
                 head = f"rwkv.{first}"
-            made[".".join(words.get(word, word) for word in (head, *rest.split(".")))] = x
-    if tied and "emb.weight" in made:
-        made.setdefault("head.weight", made["emb.weight"])
-    return made
+            renamed[".".join(words.get(word, word) for word in (head, *rest.split(".")))] = x
+    if tied and "emb.weight" in renamed:
+        renamed.setdefault("head.weight", renamed["emb.weight"])
+    return renamed
 
 
 def _from_fla(tensors: Tensors) -> Tensors:
+    """flash-linear-attention's names of RWKV-7 -> BlinkDL's."""
     outside = {theirs: ours for ours, theirs in FLA.items()}
     inside = {theirs: ours for table in (FLA_LAYER, FLA_FLAT) for ours, theirs in table.items()}
-    turned = {theirs: ours for ours, theirs in FLA_TRANSPOSED.items()}
-    made: Tensors = {}
+    transposes = {theirs: ours for ours, theirs in FLA_TRANSPOSED.items()}
+    renamed: Tensors = {}
     for name, x in tensors.items():
         layer, _, part = name.removeprefix("model.layers.").partition(".")
         prefix = f"blocks.{layer}."
         if name in outside:
-            made[outside[name]] = x
-        elif part == "attn.x_x":  # repositories of early 2025 have the six mixes in one
+            renamed[outside[name]] = x
+        elif part == "attn.x_x":  # repositories of early 2025 have the six mixes as one tensor
             for i, mix in enumerate("rwkvag"):
-                made[f"{prefix}att.x_{mix}"] = x.map(partial(nth, i, 6))
-        elif part in turned:
-            made[prefix + turned[part]] = x.map(transposed)
+                renamed[f"{prefix}att.x_{mix}"] = x.map(partial(nth, i, 6))
+        elif part in transposes:
+            renamed[prefix + transposes[part]] = x.map(transposed)
         else:
-            made[prefix + inside[part] if part in inside else name] = x
-    return made
+            renamed[prefix + inside[part] if part in inside else name] = x
+    return renamed
 
 
-def describe(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What their config.json says, in the words of our configurations; `heronry.load` holds it against the tensors.
+def read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of Hugging Face's in the words of our configurations; `heronry.load` compares it with the tensors.
 
     Raises:
-        InputError: it asks for what these models do not have.
+        InputError: it asks for something that these models do not have.
     """
-    kind = told.get("model_type")
+    kind = theirs.get("model_type")
     if kind not in ARCHITECTURES:
-        raise InputError(f"config.json is that of model_type {kind!r}; known are {', '.join(ARCHITECTURES)}")
+        raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
     fla = kind == "rwkv7"
-    epsilon = told.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
+    epsilon = theirs.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
     if epsilon != 1e-5:
-        raise InputError(f"config.json wants layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
-    if fla and (told.get("hidden_act", "sqrelu") != "sqrelu" or not told.get("norm_first", True)):
-        raise InputError("config.json wants another activation than sqrelu or no norm before the first layer")
-    if fla and told.get("attn"):
-        raise InputError("config.json wants attention in some layers, which is no RWKV-7")
+        raise InputError(f"config.json has layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
+    if fla and (theirs.get("hidden_act", "sqrelu") != "sqrelu" or not theirs.get("norm_first", True)):
+        raise InputError(
+            "config.json has an activation other than sqrelu, or no norm before the first layer; neither is supported"
+        )
+    if fla and theirs.get("attn"):
+        raise InputError("config.json has attention in some layers, which RWKV-7 does not have")
     sizes = {
-        "vocab_size": told.get("vocab_size"),
-        "n_layer": told.get("num_hidden_layers"),
-        "n_embd": told.get("hidden_size"),
-        "dim_att": told.get("attention_hidden_size"),
-        "dim_ffn": told.get("intermediate_size"),
-        "head_size": told.get("head_dim" if fla else "head_size"),
+        "vocab_size": theirs.get("vocab_size"),
+        "n_layer": theirs.get("num_hidden_layers"),
+        "n_embd": theirs.get("hidden_size"),
+        "dim_att": theirs.get("attention_hidden_size"),
+        "dim_ffn": theirs.get("intermediate_size"),
+        "head_size": theirs.get("head_dim" if fla else "head_size"),
     }
     if fla:
-        sizes |= {f"{ours}_rank": told.get(f"{theirs}_low_rank_dim") for ours, theirs in RANKS.items()}
+        sizes |= {f"{ours}_rank": theirs.get(f"{name}_low_rank_dim") for ours, name in RANKS.items()}
         size = sizes["head_size"]
-        # fla's group norm divides by the head's size before a norm of norm_eps
-        sizes["ln_x_eps"] = told.get("ln_x_eps", _times(size) if isinstance(size, int) else None)
+        # fla's group norm has epsilon head_size * norm_eps
+        sizes["ln_x_eps"] = theirs.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
         if sizes["n_layer"] == 1:
-            sizes.pop("value_rank")  # the only layer has none, whatever is written
+            sizes.pop("value_rank")  # the only layer has none, whatever config.json says
     elif kind != "rwkv":
-        sizes |= {ours: told.get(theirs) for ours, theirs in MORE[kind].items()}
-        divisor = told.get("head_size_divisor", 8)
-        sizes["ln_x_eps"] = _times(divisor * divisor) if isinstance(divisor, int | float) else None
+        sizes |= {ours: theirs.get(name) for ours, name in VARIANT_KEYS[kind].items()}
+        divisor = theirs.get("head_size_divisor", 8)
+        sizes["ln_x_eps"] = _epsilon(divisor * divisor) if isinstance(divisor, int | float) else None
     if kind in ("rwkv", "rwkv7"):
         sizes.pop("head_size" if kind == "rwkv" else "dim_att")
-    if told.get("time_state"):
+    if theirs.get("time_state"):
         sizes["time_state"] = True
-    described = {"model": next(ours for ours, theirs in MODEL_TYPES.items() if theirs == kind)}
-    described |= {key: value for key, value in sizes.items() if value is not None}
-    return described | dict(told.get("heronry") or {})
+    config = {"model": next(name for name, model_type in MODEL_TYPES.items() if model_type == kind)}
+    config |= {key: value for key, value in sizes.items() if value is not None}
+    return config | dict(theirs.get("heronry") or {})
 
 
-# what RWKV-5 and 6 of the hub are in one way only, so that their config.json needs not say it
-MORE = {
+# additional keys: the hub's RWKV-5 and 6 are of one variant each, so their config.json does not name it
+VARIANT_KEYS = {
     "rwkv5": {"version": "version", "log_bonus": "log_bonus"},
     "rwkv6": {"mix_rank": "time_mix_extra_dim", "decay_rank": "time_decay_extra_dim"},
 }
 RANKS = {"decay": "decay", "iclr": "a", "value": "v", "gate": "gate"}
 
 
-def _times(factor: float) -> float:
-    """`factor` * 1e-5, and 64e-5 as we write it for the factor of all published models."""
+def _epsilon(factor: float) -> float:
+    """`factor` * 1e-5; exactly the literal 64e-5 for the factor of all published models."""
     return 64e-5 if factor == 64 else factor * 1e-5
 
 
 def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Their config.json for a model of ours. name: "rwkv4" ...; config: its configuration."""
+    """The config.json of Hugging Face's for a model. name: "rwkv4" ...; config: its configuration."""
     kind = MODEL_TYPES[name]
-    told: dict[str, Any] = {
+    theirs: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
@@ -220,31 +224,31 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if kind == "rwkv7":
-        told |= {
+        theirs |= {
             "head_dim": config.head_size,
             "num_heads": config.dim_att // config.head_size,
             "value_dim": [config.dim_att] * config.n_layer,
-            **{f"{theirs}_low_rank_dim": getattr(config, f"{ours}_rank") for ours, theirs in RANKS.items()},
+            **{f"{name}_low_rank_dim": getattr(config, f"{ours}_rank") for ours, name in RANKS.items()},
             "hidden_act": "sqrelu",
             "norm_first": True,
             "norm_bias": True,
             "norm_eps": 1e-5,
             "fuse_norm": False,
-            "max_position_embeddings": 2048,  # of training; nothing ends there
+            "max_position_embeddings": 2048,  # of training; not a limit
         }
-        if config.ln_x_eps != _times(config.head_size):
-            told["ln_x_eps"] = config.ln_x_eps
+        if config.ln_x_eps != _epsilon(config.head_size):
+            theirs["ln_x_eps"] = config.ln_x_eps
     else:
-        told |= {
+        theirs |= {
             "attention_hidden_size": config.dim_att,
             "layer_norm_epsilon": 1e-5,
-            "rescale_every": 6,  # what these classes divide by, against overflow in float16; ours need not
+            "rescale_every": 6,  # those classes halve activations against overflow in float16; ours need not
             "context_length": 1024 if kind == "rwkv" else 4096,
         }
         if kind != "rwkv":
             divisor = 8 if config.ln_x_eps == 64e-5 else (config.ln_x_eps / 1e-5) ** 0.5
-            told |= {"head_size": config.head_size, "head_size_divisor": divisor}
-            told |= {"num_attention_heads": config.dim_att // config.head_size}
-            told |= {theirs: getattr(config, ours) for ours, theirs in MORE[kind].items()}
-    told |= {"time_state": True} if config.time_state else {}
-    return told | ({"heronry": dict(notes)} if notes else {})
+            theirs |= {"head_size": config.head_size, "head_size_divisor": divisor}
+            theirs |= {"num_attention_heads": config.dim_att // config.head_size}
+            theirs |= {name: getattr(config, ours) for ours, name in VARIANT_KEYS[kind].items()}
+    theirs |= {"time_state": True} if config.time_state else {}
+    return theirs | ({"heronry": dict(notes)} if notes else {})

@@ -1,4 +1,4 @@
-"""Reads a checkpoint of any format. What a file is, its first bytes and its tensors tell, not its name."""
+"""Reads a checkpoint of any format. The format is recognised by the first bytes and the tensors, not by the name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from . import ggml, gguf, huggingface, vision_rwkv, webrwkv
-from .lazy_tensor import Tensors, read_folder, read_pth, read_safetensors
+from . import folder, ggml, gguf, huggingface, pth, safetensors_file, vision_rwkv, webrwkv
+from .lazy_tensor import Tensors
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """The tensors of a checkpoint, mapped or read when they are wanted.
+    """The contents of a checkpoint; its tensors are mapped, or read on demand.
 
     Raises:
         InputError: what is wrong with it, in one line.
@@ -49,44 +49,42 @@ def read(path: Path) -> Checkpoint:
         raise InputError(f"cannot be read ({error.strerror})") from error
     if not head:
         raise InputError("the file is empty")
-    if head.startswith(b"GGUF"):
+    if gguf.is_gguf(head):
         return Checkpoint("gguf", *gguf.read(path))
     if ggml.is_ggml(head):
         return Checkpoint("ggml", ggml.read(path), {})
-    if head[8:] == b"{":  # before it stands a length, whose first bytes may be anything
-        return _named("safetensors", read_safetensors(path))
-    if head.startswith((b"PK", b"\x80")):
-        return _named("blinkdl", read_pth(path))
+    if safetensors_file.is_safetensors(head):  # before .pth: the length in front may have any bytes
+        return _recognise_names("safetensors", safetensors_file.read(path))
+    if pth.is_pth(head):
+        return _recognise_names("blinkdl", pth.read(path))
     if path.suffix in (".safetensors", ".st"):
-        return _named("safetensors", read_safetensors(path))
-    raise InputError("neither a .pth nor a .safetensors file, nor GGUF, nor an rwkv.cpp file")
+        return _recognise_names("safetensors", safetensors_file.read(path))
+    raise InputError("not a .pth, .safetensors, GGUF or rwkv.cpp file")
 
 
-def _named(format: str, tensors: Tensors) -> Checkpoint:
-    """A bare file of tensors: whose names are these?"""
+def _recognise_names(format: str, tensors: Tensors) -> Checkpoint:
+    """A file that holds nothing but tensors, whose names show where it comes from."""
     if "rwkv.embeddings.weight" in tensors or "model.embeddings.weight" in tensors:
         return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {})
     if webrwkv.is_webrwkv(tensors):
         return Checkpoint("webrwkv", webrwkv.to_blinkdl(tensors), {})
     if vision_rwkv.is_vision_rwkv(tensors):
-        return Checkpoint("vision_rwkv", vision_rwkv.to_ours(tensors), {})
+        return Checkpoint("vision_rwkv", vision_rwkv.to_heronry(tensors), {})
     return Checkpoint(format, tensors, {})
 
 
-def _read_folder(folder: Path) -> Checkpoint:
-    if (folder / "adapter_config.json").is_file():
+def _read_folder(path: Path) -> Checkpoint:
+    if (path / "adapter_config.json").is_file():
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
-    if not (folder / "config.json").is_file():
-        pieces = any(folder.glob("shard-*.safetensors"))
-        what = ", only the pieces of a run, which writes its model at the end" if pieces else ""
-        raise InputError(f"the folder has no config.json{what}")
+    if not (path / "config.json").is_file():
+        raise InputError(f"no config.json in the folder{folder.training_shards_hint(path)}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"config.json cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise InputError("config.json is no JSON object")
+        raise InputError("config.json is not a JSON object")
     if "model_type" in config:
-        tensors = huggingface.to_blinkdl(read_folder(folder), bool(config.get("tie_word_embeddings")))
-        return Checkpoint("huggingface", tensors, huggingface.describe(config))
-    return Checkpoint("heronry", read_folder(folder), config)
+        tensors = huggingface.to_blinkdl(folder.read(path), bool(config.get("tie_word_embeddings")))
+        return Checkpoint("huggingface", tensors, huggingface.read_config(config))
+    return Checkpoint("heronry", folder.read(path), config)

@@ -1,5 +1,5 @@
-"""web-rwkv's .st files: safetensors in float16, BlinkDL's names with three words changed, and what one multiplies by
-from the right lying transposed.
+"""web-rwkv's .st files: safetensors in float16, BlinkDL's names with three words changed, and transposed where x is
+multiplied by the matrix from the right.
 
 Source: convert_safetensors.py of web-rwkv.
 """
@@ -21,26 +21,26 @@ TRANSPOSED = (
 
 
 def from_blinkdl(tensors: Tensors) -> Tensors:
-    """The same under web-rwkv's names.
+    """The same tensors under web-rwkv's names.
 
-    RWKV-5.1 becomes a 5.2 with equal decays in a head, for web-rwkv knows no other; 5.0 it does not know at all.
+    RWKV-5.1 becomes 5.2 with equal decays within a head, because web-rwkv supports no other; it does not support 5.0.
     """
-    fifth = "blocks.0.att.ln_x.weight" in tensors and "blocks.0.att.time_mix_k" in tensors
-    if fifth and "blocks.0.att.gate.weight" not in tensors:
-        raise InputError("web-rwkv has no RWKV-5.0")
-    made: Tensors = {}
+    is_v5 = "blocks.0.att.ln_x.weight" in tensors and "blocks.0.att.time_mix_k" in tensors
+    if is_v5 and "blocks.0.att.gate.weight" not in tensors:
+        raise InputError("web-rwkv does not support RWKV-5.0")
+    renamed: Tensors = {}
     for name, x in tensors.items():
         if name.endswith(TRANSPOSED) and len(x.shape) >= 2:
             x = x.map(transposed)
-        if fifth and name.endswith(("att.time_decay", "att.time_faaaa")) and x.shape[1:].numel() == 1:
-            size = tensors["blocks.0.att.key.weight"].shape[0] // x.shape[0]
-            x = x.map(partial(_spread, size))
-        made[name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")] = x
-    return made
+        if is_v5 and name.endswith(("att.time_decay", "att.time_faaaa")) and x.shape[1:].numel() == 1:
+            head_size = tensors["blocks.0.att.key.weight"].shape[0] // x.shape[0]
+            x = x.map(partial(_repeat_per_channel, head_size))
+        renamed[name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")] = x
+    return renamed
 
 
 def is_webrwkv(tensors: Tensors) -> bool:
-    """Whether a file with BlinkDL's larger names is one of these."""
+    """Whether a file with BlinkDL's main names is one of web-rwkv's."""
     if "blocks.0.att.time_mix_x" in tensors:  # RWKV-6
         return True
     if "blocks.0.att.gate.weight" in tensors:  # RWKV-5: BlinkDL has time_first in 5.0 only, which has no gate
@@ -52,18 +52,18 @@ def is_webrwkv(tensors: Tensors) -> bool:
 
 
 def to_blinkdl(tensors: Tensors) -> Tensors:
-    """The same under BlinkDL's names."""
-    sixth = "blocks.0.att.time_mix_x" in tensors
-    made: Tensors = {}
+    """The same tensors under BlinkDL's names."""
+    is_v6 = "blocks.0.att.time_mix_x" in tensors
+    renamed: Tensors = {}
     for name, x in tensors.items():
         if "blocks.0.att.gate.weight" in tensors:
             name = name.replace("att.time_first", "att.time_faaaa")
-        if sixth:
+        if is_v6:
             name = name.replace("time_mix", "time_maa")
-        made[name] = x.map(transposed) if name.endswith(TRANSPOSED) and len(x.shape) >= 2 else x
-    return made
+        renamed[name] = x.map(transposed) if name.endswith(TRANSPOSED) and len(x.shape) >= 2 else x
+    return renamed
 
 
-def _spread(size: int, x: Tensor) -> Tensor:
-    """[H] -> [H, N], all alike."""
-    return x.reshape(-1, 1).expand(-1, size)
+def _repeat_per_channel(head_size: int, x: Tensor) -> Tensor:
+    """[H] -> [H, N], equal within a head."""
+    return x.reshape(-1, 1).expand(-1, head_size)

@@ -31,7 +31,7 @@ class RwkvBaseConfig(PreTrainedConfig):
 
     def ours(self) -> tuple[type[Model], Any]:
         """The class of the model and its configuration."""
-        told = huggingface.describe({"model_type": self.model_type, **self.to_dict()})
+        told = huggingface.read_config({"model_type": self.model_type, **self.to_dict()})
         cls = MODELS[told.pop("model")]
         head = {"head_size": told["head_size"]} if "head_size" in told else {}
         usual = cls.Config.sized(self.vocab_size, self.num_hidden_layers, self.hidden_size, **head)

@@ -20,16 +20,16 @@ import heronry
 from heronry import LLM, InputError, formats
 from heronry.cli.app import app
 from heronry.convert import FOLDERS, SUFFIXES, convert
-from heronry.convert.conversion import logits
-from heronry.formats import lazy_tensor
+from heronry.convert.streamed_logits import compute_logits
+from heronry.formats import safetensors_file
 
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65, 35, 8]])
 ALL = (*SUFFIXES.values(), *FOLDERS)
 # what a format has no place for
 REFUSED = {
     **{(version, "gguf"): "GGUF files are for RWKV-6 and RWKV-7" for version in ("4", "5.0", "5.0 r2", "5.1", "5.2")},
-    **{(version, "webrwkv"): "web-rwkv has no RWKV-5.0" for version in ("5.0", "5.0 r2")},
-    ("5.1", "ggml"): "rwkv.cpp takes an RWKV-5.1 for a 5.2",
+    **{(version, "webrwkv"): "web-rwkv does not support RWKV-5.0" for version in ("5.0", "5.0 r2")},
+    ("5.1", "ggml"): "rwkv.cpp does not support RWKV-5.1",
 }
 
 
@@ -130,7 +130,7 @@ def test_streamed_logits_are_those_of_the_model(version, weights, tmp_path):
     tokens = torch.arange(1, 25)[None] * 7919 % 101
     with torch.inference_mode():
         expected = model(tokens)[0]
-    torch.testing.assert_close(logits(type(model), model.config, found.tensors), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(compute_logits(type(model), model.config, found.tensors), expected, rtol=0, atol=2e-5)
 
 
 def test_a_tuned_state_stays_or_is_refused(weights, tmp_path):
@@ -209,7 +209,7 @@ def test_shards(weights, tmp_path):
 def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypatch):
     torch.save(weights("7"), tmp_path / "a.pth")
     written: list[str] = []
-    write = lazy_tensor.write_safetensors
+    write = safetensors_file.write
 
     def third_fails(tensors, path, *rest):
         if len(written) == 2:
@@ -217,11 +217,11 @@ def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypa
         write(tensors, path, *rest)
         written.append(path.name)
 
-    monkeypatch.setattr(lazy_tensor, "write_safetensors", third_fails)
+    monkeypatch.setattr(safetensors_file, "write", third_fails)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "a.pth", tmp_path / "out", shard=200_000)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(lazy_tensor, "write_safetensors", lambda *args: (written.append(args[1].name), write(*args)))
+    monkeypatch.setattr(safetensors_file, "write", lambda *args: (written.append(args[1].name), write(*args)))
     first = list(written)
     convert(tmp_path / "a.pth", tmp_path / "out", shard=200_000)
     assert not set(first) & set(written[2:])
@@ -281,23 +281,23 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     torch.save(weights("7"), tmp_path / "a.pth")
     assert "no such file" in refusal(tmp_path / "none.pth", tmp_path / "b.pth")
     assert "no known format has the suffix .onnxx" in refusal(tmp_path / "a.pth", tmp_path / "b.onnxx")
-    assert "there is no format 'zip'" in refusal(tmp_path / "a.pth", tmp_path / "b", to="zip")
-    assert "is where the original lies" in refusal(tmp_path / "a.pth", tmp_path / "a.pth")
+    assert "unknown format 'zip'" in refusal(tmp_path / "a.pth", tmp_path / "b", to="zip")
+    assert "is the source itself" in refusal(tmp_path / "a.pth", tmp_path / "a.pth")
     assert "dtype int8 is not supported" in refusal(tmp_path / "a.pth", tmp_path / "b.pth", dtype="int8")
     assert "web-rwkv's files are float16" in refusal(tmp_path / "a.pth", tmp_path / "b.st", dtype="float32")
     assert "GGUF files are written as" in refusal(tmp_path / "a.pth", tmp_path / "b.gguf", dtype="q4_0")
     assert "float32 or float16" in refusal(tmp_path / "a.pth", tmp_path / "b.bin", dtype="bfloat16")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "is there already" in refusal(tmp_path / "a.pth", tmp_path / "full")
+    assert "already exists" in refusal(tmp_path / "a.pth", tmp_path / "full")
     heronry.save(heronry.quantize(heronry.load(tmp_path / "a.pth"), "int8"), tmp_path / "packed")
-    assert "its matrices are packed" in refusal(tmp_path / "packed", tmp_path / "b.pth")
+    assert "its matrices are quantized" in refusal(tmp_path / "packed", tmp_path / "b.pth")
     huge = weights("7")
     huge["blocks.0.ffn.key.weight"] = huge["blocks.0.ffn.key.weight"] * 1e30
     torch.save(huge, tmp_path / "huge.pth")
     assert "float16 is too small" in refusal(tmp_path / "huge.pth", tmp_path / "b.pth", dtype="float16")
-    monkeypatch.setattr(lazy_tensor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert "has 0 MB left" in refusal(tmp_path / "a.pth", tmp_path / "b.pth")
+    monkeypatch.setattr(heronry.files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "has only 0 MB left" in refusal(tmp_path / "a.pth", tmp_path / "b.pth")
     monkeypatch.undo()
 
     def full(*args):
@@ -340,7 +340,7 @@ def test_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InputError, match="a GGUF file of the architecture 'llama'; known are rwkv6, rwkv7"):
+    with pytest.raises(InputError, match="a GGUF file of the architecture 'llama'; supported are rwkv6, rwkv7"):
         heronry.load(tmp_path / "a.gguf")
 
 
@@ -377,7 +377,7 @@ def test_shapes_must_fit_what_a_file_says(weights, tmp_path):
     for change, complaint in (
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"norm_eps": 1e-6}, "epsilon 1e-06"),
-        ({"hidden_act": "relu"}, "another activation"),
+        ({"hidden_act": "relu"}, "an activation other than sqrelu"),
         ({"attn": {"layers": [1]}}, "attention in some layers"),
         ({"model_type": "rwkv6"}, "rwkv"),
     ):
@@ -406,7 +406,7 @@ def test_old_bin_folders_and_single_files_of_theirs(weights, tmp_path):
     assert torch.equal(read(tmp_path / "hf"), expected)
     outside = dict.fromkeys(names, "../a.pth")
     (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": outside}))
-    with pytest.raises(InputError, match="which is no file of this folder"):
+    with pytest.raises(InputError, match="which is not a file of this folder"):
         heronry.load(tmp_path / "hf")
 
 

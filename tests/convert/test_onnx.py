@@ -16,7 +16,7 @@ import heronry
 from heronry import InputError
 from heronry.checkpoint import assemble
 from heronry.convert import convert
-from heronry.convert.onnx import INPUTS, OUTPUTS, Graph, exported, stacked
+from heronry.convert.onnx import INPUTS, OUTPUTS, Graph, export, stack_layers
 
 SMALL = {"width": 64, "heads": 2, "ffn": 96, "rank": 8}
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def graphs(random_checkpoint, tmp_path_factory):
 def run(path: Path, tokens: torch.Tensor, state) -> list[torch.Tensor]:
     session = onnxruntime.InferenceSession(str(path))
     assert [x.name for x in session.get_inputs()] == list(INPUTS)
-    feeds = dict(zip(INPUTS, [tokens.numpy(), *(x.numpy() for x in stacked(state))], strict=True))
+    feeds = dict(zip(INPUTS, [tokens.numpy(), *(x.numpy() for x in stack_layers(state))], strict=True))
     return [torch.from_numpy(x) for x in session.run(list(OUTPUTS), feeds)]
 
 
@@ -55,7 +55,7 @@ def test_sequences_of_any_length_and_number(graphs, version):
         tokens = torch.randint(101, (rows, length), generator=generator)
         _, state = model(torch.randint(101, (rows, 5), generator=generator))
         logits, left = model(tokens, state)
-        for told, expected in zip(run(path, tokens, state), (logits, *stacked(left)), strict=True):
+        for told, expected in zip(run(path, tokens, state), (logits, *stack_layers(left)), strict=True):
             torch.testing.assert_close(told, expected, rtol=0, atol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_steps(graphs, version):
     assert session.get_inputs()[0].shape[1] == 1
     tokens = torch.randint(101, (3, 20), generator=torch.Generator().manual_seed(0))
     state = model.initial_state(3)
-    carried = [x.numpy() for x in stacked(state)]
+    carried = [x.numpy() for x in stack_layers(state)]
     for i in range(20):
         told, *carried = session.run(None, dict(zip(INPUTS, [tokens[:, i : i + 1].numpy(), *carried], strict=True)))
         logits, state = model(tokens[:, i : i + 1], state)
@@ -109,15 +109,15 @@ def test_packed_by_onnxruntime(graphs, tmp_path, bits):
 def test_torch_export_of_every_version(version, random_checkpoint):
     """The graph runs for sizes that it was not made with, and carries the state."""
     model = assemble(random_checkpoint(version, **SMALL))
-    program = exported(model, step=False).module()
+    program = export(model, step=False).module()
     with torch.inference_mode():
         tokens = torch.randint(101, (3, 8), generator=torch.Generator().manual_seed(0))
         expected, left = model(tokens)
-        logits, *state = program(tokens, *stacked(model.initial_state(3)))
+        logits, *state = program(tokens, *stack_layers(model.initial_state(3)))
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-        for told, part in zip(state, stacked(left), strict=True):
+        for told, part in zip(state, stack_layers(left), strict=True):
             torch.testing.assert_close(told, part, rtol=1e-5, atol=1e-5)
-        again = Graph(model)(tokens, *stacked(model.initial_state(3)))[0]
+        again = Graph(model)(tokens, *stack_layers(model.initial_state(3)))[0]
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
 
 

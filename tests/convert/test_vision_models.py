@@ -72,19 +72,19 @@ def test_onnx(model, tmp_path):
 def test_what_has_no_place_is_told(model, tmp_path):
     _, folder = model
     for target, options, told in (
-        ("a.gguf", {}, "a model of pictures has no place in gguf"),
-        ("a", {"to": "huggingface"}, "a model of pictures has no place in huggingface"),
+        ("a.gguf", {}, "the format gguf does not support picture models"),
+        ("a", {"to": "huggingface"}, "the format huggingface does not support picture models"),
         ("a.onnx", {"dtype": "bfloat16"}, "ONNX files are float32"),
         ("a.pth", {"dtype": "int8"}, "dtype int8 is not supported"),
     ):
         with pytest.raises(InputError, match=told):
             convert(folder, tmp_path / target, **options)
         assert not (tmp_path / target).exists()
-    with pytest.raises(InputError, match="is a model of text"):
+    with pytest.raises(InputError, match="is a language model"):
         convert("heronry/bundled", tmp_path / "a.pth", to="vision_rwkv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         convert(folder, tmp_path / "full", to="heronry")
 
 
@@ -94,7 +94,7 @@ def test_what_a_format_cannot_say_is_not_lost_in_silence(tmp_path):
     made = VRWKV(VRWKVConfig(24, 1, 60, **SMALL, shift="previous"))
     made.init_weights()
     heronry.save(made, tmp_path / "model")
-    with pytest.raises(InputError, match=r"a.pth: a blinkdl file has no place for shift = 'previous'"):
+    with pytest.raises(InputError, match=r"a.pth: a blinkdl file cannot store shift = 'previous'"):
         convert(tmp_path / "model", tmp_path / "a.pth")
     assert not (tmp_path / "a.pth").exists()
     assert convert(tmp_path / "model", tmp_path / "copy").difference == 0

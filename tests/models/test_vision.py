@@ -396,7 +396,7 @@ def published(request, tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
-    tensors = vision_rwkv.from_ours(model.state_dict())
+    tensors = vision_rwkv.from_heronry(model.state_dict())
     assert "backbone.layers.1.att.key.weight" in tensors
     key = "model" if name == "vrwkv_large" else "state_dict"
     torch.save({"meta": {"epoch": 300, "config": "a text"}, key: tensors}, tmp_path / "published.pth")

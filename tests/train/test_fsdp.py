@@ -169,7 +169,7 @@ def test_every_process_writes_its_own_without_a_pickle(folder):
             assert file.get_slice(f"{key}|exp_avg").get_shape() == [128, 64]
             numbers.append(sum(file.get_tensor(name).numel() for name in file.keys()))  # noqa: SIM118
     assert max(numbers) < 1.1 * min(numbers)
-    with pytest.raises(InputError, match=r"the folder has no config\.json, only the pieces of a run"):
+    with pytest.raises(InputError, match=r"no config\.json in the folder, only the shards of a training run"):
         load(path)
 
 

@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, random_checkpoint):
     (tmp_path / "cut").write_bytes(file.read_bytes()[:-5])
     assert "damaged or truncated" in refusal(tmp_path / "cut", model)
     torch.save({"blocks.0.att.time_state": print}, tmp_path / "code.pth")
-    assert "refused, for it holds more than tensors" in refusal(tmp_path / "code.pth", model)
+    assert "refused: the file would run" in refusal(tmp_path / "code.pth", model)
     with pytest.raises(InputError, match="no tuned initial state"):
         save_time_state(model, file)
 

@@ -1,0 +1,23 @@
+"""Models from files and into files."""
+
+from .identification import QUANTIZATION_KEYS, identify
+from .loading import DTYPES, assemble, load, load_checkpoint, locate
+from .notes import check_note, select_notes
+from .saving import save
+from .time_state import initial_state, read_time_state, save_time_state
+
+__all__ = [
+    "DTYPES",
+    "QUANTIZATION_KEYS",
+    "assemble",
+    "check_note",
+    "identify",
+    "initial_state",
+    "load",
+    "load_checkpoint",
+    "locate",
+    "read_time_state",
+    "save",
+    "save_time_state",
+    "select_notes",
+]

@@ -1,0 +1,213 @@
+"""Models from files.
+
+`load` reads every format of formats/: BlinkDL's .pth, the same tensors as .safetensors, a folder written by `save`
+(config.json and model.safetensors), Hugging Face's folders, GGUF and others. Generation and sizes are read off the
+tensors. A file is mapped: each tensor is copied once, in the target dtype, so that loading takes the memory of the
+model and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import TypeVar
+
+from .. import formats, hub
+from ..errors import InputError
+from ..formats.lazy_tensor import LazyTensor, as_lazy
+from ..memory import Arena
+from ..models import Model, Network, VisionModel
+from ..models.fingerprint import compute_fingerprint, sample
+from ..progress import ByteCounter, Progress
+from ..quantization import FORMATS, check_quantizable, quantizable_matrices, replace_matrix
+from .identification import NAMES, identify, on_meta
+from .packed_layout import pop_packed
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+M = TypeVar("M", bound=Network, default=Model)
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+    quantize: str | None = None,
+    *,
+    kind: type[M] = Model,  # type: ignore[assignment]  # mypy does not apply the TypeVar's default here
+    progress: Progress | None = None,
+) -> M:
+    """Loads the model in a file or folder, in eval mode.
+
+    Args:
+        path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or a name on the Hugging
+            Face hub: "hf://OWNER/REPOSITORY/FILE", "OWNER/REPOSITORY".
+        dtype: of the weights, as a string ("float32", "bfloat16", "float16", "float64") or as a torch.dtype; None keeps
+            that of the file.
+        device: of the weights.
+        ln_x_eps: epsilon of the norm after the recurrence (RWKV-5 to 7), for files made with another one than 64e-5.
+        quantize: "int8" or "int4" quantizes the large matrices as they are read; `dtype` then applies to the rest.
+        kind: Model for text, VisionModel for pictures, Network for both; or the class of one generation.
+        progress: called with (bytes done, bytes in all) after each tensor.
+
+    Raises:
+        InputError: what is wrong with the file, in one line. Code inside a pickle is refused, never run.
+    """
+    return load_checkpoint(path, dtype, device, ln_x_eps, quantize, kind=kind, progress=progress)[0]
+
+
+def load_checkpoint(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+    quantize: str | None = None,
+    *,
+    kind: type[M] = Model,  # type: ignore[assignment]
+    progress: Progress | None = None,
+) -> tuple[M, formats.Checkpoint]:
+    """As `load`; also returns the checkpoint, for its config and tokenizer."""
+    path = locate(path)
+    target_dtype, target_device = None if dtype is None else _parse_dtype(dtype), _parse_device(device)
+    try:
+        checkpoint = formats.read(path)
+        tensors, config = checkpoint.tensors, checkpoint.config
+        model = assemble(tensors, config, target_dtype, target_device, ln_x_eps, quantize, kind=kind, progress=progress)
+        return model, checkpoint
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def locate(path: str | Path) -> Path:
+    """The local path of a checkpoint: with ~ expanded, or that of the file downloaded from the hub.
+
+    The model.safetensors of a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
+    config.json may contain what the tensors do not show.
+    """
+    path = hub.fetch(path) if hub.is_name(path) else Path(path).expanduser()
+    if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
+        try:
+            config = json.loads((path.parent / "config.json").read_text())
+        except (OSError, ValueError):
+            return path  # of some other program; the tensors alone are enough
+        if isinstance(config, dict) and (config.get("model") in NAMES or "model_type" in config):
+            return path.parent
+    return path
+
+
+def assemble(
+    tensors: Mapping[str, Tensor | LazyTensor],
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ln_x_eps: float | None = None,
+    quantize: str | None = None,
+    *,
+    kind: type[M] = Model,  # type: ignore[assignment]
+    progress: Progress | None = None,
+) -> M:
+    """Builds a model, in eval mode, from tensors under BlinkDL's names.
+
+    config: of the checkpoint, like that of heronry's config.json. The other arguments are those of `load`.
+    """
+    config = config or {}
+    remaining = as_lazy(tensors)
+    cls, model_config = identify(remaining, config, ln_x_eps)
+    if not issubclass(cls, kind):
+        raise InputError(_wrong_kind(cls, kind))
+    counter = ByteCounter(sum(x.nbytes for x in remaining.values()), progress)
+    packed = pop_packed(remaining, config)
+    model = on_meta(cls, model_config)
+    expected: dict[str, Tensor] = model.state_dict()
+    if dtype is None:
+        dtype = _main_dtype(remaining.values())
+    if packed:
+        model.quantization = config["quantization"]
+    if quantize is not None:
+        check_quantizable(model, quantize)
+        model.quantization = quantize
+    # separate, because quantizing later frees the matrices and nothing else
+    matrix_arena, arena = Arena(device), Arena(device)
+    samples: dict[str, bytes] = {}
+
+    def take(key: str) -> Tensor:
+        """Removes a tensor from `remaining` and returns its numbers. For a model on meta the file is not read."""
+        lazy = remaining.pop(key)
+        counter.add(lazy.nbytes)
+        if torch.device(device).type == "meta" and quantize is None:
+            return expected[key]
+        return lazy.read().reshape(expected[key].shape)
+
+    for name, _ in quantizable_matrices(model):  # one matrix at a time, so that only one is in memory twice
+        key = f"{name}.weight"
+        if key in packed:
+            q, scales = packed.pop(key)
+            counter.add(q.nbytes + scales.nbytes)
+        elif quantize is not None:
+            x = take(key)
+            q, scales = FORMATS[quantize](x)
+            samples[key] = sample(x)
+        else:
+            continue
+        replace_matrix(model, name, q.to(device), scales.to(device), matrix_arena)
+    matrix_keys = {f"{name}.weight" for name, _ in quantizable_matrices(model)}
+    copies = {}
+    for key in list(remaining):
+        empty = (matrix_arena if key in matrix_keys else arena).allocate(expected[key].shape, dtype)
+        x = take(key)
+        copies[key] = empty.copy_(x)
+        if not x.is_meta:
+            samples[key] = sample(x)  # after the copy, which reads a mapped file in order
+    model.load_state_dict(copies, assign=True, strict=model.quantization is None)
+    model.eval()
+    # a quantized file stores the fingerprint of the original weights
+    stored = config.get("fingerprint") if model.quantization and not quantize else None
+    model.set_fingerprint(stored or (compute_fingerprint(cls.name, model_config, samples) if samples else None))
+    return model
+
+
+def _wrong_kind(cls: type[Network], kind: type[Network]) -> str:
+    """The error message for a model of class `cls` where one of `kind` is expected."""
+    if issubclass(cls, VisionModel) and issubclass(kind, Model):
+        return f"this model ({cls.name}) reads pictures, not text; load it with kind=VisionModel"
+    if issubclass(cls, Model) and issubclass(kind, VisionModel):
+        return f"this model ({cls.name}) reads text, not pictures; load it with kind=Model"
+    return f"this model is of the class {cls.__name__}, not {kind.__name__}"
+
+
+def _main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
+    """The dtype of most numbers."""
+    counts: Counter[torch.dtype] = Counter()
+    for x in tensors:
+        counts[x.dtype] += x.numel()
+    dtype = counts.most_common(1)[0][0]
+    if dtype not in DTYPES.values():
+        raise InputError(f"its weights are {dtype}, which models cannot compute in; give a dtype")
+    return dtype
+
+
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed is None or parsed not in DTYPES.values():
+        raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
+    return parsed
+
+
+def _parse_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise InputError(f"device {device} cannot be used ({str(error).splitlines()[0]})") from error

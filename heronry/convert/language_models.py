@@ -1,0 +1,135 @@
+"""Language models in another format.
+
+Reads one tensor at a time and writes it, so that a model is never in memory as a whole. The target takes its place only
+after the logits of both files for the same tokens, in float32 and matrix by matrix, were compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import formats
+from ..checkpoint import DTYPES, assemble, identify, select_notes
+from ..errors import InputError
+from ..files import atomic_write, check_free_space
+from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, webrwkv
+from ..formats.lazy_tensor import Tensors
+from ..models import Model
+from ..progress import ByteCounter, Progress
+from . import onnx
+from .new_folder import new_folder
+from .result import Converted
+from .streamed_logits import compute_logits, sample_tokens
+from .target_formats import FOLDERS, SUFFIXES
+from .tokenizer_files import TokenizerFiles
+
+LOSSLESS = ("blinkdl", "safetensors", *FOLDERS)  # formats that can hold every dtype
+
+
+def convert_language_model(
+    checkpoint: formats.Checkpoint,
+    cls: type[Model],
+    config: Any,
+    source: Path,
+    target: Path,
+    to: str,
+    dtype: str | None,
+    *,
+    tokenizer: str | Path | None,
+    shard: int,
+    progress: Progress | None,
+) -> Converted:
+    """As `convert`, for a checkpoint that was read from `source` and identified as a `cls` with `config`."""
+    if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):
+        raise InputError(f"{source}: the format {to} does not support RWKV-7a (DeepEmbed)")
+    notes = select_notes(checkpoint.config)
+    tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
+    tensors = _cast(checkpoint.tensors, to, dtype)
+    matrix_dtype = dtype or _name_of_dtype(tensors["emb.weight"].dtype)
+    size = sum(x.nbytes for x in tensors.values())
+    check_free_space(size * (2 if to == "blinkdl" else 1), target)
+    counter = ByteCounter(size, progress)
+
+    def write(part: Path) -> None:
+        if to == "blinkdl":
+            pth.write(tensors, part, counter)
+        elif to == "safetensors":
+            safetensors_file.write(tensors, part, counter)
+        elif to == "webrwkv":
+            safetensors_file.write(webrwkv.from_blinkdl(tensors), part, counter)
+        elif to == "ggml":
+            ggml.write(tensors, part, DTYPES[matrix_dtype], counter)
+        elif to == "gguf":
+            vocabulary, text = tokenizer_files.vocabulary(), tokenizer_files.json_text()
+            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, notes, counter)
+        else:
+            if to == "huggingface":
+                config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype])
+                folder.write(huggingface.from_blinkdl(tensors), part, counter, shard)
+            else:
+                config_json = {"model": cls.name, **asdict(config), **notes}
+                folder.write(tensors, part, counter, shard)
+            tokenizer_files.write(part, for_transformers=to == "huggingface")
+            (part / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+
+    if to == "gguf":
+        gguf.check_supported(tensors, config)
+    expected = compute_logits(cls, config, checkpoint.tensors)
+    stamp = json.dumps([str(source.resolve()), os.stat(source).st_mtime_ns, size, to, matrix_dtype, shard])
+    with atomic_write(target) if to in SUFFIXES.values() else new_folder(target, stamp) as part:
+        try:
+            write(part)
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+        written = formats.read(part)
+        logits = compute_logits(cls, identify(written.tensors, written.config)[1], written.tensors)
+        result = Converted.compare(to, part, expected, logits)
+        if not math.isfinite(result.difference):
+            raise InputError(
+                f"{target}: not written: logits contain NaN or infinity, {matrix_dtype} is too small for these weights"
+            )
+        same_dtypes = all(x.dtype == checkpoint.tensors[name].dtype for name, x in tensors.items())
+        if to in LOSSLESS and same_dtypes and result.difference > 1e-5 * result.largest:
+            raise InputError(f"{target}: not written: its logits differ from those of {source}")
+    return result
+
+
+def convert_to_onnx(checkpoint: formats.Checkpoint, target: Path, to: str, dtype: str | None) -> Converted:
+    """Writes a language model as an ONNX graph and compares onnxruntime's logits. `to`: "onnx" or "onnx-step"."""
+    if dtype not in (None, "float32"):
+        raise InputError(f"ONNX files are float32, not {dtype}")
+    model = assemble(checkpoint.tensors, checkpoint.config, torch.float32)
+    check_free_space(sum(p.nbytes for p in model.parameters()), target)
+    tokens = sample_tokens(model.config.vocab_size)
+    with torch.no_grad():
+        expected = model(tokens)[0]
+    with atomic_write(target) as part:
+        onnx.write(model, part, target.name, step=to == "onnx-step")
+        result = Converted.compare(to, part, expected, onnx.run_graph(part, tokens, model))
+        if not result.difference <= 1e-4 * max(1.0, result.largest):
+            raise InputError(f"{target}: not written: onnxruntime's logits differ by {result.difference:.2g}")
+    return result
+
+
+def _cast(tensors: Tensors, to: str, dtype: str | None) -> Tensors:
+    """The tensors in the dtype of the target; for gguf and ggml unchanged, which choose one for each tensor."""
+    if to == "webrwkv":
+        if dtype not in (None, "float16"):
+            raise InputError(f"web-rwkv's files are float16, not {dtype}")
+        dtype = "float16"
+    if dtype is None or to in ("gguf", "ggml"):
+        return tensors
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
+    return {name: x.to(DTYPES[dtype]) for name, x in tensors.items()}
+
+
+def _name_of_dtype(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -1,0 +1,57 @@
+"""The tokenizer of a model that is converted, in the form that each target format needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import InputError
+from ..text.tokenizers import ByteTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
+
+
+class TokenizerFiles:
+    """A tokenizer as the text of a tokenizer.json, as a vocabulary, or as files of a folder.
+
+    Args:
+        source: the checkpoint.
+        stored: the text of a tokenizer.json stored inside the checkpoint.
+        vocab_size: of the model.
+        name: the tokenizer that the caller asked for, which takes precedence.
+    """
+
+    def __init__(self, source: Path, stored: str | None, vocab_size: int, name: str | Path | None):
+        self.stored = stored if name is None else None
+        self.name: str | Path | None = name  # "bytes", "world", or the path of a tokenizer.json or its folder
+        if name is None and self.stored is None:
+            with suppress(InputError):  # unknown for the source too: it is named when the model is used
+                self.name = guess_tokenizer(vocab_size, source if source.is_dir() else source.parent)
+        if name is not None:
+            load_tokenizer(name, vocab_size)  # InputError if it does not fit
+
+    def json_text(self) -> str | None:
+        """The text of a tokenizer.json; None if there is none."""
+        if self.stored is not None or self.name in (None, "bytes", "world"):
+            return self.stored
+        path = Path(self.name or "")
+        return (path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8")
+
+    def vocabulary(self) -> Sequence[bytes] | None:
+        """The bytes of each token id; None unless it is "bytes" or "world"."""
+        if self.name not in ("bytes", "world"):
+            return None
+        tokenizer = load_tokenizer(self.name)
+        assert isinstance(tokenizer, ByteTokenizer | WorldTokenizer)
+        return tokenizer.vocabulary
+
+    def write(self, folder: Path, *, for_transformers: bool) -> None:
+        """Writes tokenizer.json, and for transformers tokenizer_config.json, which names the class."""
+        text = self.json_text()
+        if text is not None:
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        if for_transformers and (text is not None or self.name is not None):
+            config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            if text is None:
+                config = {"tokenizer_class": "RwkvTokenizer", "vocabulary": str(self.name)}
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

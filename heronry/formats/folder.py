@@ -1,0 +1,90 @@
+"""The weights of a folder in Hugging Face's layout: one file, or several with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import InputError
+from ..progress import ByteCounter
+from . import pth, safetensors_file
+from .lazy_tensor import Tensors
+
+INDEX = "model.safetensors.index.json"
+
+
+def read(folder: Path) -> Tensors:
+    """The tensors of model.safetensors or, in old repositories, of pytorch_model.bin, which is a .pth file; or of
+    several such files with an index."""
+    for index, read_file in ((INDEX, safetensors_file.read), ("pytorch_model.bin.index.json", pth.read)):
+        single = folder / index.removesuffix(".index.json")
+        if (folder / index).is_file():
+            return _read_shards(folder, index, read_file)
+        if single.is_file():
+            return read_file(single)
+    raise InputError(f"no model.safetensors in the folder{training_shards_hint(folder)}")
+
+
+def training_shards_hint(folder: Path) -> str:
+    """The end of an error message where the folder holds only shards of an unfinished training run."""
+    if any(folder.glob("shard-*.safetensors")):
+        return ", only the shards of a training run, which writes its model at the end"
+    return ""
+
+
+def _read_shards(folder: Path, index: str, read_file: Callable[[Path], Tensors]) -> Tensors:
+    """The tensors of all files that an index lists."""
+    try:
+        file_of = json.loads((folder / index).read_text())["weight_map"]
+        names = sorted(set(file_of.values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} cannot be read ({error})") from error
+    tensors: Tensors = {}
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{index} lists {name!r}, which is not a file of this folder")
+        if not (folder / name).is_file():
+            raise InputError(f"{name} is missing, one of {len(names)} files that {index} lists")
+        try:
+            tensors |= read_file(folder / name)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    missing = [key for key in file_of if key not in tensors]
+    if missing:
+        raise InputError(f"{missing[0]} is in none of the files that {index} lists")
+    return tensors
+
+
+def write(tensors: Tensors, folder: Path, counter: ByteCounter, max_bytes: int) -> None:
+    """Writes model.safetensors, or several files of at most `max_bytes` with an index. Files that exist are kept."""
+    groups = _shard(tensors, max_bytes)
+    if len(groups) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    for name, group in zip(names, groups, strict=True):
+        if (folder / name).is_file():
+            counter.add(sum(x.nbytes for x in group.values()))
+            continue
+        part = folder / f".{name}.part"
+        safetensors_file.write(group, part, counter)
+        part.replace(folder / name)
+    if len(groups) > 1:
+        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        total = sum(x.nbytes for x in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shard(tensors: Tensors, max_bytes: int) -> list[Tensors]:
+    """The tensors in groups of at most `max_bytes`, in their order; a larger tensor is a group of its own."""
+    groups: list[Tensors] = [{}]
+    size = 0
+    for name, x in tensors.items():
+        if groups[-1] and size + x.nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = x
+        size += x.nbytes
+    return groups

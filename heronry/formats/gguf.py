@@ -131,9 +131,9 @@ def _as_lazy(tensor: Any) -> LazyTensor:
     shape = torch.Size(int(size) for size in tensor.shape[::-1])
     kind = tensor.tensor_type.name
     if kind in ("F32", "F16", "F64"):
-        return LazyTensor.of(torch.from_numpy(tensor.data).view(shape))
+        return LazyTensor.from_tensor(torch.from_numpy(tensor.data).view(shape))
     if kind == "BF16":
-        return LazyTensor.of(torch.from_numpy(tensor.data).view(torch.bfloat16).view(shape))
+        return LazyTensor.from_tensor(torch.from_numpy(tensor.data).view(torch.bfloat16).view(shape))
 
     def read_quantized() -> Tensor:
         try:

@@ -18,7 +18,7 @@ class LazyTensor:
         self.shape, self.dtype, self.read = torch.Size(shape), dtype, read
 
     @classmethod
-    def of(cls, x: Tensor) -> LazyTensor:
+    def from_tensor(cls, x: Tensor) -> LazyTensor:
         """A tensor in memory, or mapped from a file, as a lazy one."""
         x = x.detach()
         return cls(x.shape, x.dtype, lambda: x)
@@ -67,7 +67,7 @@ def as_lazy(tensors: Mapping[str, Any]) -> Tensors:
             raise InputError(f"{key} is a sparse, nested, meta or empty tensor; save dense tensors")
         if x.nbytes > x.untyped_storage().nbytes():
             raise InputError(f"{key} holds fewer numbers than its shape implies; save contiguous tensors")
-    return {key: x if isinstance(x, LazyTensor) else LazyTensor.of(x) for key, x in tensors.items()}
+    return {key: x if isinstance(x, LazyTensor) else LazyTensor.from_tensor(x) for key, x in tensors.items()}
 
 
 # Functions for `LazyTensor.map`, used by several formats.

@@ -389,7 +389,7 @@ def _to_hub(module: RwkvPreTrainedModel, state: dict[str, Any], prefix: str, met
     names = _ours(state, prefix)
     if not names or not _is_plain(names.values()):
         return
-    ours = {short: LazyTensor.of(state.pop(long)) for long, short in names.items()}
+    ours = {short: LazyTensor.from_tensor(state.pop(long)) for long, short in names.items()}
     for name, x in huggingface.from_blinkdl(ours).items():
         state[prefix + name] = x.read()
 
@@ -399,7 +399,7 @@ def _from_hub(module: RwkvPreTrainedModel, state: dict[str, Any], prefix: str, *
     theirs = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
     if not _is_plain(theirs) or any(name.startswith("rwkv.emb.") for name in theirs.values()):
         return
-    stored = {short: LazyTensor.of(state.pop(long)) for long, short in theirs.items()}
+    stored = {short: LazyTensor.from_tensor(state.pop(long)) for long, short in theirs.items()}
     shapes = {name: p.shape for name, p in module.rwkv.named_parameters()}
     for name, x in huggingface.to_blinkdl(stored).items():
         value = x.read()

@@ -82,7 +82,7 @@ def main() -> None:
     goose = random_model(RWKV7, RWKV7Config.sized(*sizes)).to(device, dtype)
     dove = random_model(RWKV4, RWKV4Config.sized(*sizes)).to(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        RwkvPreTrainedModel.of(dove).save_pretrained(folder)
+        RwkvPreTrainedModel.from_heronry(dove).save_pretrained(folder)
         config = RwkvConfig.from_pretrained(folder)
         config.rescale_every = 0
         theirs = RwkvForCausalLM.from_pretrained(Path(folder), config=config, dtype=dtype).to(device).eval()
@@ -94,9 +94,9 @@ def main() -> None:
     medians = turns(
         {
             "our step, RWKV-7": lambda: ours(goose, prompt, count),
-            "generate() over it": lambda: generated(RwkvPreTrainedModel.of(goose), prompt, count),
+            "generate() over it": lambda: generated(RwkvPreTrainedModel.from_heronry(goose), prompt, count),
             "our step, RWKV-4": lambda: ours(dove, prompt, count),
-            "generate() over it, RWKV-4": lambda: generated(RwkvPreTrainedModel.of(dove), prompt, count),
+            "generate() over it, RWKV-4": lambda: generated(RwkvPreTrainedModel.from_heronry(dove), prompt, count),
             "RwkvForCausalLM, generate()": lambda: generated(theirs, prompt, count),
         },
         args.rounds,
@@ -107,7 +107,7 @@ def main() -> None:
     faster = medians["RwkvForCausalLM, generate()"] / medians["generate() over it, RWKV-4"]
     print(f"generating: {faster:.2f} times as fast as RwkvForCausalLM")
 
-    mine = RwkvPreTrainedModel.of(dove.float())
+    mine = RwkvPreTrainedModel.from_heronry(dove.float())
     mine.train()
     theirs.float().train()
     medians = turns(

@@ -407,8 +407,8 @@ def test_transformers(version, random_checkpoint, tmp_path):
     from heronry.integrations.transformers import RwkvPreTrainedModel
 
     model = assemble(random_checkpoint(version, **{**SIZES, "vocab": 256}))
-    mine = RwkvPreTrainedModel.of(model)
-    there = RwkvPreTrainedModel.of(copy.deepcopy(model)).to(torch.device(DEVICE, 0))
+    mine = RwkvPreTrainedModel.from_heronry(model)
+    there = RwkvPreTrainedModel.from_heronry(copy.deepcopy(model)).to(torch.device(DEVICE, 0))
     rows = torch.tensor([[0, 0, 0, 5, 6], [1, 2, 3, 4, 5], [0, 9, 8, 7, 3]])
     batch = {"input_ids": rows, "attention_mask": (rows > 0).long()}
     moved_batch = {name: x.to(DEVICE) for name, x in batch.items()}

@@ -1,1 +1,1 @@
-"""The ecosystem's own classes over our models; each file imports the package that it serves."""
+"""heronry's models as classes of other packages; each file imports the package that it is for."""

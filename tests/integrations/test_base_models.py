@@ -142,14 +142,14 @@ def test_gradients(folder):
 
 def test_of_a_model_that_is_there(dove):
     ours = heronry.load(dove)
-    body = RwkvModel.of(ours)
+    body = RwkvModel.from_heronry(ours)
     assert type(body) is RwkvModel
     assert body.rwkv.emb.weight is ours.emb.weight
     tokens = torch.tensor([list(b"The rooks")])
     with torch.inference_mode():
         last = body(tokens).last_hidden_state
         torch.testing.assert_close(ours(tokens)[0], last @ ours.head.weight.T, rtol=0, atol=2e-5)
-    assert type(RwkvPreTrainedModel.of(ours)).__name__ == "RwkvForCausalLM"
+    assert type(RwkvPreTrainedModel.from_heronry(ours)).__name__ == "RwkvForCausalLM"
 
 
 def test_a_new_model_and_more_tokens(dove):

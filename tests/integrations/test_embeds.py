@@ -244,7 +244,7 @@ def test_prefix_tuning_is_refused(goose):
 
     base = AutoModelForCausalLM.from_pretrained(goose)
     model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(InputError, match=r"RWKV has no past_key_values \(peft's prefix tuning is not for it\)"):
+    with pytest.raises(InputError, match=r"RWKV has no past_key_values \(peft's prefix tuning is not supported\)"):
         model(input_ids=TOKENS, labels=TOKENS)
     with pytest.raises(InputError, match="RWKV has no past_key_values"):
         model.generate(input_ids=TOKENS, max_new_tokens=2)
@@ -266,6 +266,6 @@ def test_bad_input(goose, random_checkpoint):
     assert not model.rwkv.emb._forward_hooks
     with pytest.raises(InputError, match="RWKV has no cache"):
         model(TOKENS, cache=DynamicCache())
-    deep = RwkvPreTrainedModel.of(assemble(random_checkpoint("7", **SIZES, deep=4)))
+    deep = RwkvPreTrainedModel.from_heronry(assemble(random_checkpoint("7", **SIZES, deep=4)))
     with pytest.raises(InputError, match=r"RWKV-7a \(DeepEmbed\) has a matrix for each token id"):
         deep(inputs_embeds=embeds)

@@ -135,6 +135,6 @@ def test_the_same_as_the_harness_own_class(tmp_path):
 def test_a_vocabulary_without_an_end(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("4", width=32, ffn=40, heads=1, vocab=256), tmp_path / "a.pth")
     model = HeronryLM(str(tmp_path / "a.pth"))
-    with pytest.raises(heronry.InputError, match="no end of text"):
+    with pytest.raises(heronry.InputError, match="no end-of-text token"):
         model.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)
     assert len(model.loglikelihood(instances("loglikelihood", [("ab", "c")]), disable_tqdm=True)) == 1

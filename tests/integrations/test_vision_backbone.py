@@ -30,7 +30,7 @@ from heronry.integrations.vision import (  # noqa: E402
     VisionRwkvBackbone,
     VisionRwkvConfig,
     VisionRwkvModel,
-    fill,
+    load_backbone,
     register,
 )
 
@@ -72,34 +72,34 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_the_auto_classes(vision, images):
     register()  # again
-    config = VisionRwkvConfig.of(vision, out_features=["stage1", "stage3"])
+    config = VisionRwkvConfig.from_heronry(vision, out_features=["stage1", "stage3"])
     assert isinstance(AutoBackbone.from_config(config), VisionRwkvBackbone)
     assert isinstance(AutoModel.from_config(config), VisionRwkvModel)
-    backbone = VisionRwkvBackbone.of(vision, out_indices=[0, -1])
+    backbone = VisionRwkvBackbone.from_heronry(vision, out_indices=[0, -1])
     assert backbone.out_features == ["stage1", "stage3"]
     assert backbone.channels == [32, 32]
     with torch.inference_mode():
         output = backbone(images, output_hidden_states=True)
         expected = vision.forward_intermediates(images)
-        logits = vision.head(VisionRwkvModel.of(vision)(images).pooler_output)
+        logits = vision.head(VisionRwkvModel.from_heronry(vision)(images).pooler_output)
         torch.testing.assert_close(logits, vision(images), rtol=0, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(output.feature_maps, (expected[0], expected[2]), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(output.hidden_states, expected, strict=True))
 
 
 def test_a_configuration_comes_back(vision, tmp_path):
-    config = VisionRwkvConfig.of(vision, pyramid_channels=24, out_indices=[1, 2])
+    config = VisionRwkvConfig.from_heronry(vision, pyramid_channels=24, out_indices=[1, 2])
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert (again.out_features, again.pyramid_channels) == (["stage2", "stage3"], 24)
-    cls, ours = again.ours()
+    cls, ours = again.to_heronry()
     assert cls is type(vision)
     assert ours == replace(vision.config, num_classes=0)
 
 
 def test_new_weights_are_those_of_our_initialisation(vision):
     torch.manual_seed(3)
-    backbone = VisionRwkvBackbone(VisionRwkvConfig.of(vision, pyramid_channels=24))
+    backbone = VisionRwkvBackbone(VisionRwkvConfig.from_heronry(vision, pyramid_channels=24))
     fresh = type(vision)(vision.config)
     fresh.init_weights()
     fixed = {"vrwkv": "spatial_decay", "vrwkv6": "time_decay"}[vision.name]
@@ -110,7 +110,7 @@ def test_new_weights_are_those_of_our_initialisation(vision):
 
 
 def test_the_pyramid_is_ours(vision, images):
-    backbone = VisionRwkvBackbone.of(vision, pyramid_channels=24, out_indices=[1, 3])
+    backbone = VisionRwkvBackbone.from_heronry(vision, pyramid_channels=24, out_indices=[1, 3])
     pyramid = Pyramid(vision, 24)
     pyramid.scales.load_state_dict(backbone.scales.state_dict(), strict=False)
     with torch.inference_mode():
@@ -124,7 +124,7 @@ def test_the_pyramid_is_ours(vision, images):
 def test_weights_of_our_files(vision, images, tmp_path):
     save(vision, tmp_path / "ours")
     loaded = heronry.load(tmp_path / "ours", kind=heronry.VisionModel)
-    backbone = VisionRwkvBackbone.of(loaded)
+    backbone = VisionRwkvBackbone.from_heronry(loaded)
     assert not backbone.training
     backbone.save_pretrained(tmp_path / "theirs")
     again = VisionRwkvBackbone.from_pretrained(tmp_path / "theirs")
@@ -136,8 +136,8 @@ def test_weights_of_our_files(vision, images, tmp_path):
 
 
 def test_what_a_file_lacks_is_initialised_and_what_it_has_stays(vision, images, tmp_path):
-    VisionRwkvBackbone.of(vision).save_pretrained(tmp_path)
-    config = VisionRwkvConfig.of(vision, pyramid_channels=24)
+    VisionRwkvBackbone.from_heronry(vision).save_pretrained(tmp_path)
+    config = VisionRwkvConfig.from_heronry(vision, pyramid_channels=24)
     backbone, info = VisionRwkvBackbone.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"scales"}
     assert same(weights(backbone.vision), weights(vision))
@@ -149,10 +149,10 @@ def test_what_a_file_lacks_is_initialised_and_what_it_has_stays(vision, images, 
 @pytest.mark.parametrize("channels", [0, 24])
 def test_upernet(vision, images, channels, tmp_path):
     options = {"pyramid_channels": channels} if channels else {"out_indices": [0, 1, 2]}
-    backbone = VisionRwkvConfig.of(vision, **options)
+    backbone = VisionRwkvConfig.from_heronry(vision, **options)
     sizes = {"hidden_size": 16, "auxiliary_channels": 16, "num_labels": 3}
     model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **sizes))
-    fill(model, vision)
+    load_backbone(model, vision)
     assert same(weights(model.backbone.vision), weights(vision))
     if not channels:
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def test_upernet(vision, images, channels, tmp_path):
 
 
 def test_checkpointing_changes_no_gradient(vision, images):
-    backbone = VisionRwkvBackbone.of(vision, pyramid_channels=24)
+    backbone = VisionRwkvBackbone.from_heronry(vision, pyramid_channels=24)
     gradients = []
     for kept in (True, False):
         backbone._set_gradient_checkpointing(enable=not kept)
@@ -183,11 +183,11 @@ def test_checkpointing_changes_no_gradient(vision, images):
 
 
 def test_what_cannot_be(vision):
-    with pytest.raises(InputError, match="there is no Vision-RWKV in this model"):
-        fill(torch.nn.Linear(1, 1), vision)
+    with pytest.raises(InputError, match="this model contains no Vision-RWKV"):
+        load_backbone(torch.nn.Linear(1, 1), vision)
     with pytest.raises(InputError, match="other sizes"):
-        fill(VisionRwkvBackbone(VisionRwkvConfig(hidden_size=32, num_hidden_layers=1)), vision)
-    with pytest.raises(InputError, match="no generation 'vrwkv5'"):
+        load_backbone(VisionRwkvBackbone(VisionRwkvConfig(hidden_size=32, num_hidden_layers=1)), vision)
+    with pytest.raises(InputError, match="unknown generation 'vrwkv5'"):
         VisionRwkvBackbone(VisionRwkvConfig(generation="vrwkv5"))
     with pytest.raises(InputError, match="heads of 48"):
         VisionRwkvBackbone(VisionRwkvConfig(generation="vrwkv6", hidden_size=64, head_size=48))
@@ -253,9 +253,11 @@ def test_detectors(name):
     if name == "MaskFormer":
         settings = {**settings, "decoder_config": transformers.DetrConfig(**SMALL)}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(backbone_config=VisionRwkvConfig.of(vision, **options), **settings)
+    config = getattr(transformers, f"{name}Config")(
+        backbone_config=VisionRwkvConfig.from_heronry(vision, **options), **settings
+    )
     model = cls(config)
-    fill(model, vision)
+    load_backbone(model, vision)
     pictures, labels = drawn(2)
     if name in HEADS:
         told = {"mask_labels": [x["masks"] for x in labels], "class_labels": [x["class_labels"] for x in labels]}
@@ -272,10 +274,10 @@ def test_detectors(name):
 def test_a_detector_learns():
     vision = made("vrwkv")
     torch.manual_seed(0)
-    backbone = VisionRwkvConfig.of(vision, pyramid_channels=32, out_indices=[1, 2, 3])
+    backbone = VisionRwkvConfig.from_heronry(vision, pyramid_channels=32, out_indices=[1, 2, 3])
     config = DeformableDetrConfig(backbone_config=backbone, num_feature_levels=3, **SMALL)
     model = DeformableDetrForObjectDetection(config)
-    fill(model, vision)
+    load_backbone(model, vision)
     pictures, labels = drawn(4)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []

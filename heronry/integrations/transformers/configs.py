@@ -1,4 +1,4 @@
-"""The configurations of all generations as `transformers` has them, in the words of the hub's config.json."""
+"""The configurations of all generations as classes of `transformers`, with the keys of the hub's config.json."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from ..formats import huggingface
-from ..models import MODELS, Model
+from ...formats import huggingface
+from ...models import MODELS, Model
 
 
 class RwkvBaseConfig(PreTrainedConfig):
-    """What all generations have in common. None stands for what the training recipe takes."""
+    """The keys that all generations share. None = as in the training recipe."""
 
     model_type: ClassVar[str] = ""
     attribute_map: ClassVar[dict[str, str]] = {"max_position_embeddings": "context_length"}
@@ -29,24 +29,24 @@ class RwkvBaseConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
 
-    def ours(self) -> tuple[type[Model], Any]:
-        """The class of the model and its configuration."""
-        told = huggingface.read_config({"model_type": self.model_type, **self.to_dict()})
-        cls = MODELS[told.pop("model")]
-        head = {"head_size": told["head_size"]} if "head_size" in told else {}
-        usual = cls.Config.sized(self.vocab_size, self.num_hidden_layers, self.hidden_size, **head)
-        known = {field.name for field in fields(usual)}
-        return cls, replace(usual, **{key: value for key, value in told.items() if key in known})
+    def to_heronry(self) -> tuple[type[Model], Any]:
+        """The class of the heronry model and its configuration."""
+        settings = huggingface.read_config({"model_type": self.model_type, **self.to_dict()})
+        cls = MODELS[settings.pop("model")]
+        head_size = {"head_size": settings["head_size"]} if "head_size" in settings else {}
+        default = cls.Config.sized(self.vocab_size, self.num_hidden_layers, self.hidden_size, **head_size)
+        known = {field.name for field in fields(default)}
+        return cls, replace(default, **{key: value for key, value in settings.items() if key in known})
 
     @classmethod
-    def of(cls, model: Model, notes: Mapping[str, Any] | None = None) -> RwkvBaseConfig:
-        """The configuration of a model of ours."""
-        told = huggingface.config_json(model.name, model.config, notes or {}, model.dtype)
-        return CONFIGS[told["model_type"]](**told)
+    def from_heronry(cls, model: Model, notes: Mapping[str, Any] | None = None) -> RwkvBaseConfig:
+        """The configuration of a heronry model. notes: see `heronry.save`."""
+        config = huggingface.config_json(model.name, model.config, notes or {}, model.dtype)
+        return CONFIGS[config["model_type"]](**config)
 
 
 class RwkvConfig(RwkvBaseConfig):
-    """RWKV-4, in the words of transformers' own class."""
+    """RWKV-4, with the keys of transformers' own class."""
 
     model_type: ClassVar[str] = "rwkv"
 
@@ -54,7 +54,7 @@ class RwkvConfig(RwkvBaseConfig):
     attention_hidden_size: int | None = None
     layer_norm_epsilon: float = 1e-5
     rescale_every: int = 6
-    num_attention_heads: int | None = 1  # it has no heads, but peft asks for their number
+    num_attention_heads: int | None = 1  # it has no heads, but peft requires a number
 
 
 class Rwkv5Config(RwkvConfig):
@@ -83,7 +83,7 @@ class Rwkv6Config(RwkvConfig):
 
 
 class RWKV7Config(RwkvBaseConfig):
-    """RWKV-7, in the words of flash-linear-attention."""
+    """RWKV-7, with the keys of flash-linear-attention."""
 
     model_type: ClassVar[str] = "rwkv7"
 

@@ -1,0 +1,408 @@
+"""The models as classes of `transformers`, with and without a head.
+
+- the cache of generate() is a State: a step costs the same after ten tokens and after a hundred thousand
+- padding is not read, on either side, so that a row of a batch gives what it would give alone (masked_forward.py)
+- the names of the weights in state_dict() are those of the hub (state_dict_names.py)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from ... import formats, hub
+from ...checkpoint import DTYPES, assemble, load
+from ...errors import InputError
+from ...models import Model, State
+from .configs import Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
+from .masked_forward import masked_forward
+from .state_dict_names import rename_from_hub, rename_to_hub
+
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+@dataclass
+class RwkvOutput(ModelOutput):
+    """
+    last_hidden_state: [B, T, C], the input of the head: after the last norm. A padded position has that of the last
+        token before it.
+    state, hidden_states: as in RwkvCausalLMOutput.
+    """
+
+    last_hidden_state: Tensor | None = None
+    state: State | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class RwkvCausalLMOutput(ModelOutput):
+    """
+    loss: [], the mean over all labels but -100, in nats.
+    logits: [B, T, V], or with logits_to_keep those of the last tokens. A padded position has those of the last token
+        before it.
+    state: of B rows, for the next call.
+    hidden_states: with output_hidden_states, [B, T, C] of the embedding and of each block, zero at padded positions.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: State | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class _NonEmptyCache:
+    """A stand-in for a cache, for peft: its prompt tuning prepends the trained vectors at every step, unless
+    `past_key_values` already contain something."""
+
+    def get_seq_length(self) -> int:
+        return 1
+
+
+NON_EMPTY_CACHE = _NonEmptyCache()
+
+
+class RwkvPreTrainedModel(PreTrainedModel):
+    """The base of the models with and without a head; those of different generations differ only in their config."""
+
+    base_model_prefix = "rwkv"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _is_stateful = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+
+    def __init__(self, config: RwkvBaseConfig, rwkv: Model | None = None):
+        super().__init__(config)
+        if rwkv is None:
+            cls, model_config = config.to_heronry()
+            rwkv = cls(model_config)
+            if not rwkv.emb.weight.is_meta:
+                rwkv.init_weights()
+        self.rwkv = rwkv
+        self.register_state_dict_post_hook(rename_to_hub)
+        self.register_load_state_dict_pre_hook(rename_from_hub)
+        self.post_init()
+
+    @classmethod
+    def from_heronry(cls, model: Model) -> RwkvPreTrainedModel:
+        """A heronry model in the class of its generation. They share their weights."""
+        config = RwkvBaseConfig.from_heronry(model)
+        return cls._class_for(config)(config, model)
+
+    @classmethod
+    def _class_for(cls, config: RwkvBaseConfig) -> type[RwkvPreTrainedModel]:
+        """The class for the generation, with or without a head as this one."""
+        return CAUSAL_LMS[type(config)]
+
+    @classmethod
+    def _load_model(
+        cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
+    ) -> Model:
+        """The heronry model in a file or folder."""
+        return load(path, dtype, device, quantize=quantize)
+
+    def init_weights(self) -> None:
+        """Does nothing: `Model.init_weights` was called in the constructor."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.rwkv.emb
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.rwkv.emb = value  # type: ignore[assignment]
+        self._adopt_vocab_size()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.rwkv.head  # type: ignore[return-value]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.rwkv.head = new_embeddings
+        self._adopt_vocab_size()
+
+    def _adopt_vocab_size(self) -> None:
+        """Takes the size of a replaced embedding."""
+        self.rwkv.config = replace(self.rwkv.config, vocab_size=self.rwkv.emb.weight.shape[0])
+        self.rwkv.invalidate_fingerprint()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        config: RwkvBaseConfig | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        quantize: str | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Loads the model in a folder or in a repository on the hub, in eval mode.
+
+        Args:
+            dtype: "float32", torch.bfloat16 ...; None and "auto" keep that of the file. torch_dtype is its old name.
+            device_map: None, "auto", a device, or {"": device}. A model cannot be split over several devices.
+            quantize: "int8" or "int4", as for heronry.load.
+            options: for the hub: revision, cache_dir, token, local_files_only, force_download.
+        """
+        for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+            if options.get(name):
+                raise InputError(f"{name} is not supported; use quantize='int8' or 'int4'")
+        path = Path(pretrained_model_name_or_path)
+        if not path.exists():
+            hub_options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+            path = hub.fetch(str(path), **hub_options)
+        dtype = torch_dtype if dtype is None else dtype
+        rwkv = cls._load_model(path, None if dtype == "auto" else dtype, _parse_device_map(device_map), quantize)
+        if config is None or not isinstance(config, RwkvBaseConfig):
+            config = RwkvBaseConfig.from_heronry(rwkv)
+        model: Any = cls._class_for(config)(config, rwkv).eval()
+        model.name_or_path = config._name_or_path = str(pretrained_model_name_or_path)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        loading_info: dict[str, list[str]] = {
+            key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        }
+        return (model, loading_info) if output_loading_info else model
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        state: State | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        other_arguments: Mapping[str, Any],
+        last_only: bool = False,
+    ) -> tuple[Tensor, State | None, tuple[Tensor, ...] | None]:
+        """The output of `self.rwkv` for the arguments of forward, the state if it is to be cached, hidden states."""
+        for name in ("past_key_values", "cache"):
+            if other_arguments.get(name) is not None and other_arguments[name] is not NON_EMPTY_CACHE:
+                raise InputError(f"RWKV has no {name} (peft's prefix tuning is not supported); its cache is `state`")
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        output, new_state, hidden = masked_forward(
+            self.rwkv,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            state,
+            last_only=last_only,
+            output_hidden_states=output_hidden_states,
+        )
+        cached = use_cache if use_cache is not None else self.config.use_cache and not self.training
+        return output, new_state if cached else None, hidden
+
+
+class _CausalLM(RwkvPreTrainedModel, GenerationMixin):
+    """A model with a head."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RwkvCausalLMOutput | tuple[Any, ...]:
+        """
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T] or longer, of which the last T columns count; 0 = padding, at any position.
+            state: as returned by an earlier call.
+            labels: [B, T], the input_ids: they are shifted here; -100 is ignored.
+            logits_to_keep: the number of last positions that logits are returned for; 0 = all.
+            inputs_embeds: [B, T, C], instead of input_ids.
+        """
+        last_only = logits_to_keep == 1 and labels is None
+        logits, new_state, hidden = self._run(
+            input_ids, inputs_embeds, attention_mask, state, use_cache, output_hidden_states, kwargs, last_only
+        )
+        if logits_to_keep > 1 and labels is None:
+            logits = logits[:, -logits_to_keep:]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        output = RwkvCausalLMOutput(loss=loss, logits=logits, state=new_state, hidden_states=hidden)
+        return output if return_dict is not False else output.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of the next step: only tokens that the state does not contain yet."""
+        is_first = state is None or kwargs.get("is_first_iteration") is True
+        inputs = {
+            "state": state,
+            "attention_mask": attention_mask,
+            "use_cache": kwargs.get("use_cache"),
+            "output_hidden_states": kwargs.get("output_hidden_states"),
+            "logits_to_keep": 1,
+        }
+        if not is_first:
+            return inputs | {"input_ids": input_ids[:, -1:], "past_key_values": NON_EMPTY_CACHE}
+        return inputs | ({"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds})
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if outputs.get("state") is not None:
+            model_kwargs["state"] = outputs["state"]
+            # from now on one token per row is new: the mask of the prompt is not needed, and would grow
+            model_kwargs.pop("attention_mask", None)
+        return model_kwargs
+
+    def _reorder_cache(self, state: State, beam_idx: Tensor) -> State:
+        return state[beam_idx.tolist()]
+
+
+class _BaseModel(RwkvPreTrainedModel):
+    """A model without a head."""
+
+    def __init__(self, config: RwkvBaseConfig, rwkv: Model | None = None):
+        super().__init__(config, rwkv)
+        self.rwkv = _without_head(self.rwkv)
+
+    @classmethod
+    def _class_for(cls, config: RwkvBaseConfig) -> type[RwkvPreTrainedModel]:
+        return BASE_MODELS[type(config)]
+
+    @classmethod
+    def _load_model(
+        cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
+    ) -> Model:
+        if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
+            raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
+        target_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        try:
+            checkpoint = formats.read(path)
+            tensors = checkpoint.tensors
+            if "emb.weight" in tensors:  # in place of a missing head, which is dropped anyway
+                tensors.setdefault("head.weight", tensors["emb.weight"])
+            return assemble(tensors, checkpoint.config, target_dtype, device, quantize=quantize)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def get_output_embeddings(self) -> None:  # type: ignore[override]
+        return None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RwkvOutput | tuple[Any, ...]:
+        """As for the class with a head."""
+        last_hidden_state, new_state, hidden = self._run(
+            input_ids, inputs_embeds, attention_mask, state, use_cache, output_hidden_states, kwargs
+        )
+        output = RwkvOutput(last_hidden_state=last_hidden_state, state=new_state, hidden_states=hidden)
+        return output if return_dict is not False else output.to_tuple()
+
+
+def _without_head(model: Model) -> Model:
+    """A model that returns the input of its head [B, T, C]. It shares its modules with `model`."""
+    with torch.device("meta"):
+        body = type(model)(model.config)
+    body.emb, body.blocks, body.ln_out, body.head = model.emb, model.blocks, model.ln_out, nn.Identity()
+    body.quantization = model.quantization
+    body.native_step_enabled = False  # the C++ step returns logits
+    return body.train(model.training)
+
+
+def _parse_device_map(device_map: Any) -> torch.device | str:
+    """The device for the whole model."""
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise InputError("a model cannot be split over devices; use device_map={'': device}")
+        device_map = device_map[""]
+    if device_map is None:
+        return "cpu"
+    if device_map in ("auto", "balanced", "sequential"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device: torch.device | str = f"cuda:{device_map}" if isinstance(device_map, int) else device_map
+    return device
+
+
+class RwkvForCausalLM(_CausalLM):
+    """RWKV-4."""
+
+    config_class = RwkvConfig
+
+
+class RwkvModel(_BaseModel):
+    """RWKV-4 without its head."""
+
+    config_class = RwkvConfig
+
+
+class Rwkv5ForCausalLM(_CausalLM):
+    """RWKV-5."""
+
+    config_class = Rwkv5Config
+
+
+class Rwkv5Model(_BaseModel):
+    """RWKV-5 without its head."""
+
+    config_class = Rwkv5Config
+
+
+class Rwkv6ForCausalLM(_CausalLM):
+    """RWKV-6."""
+
+    config_class = Rwkv6Config
+
+
+class Rwkv6Model(_BaseModel):
+    """RWKV-6 without its head."""
+
+    config_class = Rwkv6Config
+
+
+class RWKV7ForCausalLM(_CausalLM):
+    """RWKV-7."""
+
+    config_class = RWKV7Config
+
+
+class RWKV7Model(_BaseModel):
+    """RWKV-7 without its head."""
+
+    config_class = RWKV7Config
+
+
+CAUSAL_LMS: dict[type[RwkvBaseConfig], type[RwkvPreTrainedModel]] = {
+    cls.config_class: cls for cls in (RwkvForCausalLM, Rwkv5ForCausalLM, Rwkv6ForCausalLM, RWKV7ForCausalLM)
+}
+BASE_MODELS: dict[type[RwkvBaseConfig], type[RwkvPreTrainedModel]] = {
+    cls.config_class: cls for cls in (RwkvModel, Rwkv5Model, Rwkv6Model, RWKV7Model)
+}

@@ -1,0 +1,45 @@
+"""The names of weights in state_dict() and load_state_dict(): those of the hub, where no adapters are inside.
+
+save_pretrained, Trainer and others then write what other readers of the hub's repositories expect. The modules keep
+BlinkDL's names ("key", "value", "receptance"), and so do adapters of peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ...formats import huggingface
+from ...formats.lazy_tensor import LazyTensor
+
+
+def rename_to_hub(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook for state_dict(), of a module that has a heronry model as `.rwkv`: BlinkDL's names -> the hub's."""
+    inside = f"{prefix}rwkv."
+    names = {name: name.removeprefix(inside) for name in state if name.startswith(inside)}
+    if not names or _has_adapters(names.values()):
+        return
+    tensors = {short: LazyTensor.from_tensor(state.pop(name)) for name, short in names.items()}
+    for name, x in huggingface.from_blinkdl(tensors).items():
+        state[prefix + name] = x.read()
+
+
+def rename_from_hub(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A hook for load_state_dict(): the hub's names -> BlinkDL's."""
+    names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    if _has_adapters(names) or any(name.startswith("rwkv.emb.") for name in names.values()):
+        return
+    tensors = {short: LazyTensor.from_tensor(state.pop(name)) for name, short in names.items()}
+    shapes = {name: p.shape for name, p in module.get_submodule("rwkv").named_parameters()}
+    for name, x in huggingface.to_blinkdl(tensors).items():
+        value = x.read()
+        if name in shapes and value.numel() == shapes[name].numel():
+            value = value.reshape(shapes[name])
+        state[f"{prefix}rwkv.{name}" if name in shapes else prefix + name] = value
+
+
+def _has_adapters(names: Iterable[str]) -> bool:
+    """Whether these are names of a model with adapters of peft inside."""
+    return any("lora_" in name or ".base_layer." in name or "modules_to_save" in name for name in names)

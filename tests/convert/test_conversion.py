@@ -303,7 +303,7 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("heronry.convert.conversion.write_safetensors", full)
+    monkeypatch.setattr("heronry.formats.safetensors_file.write", full)
     assert "cannot be written (No space left on device)" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors")
     left = {"a.pth", "full", "packed", "huge.pth"}
     assert {path.name for path in tmp_path.iterdir()} == left

@@ -151,7 +151,7 @@ def test_bad_input(random_checkpoint, tmp_path):
 @torch.inference_mode()
 def test_weights_beside_the_file(random_checkpoint, tmp_path, monkeypatch):
     """As of a model too large for one file."""
-    monkeypatch.setattr("heronry.convert.onnx.INSIDE", 1000)
+    monkeypatch.setattr("heronry.convert.onnx.MAX_INLINE", 1000)
     torch.save(random_checkpoint("4", **SMALL), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "a.onnx")
     model = heronry.load(tmp_path / "a.pth")

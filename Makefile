@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-llama lint format bench storyteller constraints clean
+.PHONY: demo test test-llama test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -17,6 +17,27 @@ test: .venv/dev lint
 # what llama.cpp makes of the GGUF files written here; compiling it takes minutes, so make test leaves it out
 test-llama: .venv/bench
 	$(BIN)/python -m pytest tests/convert/test_peers.py
+
+# the wheel with compiled libraries for this platform, run in an environment without a compiler
+wheel-test:
+	rm -rf build/wheel build/wheel-env
+	$(PYTHON) -m venv build/wheel-env
+	HERONRY_PREBUILT=1 build/wheel-env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel-env/bin/python -m pip install --quiet -c constraints.txt $(TORCH)
+	build/wheel-env/bin/python -m pip install --quiet -c constraints.txt $(TORCH) "$$(echo build/wheel/*.whl)[cli]"
+	build/wheel-env/bin/python tests/try_wheel.py build/wheel/*.whl
+
+# every kernel on an emulated ARM processor; needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user
+# g++-aarch64-linux-gnu)
+test-arm: .venv/dev
+	$(BIN)/python -m pytest -rs tests/arm/run_arm.py
+
+# the C++ compiled, not run, for the systems that are not here
+ZIG := ziglang==0.17.1
+cross-check:
+	$(PYTHON) -m venv build/zig-env
+	build/zig-env/bin/python -m pip install --quiet $(ZIG)
+	build/zig-env/bin/python tests/cross_check.py
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

@@ -47,7 +47,7 @@ typedef float Half;  // a bfloat16 as a float
 #endif
 // An integer activation: a byte where four products of bytes are added at once. AVX2 does that too, but the sum of two
 // must fit 16 bits: of INT4, whose weights have 7 bits. Else 16 bits: of every 4, the first and third stand in front.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 template <int64_t FORMAT> using Whole = int8_t;
 #elif defined(__AVX2__)
 template <int64_t FORMAT> using Whole = std::conditional_t<FORMAT == INT4, int8_t, int16_t>;
@@ -313,9 +313,8 @@ INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const int16_t* x) {
     return (Reg<int32_t>)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(two));
 #endif
 #else
-    Reg<int32_t> y;
-    for (int i = 0; i < WIDTH<int32_t>; i++) y[i] = w[2 * i] * x[0] + w[2 * i + 1] * x[1];
-    return y;
+    const Reg<int32_t> both = (Reg<int32_t>)w;
+    return (both & 0xffff) * x[0] + (both >> 16 & 0xffff) * x[1];
 #endif
 }
 
@@ -350,6 +349,21 @@ template <> struct Quads<int16_t> {
         }
     }
 };
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr int LESS = 128;  // ARM multiplies signed bytes only: the weights less that
+template <> struct Quads<int8_t> {
+    Reg<int32_t> bytes[Ints::PARTS];
+    explicit INLINE Quads(const Ints& weights) {
+        for (int i = 0; i < Ints::PARTS; i++) bytes[i] = weights.part[i] ^ int32_t(0x80808080);
+    }
+    INLINE void add(Ints& total, const int8_t* x) const {
+        for (int i = 0; i < Ints::PARTS; i++)
+            total.part[i] =
+                (Reg<int32_t>)vdotq_s32((int32x4_t)total.part[i], (int8x16_t)bytes[i], (int8x16_t)four(x));
+    }
+};
+#else
+constexpr int LESS = 0;
 template <> struct Quads<int8_t> {
     const Ints& bytes;
     explicit INLINE Quads(const Ints& bytes) : bytes(bytes) {}
@@ -370,6 +384,7 @@ template <> struct Quads<int8_t> {
         }
     }
 };
+#endif
 
 // 64 halves of bytes as the numbers they stand for
 INLINE Ints look_up(const Ints& places, const uint8_t* table) {
@@ -400,7 +415,7 @@ INLINE void packed16(const Tensor& w, const Rows& in, int64_t first, const char*
     Vec<float> total[M] = {};
     for (int64_t at = 0; at < w.columns; at += GROUP) {
         Ints sums[M][PARALLEL] = {};
-        for (int m = 0; m < M; m++) sums[m][0] = (FORMAT == INT8 ? -128 : -64) * in.sum[((first + m) * in.stride + at) / GROUP];
+        for (int m = 0; m < M; m++) sums[m][0] = (LESS - (FORMAT == INT8 ? 128 : 64)) * in.sum[((first + m) * in.stride + at) / GROUP];
         const auto add = [&](const Ints& weights, int64_t i, int chain) __attribute__((always_inline)) {
             const Quads<W> quads(weights);
             for (int m = 0; m < M; m++) quads.add(sums[m][chain % PARALLEL], x + m * in.stride + i);

@@ -265,6 +265,10 @@ INLINE Reg<float> widen(const uint16_t* x, int32_t dtype) {
     const __m128i half = _mm_loadu_si128((const __m128i*)x);
     if (dtype == BFLOAT16) return (Reg<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
     return (Reg<float>)_mm256_cvtph_ps(half);
+#elif defined(__aarch64__)
+    const uint16x4_t half = vld1_u16(x);
+    if (dtype == BFLOAT16) return (Reg<float>)vshll_n_u16(half, 16);
+    return (Reg<float>)vcvt_f32_f16(vreinterpret_f16_u16(half));
 #else
     Reg<float> y;
     for (int i = 0; i < WIDTH<float>; i++) y[i] = dtype == BFLOAT16 ? from_bfloat16(x[i]) : from_float16(x[i]);
@@ -272,7 +276,7 @@ INLINE Reg<float> widen(const uint16_t* x, int32_t dtype) {
 #endif
 }
 INLINE void narrow(uint16_t* to, int32_t dtype, const Reg<float>& x) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
     if (dtype == BFLOAT16) {
         const Reg<int32_t> bits = (Reg<int32_t>)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
         const Reg<int32_t> upper = (x != x ? Reg<int32_t>{} + 0x7fc00000 : rounded) >> 16 & 0xffff;
@@ -280,11 +284,15 @@ INLINE void narrow(uint16_t* to, int32_t dtype, const Reg<float>& x) {
         _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)upper));
     } else
         _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#else
+#elif defined(__AVX2__)
         const __m128i low = _mm256_castsi256_si128((__m256i)upper), high = _mm256_extracti128_si256((__m256i)upper, 1);
         _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(low, high));
     } else
         _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+        vst1_u16(to, vmovn_u32((uint32x4_t)upper));
+    } else
+        vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 #endif
 #else
     for (int i = 0; i < WIDTH<float>; i++) to[i] = dtype == BFLOAT16 ? to_bfloat16(x[i]) : to_float16(x[i]);

@@ -112,5 +112,6 @@ def test_steps_of_models(version: str, weights: str, emulator: Emulator, random_
     step.last_state = state, pointers
     step.library = SimpleNamespace(step=call)
     actual = step(text, state, cu, False)
-    assert farthest(actual, native) < 1e-5
+    # sums in another order may round an activation to the next bfloat16 or the next of 255 integers
+    assert farthest(actual, native) < (1e-5 if weights in ("float32", "float16") else 1e-3)
     assert farthest(actual, expected) < (1e-5 if weights == "float32" else 0.05)

@@ -1,7 +1,6 @@
-"""Files of the Hugging Face hub, by name: hf://OWNER/REPOSITORY/FILE, hf://OWNER/REPOSITORY or OWNER/REPOSITORY.
+"""Files on the Hugging Face hub, by name: hf://OWNER/REPOSITORY/FILE, hf://OWNER/REPOSITORY or OWNER/REPOSITORY.
 
-huggingface_hub fetches them, once: its cache, its tokens and HF_HUB_OFFLINE are respected. A REPOSITORY may be followed
-by @REVISION.
+huggingface_hub downloads them once and uses its own cache, tokens and HF_HUB_OFFLINE. @REVISION may follow REPOSITORY.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from typing import Any
 
 from .errors import InputError
 
-# of a whole repository; the weights as safetensors where it has them
+# downloaded of a whole repository, besides its weights
 TEXTS = ["*.json", "*.txt", "*.jinja"]
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 def is_name(path: str | Path) -> bool:
-    """Whether this says something on the hub: with hf://, or as OWNER/REPOSITORY where no such folder is near."""
+    """Whether this is a name on the hub: with hf://, or OWNER/REPOSITORY where no such local path exists."""
     text = str(path)
     if text.startswith("hf:/"):
         return True
@@ -27,12 +26,14 @@ def is_name(path: str | Path) -> bool:
 
 
 def fetch(path: str | Path, **options: Any) -> Path:
-    """Where the file or the folder of the repository lies now.
+    """Downloads a file or a repository, unless it is in the cache, and returns its local path.
 
-    options: of huggingface_hub: revision, cache_dir, token, local_files_only, force_download.
+    Args:
+        path: hf://OWNER/REPOSITORY/FILE, hf://OWNER/REPOSITORY or OWNER/REPOSITORY.
+        options: for huggingface_hub: revision, cache_dir, token, local_files_only, force_download.
 
     Raises:
-        InputError: no such repository or file, or no way to it.
+        InputError: the repository or file does not exist, or the hub cannot be reached.
     """
     parts = re.fullmatch(r"(?:hf:/{1,2})?([\w.-]+)/([\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", str(path))
     if not parts:
@@ -40,6 +41,7 @@ def fetch(path: str | Path, **options: Any) -> Path:
     owner, name, revision, file = parts.groups()
     if revision:
         options = {"revision": revision, **options}
+    # imported here because it is slow to import and most paths are local
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -55,28 +57,28 @@ def fetch(path: str | Path, **options: Any) -> Path:
     try:
         if file:
             return Path(hf_hub_download(repository, file, **options))
-        return _whole(snapshot_download, repository, options)
+        return _download_repository(snapshot_download, repository, options)
     except GatedRepoError as error:
         raise InputError(
-            f"{path}: {repository} is only for those whom its owner lets in; log in with hf auth"
+            f"{path}: {repository} needs the permission of its owner; log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"{path}: no such file or folder here, and no repository {repository} on the hub") from error
+        raise InputError(f"{path}: no such local file or folder, and no repository {repository} on the hub") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{path}: {repository} has no revision {options.get('revision')}") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(f"{path}: {repository} has no file {file}") from error
-        here = "" if str(path).startswith("hf:/") else "no such file or folder here; as a name of the hub: "
+        here = "" if str(path).startswith("hf:/") else "no such local file or folder; as a name on the hub: "
         raise InputError(
-            f"{path}: {here}not in the cache of the hub, and the hub cannot be reached (offline, or no network)"
+            f"{path}: {here}not in the hub's cache, and the hub cannot be reached (offline, or no network)"
         ) from error
     except (EntryNotFoundError, HFValidationError) as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def _whole(download: Any, repository: str, options: dict[str, Any]) -> Path:
-    """A repository without what is of no use: pickles beside safetensors, other frameworks' weights."""
+def _download_repository(download: Any, repository: str, options: dict[str, Any]) -> Path:
+    """A repository without pickles beside safetensors and without other frameworks' weights."""
     folder = Path(download(repository, allow_patterns=[*TEXTS, "*.safetensors"], **options))
     if not any(folder.glob("*.safetensors")):
         folder = Path(download(repository, allow_patterns=[*TEXTS, "pytorch_model*.bin"], **options))
@@ -84,10 +86,10 @@ def _whole(download: Any, repository: str, options: dict[str, Any]) -> Path:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Uploads a folder to a repository of the hub, which is made if there is none.
+    """Uploads a folder to a repository on the hub, which is created if it does not exist.
 
     Raises:
-        InputError: it is not yours, or there is no way to the hub.
+        InputError: no permission, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -97,4 +99,4 @@ def push(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(f"{repository}: the hub did not take it ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{repository}: the hub refused it ({str(error).splitlines()[0]})") from error

@@ -88,8 +88,8 @@ def test_on_the_command_line(cache):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("hf://BlinkDL/rwkv-4-pile-169m/b.pth", "not in the cache of the hub, and the hub cannot be reached"),
-        ("Nobody/nothing", "not in the cache of the hub, and the hub cannot be reached"),
+        ("hf://BlinkDL/rwkv-4-pile-169m/b.pth", "not in the hub's cache, and the hub cannot be reached"),
+        ("Nobody/nothing", "not in the hub's cache, and the hub cannot be reached"),
         ("hf://BlinkDL", "give hf://OWNER/REPOSITORY"),
     ],
 )

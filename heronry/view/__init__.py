@@ -1,4 +1,4 @@
-"""Drawings of what models do: figures.py draws arrays, the other files compute them from a model."""
+"""Drawings of what models compute: figures.py draws arrays, vision.py computes them from a model."""
 
 from .figures import draw_class_maps, draw_decays, draw_q_shift, draw_receptive_fields
 

@@ -1,6 +1,6 @@
-"""Drawings of what models do: arrays in, a figure of matplotlib out (`pip install 'heronry[plots]'`).
+"""Drawings of what models compute: arrays in, a figure of matplotlib out (`pip install 'heronry[plots]'`).
 
-Nothing here knows a model. What there is to draw of one is computed beside: view/vision.py for models of pictures.
+Nothing here depends on a model; view/vision.py computes the arrays from one.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import numpy as np
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-QUARTERS = ("left", "right", "above", "below")  # where a Q-shift takes each quarter of the channels from
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind too (Okabe and Ito)
-NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # columns and rows that they are away
+QUARTERS = ("left", "right", "above", "below")  # the neighbour that a Q-shift takes each quarter of the channels from
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable with colour blindness (Okabe and Ito)
+NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # their offsets in columns and rows
 
 
 def draw_receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
-    """Effective receptive fields [height, width], by the names to write over them, beside each other. Each is drawn
-    as shares of its largest gradient, in logarithms; below 1/10000 everything is dark."""
+    """Draws effective receptive fields [height, width] side by side, titled with their keys. Each is relative to its
+    largest gradient, on a logarithmic scale that ends at 1/10000."""
     figure = _figure(3.2 * len(fields) + 0.8, 3.6)
     axes = figure.subplots(1, len(fields), squeeze=False)[0]
     for axis, (name, field) in zip(axes, fields.items(), strict=True):
@@ -36,16 +37,16 @@ def draw_receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
 
 
 def draw_decays(weights: np.ndarray) -> Figure:
-    """Weights [layers, C, 2 T - 1] of what lies T - 1 patches before to T - 1 after, one heat map a layer, whose
-    channels are sorted from the fastest decay to the slowest: blue what weighs less than 1, red what weighs more, both
-    to a factor of 1000. Grey: a bonus below 0, or nothing because attention looks back only."""
+    """Draws weights [layers, C, 2 T - 1], of patches T - 1 before to T - 1 after, as one heat map per layer, with
+    channels sorted from the fastest decay to the slowest. Blue: below 1, red: above 1, both up to a factor of 1000.
+    Grey: a bonus below 0, or no weight because attention is causal."""
     layers, channels, offsets = weights.shape
     columns = min(layers, 4)
     rows = math.ceil(layers / columns)
-    figure = _figure(2.6 * columns + 0.8, max(3.6, 2.1 * rows + 0.4))  # what stands at the sides needs its height
+    figure = _figure(2.6 * columns + 0.8, max(3.6, 2.1 * rows + 0.4))  # the labels at the sides need this height
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     reach = offsets // 2
-    own = np.arange(offsets) == reach  # the bonus is no part of the decay
+    own = np.arange(offsets) == reach  # the bonus is not part of the decay
     for axis in axes.flat[layers:]:
         axis.set_visible(False)
     for layer, (axis, curves) in enumerate(zip(axes.flat, weights, strict=False)):
@@ -55,15 +56,15 @@ def draw_decays(weights: np.ndarray) -> Figure:
         image = axis.imshow(shown, norm="log", vmin=1e-3, vmax=1e3, cmap="RdBu_r", **place)
         axis.set_facecolor("lightgrey")
         axis.set_title(f"layer {layer}", fontsize="medium")
-    figure.supxlabel("where the other patch stands, counted row by row")
+    figure.supxlabel("offset of the other patch, counted row by row")
     figure.supylabel("channels, from the fastest to the slowest")
     figure.colorbar(image, ax=axes, label="weight, the middle column is the bonus")
     return figure
 
 
 def draw_q_shift(picture: np.ndarray, channels: Sequence[int], before: np.ndarray, after: np.ndarray) -> Figure:
-    """Where each quarter of the channels comes from, and a channel of each quarter, [4, rows, columns] `before` and
-    `after` the shift, beside the picture [height, width, 3] that they read."""
+    """Draws where each quarter of the channels comes from, and one channel of each quarter `before` and `after` the
+    shift, [4, rows, columns], beside the picture [height, width, 3]."""
     figure = _figure(13, 5)
     axes = figure.subplots(2, 5, width_ratios=[1.5, 1, 1, 1, 1])
     _draw_patches(axes[0, 0])
@@ -79,15 +80,15 @@ def draw_q_shift(picture: np.ndarray, channels: Sequence[int], before: np.ndarra
     return figure
 
 
-def _draw_patches(axis) -> None:
-    """Nine patches with their channels as four stripes, and what the one in the middle takes of the others."""
-    from matplotlib.patches import Rectangle
+def _draw_patches(axis: Axes) -> None:
+    """Nine patches with their channels as four stripes, and arrows from those that the middle one reads."""
+    from matplotlib.patches import Rectangle  # optional, see _figure
 
     for x, y in ((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)):
         for i, colour in enumerate(COLOURS):
-            lit = (x, y) in ((0, 0), NEIGHBOURS[i])
+            is_read = (x, y) in ((0, 0), NEIGHBOURS[i])
             corner = (x - 0.4 + 0.2 * i, y - 0.4)
-            axis.add_patch(Rectangle(corner, 0.2, 0.8, color=colour, alpha=1 if lit else 0.15, linewidth=0))
+            axis.add_patch(Rectangle(corner, 0.2, 0.8, color=colour, alpha=1 if is_read else 0.15, linewidth=0))
         axis.add_patch(Rectangle((x - 0.4, y - 0.4), 0.8, 0.8, fill=False, color="black"))
     for i, (x, y) in enumerate(NEIGHBOURS):
         stripe = 0.2 * i - 0.3
@@ -98,8 +99,8 @@ def _draw_patches(axis) -> None:
 
 
 def draw_class_maps(pictures: np.ndarray, scores: np.ndarray, titles: Sequence[str], patch: int) -> Figure:
-    """Pictures [n, height, width, 3], and over each what its patches of so many pixels, [n, rows, columns], say for
-    its class (red) and against it (blue). The scale is each picture's own."""
+    """Draws pictures [n, height, width, 3], and over each the scores of its patches [n, rows, columns]: red for its
+    class, blue against it, each picture on its own scale. patch: the side of a patch in pixels."""
     figure = _figure(2.4 * len(pictures) + 0.4, 5.2)
     axes = figure.subplots(2, len(pictures), squeeze=False)
     height, width = pictures.shape[1:3]
@@ -117,7 +118,7 @@ def draw_class_maps(pictures: np.ndarray, scores: np.ndarray, titles: Sequence[s
 
 
 def _figure(width: float, height: float) -> Figure:
-    """In inches; of no window."""
+    """An empty figure of this size in inches, without a window."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

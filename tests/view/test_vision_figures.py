@@ -237,7 +237,7 @@ def test_classes_that_there_are_not():
     headless.reset_classifier(0)
     with pytest.raises(InputError, match="no head"):
         class_maps(headless, images(1))
-    with pytest.raises(InputError, match="there is no class 5: this model has 5"):
+    with pytest.raises(InputError, match="class 5 does not exist: this model has 5"):
         class_maps(make("vrwkv"), images(1), [5])
     with pytest.raises(InputError, match="2 classes were given for 1 images"):
         class_maps(make("vrwkv"), images(1), [1, 2])

@@ -82,6 +82,7 @@ def test_a_source_is_compiled_once_and_without_torch(source: Path):
     assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.slow
 def test_two_processes_may_compile_at_once(source: Path):
     for process in [start(source) for _ in range(2)]:
         assert "answer 42" in finish(process)

@@ -57,6 +57,7 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_enwik8(run, text, folder):
     """A table of all models, and the same one when nothing is left to do."""
     small = ["--layers", 1, "--width", 64, "--context", 32, "--batch", 2, "--steps", 12, "--seeds", 2]
@@ -78,6 +79,7 @@ def test_tinyshakespeare(run, text, folder):
     assert (folder / "play" / "curve.png").exists()
 
 
+@pytest.mark.slow
 def test_long_document(run, text, folder):
     sizes = ["--tokens", 1000, "--contexts", 32, 128, "--layers", 1, "--width", 64, "--turns", 1]
     told = run("long_document.py", text, "--out", folder / "long", *sizes)

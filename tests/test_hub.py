@@ -100,6 +100,7 @@ def test_without_a_network_in_one_line(name, told, cache):
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer(cache):
     began = time.monotonic()
     code = "import heronry\ntry: heronry.load('hf://a/b/c.pth')\nexcept heronry.InputError as error: print(error)"

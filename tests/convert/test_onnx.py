@@ -46,7 +46,10 @@ def run(path: Path, tokens: torch.Tensor, state) -> list[torch.Tensor]:
     return [torch.from_numpy(x) for x in session.run(list(OUTPUTS), feeds)]
 
 
-@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7"])
+BETWEEN = [pytest.param(version, marks=pytest.mark.slow) for version in ("5.0", "5.2", "6")]  # exporting takes seconds
+
+
+@pytest.mark.parametrize("version", ["4", *BETWEEN, "7"])
 @torch.inference_mode()
 def test_sequences_of_any_length_and_number(graphs, version):
     model, path = graphs(version, "onnx")
@@ -121,6 +124,7 @@ def test_torch_export_of_every_version(version, random_checkpoint):
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_writes_with_numpy_alone(tmp_path):
     """examples/onnx_numpy.py imports no torch, and says what we say."""
     bundled = Path(heronry.__file__).parent / "bundled"

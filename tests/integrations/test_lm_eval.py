@@ -75,6 +75,7 @@ def test_the_harness_runs_tasks(tasks):
     assert found["results"]["local_choices"]["acc,none"] == 1.0
 
 
+@pytest.mark.slow
 def test_as_a_command(tasks):
     command = [sys.executable, "-m", "heronry.integrations.lm_eval", "run", "--model", "heronry"]
     command += ["--tasks", "local_lambada", "--include_path", str(tasks), "--model_args", "dtype=float32"]

@@ -226,6 +226,7 @@ def test_what_rwkv_is_compared_with_learns_by_the_same_loop(made, texts, tmp_pat
         load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(texts, tmp_path):
     """kill -9 at any moment; the same command until it is through."""
     more = ("run.steps=60", "run.save_every=4", "run.keep=2", f"data.eval={texts}", "run.eval_every=7")

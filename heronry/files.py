@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and where there is space for them."""
+"""Atomic writes, and where there is space for them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .errors import InputError
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once the block has ended without an error.
+    """Yields a temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    A crash, a full disk or Ctrl-C leaves what was there before untouched.
+    A crash, a full disk or Ctrl-C leaves the old file as it was.
     """
     path = Path(path).resolve()  # a link stays one
     if path.exists() and not path.is_file():

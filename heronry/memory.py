@@ -1,7 +1,7 @@
-"""Large tensors in huge pages, and blocks of memory that are used again.
+"""Huge pages for large tensors, and a pool of memory for short-lived ones.
 
-Decoding reads all weights and writes a new state for every token. With huge pages the processor looks up fewer
-addresses on the way, and with a pool the system need not hand out, and clear, the pages of a state each time.
+Decoding reads all weights and writes a new state for every token. Huge pages save address translations, and the pool
+saves the kernel from allocating and clearing the pages of a state at every step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ HUGE_PAGE = 2 << 20  # bytes, on x86 and most of arm64
 
 
 class Arena:
-    """Empty tensors side by side in large blocks; on a Linux CPU these are huge pages where the system grants them.
+    """Allocates uninitialised tensors side by side in large blocks: on a CPU under Linux in huge pages, if enabled.
 
-    A block is given back when all tensors in it are gone, so what goes together should lie together.
+    A block is freed when all tensors in it are gone, so tensors of the same lifetime should share an arena.
     """
 
-    BLOCK = 64 << 20  # bytes; larger tensors have a block of their own
+    BLOCK = 64 << 20  # bytes; a tensor of more than half of it gets a block of its own
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -32,6 +32,7 @@ class Arena:
         self.used = self.BLOCK
 
     def allocate(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the arena's device, aligned to 64 bytes."""
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // 64) * 64
         if self.device.type != "cpu" or not count or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -50,15 +51,15 @@ class Arena:
 
 def _block(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
+    with contextlib.suppress(OSError):  # the kernel has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 class Pool:
-    """Memory for tensors that come and go: that of one that is gone serves the next that is no larger.
+    """Memory for short-lived tensors: a block is reused once no tensor refers to it any more.
 
-    Who holds a tensor, or any view of it, holds its memory. The `spare` largest blocks are kept for later.
+    A tensor, or any view of it, keeps its block in use. The pool keeps the `spare` largest blocks, used or not.
     """
 
     def __init__(self, spare: int = 2):
@@ -67,7 +68,7 @@ class Pool:
         self.lock = threading.Lock()
 
     def allocate(self, count: int) -> Tensor:
-        """An empty float32 tensor of `count` numbers on the CPU."""
+        """An uninitialised float32 tensor [count] on the CPU."""
         size = 4 * count
         if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(count)
@@ -81,7 +82,7 @@ class Pool:
 
 
 def _alone() -> int:
-    """What sys.getrefcount says of a block that only a list holds; it differs between Pythons."""
+    """The sys.getrefcount of a block that only a list refers to; it differs between versions of Python."""
     blocks = [mmap.mmap(-1, 4096)]
     return sys.getrefcount(blocks[0])
 

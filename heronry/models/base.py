@@ -1,4 +1,4 @@
-"""What every model has in common: `Network` for texts and pictures, `Model` for the generations of RWKV."""
+"""The base classes: `Network` of all models, of text or of pictures; `Model` of the generations of RWKV."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class Network(nn.Module):
-    """What files and training need of any model, of text or of pictures.
+    """What checkpoints and training need from any model, of text or of pictures.
 
-    A model's file defines `forward`, `init_weights` and `param_groups`.
+    A subclass defines `forward`, `init_weights` and `param_groups`.
     """
 
     name: ClassVar[str]  # "rwkv7"
@@ -35,7 +35,7 @@ class Network(nn.Module):
     ignored_keys: ClassVar[tuple[str, ...]] = ()  # keys that checkpoints carry and the model never reads
     config_only: ClassVar[tuple[str, ...]] = ()  # settings that the tensors of a checkpoint do not show
     quantization: str | None = None  # "int8" or "int4" once its matrices are packed
-    gradient_checkpointing = False  # keep only what goes from block to block, and compute the rest again backward
+    gradient_checkpointing = False  # keep only the blocks' inputs and recompute the rest in the backward pass
     state_tuning = False  # only the initial state is trained, see `Model.tune_state`
     adapted_from: str | None = None  # with adapters beside its matrices: the fingerprint it had without (adapters/)
     sharded = False  # every process holds a piece of each parameter, and all must call the model together
@@ -106,14 +106,14 @@ class Network(nn.Module):
         return super().train(mode)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
-        """What a block makes of its inputs."""
+        """block(*inputs), with gradient checkpointing where that is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 class Model(Network):
-    """The base of every generation: what a caller hands in is checked here, once.
+    """The base of every generation. It checks the arguments of `forward`, once.
 
     A generation's time mix defines `initial_wkv`.
     """
@@ -129,7 +129,7 @@ class Model(Network):
         self._step: native_step.NativeStep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: everything but the addresses of this one's weights."""
+        """For copies and pickles: everything but the native step, which holds addresses of this model's weights."""
         return self.__dict__ | {"_step": None}
 
     def tune_state(self) -> Model:
@@ -212,7 +212,7 @@ class Model(Network):
         if isinstance(cu_seqlens, SequenceShard):
             if not self.affine:
                 raise InputError(
-                    f"{self.name} cannot be spread over processes: what it reads of its state does not add up"
+                    f"{self.name} cannot run with sequence parallelism: its output is not affine in its state"
                 )
             cu = cu_seqlens
         rows = tokens.shape[0] if cu is None else len(cu) - 1

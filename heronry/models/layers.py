@@ -1,4 +1,4 @@
-"""What is identical in every generation: the matrices, the token shift, the group norm, and what configs check."""
+"""What all generations share: matrices, plain and packed, the token shift, the group norm, checks of configurations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sequence_parallel import Boundaries, SequenceShard
 
 
 def widen(x: Tensor) -> Tensor:
-    """At least float32: what 16 bits are too few for."""
+    """x in float32, or as it is in float64: for values that 16 bits are too few for."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("scales", scales)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        """As in any module, but .to(dtype) leaves the scales what they are: the kernel reads float16."""
+        """As in any module, but .to(dtype) keeps the scales in float16, which the kernel reads."""
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = scales.to(self.weight.device)
@@ -64,14 +64,14 @@ class PackedLinear(nn.Module):
 
 
 def embedding(config: Any) -> nn.Embedding:
-    """[V, C], zeros. torch's own random numbers, drawn for the skeleton of a model too, cost a second of importing."""
+    """[V, C], zeros. torch's random initialisation would cost a second, even on the meta device."""
     weights = torch.zeros(config.vocab_size, config.n_embd)
     emb: nn.Embedding = nn.Embedding.from_pretrained(weights, freeze=False)
     return emb
 
 
 def token_shift(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
-    """The token before each: x [B, T, C] moved by one, the carried `shift` [S, C] in front of each sequence."""
+    """The previous token of each: x [B, T, C] moved by one, with the carried `shift` [S, C] before each sequence."""
     shift = shift.to(x.dtype)
     if isinstance(cu, SequenceShard):
         x, shift = cu.shift(x, shift)
@@ -107,7 +107,7 @@ def group_norm(y: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many blocks a checkpoint holds; none may be missing in between."""
+    """The number of blocks in a checkpoint; InputError if one in between is missing."""
     layers = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
     missing = sorted(set(range(len(layers))) - layers)
     if missing:
@@ -116,6 +116,6 @@ def count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def check_heads(config: Any) -> None:
-    """InputError unless the attention's channels make whole heads."""
+    """InputError unless the attention's channels divide into heads."""
     if config.head_size < 1 or config.dim_att % config.head_size:
         raise InputError(f"{config.dim_att} attention channels do not divide into heads of {config.head_size}")

@@ -4,8 +4,8 @@
 Python and dispatching cost and with every weight read once for all rows. A matrix of 16-bit or packed weights
 multiplies activations of its own precision (ops/matmul.h); all else is float32, logits included.
 
-The plain model is what counts: the step takes over only while it sees exactly the modules and tensors it was made
-for, and nobody listens to them with hooks.
+The plain model is the definition: the step takes over only while the model consists of exactly the modules and tensors
+that the step was made for, none of them with hooks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def source_path(name: str) -> Path:
 
 
 class NativeStep:
-    """The step of one model: where its weights are, and what must stay true for that to hold."""
+    """The step of one model: the addresses of its weights, and what must stay the same for them to be valid."""
 
     def __init__(self, model: Any):
         self.modules = list(model.modules())
@@ -110,17 +110,17 @@ class NativeStep:
         return table
 
     def is_current(self) -> bool:
-        """Whether the model is still the one that this step was made for."""
+        """Whether the model still has the modules and tensors that this step was made for."""
         objects = chain.from_iterable(map(dict.values, self.parts))
         same = all(map(is_, self.objects, objects)) and next(objects, None) is None
         return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
     def is_available(self) -> bool:
-        """Whether there is C++ for this model and nobody has put anything in between."""
+        """Whether there is C++ for this model, and no hooks or replaced `forward` that it would bypass."""
         return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
 
     def shapes(self, sequences: int) -> tuple[tuple[int, ...], ...]:
-        """Of the tensors of a layer's state."""
+        """The shapes of a layer's state."""
         channels, attention, heads, *_ = self.sizes
         size = attention // heads if heads else 0
         wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
@@ -174,7 +174,7 @@ class NativeStep:
         return logits, left
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:
-        """Along time, with the state carried on."""
+        """Splits a long input along time and carries the state from piece to piece."""
         logits: list[Tensor] = []
         for piece in tokens.split(MAX_CALL_TOKENS // len(tokens), dim=1):
             output, state = self(piece, state, None, last_only)

@@ -1,4 +1,4 @@
-"""Which class a model is: by its name, or by the keys of a checkpoint."""
+"""The model classes by name, and the class of a checkpoint by its keys."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .vision import VRWKV, VRWKV6, VisionModel
 MODELS: dict[str, type[Model]] = {cls.name: cls for cls in (RWKV4, RWKV5, RWKV6, RWKV7)}
 VISION_MODELS: dict[str, type[VisionModel]] = {cls.name: cls for cls in (VRWKV, VRWKV6)}
 
-# Parts of keys that tell a relative of these models, the more special first. Loading such a file as its nearest
-# relation would give wrong numbers without a word.
+# Parts of keys by which unsupported relatives are recognised, the most specific first. Loaded as the nearest supported
+# model such a file would silently give wrong numbers.
 UNSUPPORTED = (
     (("_strategy", "_version", "_rescale_layer"), "converted by the rwkv package for one strategy; use the original"),
     (("rosa.",), "RWKV-8 with ROSA, which is not supported"),
@@ -32,7 +32,7 @@ UNSUPPORTED = (
 
 
 def detect(shapes: Mapping[str, Sequence[int]]) -> type[Network]:
-    """The class whose checkpoint has these keys, in whatever order; InputError where there is none."""
+    """The class of a checkpoint with these tensors, in any order; InputError if there is none."""
     if "patch_embed.projection.weight" in shapes:
         return VRWKV6 if "layers.0.att.time_maa_x" in shapes else VRWKV
     for parts, what in UNSUPPORTED:

@@ -1,11 +1,12 @@
-"""Sequence parallelism: rows of tokens of which every process of a group holds a consecutive piece.
+"""Sequence parallelism: rows of tokens, of which every process of a group holds a consecutive piece.
 
-- over a piece an operator is an affine map of the state that enters: it leaves S P + Q, and reads y_t + S x_t at token
-  t. From zeros the operator makes (y, Q) of the piece; from the identity, without values, it makes (x, P), for the
-  rows of a state never meet
-- every process computes both at once. They exchange P and Q, and each folds those before it to the state it enters
-- the token shift takes the last vector of the process before
-- going back, the gradient of what a process gave is the sum over what all made of it
+- over a piece an operator is an affine map of its initial state S: the final state is S P + Q, the output y_t + S x_t
+  at token t. From zeros the operator gives (y, Q) of the piece; from the identity, without values, (x, P), since the
+  rows of a state do not interact
+- every process computes both. They exchange P and Q, and each composes those of the processes before it to its initial
+  state
+- the token shift takes the last vector of the previous process
+- in the backward pass the gradient of what a process sent is the sum of the gradients from all receivers
 """
 
 from __future__ import annotations

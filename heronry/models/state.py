@@ -45,8 +45,8 @@ class State:
 
     @classmethod
     def from_stacked(cls, stacks: LayerState, fingerprint: str) -> State:
-        """From tensors that hold all layers, [L, S, ...]. They are cut when somebody asks for a layer: a decode loop
-        never does, and cutting takes as long as a small model computes."""
+        """From tensors that hold all layers, [L, S, ...]. They are split on first access to `layers`: a decode
+        loop never needs that, and splitting takes as long as a step of a small model."""
         state = cls.__new__(cls)
         state._layers, state._stacks = None, stacks
         state.rows = stacks.wkv.shape[1]
@@ -83,7 +83,7 @@ class State:
 
     @staticmethod
     def stack(states: Sequence[State]) -> State:
-        """The rows of several states of one model in one."""
+        """Concatenates the rows of several states of one model."""
         if not states:
             raise ValueError("nothing to stack")
         if len({state.fingerprint for state in states}) > 1:
@@ -99,18 +99,18 @@ class State:
         return State(layers, self.fingerprint, self._texts)
 
     def clone(self) -> State:
-        """A copy that shares no memory."""
+        """A copy with memory of its own."""
         return self._map(torch.clone)
 
     def detach(self) -> State:
-        """The same numbers without their history: gradients stop here."""
+        """The same tensors without a gradient history."""
         return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> State:
         return self._map(lambda x: x.to(device))
 
     def with_texts(self, texts: Sequence[str]) -> State:
-        """The same rows under other texts."""
+        """The same rows with other texts."""
         return State(self.layers, self.fingerprint, texts)
 
     @property
@@ -130,7 +130,7 @@ class State:
 
     @staticmethod
     def is_saved_state(path: str | Path) -> bool:
-        """Whether a file is one that `save` wrote."""
+        """Whether the file was written by `save`."""
         try:
             with safe_open(Path(path).expanduser(), "pt") as file:
                 return (file.metadata() or {}).get("format") == "heronry.state"

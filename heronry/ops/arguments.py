@@ -1,4 +1,4 @@
-"""Tensors as arguments of compiled functions, which know nothing of PyTorch."""
+"""Passes tensors to compiled functions, which do not know PyTorch."""
 
 from __future__ import annotations
 

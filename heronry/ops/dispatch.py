@@ -1,4 +1,4 @@
-"""Which body of an operator runs, and the checks that all of them share."""
+"""Selects the body of an operator that runs, and has the checks that all operators share."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def source(operator: str) -> Path:
 
 
 def native_library(operator: str) -> ctypes.CDLL:
-    """Its compiled C++, for a body that `select_body` has found to run."""
+    """The compiled C++ of an operator for which `has_native_body` is true."""
     library = build.library(source(operator))
     assert library is not None
     return library
@@ -64,7 +64,7 @@ def native_library(operator: str) -> ctypes.CDLL:
 
 @assume_constant_result
 def has_native_body(operator: str) -> bool:
-    """Whether its C++ could be compiled; the first question compiles it."""
+    """Whether the operator's C++ can be loaded; the first call may compile it."""
     return build.library(source(operator)) is not None
 
 
@@ -75,15 +75,15 @@ def needs_gradients(inputs: Iterable[Tensor]) -> bool:
 def select_entry_point(
     operator: Callable[..., Output], plain: Callable[..., Output], inputs: Iterable[Tensor]
 ) -> Callable[..., Output]:
-    """torch's operator where somebody looks at it, be it gradients, a compiler or tensors without numbers; else the
-    function that it was made of. The operator takes longer to call, and its first call brings the compiler in, 70 MB.
+    """`operator`, registered with torch, where autograd, a compiler or tensor subclasses must see it; else `plain`, the
+    function it was made of. The registered one takes longer to call, and its first call imports the compiler, 70 MB.
     """
     seen = needs_gradients(inputs) or torch.compiler.is_compiling()
     return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
 
 
 def _in_full_precision(body: Callable[..., Output], *args: Any) -> Output:
-    """Outside of autocast, which would round the state and, in float16, overflow the factors of the chunks."""
+    """body(*args) without autocast, which would round the state and, in float16, overflow the factors of chunks."""
     device = args[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return body(*args)
@@ -97,8 +97,8 @@ def _log_once(operator: str, impl: str) -> None:
 
 
 def longest_sequence(tokens: int, cu: tuple[int, ...] | None) -> int:
-    """Tokens of the longest sequence. Packed ones count as long: which body reads a sequence, and with it the last
-    bits of its state, must not depend on what else is in the pack."""
+    """The length of the longest sequence. Packed ones count as long: the body that reads a sequence, and with it the
+    last bits of its state, must not depend on the other sequences in the pack."""
     return tokens if cu is None else max(tokens, MAX_LOOP_TOKENS + 1)
 
 

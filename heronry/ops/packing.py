@@ -1,4 +1,4 @@
-"""Sequences in a batch: packed ones, padded chunks, and back.
+"""Packed sequences: their boundaries, and how a chunked body cuts them into padded chunks and joins them again.
 
 A packed batch holds many sequences of any length in one row ([1, T, ...]); `cu_seqlens` marks where each
 starts and ends: sequence s is `x[0, cu_seqlens[s]:cu_seqlens[s + 1]]`.
@@ -67,9 +67,9 @@ class Chunks:
 
     @staticmethod
     @lru_cache(maxsize=64)
-    @torch.inference_mode(False)  # what is remembered from generating must also serve a backward pass
+    @torch.inference_mode(False)  # a cached object from inference must also serve a backward pass
     def cached(batch: int, tokens: int, cu: tuple[int, ...] | None, length: int) -> Chunks:
-        """The same, remembered: every layer of a model asks for the same cut."""
+        """As the constructor, cached: every layer of a model needs the same chunks."""
         return Chunks(batch, tokens, cu, length)
 
     def split(self, x: Tensor, fill: float = 0.0) -> Tensor:
@@ -99,7 +99,7 @@ class Chunks:
         return state if self.order is None else state[self.order]
 
     def from_chunk_order(self, finished: list[Tensor]) -> Tensor:
-        """Final states, as the steps let them go (shortest sequences first), back in the caller's order."""
+        """Final states in the order in which sequences ended (shortest first) -> in the caller's order."""
         state = torch.cat(finished[::-1])
         if self.order is None:
             return state

@@ -39,5 +39,5 @@ def test_pieces_are_the_whole(version, dtype, rows, processes, found):
 
 
 def test_rwkv4_is_refused_by_name(found):
-    assert found[1].startswith("rwkv4 cannot be spread over processes")
+    assert found[1].startswith("rwkv4 cannot run with sequence parallelism")
     assert len(found[0]) == len(CASES)

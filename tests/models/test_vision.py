@@ -428,7 +428,10 @@ def test_other_variants_are_told(published, tmp_path):
     for change, told in (
         (lambda t: t.pop("backbone.layers.1.ln2.bias"), r"layers.1.ln2.bias is missing"),
         (lambda t: t.update({"backbone.cls_token": torch.zeros(1)}), r"cls_token is not of this model"),
-        (lambda t: t.update({"backbone.pos_embed": torch.zeros(1, 15, 64)}), r"of 15 tokens is no square"),
+        (
+            lambda t: t.update({"backbone.pos_embed": torch.zeros(1, 15, 64)}),
+            r"pos_embed has 15 tokens, expected a square number",
+        ),
         (lambda t: t.update({"backbone.ln1.weight": torch.zeros(3)}), r"ln1.weight has another shape"),
     ):
         damaged = dict(tensors)
@@ -438,7 +441,7 @@ def test_other_variants_are_told(published, tmp_path):
             create(name, pretrained=tmp_path / "damaged.pth", **small)
         with pytest.raises(InputError, match=r"damaged.pth: "):
             heronry.load(tmp_path / "damaged.pth", kind=heronry.VisionModel)
-    with pytest.raises(InputError, match="no Vision-RWKV"):
+    with pytest.raises(InputError, match="not a Vision-RWKV checkpoint"):
         create(name, pretrained="heronry/bundled")
 
 

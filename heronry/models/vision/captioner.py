@@ -1,4 +1,4 @@
-"""Pictures read by a language model, the one-to-many of RNNs: a picture becomes a state, a text goes on from it.
+"""Pictures read by a language model: a picture becomes a state, and a text continues from it.
 
 What is special about it:
 - Vision-RWKV's features of the patches, projected, stand in place of the rows of the embedding that tokens would choose
@@ -82,7 +82,7 @@ class Captioner(nn.Module):
             given: the first so many of each are read and not learned: the prompt that will ask for a caption.
         """
         if given < 1 or min(map(len, captions), default=0) <= given:
-            raise InputError(f"a caption needs a token given at least and one to learn; {given} were to be given")
+            raise InputError(f"given must be at least 1 and every caption longer, got given={given}")
         cu = [0, *accumulate(len(ids) - 1 for ids in captions)]
         device = self.projection.weight.device
         tokens = torch.tensor([*chain.from_iterable(ids[:-1] for ids in captions)], device=device)

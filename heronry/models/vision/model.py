@@ -37,7 +37,7 @@ def common_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     _, tokens, n_embd = shapes["pos_embed"]
     patch = shapes["patch_embed.projection.weight"][2]
     if math.isqrt(tokens) ** 2 != tokens:
-        raise InputError(f"its position embedding of {tokens} tokens is no square")
+        raise InputError(f"pos_embed has {tokens} tokens, expected a square number")
     layers = {int(key.split(".")[1]) for key in shapes if key.startswith("layers.")}
     if missing := sorted(set(range(len(layers))) - layers):
         raise InputError(f"layers.{missing[0]} is missing")
@@ -147,8 +147,8 @@ class Block(nn.Module):
             y = gamma * y
         if not self.training or self.drop_path == 0:
             return y
-        kept = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path  # a whole picture goes without the branch
-        return y * kept / (1 - self.drop_path)
+        keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path  # a whole picture goes without the branch
+        return y * keep / (1 - self.drop_path)
 
 
 class Patches(nn.Module):
@@ -219,14 +219,14 @@ class VisionModel(Network):
         for i in indices:
             if not -number <= i < number:
                 raise InputError(f"there is no block {i}: this model has {number}")
-        wanted = [i % number for i in indices]
+        blocks = [i % number for i in indices]
         x, grid = self.embed(images)
-        seen = {}
-        for i, block in enumerate(self.layers[: max(wanted, default=-1) + 1]):
+        maps = {}
+        for i, block in enumerate(self.layers[: max(blocks, default=-1) + 1]):
             x = self.run_block(block, x, grid)
-            if i in wanted:
-                seen[i] = _as_map(self.ln1(x) if i == number - 1 else x, grid)
-        return [seen[i] for i in wanted]
+            if i in blocks:
+                maps[i] = _as_map(self.ln1(x) if i == number - 1 else x, grid)
+        return [maps[i] for i in blocks]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """What the first block reads, [B, T, C], and the grid of patches."""

@@ -44,12 +44,12 @@ def create(
     """
     if name not in VARIANTS:
         raise InputError(f"there is no model {name!r}; known are {', '.join(VARIANTS)}")
-    usual = VARIANTS[name]
-    known = {field.name for field in fields(usual)}
+    variant = VARIANTS[name]
+    known = {field.name for field in fields(variant)}
     unknown = [key for key in changes if key not in known]
     if unknown:
         raise InputError(f"{name} has no setting {unknown[0]!r}")
-    config = replace(usual, **changes)
+    config = replace(variant, **changes)
     if pretrained is None:
         model = _kind(config)(config if num_classes is None else replace(config, num_classes=num_classes))
         model.init_weights()
@@ -59,35 +59,36 @@ def create(
         tensors = formats.read(path).tensors
         shapes = {key: x.shape for key, x in tensors.items()}
         if "pos_embed" not in shapes:
-            raise InputError(f"no Vision-RWKV (it holds {', '.join(list(shapes)[:3])}, ...)")
+            raise InputError(f"not a Vision-RWKV checkpoint (it holds {', '.join(list(shapes)[:3])}, ...)")
         kind = VRWKV6Config if "layers.0.att.time_maa_x" in shapes else VRWKVConfig
         try:
-            found = kind.from_shapes(shapes)
+            read = kind.from_shapes(shapes)
         except (KeyError, IndexError, ValueError) as error:
-            raise InputError(f"no complete Vision-RWKV: {error}") from error
+            raise InputError(f"not a complete Vision-RWKV checkpoint: {error}") from error
         for key in ("n_embd", "n_layer", "dim_ffn", "patch_size", "key_norm", "head_size"):
-            if kind is not type(config) or getattr(found, key, None) != getattr(config, key, None):
-                raise InputError(f"holds {_told(found)}, not {name}")
-        sizes = {key: getattr(found, key) for key in ("image_size", "num_classes", "head_hidden")}
+            if kind is not type(config) or getattr(read, key, None) != getattr(config, key, None):
+                raise InputError(f"holds {_describe(read)}, not {name}")
+        sizes = {key: getattr(read, key) for key in ("image_size", "num_classes", "head_hidden")}
         model = _kind(config)(replace(config, **sizes))
         _fill(model, tensors)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    if num_classes is not None and num_classes != found.num_classes:
+    if num_classes is not None and num_classes != read.num_classes:
         model.reset_classifier(num_classes)
     return model
 
 
 def _fill(model: VisionModel, tensors: Mapping[str, LazyTensor]) -> None:
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in tensors]
-    unexpected = [key for key in tensors if key not in wanted]
-    wrong = [key for key in wanted if key in tensors and wanted[key].numel() != tensors[key].numel()]
+    """Copies all tensors into the model; InputError if one is missing, unexpected or of another size."""
+    weights = model.state_dict()
+    missing = [key for key in weights if key not in tensors]
+    unexpected = [key for key in tensors if key not in weights]
+    wrong = [key for key in weights if key in tensors and weights[key].numel() != tensors[key].numel()]
     for what, names in (("is missing", missing), ("is not of this model", unexpected), ("has another shape", wrong)):
         if names:
             raise InputError(f"{names[0]} {what}")
     with torch.no_grad():
-        for key, x in wanted.items():
+        for key, x in weights.items():
             x.copy_(tensors[key].read().reshape(x.shape))
 
 
@@ -95,7 +96,7 @@ def _kind(config: VRWKVConfig | VRWKV6Config) -> type[VisionModel]:
     return VRWKV6 if isinstance(config, VRWKV6Config) else VRWKV
 
 
-def _told(config: VRWKVConfig | VRWKV6Config) -> str:
+def _describe(config: VRWKVConfig | VRWKV6Config) -> str:
     kind = "vrwkv6" if isinstance(config, VRWKV6Config) else "vrwkv"
     for name, variant in VARIANTS.items():
         if type(variant) is type(config) and (variant.n_embd, variant.n_layer) == (config.n_embd, config.n_layer):

@@ -19,7 +19,7 @@ from heronry import LLM
 from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.engine.llm import BUNDLED
 from heronry.train.config import Config, from_dict
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 ASK = "I want to find a restaurant in San Jose."
 RATES = {"lora": 4e-3, "state": 1.0}
@@ -66,11 +66,16 @@ def main() -> None:
     for tune, file in FILES.items():
         out = args.out / tune
         if not (out / file).exists():
-            run = Run(config(args, tune))
-            numbers = run.plain.num_parameters(only_trainable=True)
-            before = run.evaluate()
-            run()
-            result = {"numbers": numbers, "before": before, "after": run.evaluate(), "speed": run.tokens / run.seconds}
+            run = Trainer(config(args, tune))
+            numbers = run.model.num_parameters(only_trainable=True)
+            before = run.evaluate()["eval_loss"]
+            run.train()
+            result = {
+                "numbers": numbers,
+                "before": before,
+                "after": run.evaluate()["eval_loss"],
+                "speed": run.units / run.seconds,
+            }
             (out / "result.json").write_text(json.dumps(result) + "\n")
         result = json.loads((out / "result.json").read_text())
         if not answers:

@@ -22,7 +22,7 @@ from statistics import mean
 
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.train.config import Config, read_config
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 MODELS = {
     "ViT": [],
@@ -64,9 +64,9 @@ def train(args: argparse.Namespace, name: str, seed: int) -> None:
         c = args.width
         model = ViT(ViTConfig(c, args.layers, 4 * c + c // 2, 10, 32, 4, 32 if c % 64 else 64))
         model.init_weights()
-        Run(config, model=model)()
+        Trainer(config, model=model).train()
     else:
-        Run(config)()
+        Trainer(config).train()
 
 
 def read(args: argparse.Namespace, name: str, seed: int) -> tuple[list[dict], list[dict]]:
@@ -83,7 +83,7 @@ def table(args: argparse.Namespace) -> None:
         logs = [read(args, name, seed) for seed in args.seeds]
         right = [seen[-1]["eval_accuracy"] for _, seen in logs]
         nats = mean(seen[-1]["eval_loss"] for _, seen in logs)
-        speed = mean(losses[-1]["pictures_per_second"] for losses, _ in logs)
+        speed = mean(losses[-1]["images_per_second"] for losses, _ in logs)
         each = f" ({', '.join(f'{x:.2%}' for x in right)})" if len(right) > 1 else ""
         print(f"| {name} | {mean(right):.2%}{each} | {nats:.4f} | {speed:,.0f} |")
 

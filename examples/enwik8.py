@@ -30,7 +30,7 @@ from heronry.data.token_file import TokenWriter
 from heronry.models import RWKV4, RWKV7, Model, RWKV4Config, RWKV7Config
 from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
 from heronry.train.config import Config, from_dict
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 NAMES = {"rwkv7": "RWKV-7", "rwkv4": "RWKV-4", "lstm": "LSTM", "gpt": "GPT"}
 RATES = {"rwkv7": 4e-3, "rwkv4": 8e-3, "lstm": 1.6e-2, "gpt": 4e-3}  # each the best of those that were tried
@@ -107,12 +107,12 @@ def results(args: argparse.Namespace, parts: dict[str, Path]) -> Iterator[dict[s
                 torch.manual_seed(seed)
                 model = make(name, args.layers, args.width)
                 model.init_weights()
-                run = Run(run_config, model=model)
-                run()
+                run = Trainer(run_config, model=model)
+                run.train()
                 test = torch.from_numpy(np.fromfile(parts["test"].with_suffix(".bin"), np.uint8)).long()
                 row = {"model": name, "seed": seed, "parameters": model.num_parameters()}
                 row |= {
-                    "tokens": run.tokens,
+                    "tokens": run.units,
                     "seconds": round(run.seconds),
                     "test": bits(model, test, args.context, False),
                 }

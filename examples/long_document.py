@@ -23,7 +23,7 @@ from rich.progress import track
 
 from heronry.data.token_file import TokenWriter
 from heronry.train.config import from_dict
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 
 def document(file: Path, tokens: int, folder: Path) -> Path:
@@ -39,14 +39,14 @@ def document(file: Path, tokens: int, folder: Path) -> Path:
     return out
 
 
-def make(args: argparse.Namespace, data: Path, context: int, name: str) -> Run:
+def make(args: argparse.Namespace, data: Path, context: int, name: str) -> Trainer:
     settings = {
         "model": {"generation": args.generation, "n_layer": args.layers, "n_embd": args.width},
         "data": {"train": str(data), "order": "carried", "ctx_len": context, "tbptt_chunks": args.tbptt_chunks},
         "optim": {"lr": 1e-3},
         "run": {"out": str(args.out / name), "batch": 1, "precision": "float32", "sample_every": 0, "log_every": 1},
     }
-    return Run(from_dict(settings).check(), quiet=True)
+    return Trainer(from_dict(settings).check(), quiet=True)
 
 
 def speeds(args: argparse.Namespace, data: Path) -> dict[int, float]:
@@ -58,7 +58,7 @@ def speeds(args: argparse.Namespace, data: Path) -> dict[int, float]:
         for context, run in runs.items():
             began = time.perf_counter()
             for _ in range(turn // (context * args.tbptt_chunks)):
-                run.take_step()
+                run.train_step()
             if i:  # the first ones compile
                 seconds[context].append(time.perf_counter() - began)
     return {context: turn / median(times) for context, times in seconds.items()}
@@ -68,10 +68,10 @@ def whole(args: argparse.Namespace, data: Path, context: int) -> None:
     """Trains through all of a document and tells what it took."""
     run = make(args, data, context, f"{data.name}-{context}")
     steps = range(run.steps)
-    losses = [run.take_step()[0] for _ in track(steps, f"{data.name}, rows of {context}")]
+    losses = [run.train_step()[0] for _ in track(steps, f"{data.name}, rows of {context}")]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     last = losses[-max(1, len(losses) // 10) :]
-    print(json.dumps({"tokens": run.tokens, "MiB": peak, "loss": sum(last) / len(last)}))
+    print(json.dumps({"tokens": run.units, "MiB": peak, "loss": sum(last) / len(last)}))
 
 
 def main() -> None:

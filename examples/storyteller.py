@@ -35,7 +35,7 @@ from heronry.checkpoint import load, save
 from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.models import Model
 from heronry.train.config import from_dict
-from heronry.train.trainer import Run, Stopped
+from heronry.train.trainer import Interrupted, Trainer
 
 VOCABULARY = 2048
 LAYERS, WIDTH = 6, 192  # 3.8 million parameters: 7.6 MB in bfloat16
@@ -200,8 +200,8 @@ def main() -> None:
     ).check()
     if not (args.out / "run" / "model.safetensors").exists():
         try:
-            Run(config)()
-        except Stopped as stopped:
+            Trainer(config).train()
+        except Interrupted as stopped:
             sys.exit(str(stopped))
 
     model = load(args.out / "run", "bfloat16")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from heronry import LLM
 from heronry.data.tokenize_corpus import tokenize_corpus
 from heronry.train.config import from_dict
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         "run": {"out": str(args.out / "model"), "batch": 8, "steps": args.steps, "eval_every": 100, "sample_every": 0},
     }
     if not (args.out / "model" / "model.safetensors").exists():
-        Run(from_dict(settings).check())()
+        Trainer(from_dict(settings).check()).train()
 
     llm = LLM(args.out / "model")
     with torch.inference_mode():

@@ -29,7 +29,7 @@ from heronry.ops.biwkv import biwkv
 from heronry.ops.biwkv6 import biwkv6
 from heronry.quantization import FORMATS, quantize
 from heronry.train.config import read_config
-from heronry.train.trainer import Run, Stopped
+from heronry.train.trainer import Interrupted, Trainer
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -314,9 +314,9 @@ def settings(texts: Path, out: Path, *more: str) -> list[str]:
     return [*SMALL, f"data.train={texts}", f"run.out={out}", *more]
 
 
-def trained(texts: Path, out: Path, *more: str) -> Run:
-    made = Run(read_config(None, settings(texts, out, *more)))
-    made()
+def trained(texts: Path, out: Path, *more: str) -> Trainer:
+    made = Trainer(read_config(None, settings(texts, out, *more)))
+    made.train()
     return made
 
 
@@ -330,10 +330,10 @@ def losses(out: Path) -> list[float]:
 def test_it_learns(generation, precision, texts, tmp_path):
     more = (f"model.generation={generation}", f"run.precision={precision}", "run.steps=40", f"data.eval={texts}")
     made = trained(texts, tmp_path, *more)
-    assert made.plain.emb.weight.device.type == DEVICE
+    assert made.model.emb.weight.device.type == DEVICE
     found = losses(tmp_path)
     assert sum(found[-3:]) / 3 < found[0] - 2.5
-    near(load(tmp_path)(tokens(1, 30))[0], made.plain(tokens(1, 30).to(DEVICE))[0], 2e-4)
+    near(load(tmp_path)(tokens(1, 30))[0], made.model(tokens(1, 30).to(DEVICE))[0], 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_it_learns_in_every_way(more, texts, tmp_path):
 
 
 def test_precision_on_a_gpu_is_bfloat16(texts, tmp_path):
-    assert Run(read_config(None, settings(texts, tmp_path, "run.steps=1"))).precision == "bfloat16"
+    assert Trainer(read_config(None, settings(texts, tmp_path, "run.steps=1"))).precision == "bfloat16"
 
 
 DROPPED = ("model.tune=lora", f"model.path={BUNDLED}", "model.dropout=0.5", "optim.lr=2e-2", "optim.warmup=1")
@@ -366,17 +366,17 @@ def test_stopped_and_gone_on(tuned, texts, tmp_path):
     """Sums that a GPU adds up in any order make the two no more than near each other."""
     more = ("run.steps=12", "run.precision=float32", *tuned)
     trained(texts, tmp_path / "whole", *more)
-    made = Run(read_config(None, settings(texts, tmp_path / "parts", *more)))
-    take = made.take_step
+    made = Trainer(read_config(None, settings(texts, tmp_path / "parts", *more)))
+    take = made.train_step
 
     def interrupted() -> tuple[float, float]:
         if made.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return take()
 
-    made.take_step = interrupted
-    with pytest.raises(Stopped, match="kept at step 6 of 12"):
-        made()
+    made.train_step = interrupted
+    with pytest.raises(Interrupted, match="stopped at step 6 of 12"):
+        made.train()
     trained(texts, tmp_path / "parts", *more)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
@@ -489,7 +489,7 @@ def test_pictures_are_learnt(tmp_path):
             Image.new("RGB", (20 + i, 24), colour).save(tmp_path / "data" / name / f"{i}.png")
     told = ["model.generation=vrwkv", "model.n_layer=2", "model.n_embd=32", "vision.size=16", "vision.patch_size=4"]
     told += [f"data.train={tmp_path / 'data'}", f"data.eval={tmp_path / 'data'}", "run.batch=16", "run.steps=60"]
-    made = Run(read_config(None, [*told, "optim.lr=3e-3", "optim.eps=1e-8", f"run.out={tmp_path / 'out'}"]))
-    made()
-    assert made.plain.pos_embed.device.type == DEVICE
-    assert made.measure()["eval_accuracy"] == 1
+    made = Trainer(read_config(None, [*told, "optim.lr=3e-3", "optim.eps=1e-8", f"run.out={tmp_path / 'out'}"]))
+    made.train()
+    assert made.model.pos_embed.device.type == DEVICE
+    assert made.evaluate()["eval_accuracy"] == 1

@@ -11,7 +11,7 @@ import typer
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..models import Model
+    from ..models import Network
 
 SAMPLE_TOKENS = 200
 
@@ -27,30 +27,34 @@ def train(
 ) -> None:
     """Train a model. If interrupted, the same command continues from the last checkpoint. See docs/training.md."""
     from ..engine.llm import LLM
+    from ..models import Model
     from ..text.tokenizers import load_tokenizer
     from ..train.config import read_config
 
     file = Path(settings[0]) if settings and "=" not in settings[0] else None
     config = read_config(file, settings if file is None else settings[1:])
     try:
-        from ..train.trainer import Run, Stopped
+        from ..train.language_modeling import LanguageModeling
+        from ..train.trainer import Interrupted, Trainer
     except ModuleNotFoundError as error:
         raise InputError(f"training needs {error.name}: pip install 'heronry[train]'") from error
-    run = Run(config)
-    if not config.model.is_vision and run.data.tokenizer is not None:  # without one, ids have no text
-        tokenizer = load_tokenizer(run.data.tokenizer, run.plain.config.vocab_size)
+    trainer = Trainer(config)
+    task = trainer.task
+    if isinstance(task, LanguageModeling) and task.data.tokenizer is not None:  # without one, ids have no text
+        tokenizer = load_tokenizer(task.data.tokenizer, trainer.model.config.vocab_size)
 
-        def sample(model: Model, prompt: str) -> str:
+        def sample(model: Network, prompt: str) -> str:
+            assert isinstance(model, Model)
             llm = LLM(model, tokenizer=tokenizer)
-            llm.opening = run.passes.notes.get("opening_tokens", [])
+            llm.opening = task.notes.get("opening_tokens", [])
             return prompt + llm.generate(prompt, SAMPLE_TOKENS, seed=0).text
 
-        run.sample = sample
+        trainer.generate_sample = sample
     try:
-        run()
-    except Stopped as stopped:
-        if run.accelerator.is_main_process:
+        trainer.train()
+    except Interrupted as stopped:
+        if trainer.accelerator.is_main_process:
             print(f"heronry: {stopped}", file=sys.stderr)
         sys.exit(130)
-    if run.accelerator.is_main_process:
-        print(run.out)
+    if trainer.accelerator.is_main_process:
+        print(trainer.out)

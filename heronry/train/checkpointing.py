@@ -1,10 +1,10 @@
-"""Checkpoints of a run: written whole or not at all, verified before they are trusted.
+"""Checkpoints of a run: written completely or not at all, and verified before they are used.
 
-A checkpoint is a folder `step-00001000` that every command takes as a model (config.json, model.safetensors, the
-tokenizer), with the optimiser's tensors beside it and run.json, which knows where the run stood and what the other
-files hash to. It is made under another name and renamed when all of it is on the disk. Where only the initial state
-is trained, time_state.safetensors stands for the model, and where only adapters are, the two files of the adapter. Of a
-model in pieces (fsdp.py) every process writes its own, the optimiser's with them, and such a folder is no model.
+A checkpoint is a folder `step-00001000` that every command accepts as a model (config.json, model.safetensors, the
+tokenizer), plus the optimizer state and run.json, with the progress of the run and the hashes of the other files. It is
+written under another name and renamed once everything is on disk. If only the initial state is trained,
+time_state.safetensors takes the place of the model; if only adapters are, the two files of the adapter. Of a sharded
+model (fsdp.py) every process writes its own shards and optimizer state, and such a folder is not a model.
 """
 
 from __future__ import annotations
@@ -28,36 +28,53 @@ from torch import Tensor, nn
 from ..adapters import restore_adapter, save_adapter
 from ..checkpoint import read_time_state, save, save_time_state
 from ..errors import InputError
-from ..models import Model, State
+from ..models import Model, Network, State
 from . import fsdp
 
 log = logging.getLogger("heronry")
 
 NAME = re.compile(r"step-(\d{8})")
-OPTIMIZER, STANDING, TUNED = "optimizer.safetensors", "run.json", "time_state.safetensors"
-CARRIED, MEAN = "carried.safetensors", "mean.safetensors"
-CUDA_RANDOM = "random_cuda"  # among the optimiser's tensors
+OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run.json"
+TIME_STATE, CARRIED_STATES, EMA = "time_state.safetensors", "carried.safetensors", "mean.safetensors"
+CUDA_RANDOM = "random_cuda"  # a key beside those of the optimizer's tensors
 
 
-def keep(
+def save_model(model: Network, folder: Path, tokenizer_file: Path | None, notes: Mapping[str, Any] | None) -> None:
+    """Writes what is trained: the model, or only its initial state or its adapters."""
+    if isinstance(model, Model) and model.state_tuning:
+        save_time_state(model, folder / TIME_STATE, notes)
+    elif isinstance(model, Model) and model.adapted_from is not None:
+        save_adapter(model, folder, notes)
+    else:
+        save(model, folder, tokenizer_file, notes)
+
+
+def save_checkpoint(
     folder: Path,
     step: int,
-    model: Model,
+    model: Network,
     optimizer: torch.optim.Optimizer,
-    standing: Mapping[str, Any],
-    most: int,
+    run_state: Mapping[str, Any],
+    max_checkpoints: int,
+    *,
     tokenizer_file: Path | None = None,
     notes: Mapping[str, Any] | None = None,
-    carried: State | None = None,
-    mean: nn.Module | None = None,
+    carried_states: State | None = None,
+    ema: nn.Module | None = None,
 ) -> Path:
-    """Writes the checkpoint of a step into `folder` and removes all but the `most` newest. By the main process alone;
-    of a model in pieces, by all together.
+    """Writes a checkpoint into `folder` and deletes all but the newest ones.
+
+    It is called by the main process alone, or for a sharded model by all processes together.
 
     Args:
-        standing: what else is to be found again, as JSON can say it.
-        carried: the states that the next step begins from.
-        mean: the mean of the weights, torch's AveragedModel.
+        run_state: anything else to restore, serializable as JSON.
+        max_checkpoints: how many to keep.
+        tokenizer_file, notes: see `heronry.save`.
+        carried_states: the states at which the next step starts.
+        ema: the averaged weights, torch's AveragedModel.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
         OSError: the disk is full; nothing has changed.
@@ -70,132 +87,136 @@ def keep(
     hashes: dict[str, str] = {}
     try:
         if model.sharded:
-            for settled in fsdp.together(lambda: _settled(fsdp.write(part, model, optimizer))):
-                hashes |= settled
+            for shard_hashes in fsdp.run_on_all(lambda: _sync_and_hash(fsdp.save_shards(part, model, optimizer))):
+                hashes |= shard_hashes
             if fsdp.rank() != 0:
                 return target
         else:
             part.mkdir(parents=True)
-            if model.state_tuning:
-                save_time_state(model, part / TUNED, notes)
-            elif model.adapted_from is not None:
-                save_adapter(model, part, notes)
-            else:
-                save(model, part, tokenizer_file, notes)
-            save_file(_tensors(model, optimizer), part / OPTIMIZER)
-        if carried is not None:
-            carried.save(part / CARRIED)
-        if mean is not None:
-            save_file({name: x.detach().cpu().contiguous() for name, x in mean.state_dict().items()}, part / MEAN)
-        hashes |= _settled([file for file in part.iterdir() if file.name not in hashes])
-        (part / STANDING).write_text(json.dumps({"step": step, **standing, "files": hashes}, indent=1) + "\n")
-        _to_disk(part / STANDING)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that went on from an older one
+            save_model(model, part, tokenizer_file, notes)
+            save_file(_optimizer_tensors(model, optimizer), part / OPTIMIZER)
+        if carried_states is not None:
+            carried_states.save(part / CARRIED_STATES)
+        if ema is not None:
+            save_file({name: x.detach().cpu().contiguous() for name, x in ema.state_dict().items()}, part / EMA)
+        hashes |= _sync_and_hash([file for file in part.iterdir() if file.name not in hashes])
+        (part / RUN_STATE).write_text(json.dumps({"step": step, **run_state, "files": hashes}, indent=1) + "\n")
+        _sync(part / RUN_STATE)
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed from an older checkpoint
         os.replace(part, target)
-        _to_disk(folder)
+        _sync(folder)
     except SafetensorError as error:
         raise OSError(str(error)) from error
     finally:
         if fsdp.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
-    for old in _all(folder)[:-most]:
+    for old in _list_checkpoints(folder)[:-max_checkpoints]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is as it was written, and its `standing` with the step; None where there is none. By
-    all processes, each of which reads its share of the files."""
-    for path in reversed(_all(folder)):
+def find_latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest undamaged checkpoint and its `run_state`, with the step; None if there is none.
+
+    It is called by all processes, each of which verifies some of the files.
+    """
+    for path in reversed(_list_checkpoints(folder)):
         try:
-            standing = json.loads((path / STANDING).read_text())
-            hashes = dict(standing.pop("files"))
+            run_state = json.loads((path / RUN_STATE).read_text())
+            hashes = dict(run_state.pop("files"))
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            damaged = [STANDING]
+            damaged = [RUN_STATE]
         else:
-            found = fsdp.together(partial(_damaged, path, hashes))
-            damaged = [name for name in found if name is not None]
+            results = fsdp.run_on_all(partial(_find_damage, path, hashes))
+            damaged = [name for name in results if name is not None]
         if not damaged:
-            return path, standing
+            return path, run_state
         if fsdp.rank() == 0:
-            log.warning("heronry: %s is damaged (%s) and left aside", path, damaged[0])
+            log.warning("heronry: ignoring %s, which is damaged (%s)", path, damaged[0])
     return None
 
 
-def _damaged(path: Path, hashes: Mapping[str, str]) -> str | None:
-    """A file of this process's share that is not as it was written, or that was not written with the others."""
-    for name in fsdp.share(sorted(hashes)):
+def _find_damage(path: Path, hashes: Mapping[str, str]) -> str | None:
+    """The first file of this process's share that is missing or has changed, or a file without a hash."""
+    for name in fsdp.own_share(sorted(hashes)):
         try:
-            if _hash(path / name) != hashes[name]:
+            if hash_file(path / name) != hashes[name]:
                 return name
         except OSError:
             return name
     return next((file.name for file in path.glob("*.safetensors") if file.name not in hashes), None)
 
 
-def restore(path: Path, model: Model, optimizer: torch.optim.Optimizer, mean: nn.Module | None = None) -> None:
-    """Puts the numbers of a checkpoint, random state included, where they were. By all processes."""
-    if model.sharded or any(path.glob(fsdp.FILES)):
-        fsdp.read(path, model, optimizer)
+def restore_checkpoint(
+    path: Path, model: Network, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
+) -> None:
+    """Loads a checkpoint into a model and its optimizer, and sets the random state. It is called by all processes.
+
+    Raises:
+        InputError: it is a checkpoint of another model.
+    """
+    if model.sharded or any(path.glob(fsdp.SHARD_FILES)):
+        fsdp.load_shards(path, model, optimizer)
         return
     try:
-        if model.state_tuning:
-            model.load_state_dict(read_time_state(path / TUNED, model)[0], strict=False)
-        elif model.adapted_from is not None:
+        if isinstance(model, Model) and model.state_tuning:
+            model.load_state_dict(read_time_state(path / TIME_STATE, model)[0], strict=False)
+        elif isinstance(model, Model) and model.adapted_from is not None:
             restore_adapter(model, path)
         else:
             model.load_state_dict(load_file(path / "model.safetensors"))
     except RuntimeError as error:
-        raise InputError(f"{path}: is a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from error
+        raise InputError(f"{path}: a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from error
     tensors = load_file(path / OPTIMIZER)
     torch.set_rng_state(tensors.pop("random"))
     if CUDA_RANDOM in tensors:
-        there = tensors.pop(CUDA_RANDOM)
+        cuda_random = tensors.pop(CUDA_RANDOM)
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state(there)
-    if mean is not None:
-        mean.load_state_dict(load_file(path / MEAN))
-    names = _names(model, optimizer)
-    found = optimizer.state_dict()
+            torch.cuda.set_rng_state(cuda_random)
+    if ema is not None:
+        ema.load_state_dict(load_file(path / EMA))
+    indices = _parameter_indices(model, optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for key, x in tensors.items():
         name, _, what = key.rpartition("|")
-        if name not in names:
-            raise InputError(f"{path}: its optimiser knows {name}, which is not trained here")
-        state.setdefault(names[name], {})[what] = x
-    optimizer.load_state_dict({**found, "state": state})
+        if name not in indices:
+            raise InputError(f"{path}: has optimizer state for {name}, which is not trained here")
+        state.setdefault(indices[name], {})[what] = x
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {place: name for name, place in _names(model, optimizer).items()}
+def _optimizer_tensors(model: Network, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer state as "{parameter}|{key}", and the random state."""
+    names = {index: name for name, index in _parameter_indices(model, optimizer).items()}
     state = optimizer.state_dict()["state"]
-    tensors = {f"{names[i]}|{what}": x.detach().cpu() for i, parts in state.items() for what, x in parts.items()}
+    tensors = {f"{names[i]}|{key}": x.detach().cpu() for i, values in state.items() for key, x in values.items()}
     if torch.cuda.is_available():
-        tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()  # dropout's, of the main process
+        tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()  # of dropout, in the main process
     return {**tensors, "random": torch.get_rng_state()}
 
 
-def _names(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """The number that the optimiser's state_dict gives to each parameter."""
-    named = {p: name for name, p in model.named_parameters()}
-    return {named[p]: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+def _parameter_indices(model: Network, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """The index of each parameter, by name, in the optimizer's state_dict."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
 
 
-def _all(folder: Path) -> list[Path]:
-    """Checkpoints, the oldest first."""
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """The oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
 
 
-def _settled(files: Sequence[Path]) -> dict[str, str]:
-    """What these files, which are now on the disk, hash to."""
+def _sync_and_hash(files: Sequence[Path]) -> dict[str, str]:
+    """Makes sure that files are on disk; their hashes by name."""
     for file in files:
-        _to_disk(file)
-    return {file.name: _hash(file) for file in files}
+        _sync(file)
+    return {file.name: hash_file(file) for file in files}
 
 
-def _hash(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """SHA-256, as hex digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as data:
         while block := data.read(1 << 20):
@@ -203,7 +224,8 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Makes sure that a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,13 +1,13 @@
-"""A model in pieces: each of N processes holds an Nth of every parameter, of its gradient and of the optimiser's state.
+"""Fully sharded training: each of N processes holds an Nth of every parameter, its gradient and its optimizer state.
 
-torch's FSDP2 puts the parameters of a group together while it computes. What is special here:
+torch's FSDP2 gathers the parameters of a group while it computes. What is special here:
 
-- a group is a block; the embedding with the norm behind it, which the model calls and not its block; or the rest
-- tuned initial states stay whole, for they are small and used where no module computes; their gradients are averaged
-- checkpoints are those of torch.distributed.checkpoint, in safetensors with the place of every piece in the metadata:
-  its own format has a pickle for a table of contents. Any number of processes reads them, and what one process alone
-  has written as well
-- accelerate's own way to FSDP2 is not taken, for it leaves processes on CPUs as they are without a word
+- a group is a block; the embedding with the norm after it, which the model calls and not its block; or the rest
+- tuned initial states stay unsharded, as they are small and used outside of any module; their gradients are averaged
+- checkpoints are written by torch.distributed.checkpoint as safetensors files whose metadata say where each shard
+  belongs; its own format would store its table of contents as a pickle. They can be read by any number of processes, as
+  can the checkpoint of a single process
+- accelerate's own FSDP2 support is not used, because it silently leaves processes on CPUs unsharded
 """
 
 from __future__ import annotations
@@ -19,149 +19,164 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models import Model
+from ..models import Model, Network
 
-FILES = "shard-*-model-*.safetensors"  # by process and number
-SIZE = 1 << 30  # bytes of one of them; writing takes as much memory again
+SHARD_FILES = "shard-*-model-*.safetensors"  # numbers of the process and of the file
+SHARD_SIZE = 1 << 30  # bytes per file; writing takes as much memory again
 
 T = TypeVar("T")
 
 
 def rank() -> int:
-    """The number of this process. The main one is 0."""
-    return dist.get_rank() if _several() else 0
+    """The number of this process; 0 is the main process."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
-def share(things: Sequence[T]) -> Sequence[T]:
-    """Those that fall to this process."""
-    return things[rank() :: dist.get_world_size()] if _several() else things
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """The items that this process is responsible for."""
+    return items[rank() :: dist.get_world_size()] if _is_distributed() else items
 
 
-def together(act: Callable[[], T]) -> list[T]:
-    """What every process makes of it, in their order. Where one of them fails with an OSError, all do."""
-    if not _several():
-        return [act()]
-    mine: T | OSError
+def run_on_all(function: Callable[[], T]) -> list[T]:
+    """The results of all processes, in order of their rank. An OSError of one process is raised in all."""
+    if not _is_distributed():
+        return [function()]
+    result: T | OSError
     try:
-        mine = act()
+        result = function()
     except OSError as error:
-        mine = error
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    for x in found:
+        result = error
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    for x in results:
         if isinstance(x, OSError):
             raise x
-    return found
+    return results
 
 
-def shard(model: Model, kind: str, device: torch.device) -> Model:
-    """The same model, its pieces on the devices of all processes.
+def shard_model(model: Model, kind: str, device: torch.device) -> Model:
+    """Shards a model, in place, over the devices of all processes.
 
-    model: on the CPU of the main process; on the meta device of the others, who get their pieces from there.
-    kind: "full" puts a group's parameters together for its forward pass and once more for its backward pass,
-        "gradients" keeps them in between.
+    Args:
+        model: on the CPU in the main process; on the meta device in the others, which get their shards from there.
+        kind: "full" gathers the parameters of a group for its forward pass and again for its backward pass;
+            "gradients" keeps them in between.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # a state's shift is a view; nobody writes into what a block returns
+    # the shift in a state is a view, but nothing writes into the output of a block
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    values = model.state_dict() if rank() == 0 else {}
+    state_dict = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    whole = set(_whole(model))
+    unsharded = set(_unsharded_parameters(model))
     for group in ([model.emb, model.blocks[0].ln0], *model.blocks):
-        fully_shard(group, mesh=mesh, reshard_after_forward=kind == "full", ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+        fully_shard(group, mesh=mesh, reshard_after_forward=kind == "full", ignored_params=unsharded)
+    fully_shard(model, mesh=mesh, ignored_params=unsharded)
     model.to_empty(device=device)
-    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(model, state_dict, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     model.sharded = True
     return model
 
 
-def gathered(model: Model) -> dict[str, Any]:
-    """All parameters of a model in pieces, on the CPU of the main process; nothing on the others."""
+def gather_state_dict(model: Network) -> dict[str, Any]:
+    """All parameters of a sharded model, on the CPU of the main process; {} in the others."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def average(model: Model) -> None:
-    """Averages the gradients of what stays whole."""
-    for p in _whole(model):
+def average_unsharded_gradients(model: Network) -> None:
+    """Averages, over all processes, the gradients of the parameters that are not sharded."""
+    for p in _unsharded_parameters(model):
         if p.grad is not None:
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
 
 
-def write(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> list[Path]:
-    """Writes the pieces of this process, of what is trained and of the optimiser's state, and its random state; the
-    files. An OSError of one process is one of all."""
-    import torch.distributed.checkpoint as dcp
+def save_shards(folder: Path, model: Network, optimizer: torch.optim.Optimizer) -> list[Path]:
+    """Writes what this process holds of the trained parameters and the optimizer state, and its random state.
+
+    Returns:
+        The files of this process.
+
+    Raises:
+        OSError: a file of any process could not be written.
+    """
+    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     tensors: dict[str, Tensor] = {}
-    for name, p in _trained(model).items():
-        tensors |= {name: p.detach(), **{f"{name}|{what}": x for what, x in optimizer.state[p].items()}}
-    randoms = [f"random.{i}" for i in range(dist.get_world_size())]
-    places, size = dict.fromkeys(randoms, 1), 0
+    for name, p in _trained_parameters(model).items():
+        tensors |= {name: p.detach(), **{f"{name}|{key}": x for key, x in optimizer.state[p].items()}}
+    random_keys = [f"random.{i}" for i in range(dist.get_world_size())]
+    file_numbers, size = dict.fromkeys(random_keys, 1), 0
     for key, x in tensors.items():
-        places[key] = 1 + size // (SIZE * dist.get_world_size())
+        file_numbers[key] = 1 + size // (SHARD_SIZE * dist.get_world_size())
         size += x.nbytes
-    tensors[randoms[rank()]] = torch.get_rng_state()
+    tensors[random_keys[rank()]] = torch.get_rng_state()
+    writer = HuggingFaceStorageWriter(str(folder), file_numbers, save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), places, save_distributed=True))
-    except dcp.CheckpointException as error:
+        state_dict_saver.save(tensors, storage_writer=writer)
+    except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise first from error
-    return sorted(folder.glob(FILES.replace("*", f"{rank() + 1:05}", 1)))
+    return sorted(folder.glob(SHARD_FILES.replace("*", f"{rank() + 1:05}", 1)))
 
 
-def read(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the numbers of a checkpoint where they were, each process its own; both may be in pieces or not."""
-    import torch.distributed.checkpoint as dcp
+def load_shards(folder: Path, model: Network, optimizer: torch.optim.Optimizer) -> None:
+    """Restores a checkpoint into a model and its optimizer, each process its own part; both may be sharded or not.
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    there: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    trained = _trained(model)
+    Raises:
+        InputError: it is a checkpoint of another model.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    trained = _trained_parameters(model)
     for name, p in trained.items():
-        if name not in there or there[name].size != p.shape:
-            raise InputError(f"{folder}: is a checkpoint of another model ({name} is missing or of another shape)")
+        if name not in stored or stored[name].size != p.shape:
+            raise InputError(f"{folder}: a checkpoint of another model ({name} is missing or has another shape)")
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in trained.items()}
-    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, found in there.items():
+    for key, info in stored.items():
         name, bar, what = key.rpartition("|")
         if not bar:
             continue
         if name not in trained:
-            raise InputError(f"{folder}: its optimiser knows {name}, which is not trained here")
+            raise InputError(f"{folder}: has optimizer state for {name}, which is not trained here")
         p = trained[name]
-        like = torch.zeros_like(p) if found.size == p.shape else torch.zeros(found.size, dtype=found.properties.dtype)
-        tensors[key] = state.setdefault(number[p], {})[what] = like
-    random = next(key for key in (f"random.{rank()}", "random.0", "random") if key in there)
-    tensors[random] = torch.get_rng_state()
+        empty = torch.zeros_like(p) if info.size == p.shape else torch.zeros(info.size, dtype=info.properties.dtype)
+        tensors[key] = state.setdefault(index[p], {})[what] = empty
+    random_key = next(key for key in (f"random.{rank()}", "random.0", "random") if key in stored)
+    tensors[random_key] = torch.get_rng_state()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # one process alone need not be told that it is
-        dcp.load(tensors, storage_reader=reader)
-    torch.set_rng_state(tensors[random])
+        warnings.simplefilter("ignore", UserWarning)  # that there is only one process
+        state_dict_loader.load(tensors, storage_reader=reader)
+    torch.set_rng_state(tensors[random_key])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _whole(model: Model) -> list[torch.nn.Parameter]:
-    """What every process holds all of."""
+def _unsharded_parameters(model: Network) -> list[nn.Parameter]:
+    """Those that every process holds completely."""
     return [p for name, p in model.named_parameters() if name.endswith("att.time_state")]
 
 
-def _trained(model: Model) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name; their pieces, where a pass has put them together."""
+def _trained_parameters(model: Network) -> dict[str, nn.Parameter]:
+    """By name; of a sharded model the shards, which the last pass may have left gathered."""
     if model.sharded:
         from torch.distributed.fsdp import FSDPModule
 

@@ -1,8 +1,8 @@
-"""What a process reads in a step of a model of pictures: batches of them, cut, flipped, changed and mixed.
+"""Image classification: batches of images, cropped, flipped, augmented and mixed.
 
-Images are found by their number, as rows of tokens are: which one it is and how it is cut depend on the seed and that
-number alone, and how a batch is changed on the seed and its first number. So a run that goes on from a checkpoint sees
-what it would have seen. Processes read ahead while the model computes.
+Images are found by number, like rows of tokens: which image it is and how it is cropped depend only on the seed and
+that number, and the augmentation of a batch only on the seed and its first number. So a run that is resumed sees the
+same images as one that was never stopped. Worker processes read ahead while the model computes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,175 +24,204 @@ from ..data.batching import generator_for
 from ..data.image_dataset import ImageDataset
 from ..data.images import normalize, preprocess, random_resized_crop, resize, to_tensor
 from ..errors import InputError
-from ..models import VisionModel
+from ..models import Network
 from .config import Config, VisionSection
+from .tasks import Autocast, Reduce
 
-Chunk = tuple[int, Tensor, Tensor]  # the first picture's number, uint8 [B, 3, S, S], classes int64 [B]
+Loaded = tuple[Tensor, Tensor]  # pixels [B, 3, S, S] and classes int64 [B]
 
 
-class _Numbered(Dataset):
-    """Picture i of all epochs, as it is trained with: (uint8 [3, S, S], class)."""
+class ImageBatch(NamedTuple):
+    """Images before augmentation."""
 
-    def __init__(self, data: ImageDataset, told: VisionSection, seed: int):
-        self.data, self.told, self.seed = data, told, seed
+    first: int  # the step's first number plus the index of the backward pass: the seed of the augmentation
+    pixels: Tensor  # uint8 [B, 3, S, S]
+    classes: Tensor  # int64 [B]
+
+
+class _TrainingImages(Dataset[tuple[Tensor, int]]):
+    """Image i, counted through all epochs: cropped and flipped uint8 [3, S, S], and its class."""
+
+    def __init__(self, data: ImageDataset, config: VisionSection, seed: int):
+        self.data, self.config, self.seed = data, config, seed
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        epoch, place = divmod(i, len(self.data))
-        picture, label = self.data[int(_order(self.seed, epoch, len(self.data))[place])]
-        dice, size = generator_for(self.seed, i), self.told.size
-        if self.told.crop != (1.0, 1.0):
-            picture = random_resized_crop(picture, size, self.told.crop, dice)
-        elif picture.size != (size, size):
-            picture = resize(picture, (size, size))
-        pixels = to_tensor(picture)
-        return pixels.flip(2) if self.told.flip and dice.random() < 0.5 else pixels, label
+        epoch, position = divmod(i, len(self.data))
+        image, label = self.data[int(_epoch_order(self.seed, epoch, len(self.data))[position])]
+        random, size = generator_for(self.seed, i), self.config.size
+        if self.config.crop != (1.0, 1.0):
+            image = random_resized_crop(image, size, self.config.crop, random)
+        elif image.size != (size, size):
+            image = resize(image, (size, size))
+        pixels = to_tensor(image)
+        return pixels.flip(2) if self.config.flip and random.random() < 0.5 else pixels, label
 
 
-_kept: tuple[tuple[int, int, int], np.ndarray] | None = None
+_last_order: tuple[tuple[int, int, int], np.ndarray] | None = None
 
 
-def _order(seed: int, epoch: int, number: int) -> np.ndarray:
-    """The order of an epoch; that of the last asked for is kept."""
-    global _kept
-    if _kept is None or _kept[0] != (seed, epoch, number):
-        _kept = (seed, epoch, number), generator_for(seed, epoch).permutation(number)
-    return _kept[1]
+def _epoch_order(seed: int, epoch: int, n_images: int) -> np.ndarray:
+    """The order of the images in an epoch, int64 [n_images]; the last one is cached."""
+    global _last_order
+    if _last_order is None or _last_order[0] != (seed, epoch, n_images):
+        _last_order = (seed, epoch, n_images), generator_for(seed, epoch).permutation(n_images)
+    return _last_order[1]
 
 
-class PicturePasses:
-    """As Passes, for pictures.
+class ImageClassification:
+    """Predicts the class of an image. See `tasks.Task`; a row is an image.
 
     Attributes:
-        data, measured: where they come from.
-        a_step: pictures that all processes together read in a step.
+        data: the training images.
+        eval_data: the evaluation images, or None.
     """
 
-    unit = "picture"
+    unit = "image"
     tokenizer_file = None
-    states: dict = {}  # noqa: RUF012  pictures carry none
 
     def __init__(self, config: Config, data: ImageDataset, accelerator: Accelerator):
+        """
+        Raises:
+            InputError: the evaluation images cannot be read or have more classes than the training images.
+        """
         self.config, self.data, self.accelerator = config, data, accelerator
-        self.measured = ImageDataset(config.data.eval) if config.data.eval else None
-        if self.measured is not None and len(self.measured.class_names) > len(data.class_names):
+        self.eval_data = ImageDataset(config.data.eval) if config.data.eval else None
+        n_classes = len(data.class_names)
+        if self.eval_data is not None and len(self.eval_data.class_names) > n_classes:
             raise InputError(
-                f"{config.data.eval}: has {len(self.measured.class_names)} classes, "
-                f"{config.data.train} {len(data.class_names)}"
+                f"{config.data.eval}: has {len(self.eval_data.class_names)} classes, {config.data.train} {n_classes}"
             )
-        self.rows, self.rows_per_epoch = self, len(data)
-        self.a_step = config.run.batch * config.run.accumulate * accelerator.num_processes
-        self.change = _changes(config.vision)
-        self._ahead: tuple[int, Iterator] | None = None  # the step that is read next, and the batches from there on
-
-    def told(self) -> str:
-        told = self.config.vision
-        return f"{len(self.data):,} pictures of {told.size} x {told.size} in {len(self.data.class_names)} classes"
+        self.rows_per_epoch = len(data)
+        self.rows_per_step = config.run.batch * config.run.accumulate * accelerator.num_processes
+        self._augment = _build_augmentation(config.vision)
+        self._reader: tuple[int, Iterator[Loaded]] | None = None  # the step it is at, and its batches from there on
 
     @property
     def notes(self) -> dict[str, Any]:
         return {"labels": self.data.class_names}
 
-    def flops(self, model: VisionModel) -> int:
-        """Operations of a picture's way forward and back, those of the matrices."""
-        tokens = (self.config.vision.size // model.config.patch_size) ** 2
-        return 6 * tokens * sum(p.numel() for p in model.parameters() if p.ndim in (2, 4))
+    @property
+    def can_evaluate(self) -> bool:
+        return self.eval_data is not None
 
-    def of(self, step: int) -> Iterator[list[Chunk]]:
-        """The batches of a step, each a backward pass of its own."""
-        if self._ahead is None or self._ahead[0] != step:
-            numbers = _Numbered(self.data, self.config.vision, self.config.run.seed)
-            workers = _workers(self.config.vision.workers)
+    def describe(self) -> str:
+        size = self.config.vision.size
+        return f"{len(self.data):,} images of {size} x {size} in {len(self.data.class_names)} classes"
+
+    def flops_per_unit(self, model: Network) -> int:
+        """Those of the matrices."""
+        n_patches = int(self.config.vision.size // model.config.patch_size) ** 2
+        return 6 * n_patches * sum(p.numel() for p in model.parameters() if p.ndim in (2, 4))
+
+    def batches(self, step: int) -> Iterator[list[ImageBatch]]:
+        if self._reader is None or self._reader[0] != step:
+            images = _TrainingImages(self.data, self.config.vision, self.config.run.seed)
+            workers = _worker_count(self.config.vision.workers)
             loader = DataLoader(
-                numbers, batch_sampler=_Batches(self, step), num_workers=workers, persistent_workers=workers > 0
+                images, batch_sampler=_BatchNumbers(self, step), num_workers=workers, persistent_workers=workers > 0
             )
-            self._ahead = step, iter(loader)
-        batches = self._ahead[1]
-        first = step * self.a_step
+            self._reader = step, iter(loader)
+        reader = self._reader[1]
         for i in range(self.config.run.accumulate):
-            pixels, classes = _next(batches)
-            yield [(first + i, pixels, classes)]
-        self._ahead = step + 1, batches
+            pixels, classes = _next_batch(reader)
+            yield [ImageBatch(step * self.rows_per_step + i, pixels, classes)]
+        self._reader = step + 1, reader
 
-    def size(self, chunk: Chunk) -> tuple[int, int]:
-        return len(chunk[2]), len(chunk[2])
+    def count_targets(self, batch: ImageBatch) -> tuple[int, int]:
+        return len(batch.classes), len(batch.classes)
 
-    def losses(self, model: Any, chunk: Chunk, autocast: AbstractContextManager) -> tuple[Tensor, Tensor]:
-        """The cross entropy, summed over the batch, and nothing else."""
-        (first, pixels, classes), told, device = chunk, self.config.vision, self.accelerator.device
-        torch.manual_seed(
-            int(generator_for(self.config.run.seed, first).integers(2**62))
-        )  # of all that follows, drop path too
-        images = pixels.to(device).float() / 255
-        targets = F.one_hot(classes.to(device), len(self.data.class_names)).float()
-        if self.change is not None:
-            images = self.change(images)
-        images, targets = mixed(normalize(images), targets, told.mixup, told.cutmix)
+    def compute_loss(self, model: nn.Module, batch: ImageBatch, autocast: Autocast) -> tuple[Tensor, Tensor]:
+        """The cross entropy with label smoothing; L2Wrap is not used."""
+        vision, device = self.config.vision, self.accelerator.device
+        # of everything below, drop path included
+        torch.manual_seed(int(generator_for(self.config.run.seed, batch.first).integers(2**62)))
+        images = batch.pixels.to(device).float() / 255
+        targets = F.one_hot(batch.classes.to(device), len(self.data.class_names)).float()
+        if self._augment is not None:
+            images = self._augment(images)
+        images, targets = mix_images(normalize(images), targets, vision.mixup, vision.cutmix)
         with autocast:
             logits = model(images)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        nats = F.cross_entropy(wide, targets, reduction="sum", label_smoothing=told.label_smoothing)
+        nats = F.cross_entropy(wide, targets, reduction="sum", label_smoothing=vision.label_smoothing)
         return nats, nats.new_zeros(())
 
-    def measure(self, model: VisionModel, autocast: AbstractContextManager, add: Callable[[Tensor], Tensor]) -> dict:
-        """The mean cross entropy of the measured pictures, in nats, and how many are right."""
-        assert self.measured is not None
-        told, device = self.config.run, self.accelerator.device
-        number = min(told.eval_rows or len(self.measured), len(self.measured))
-        mine = range(self.accelerator.process_index, number, self.accelerator.num_processes)
-        found = torch.zeros(3, dtype=torch.float64)
-        whole = _Whole(self.measured, self.config.vision.size)
-        loader = DataLoader(whole, told.batch, sampler=mine, num_workers=_workers(self.config.vision.workers))
-        with autocast:
-            batches = iter(loader)
-            for _ in range(len(loader)):
-                images, classes = _next(batches)
-                logits = model(images.to(device)).float().cpu()
-                nats = F.cross_entropy(logits, classes, reduction="sum")
-                right = (logits.argmax(1) == classes).sum()
-                found += torch.tensor([nats.item(), right.item(), len(classes)], dtype=torch.float64)
-        nats, right, count = add(found).tolist()
-        return {"eval_loss": nats / max(1.0, count), "eval_accuracy": right / max(1.0, count)}
+    def finish_step(self, applied: bool) -> None:
+        """Nothing is carried from step to step."""
 
-    def carried(self) -> None:
+    def evaluate(self, model: Network, autocast: Autocast, reduce: Reduce) -> dict[str, float]:
+        """The mean cross entropy of the evaluation images in nats, and the accuracy."""
+        assert self.eval_data is not None
+        run, device = self.config.run, self.accelerator.device
+        n_images = min(run.eval_rows or len(self.eval_data), len(self.eval_data))
+        own_images = range(self.accelerator.process_index, n_images, self.accelerator.num_processes)
+        images = _EvalImages(self.eval_data, self.config.vision.size)
+        workers = _worker_count(self.config.vision.workers)
+        loader = DataLoader(images, run.batch, sampler=own_images, num_workers=workers)
+        sums = torch.zeros(3, dtype=torch.float64)
+        with autocast:
+            reader = iter(loader)
+            for _ in range(len(loader)):
+                pixels, classes = _next_batch(reader)
+                logits = model(pixels.to(device)).float().cpu()
+                nats = F.cross_entropy(logits, classes, reduction="sum")
+                correct = (logits.argmax(1) == classes).sum()
+                sums += torch.tensor([nats.item(), correct.item(), len(classes)], dtype=torch.float64)
+        total_nats, total_correct, count = reduce(sums).tolist()
+        return {"eval_loss": total_nats / max(1.0, count), "eval_accuracy": total_correct / max(1.0, count)}
+
+    def carried_states(self) -> None:
         return None
 
+    def load_carried_states(self, file: Path) -> None:
+        raise InputError(f"{file}: states of a language model, but images are trained on")
 
-class _Whole(Dataset):
-    """The middle of each picture, normalised."""
+
+class _EvalImages(Dataset[tuple[Tensor, int]]):
+    """The center of image i, normalized float32 [3, size, size], and its class."""
 
     def __init__(self, data: ImageDataset, size: int):
         self.data, self.size = data, size
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = self.data[i]
-        return preprocess(picture, self.size), label
+        image, label = self.data[i]
+        return preprocess(image, self.size), label
 
 
-class _Batches:
-    """The numbers of a process's batches from a step on, without an end."""
+class _BatchNumbers:
+    """The numbers of the images in a process's batches, from a step on, without end."""
 
-    def __init__(self, passes: PicturePasses, step: int):
-        self.passes, self.step = passes, step
+    def __init__(self, task: ImageClassification, step: int):
+        run, accelerator = task.config.run, task.accelerator
+        self.rows_per_step, self.batch, self.accumulate = task.rows_per_step, run.batch, run.accumulate
+        self.processes, self.process, self.step = accelerator.num_processes, accelerator.process_index, step
 
     def __iter__(self) -> Iterator[list[int]]:
-        passes, told, step = self.passes, self.passes.config.run, self.step
+        step = self.step
         while True:
-            for i in range(told.accumulate):
-                lane = i * passes.accelerator.num_processes + passes.accelerator.process_index
-                first = step * passes.a_step + lane * told.batch
-                yield list(range(first, first + told.batch))
+            for i in range(self.accumulate):
+                first = step * self.rows_per_step + (i * self.processes + self.process) * self.batch
+                yield list(range(first, first + self.batch))
             step += 1
 
 
-def mixed(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Each picture with its opposite in the batch: as a weighted mean (mixup, arXiv 1710.09412), or with a rectangle of
-    it pasted in (CutMix, arXiv 1905.04899), by chance where both are wanted. The shares are of Beta(x, x), 0: never."""
+def mix_images(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Mixes each image with the one at the opposite position of the batch.
+
+    Either as a weighted mean (mixup, arXiv 1710.09412) or by pasting a rectangle (CutMix, arXiv 1905.04899); if both
+    are on, one of them is drawn for the batch.
+
+    Args:
+        images: [B, 3, S, S].
+        targets: probabilities [B, classes].
+        mixup, cutmix: alpha of the distribution Beta(alpha, alpha) of the share; 0: off.
+    """
     if not mixup and not cutmix:
         return images, targets
-    pastes = bool(cutmix) and (not mixup or bool(torch.rand(()) < 0.5))
-    alpha = cutmix if pastes else mixup
+    paste = bool(cutmix) and (not mixup or bool(torch.rand(()) < 0.5))
+    alpha = cutmix if paste else mixup
     share = float(torch.distributions.Beta(alpha, alpha).sample())
-    if not pastes:
+    if not paste:
         images = images.lerp(images.flip(0), 1 - share)
     else:
         height, width = images.shape[2:]
@@ -204,37 +233,37 @@ def mixed(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple
     return images, targets.lerp(targets.flip(0), 1 - share)
 
 
-def _changes(told: VisionSection) -> Callable[[Tensor], Tensor] | None:
-    """RandAugment and erasing, of pictures [B, 3, S, S] in 0 to 1."""
-    if not told.rand_augment and not told.erasing:
+def _build_augmentation(config: VisionSection) -> Callable[[Tensor], Tensor] | None:
+    """RandAugment and random erasing of images [B, 3, S, S] between 0 and 1; None if both are off."""
+    if not config.rand_augment and not config.erasing:
         return None
     try:
-        import kornia.augmentation as K
+        import kornia.augmentation as K  # an optional package that takes seconds to import
         from kornia.augmentation.auto import RandAugment
     except ModuleNotFoundError as error:
         raise InputError(f"augmentations need {error.name}: pip install 'heronry[vision]'") from error
-    steps: list[Callable] = []
-    if told.rand_augment:
-        steps.append(RandAugment(n=2, m=told.rand_augment))
-    if told.erasing:
-        steps.append(K.RandomErasing(p=told.erasing, scale=(0.02, 1 / 3)))
+    transforms: list[Callable[[Tensor], Tensor]] = []
+    if config.rand_augment:
+        transforms.append(RandAugment(n=2, m=config.rand_augment))
+    if config.erasing:
+        transforms.append(K.RandomErasing(p=config.erasing, scale=(0.02, 1 / 3)))
 
-    def change(images: Tensor) -> Tensor:
-        for step in steps:
-            images = step(images)
+    def augment(images: Tensor) -> Tensor:
+        for transform in transforms:
+            images = transform(images)
         return images.clamp(0, 1)
 
-    return change
+    return augment
 
 
-def _next(batches: Iterator) -> Any:
-    """The next batch. What a process that reads complains of arrives with its traceback, whose last line is the
-    complaint."""
+def _next_batch(reader: Iterator[Loaded]) -> Loaded:
+    """The next batch. An InputError of a worker process arrives with its traceback and is reduced to its last line."""
     try:
-        return next(batches)
+        return next(reader)
     except InputError as error:
         raise InputError(str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]) from None
 
 
-def _workers(wanted: int) -> int:
-    return wanted if wanted >= 0 else min(8, max(0, (os.cpu_count() or 1) - 2))
+def _worker_count(workers: int) -> int:
+    """vision.workers, of which -1 is as many as there are cores to spare."""
+    return workers if workers >= 0 else min(8, max(0, (os.cpu_count() or 1) - 2))

@@ -7,12 +7,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def losses(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over all positions: of the cross entropy where the mask counts, in nats, and of half the square of the
-    largest logit everywhere, which L2Wrap pulls at.
+def sum_losses(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two sums over all positions, as scalars in float32 (float64 for float64 logits).
 
-    logits [B, T, V] in any dtype, targets int64 [B, T], mask bool [B, T]. The gradient of the second is the largest
-    logit itself, at its own place.
+    Args:
+        logits: [B, T, V] in any dtype.
+        targets: int64 [B, T].
+        mask: bool [B, T], where the cross entropy counts; None: everywhere.
+
+    Returns:
+        The cross entropy where the mask counts, in nats; and half the square of the largest logit of every position,
+        masked or not, for L2Wrap: the gradient of the latter is the largest logit itself, at its own place.
     """
     wide = logits.flatten(0, 1)
     wide = wide if wide.dtype == torch.float64 else wide.float()

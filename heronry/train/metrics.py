@@ -1,4 +1,7 @@
-"""What a run tells: a line of JSON every few steps, TensorBoard, wandb, and a bar with the time that is left."""
+"""Metrics of a training run: a line of JSON every few steps, TensorBoard, wandb, and a progress bar.
+
+The logger knows no trainer: it is given plain values.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import importlib.util
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,145 +20,184 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from ..errors import InputError
 from ..files import atomic_write
 
-if TYPE_CHECKING:
-    from .trainer import Run
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What does not change during a run."""
+
+    out: Path  # the folder of log.jsonl
+    description: str  # the first line on the console
+    unit: str  # what is counted: "token" or "image"
+    steps: int  # in the whole run
+    log_every: int  # steps
+    eval_data: str
+    wandb: str  # the project, or ""
+    flops_per_unit: int  # forward and backward
+    device: torch.device
+    precision: str
+    processes: int
 
 
-class Journal:
-    """Of one run; a quiet one keeps the losses and tells nobody."""
+@dataclass(frozen=True)
+class Progression:
+    """How far a run is."""
 
-    def __init__(self, run: Run, quiet: bool):
-        self.run, self.quiet = run, quiet
-        self.file = run.out / "log.jsonl"
-        self.waiting: list[float] = run.waiting  # the losses since the last line
-        self.since = (run.tokens, run.seconds)
-        self.speed = f"{run.passes.unit}s_per_second"
-        self.console = Console(stderr=True)
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        self.board: Any = None
-        self.wandb: Any = None
-        if run.config.run.wandb and importlib.util.find_spec("wandb") is None:
+    step: int = 0  # completed steps
+    units: int = 0  # tokens or images read
+    seconds: float = 0.0  # spent in steps
+
+
+class MetricsLogger:
+    """Logs one run; used as a context manager.
+
+    Attributes:
+        unlogged_losses: of the steps since the last line of the log.
+    """
+
+    def __init__(self, info: RunInfo, start: Progression, unlogged_losses: list[float], quiet: bool):
+        """
+        Args:
+            start: where the run starts or resumes.
+            unlogged_losses: of the steps before `start` that no line of the log covers.
+            quiet: write and print nothing.
+
+        Raises:
+            InputError: wandb is wanted, but not installed.
+        """
+        self.info, self.start, self.quiet = info, start, quiet
+        self.unlogged_losses = unlogged_losses
+        self._last = start  # at the last line
+        self._file = info.out / "log.jsonl"
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._bar_task = TaskID(0)
+        self._peak_flops = math.inf  # of one process, per second
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if info.wandb and importlib.util.find_spec("wandb") is None:
             raise InputError("run.wandb is set, but wandb is not installed: pip install wandb")
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> MetricsLogger:
         if self.quiet:
             return self
-        run = self.run
-        self._forget_what_is_lost()
+        info, step = self.info, self.start.step
+        self._drop_later_lines()
         if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-            self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.step + 1)
-        if run.config.run.wandb:
-            import wandb
+            self._tensorboard = SummaryWriter(str(info.out / "tensorboard"), purge_step=step + 1)
+        if info.wandb:
+            import wandb  # an optional package
 
-            self.wandb = wandb.init(project=run.config.run.wandb, dir=run.out, resume="allow", id=_name(run.out))
-        parameters = run.plain.num_parameters(only_trainable=True)
-        self.say(
-            f"{run.plain.name}: {parameters / 1e6:.1f} M parameters to train, {run.passes.told()}, "
-            f"{run.steps} steps of {run.passes.a_step}"
-        )
-        if run.step:
-            self.say(f"going on from step {run.step}")
-        self.peak = matrix_peak(run.accelerator.device, run.precision)
-        self.flops = run.passes.flops(run.plain)
-        columns = (TextColumn("{task.fields[told]}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console)
-        self.task = self.bar.add_task("", total=run.steps, completed=run.step, told="")
-        self.bar.start()
+            run_id = "-".join(info.out.resolve().parts[-2:])
+            self._wandb = wandb.init(project=info.wandb, dir=info.out, resume="allow", id=run_id)
+        self.print(info.description)
+        if step:
+            self.print(f"resuming from step {step}")
+        self._peak_flops = peak_matmul_flops(info.device, info.precision)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console)
+        self._bar_task = self._bar.add_task("", total=info.steps, completed=step)
+        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self._bar:
+            self._bar.stop()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
 
-    def step(self, loss: float, norm: float) -> None:
-        """After every step. A step without finite gradients is told of at once, and its loss left out."""
-        run = self.run
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.waiting.append(loss)
+    def log_step(self, progress: Progression, loss: float, grad_norm: float, lr: float) -> None:
+        """Call this after every step; writes a line every `log_every` steps and after the last one.
+
+        Args:
+            progress: after the step.
+            loss: of the step, in nats. A step without a finite loss and finite gradients is reported at once, and its
+                loss is left out of the mean.
+            grad_norm: before clipping.
+            lr: the learning rate of the step.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.unlogged_losses.append(loss)
         else:
-            self.say(f"step {run.step}: loss {loss}, gradients {norm}: the weights stay what they were")
-        if run.step % run.config.run.log_every and run.step != run.steps:
+            self.print(f"step {progress.step}: loss {loss}, gradient norm {grad_norm}: step skipped")
+        if progress.step % self.info.log_every and progress.step != self.info.steps:
             return
-        tokens, seconds = run.tokens - self.since[0], run.seconds - self.since[1]
-        row: dict[str, Any] = {"step": run.step, f"{run.passes.unit}s": run.tokens, "seconds": round(run.seconds, 3)}
-        row |= {"loss": sum(self.waiting) / len(self.waiting) if self.waiting else None, "grad_norm": norm}
-        row |= {"lr": run.optimizer.param_groups[0]["lr"], self.speed: round(tokens / seconds, 1)}
-        if not self.quiet:
-            row["flops_share"] = round(tokens / seconds * self.flops / (self.peak * run.accelerator.num_processes), 4)
-            loss_told = f"{row['loss']:.4f}" if self.waiting else "none"
-            told = f"loss {loss_told}  {row[self.speed]:,.0f} {run.passes.unit}s/s  {row['flops_share']:.0%} of peak"
-            assert self.bar is not None
-            self.bar.update(self.task, completed=run.step, told=told)
-        self.since = run.tokens, run.seconds
-        self.waiting.clear()
+        unit = self.info.unit
+        speed = (progress.units - self._last.units) / (progress.seconds - self._last.seconds)
+        loss_mean = sum(self.unlogged_losses) / len(self.unlogged_losses) if self.unlogged_losses else None
+        row: dict[str, Any] = {"step": progress.step, f"{unit}s": progress.units, "seconds": round(progress.seconds, 3)}
+        row |= {"loss": loss_mean, "grad_norm": grad_norm, "lr": lr, f"{unit}s_per_second": round(speed, 1)}
+        if self._bar is not None:
+            share = speed * self.info.flops_per_unit / (self._peak_flops * self.info.processes)
+            row["flops_share"] = round(share, 4)
+            loss_text = "none" if loss_mean is None else f"{loss_mean:.4f}"
+            text = f"loss {loss_text}  {speed:,.0f} {unit}s/s  {share:.0%} of peak"
+            self._bar.update(self._bar_task, completed=progress.step, description=text)
+        self._last = progress
+        self.unlogged_losses.clear()
         self._write(row)
 
-    def measure(self, found: dict[str, float]) -> None:
-        told = f"step {self.run.step}: {found['eval_loss']:.4f} nats a {self.run.passes.unit}"
-        if "eval_accuracy" in found:
-            told += f", {found['eval_accuracy']:.2%} right"
-        self.say(f"{told} on {self.run.config.data.eval}")
-        self._write({"step": self.run.step, **found})
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """metrics: "eval_loss" in nats, and for images "eval_accuracy"."""
+        text = f"step {step}: {metrics['eval_loss']:.4f} nats per {self.info.unit}"
+        if "eval_accuracy" in metrics:
+            text += f", accuracy {metrics['eval_accuracy']:.2%}"
+        self.print(f"{text} on {self.info.eval_data}")
+        self._write({"step": step, **metrics})
 
-    def text(self, text: str) -> None:
-        self.say(f"step {self.run.step} writes: {text}")
-        self._write({"step": self.run.step, "sample": text})
+    def log_sample(self, step: int, text: str) -> None:
+        """text: what the model has generated."""
+        self.print(f"step {step}, sample: {text}")
+        self._write({"step": step, "sample": text})
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
+        """Prints a line above the progress bar."""
         if not self.quiet:
-            self.console.print(line, highlight=False, markup=False)
+            self._console.print(line, highlight=False, markup=False)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.quiet:
             return
         try:
-            with open(self.file, "a", encoding="utf-8") as lines:
+            with open(self._file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk; the run goes on
-            self.say(f"step {row['step']} is not in the log: {error}")
+        except OSError as error:  # the disk is full; the run continues
+            self.print(f"step {row['step']} could not be logged: {error}")
         numbers = {key: x for key, x in row.items() if isinstance(x, int | float) and key != "step"}
-        if self.board:
+        if self._tensorboard:
             for key, x in numbers.items():
-                self.board.add_scalar(key, x, row["step"])
+                self._tensorboard.add_scalar(key, x, row["step"])
             if "sample" in row:
-                self.board.add_text("sample", row["sample"], row["step"])
-        if self.wandb:
-            self.wandb.log(numbers, step=row["step"])
+                self._tensorboard.add_text("sample", row["sample"], row["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=row["step"])
 
-    def _forget_what_is_lost(self) -> None:
-        """Lines of steps after the checkpoint, which will be taken again."""
-        self.run.out.mkdir(parents=True, exist_ok=True)
-        if not self.file.exists():
+    def _drop_later_lines(self) -> None:
+        """Deletes the lines of steps after the checkpoint, which will be repeated."""
+        self.info.out.mkdir(parents=True, exist_ok=True)
+        if not self._file.exists():
             return
-        kept = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
+        lines = []
+        for line in self._file.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= self.run.step:
-                    kept.append(line + "\n")
-            except ValueError:  # cut off where the run was killed
+                if json.loads(line)["step"] <= self.start.step:
+                    lines.append(line + "\n")
+            except ValueError:  # cut off when the run was killed
                 continue
-        with atomic_write(self.file) as part:
-            part.write_text("".join(kept), encoding="utf-8")
+        with atomic_write(self._file) as part:
+            part.write_text("".join(lines), encoding="utf-8")
 
 
-def matrix_peak(device: torch.device, precision: str) -> float:
-    """Operations a second in a product of matrices, the best of a few."""
+def peak_matmul_flops(device: torch.device, precision: str) -> float:
+    """Operations per second in a product of matrices, the best of four measurements."""
     size = 4096 if device.type == "cuda" else 512
     a = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
     best = math.inf
     for _ in range(4):
-        began = time.perf_counter()
+        start = time.perf_counter()
         (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def _name(folder: Path) -> str:
-    return "-".join(folder.resolve().parts[-2:])

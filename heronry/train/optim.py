@@ -1,4 +1,4 @@
-"""The optimiser of the recipe."""
+"""The optimizer: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..models import Model
+from ..models import Network
 from .config import OptimSection
 
 
-def optimizer(model: Model, of: OptimSection) -> torch.optim.Optimizer:
-    """AdamW (Adam where nothing decays) over the groups of the generation, or of its adapters; each group remembers its
-    own rate as "base_lr". With `muon` the matrices inside the blocks are Muon's."""
-    own = model.param_groups if model.adapted_from is None else partial(_of_adapters, model)
-    groups = own(of.lr, of.weight_decay)
+def build_optimizer(model: Network, config: OptimSection) -> torch.optim.Optimizer:
+    """AdamW (Adam where nothing decays) with the parameter groups of the model's generation, or of its adapters.
+
+    Each group stores its own learning rate as "base_lr". With `muon`, the matrices inside the blocks are trained by
+    Muon.
+    """
+    param_groups = model.param_groups if model.adapted_from is None else partial(_adapter_groups, model)
+    groups = param_groups(config.lr, config.weight_decay)
     trained = {p for p in model.parameters() if p.requires_grad}
     inner = []
-    if of.muon and model.adapted_from is None:
+    if config.muon and model.adapted_from is None:
         named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and p in trained]
         inner = [p for name, p in named if name.startswith(("blocks.", "layers.")) and name.endswith(".weight")]
-    groups = [_of(group, trained.difference(inner)) for group in groups]
+    groups = [_select_parameters(group, trained.difference(inner)) for group in groups]
     groups = [group for group in groups if group["params"]]
-    if model.sharded:  # pieces cost as much for each call as they hold; what stays whole cannot go among them
+    if model.sharded:  # foreach saves time with many small shards, but cannot mix them with unsharded parameters
         groups = [{**group, "foreach": len({type(p) for p in group["params"]}) == 1} for group in groups]
-    adamw = torch.optim.AdamW(groups, betas=of.betas, eps=of.eps)
-    if not of.muon:
+    adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+    if not config.muon:
         return adamw
     if not inner:
-        raise InputError("optim.muon is for the matrices inside the blocks, and none of them is trained here")
-    group = _of({"params": inner, "lr": of.lr, "weight_decay": of.weight_decay}, trained)
-    return Together(adamw, torch.optim.Muon([group], momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        raise InputError("optim.muon is for the matrices inside the blocks, but none of them is trained here")
+    group = _select_parameters({"params": inner, "lr": config.lr, "weight_decay": config.weight_decay}, trained)
+    return CombinedOptimizer(adamw, torch.optim.Muon([group], momentum=0.95, adjust_lr_fn="match_rms_adamw"))
 
 
-def _of(group: dict[str, Any], wanted: set[nn.Parameter]) -> dict[str, Any]:
-    """What is wanted of a group."""
-    return {**group, "params": [p for p in group["params"] if p in wanted], "base_lr": group["lr"]}
+def _select_parameters(group: dict[str, Any], selected: set[nn.Parameter]) -> dict[str, Any]:
+    """The group with only the selected parameters."""
+    return {**group, "params": [p for p in group["params"] if p in selected], "base_lr": group["lr"]}
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimisers, each with parameters of its own, as one."""
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each with its own parameters, as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
@@ -50,6 +53,7 @@ class Together(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
+        """Lets the parts use the state and the groups of this optimizer."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.state = self.state
@@ -64,8 +68,8 @@ class Together(torch.optim.Optimizer):
         self._share()
 
 
-def _of_adapters(model: Model, lr: float, weight_decay: float) -> list[dict]:
-    """A and B decay, which draws towards the model as it was; the magnitudes of DoRA do not, they are no changes."""
+def _adapter_groups(model: Network, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """A and B decay, which pulls towards the base model; the magnitudes of DoRA do not, as they are not changes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim == 1], "lr": lr, "weight_decay": 0.0},

@@ -1,8 +1,8 @@
-"""The training loop: the same on one processor and, through accelerate, on many.
+"""The training loop: the same in one process and, through accelerate, in many.
 
-A step reads `accumulate` batches of rows on every process, averages the loss over all tokens that count in all of
-them, and moves the weights once. Rows are found by their number (data/batching.py), so that a run that goes on from a
-checkpoint reads exactly what is left. On a CPU in float32 its losses are to the bit those of a run never stopped.
+A step reads `accumulate` batches of rows in every process, averages the loss over all tokens in them that count, and
+updates the weights once. Rows are found by number (data/batching.py), so a run that resumes from a checkpoint reads
+exactly the remaining ones. On a CPU in float32 it gives bit for bit the losses of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -25,282 +25,365 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..adapters import WEIGHTS, save_adapter
-from ..checkpoint import save, save_time_state
+from ..adapters import WEIGHTS
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import Model, Network
 from . import build, checkpointing, fsdp
 from .config import Config
-from .metrics import Journal
-from .optim import optimizer
-from .schedule import rate, set_rate
-from .tasks import Passes
+from .language_modeling import LanguageModeling
+from .metrics import MetricsLogger, Progression, RunInfo
+from .optim import build_optimizer
+from .schedule import lr_factor, set_lr
+from .tasks import Autocast, Task
 
-Sample = Callable[[Model, str], str]  # what a model writes after a prompt
-PATIENCE = 20  # steps in a row without finite gradients before the run gives up
-
-
-class Stopped(Exception):
-    """Ctrl-C: what was reached is kept."""
+GenerateSample = Callable[[Network, str], str]  # continues a prompt with a model
+MAX_BAD_STEPS = 20  # in a row without finite gradients, after which the run gives up
 
 
-class Run:
-    """One run: everything that is made once."""
+class Interrupted(Exception):
+    """Ctrl-C; a checkpoint has been saved."""
+
+
+class Trainer:
+    """One run.
+
+    Attributes:
+        config: its configuration.
+        out: the folder for the model, its checkpoints and the log.
+        model: what is trained.
+        wrapped_model: the same, compiled or distributed as configured.
+        ema: the averaged weights (torch's AveragedModel), or None.
+        task: what is learned and from which data, see tasks.py.
+        step, steps: completed steps, and steps in the whole run.
+        units: tokens or images read so far.
+        seconds: spent in steps so far.
+        generate_sample: set this to log samples of what the model generates; the trainer knows no tokenizer.
+    """
 
     def __init__(self, config: Config, quiet: bool = False, model: Network | None = None):
-        """model: a new one to train in place of what `config.model` names, like those in models/baselines.py."""
+        """Prepares a run, or resumes it from the newest checkpoint in `run.out`.
+
+        Args:
+            config: see config.py.
+            quiet: no log and no progress bar.
+            model: a new model to train instead of the one that `config.model` names, like those in
+                models/baselines.py.
+
+        Raises:
+            InputError: files that cannot be read, settings that do not fit them, or a `run.out` of another run.
+        """
         self.config = config
-        self.sample: Sample | None = None  # who can turn ids into text puts it here
+        self.generate_sample: GenerateSample | None = None
         self.out = Path(config.run.out).expanduser()
-        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
+        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # otherwise gradients are stored twice
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[views])
-        self.precision = build.precision(config, self.accelerator.device)
+        self.precision = build.resolve_precision(config, self.accelerator.device)
         set_seed(config.run.seed)
-        self.plain, self.passes = self._parts(model)
-        self.data, self.rows = self.passes.data, self.passes.rows
-        self.steps = config.run.steps or math.ceil(config.run.epochs * self.rows.rows_per_epoch / self.passes.a_step)
-        self.optimizer = optimizer(self.plain, config.optim)
-        self.mean: AveragedModel | None = None
+        self.model, self.task = self._build_vision(model) if config.model.is_vision else self._build_language(model)
+        self.steps = config.run.steps or math.ceil(
+            config.run.epochs * self.task.rows_per_epoch / self.task.rows_per_step
+        )
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.ema: AveragedModel | None = None
         if config.run.ema:
-            self.mean = AveragedModel(self.plain, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema))
-        self.step = self.tokens = 0
+            average = get_ema_multi_avg_fn(config.run.ema)  # type: ignore[no-untyped-call]
+            self.ema = AveragedModel(self.model, multi_avg_fn=average)
+        self.step = self.units = 0
         self.seconds = 0.0
-        self.waiting: list[float] = []  # losses that no line of the log tells yet
-        self._find()
-        self.plain.gradient_checkpointing = config.run.checkpointing
-        self.model: Any = torch.compile(self.plain) if config.run.compile else self.plain
-        if not self.plain.sharded:
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.journal = Journal(self, quiet or not self.accelerator.is_main_process)
+        unlogged_losses = self._resume()
+        self.model.gradient_checkpointing = config.run.checkpointing
+        self.wrapped_model: Any = torch.compile(self.model) if config.run.compile else self.model
+        if not self.model.sharded:
+            self.wrapped_model, self.optimizer = self.accelerator.prepare(self.wrapped_model, self.optimizer)
+        quiet = quiet or not self.accelerator.is_main_process
+        self.logger = MetricsLogger(self._run_info(), self._progression(), unlogged_losses, quiet)
 
-    def _parts(self, model: Any) -> tuple[Any, Any]:
-        """The model, on the device, and what it reads."""
-        config, device = self.config, self.accelerator.device
-        if config.model.is_vision:
-            from ..data.image_dataset import ImageDataset
-            from .image_classification import PicturePasses
-
-            pictures = ImageDataset(config.data.train)
-            if model is None:
-                model = build.make_vision(config, len(pictures.class_names), self.precision)
-            return model.to(device).train(), PicturePasses(config, pictures, self.accelerator)
+    def _build_language(self, model: Network | None) -> tuple[Network, Task[Any]]:
+        """The model, on the device, and the task."""
+        config, accelerator = self.config, self.accelerator
         data = TokenFile(config.data.train)
         if model is None:
-            model = build.place(config, data.vocab_size, self.precision, self.accelerator)
+            built = build.build_on_devices(config, data.vocab_size, self.precision, accelerator)
+        elif config.run.shard != "none":
+            raise InputError("run.shard only works for models named by config.model")
+        elif not isinstance(model, Model):
+            raise InputError(f"{config.data.train}: is a token file, but {model.name} is not a language model")
         else:
-            if config.run.shard != "none":
-                raise InputError("run.shard is for models that config.model names")
-            model = build.fit(model, config, data.vocab_size, self.precision)
-        model = model.to(device).train()
-        return model, Passes(config, data, model, self.accelerator)
+            built = build.prepare_model(model, config, data.vocab_size, self.precision)
+        built = built.to(accelerator.device).train()
+        return built, LanguageModeling(config, data, built, accelerator)
 
-    # ---- going on ------------------------------------------------------------------------------------------------
+    def _build_vision(self, model: Network | None) -> tuple[Network, Task[Any]]:
+        """The model, on the device, and the task."""
+        from ..data.image_dataset import ImageDataset  # needs optional packages
+        from .image_classification import ImageClassification
+
+        images = ImageDataset(self.config.data.train)
+        if model is None:
+            model = build.build_vision_model(self.config, len(images.class_names), self.precision)
+        return model.to(self.accelerator.device).train(), ImageClassification(self.config, images, self.accelerator)
+
+    def _run_info(self) -> RunInfo:
+        config = self.config
+        n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return RunInfo(
+            out=self.out,
+            description=f"{self.model.name}: {n_trained / 1e6:.1f} M parameters to train, {self.task.describe()}, "
+            f"{self.steps} steps of {self.task.rows_per_step}",
+            unit=self.task.unit,
+            steps=self.steps,
+            log_every=config.run.log_every,
+            eval_data=config.data.eval,
+            wandb=config.run.wandb,
+            flops_per_unit=self.task.flops_per_unit(self.model),
+            device=self.accelerator.device,
+            precision=self.precision,
+            processes=self.accelerator.num_processes,
+        )
+
+    def _progression(self) -> Progression:
+        return Progression(self.step, self.units, self.seconds)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.out / "checkpoints"
 
-    def _find(self) -> None:
-        """Goes to where the newest good checkpoint was, if there is one."""
-        found = checkpointing.newest(self.checkpoints)
-        if found is None:
-            if any((self.out / name).exists() for name in ("model.safetensors", checkpointing.TUNED, WEIGHTS)):
-                raise InputError(f"{self.out}: holds a model already; give another run.out")
-            return
-        path, standing = found
-        mine = self._decisive()
-        for key, value in standing["config"].items():
-            if key in mine and mine[key] != value:
+    def _resume(self) -> list[float]:
+        """Restores the newest undamaged checkpoint, if there is one. Returns the losses that no line of the log covers
+        yet."""
+        latest = checkpointing.find_latest_checkpoint(self.checkpoints)
+        if latest is None:
+            if any((self.out / name).exists() for name in ("model.safetensors", checkpointing.TIME_STATE, WEIGHTS)):
+                raise InputError(f"{self.out}: already contains a model; choose another run.out")
+            return []
+        path, run_state = latest
+        settings = self._fixed_settings()
+        for key, value in run_state["config"].items():
+            if key in settings and settings[key] != value:
                 raise InputError(
-                    f"{path}: was made with {key} = {value!r}, not {mine[key]!r}; give another run.out to begin anew"
+                    f"{path}: was trained with {key} = {value!r}, not {settings[key]!r}; choose another run.out to "
+                    "start over"
                 )
-        checkpointing.restore(path, self.plain, self.optimizer, self.mean)
-        self.step, self.tokens, self.seconds = (standing[name] for name in ("step", "tokens", "seconds"))
-        self.waiting.extend(standing["waiting"])
-        if (path / checkpointing.CARRIED).exists():
-            self.passes.restore(path / checkpointing.CARRIED)
+        checkpointing.restore_checkpoint(path, self.model, self.optimizer, self.ema)
+        self.step, self.units, self.seconds = (run_state[key] for key in ("step", "units", "seconds"))
+        if (path / checkpointing.CARRIED_STATES).exists():
+            self.task.load_carried_states(path / checkpointing.CARRIED_STATES)
+        return list(run_state["unlogged_losses"])
 
-    def _decisive(self) -> dict[str, Any]:
-        """The settings that a run cannot change on its way, for its losses would no longer be those of one run."""
-        told = dataclasses.asdict(self.config)
+    def _fixed_settings(self) -> dict[str, Any]:
+        """The settings that cannot change during a run, because its losses would no longer be those of one run."""
+        config = dataclasses.asdict(self.config)
         sections = ("model", "data", "optim", "vision")
-        settings = {f"{name}.{key}": value for name in sections for key, value in told[name].items()}
+        settings = {f"{name}.{key}": value for name in sections for key, value in config[name].items()}
         settings |= {"run.precision": self.precision, "run.seed": self.config.run.seed, "run.ema": self.config.run.ema}
-        settings["rows in a step"] = self.passes.a_step
+        settings["rows per step"] = self.task.rows_per_step
         settings.pop("data.eval")
         settings.pop("vision.workers")
-        return json.loads(json.dumps(settings))
+        as_json: dict[str, Any] = json.loads(json.dumps(settings))
+        return as_json
 
-    def keep(self) -> None:
-        """Writes a checkpoint. Where the disk is full the run goes on with the last one, and says so."""
-        carried = self.passes.carried()
-        if self.accelerator.is_main_process or self.plain.sharded:
-            standing = {"tokens": self.tokens, "seconds": self.seconds, "waiting": self.waiting}
-            standing["config"] = self._decisive()
-            most, about = self.config.run.keep, (self.passes.tokenizer_file, self.passes.notes)
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint. If the disk is full, the run continues with the previous one and prints a message."""
+        carried_states = self.task.carried_states()
+        if self.accelerator.is_main_process or self.model.sharded:
+            run_state = {
+                "units": self.units,
+                "seconds": self.seconds,
+                "unlogged_losses": self.logger.unlogged_losses,
+                "config": self._fixed_settings(),
+            }
             try:
-                checkpointing.keep(
-                    self.checkpoints, self.step, self.plain, self.optimizer, standing, most, *about, carried, self.mean
+                checkpointing.save_checkpoint(
+                    self.checkpoints,
+                    self.step,
+                    self.model,
+                    self.optimizer,
+                    run_state,
+                    self.config.run.keep,
+                    tokenizer_file=self.task.tokenizer_file,
+                    notes=self.task.notes,
+                    carried_states=carried_states,
+                    ema=self.ema,
                 )
             except OSError as error:
-                self.journal.say(f"no checkpoint at step {self.step}: {error}")
+                self.logger.print(f"no checkpoint at step {self.step}: {error}")
         self.accelerator.wait_for_everyone()
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
+    # ---- training ------------------------------------------------------------------------------------------------
 
-    def __call__(self) -> Model:
-        """Trains to the end, or until Ctrl-C; the model, also saved in `run.out`."""
-        told = self.config.run
-        last_kept, bad = time.monotonic(), 0
-        with interruptible() as stop, self.journal:
+    def train(self) -> Network:
+        """Trains to the end, or until Ctrl-C, and saves the model in `run.out`.
+
+        Returns:
+            The trained model, in eval mode.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed; a checkpoint has been saved.
+            InputError: the gradients are not finite any more, or the model cannot be saved.
+        """
+        run = self.config.run
+        last_checkpoint, bad_steps = time.monotonic(), 0
+        with catch_interrupt() as interrupt, self.logger:
             while self.step < self.steps:
-                began = time.perf_counter()
-                loss, norm = self.take_step()
-                self.seconds += time.perf_counter() - began
-                bad = 0 if math.isfinite(norm) else bad + 1
-                if bad == PATIENCE:
-                    raise InputError(f"{PATIENCE} steps in a row had no finite gradients; lower optim.lr")
-                self.journal.step(loss, norm)
-                end = self.step == self.steps
-                if self.passes.measured and (end or (told.eval_every and self.step % told.eval_every == 0)):
-                    self.journal.measure(self.measure())
-                if self.sample and told.sample_every and (end or self.step % told.sample_every == 0):
-                    self.journal.text(self.write())
-                due = told.save_every and self.step % told.save_every == 0
-                late = self._anybody(time.monotonic() - last_kept > 60 * told.save_minutes)
-                stopping = self._anybody(stop.is_set())
-                if due or late or end or stopping:
-                    self.keep()
-                    last_kept = time.monotonic()
-                if stopping:
-                    raise Stopped(f"kept at step {self.step} of {self.steps}; the same command goes on from here")
-        model = self._whole()
+                start = time.perf_counter()
+                loss, grad_norm = self.train_step()
+                self.seconds += time.perf_counter() - start
+                bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+                if bad_steps == MAX_BAD_STEPS:
+                    raise InputError(f"no finite gradients in {MAX_BAD_STEPS} consecutive steps; lower optim.lr")
+                self.logger.log_step(self._progression(), loss, grad_norm, self.optimizer.param_groups[0]["lr"])
+                ends = self.step == self.steps
+                if self.task.can_evaluate and (ends or (run.eval_every and self.step % run.eval_every == 0)):
+                    self.logger.log_evaluation(self.step, self.evaluate())
+                if self.generate_sample and run.sample_every and (ends or self.step % run.sample_every == 0):
+                    self.logger.log_sample(self.step, self.sample())
+                due = run.save_every and self.step % run.save_every == 0
+                late = self._any_process(time.monotonic() - last_checkpoint > 60 * run.save_minutes)
+                interrupted = self._any_process(interrupt.is_set())
+                if due or late or ends or interrupted:
+                    self.save_checkpoint()
+                    last_checkpoint = time.monotonic()
+                if interrupted:
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {self.steps}; the same command resumes from there"
+                    )
+        model = self._full_model()
         if self.accelerator.is_main_process:
-            self._save(model)
-        return model.eval() if self.mean is not None else self.plain.eval()
+            try:
+                checkpointing.save_model(model, self.out, self.task.tokenizer_file, self.task.notes)
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{self.out}: cannot be written ({error}); the same command tries again") from error
+        return model.eval() if self.ema is not None else self.model.eval()
 
-    def _whole(self) -> Model:
-        """The model, or the mean of its weights; that of pieces is put together on the CPU of the main process, and
-        elsewhere has no numbers."""
-        if self.mean is not None:
-            return self.mean.module  # type: ignore[return-value]
-        if not self.plain.sharded:
-            return self.plain
-        model = build.make(self.config, self.data.vocab_size, self.precision, "meta")
-        numbers = fsdp.gathered(self.plain)
-        model.load_state_dict(numbers, assign=True, strict=bool(numbers))
-        return model
+    def train_step(self) -> tuple[float, float]:
+        """Updates the weights once.
 
-    def _save(self, model: Model) -> None:
-        """What the run was for."""
-        try:
-            if model.state_tuning:
-                save_time_state(model, self.out / checkpointing.TUNED, self.passes.notes)
-            elif model.adapted_from is not None:
-                save_adapter(model, self.out, self.passes.notes)
-            else:
-                save(model, self.out, self.passes.tokenizer_file, self.passes.notes)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.out}: cannot be written ({error}); the same command goes on") from error
-
-    def take_step(self) -> tuple[float, float]:
-        """One move of the weights: the mean loss in nats of a token that counts, and the norm of the gradients. Where
-        that is not finite the weights stay what they are."""
-        told, device = self.config, self.accelerator.device
-        passes, entered = list(self.passes.of(self.step)), self.passes.states
-        sizes = torch.tensor([self.passes.size(chunk) for chunks in passes for chunk in chunks], dtype=torch.float64)
-        all_counted, positions = self._sum(sizes.sum(0)).tolist()
-        set_rate(self.optimizer, rate(self.step, self.steps, told.optim))
-        total = torch.zeros((), dtype=torch.float64)
-        for i, chunks in enumerate(passes):
-            # in pieces the gradients never wait, for whole ones are what no process has room for
-            waiting = i < len(passes) - 1 and not self.plain.sharded
-            with self.accelerator.no_sync(self.model) if waiting else contextlib.nullcontext():
-                ours = torch.zeros((), device=device)
-                for chunk in chunks:
-                    nats, squares = self.passes.losses(self.model, chunk, self._autocast())
-                    pull = told.optim.l2wrap / positions * squares
-                    # the processes' gradients are averaged, so each gives its part as often as there are processes
-                    ours = ours + (nats / max(1.0, all_counted) + pull) * self.accelerator.num_processes
-                    total += nats.detach().double().cpu()
-                self.accelerator.backward(ours)
-        if self.plain.sharded:
-            fsdp.average(self.plain)
-        norm = self._norm()
-        if math.isfinite(norm):
+        Returns:
+            The mean loss in nats per token (or image) that counts, and the norm of the gradients before clipping. If
+            the norm is not finite, the weights have not changed.
+        """
+        config, device = self.config, self.accelerator.device
+        passes = list(self.task.batches(self.step))
+        counts = torch.tensor(
+            [self.task.count_targets(batch) for part in passes for batch in part], dtype=torch.float64
+        )
+        n_counted, n_targets = self._sum_over_processes(counts.sum(0)).tolist()
+        set_lr(self.optimizer, lr_factor(self.step, self.steps, config.optim))
+        total_nats = torch.zeros((), dtype=torch.float64)
+        for i, batches in enumerate(passes):
+            # gradients are exchanged once, after the last pass; if sharded, no process could hold them until then
+            accumulates = i < len(passes) - 1 and not self.model.sharded
+            with self.accelerator.no_sync(self.wrapped_model) if accumulates else contextlib.nullcontext():
+                loss = torch.zeros((), device=device)
+                for batch in batches:
+                    nats, squares = self.task.compute_loss(self.wrapped_model, batch, self._autocast())
+                    l2wrap = config.optim.l2wrap / n_targets * squares
+                    # the gradients of the processes are averaged, but have to be summed
+                    loss = loss + (nats / max(1.0, n_counted) + l2wrap) * self.accelerator.num_processes
+                    total_nats += nats.detach().double().cpu()
+                self.accelerator.backward(loss)
+        if self.model.sharded:
+            fsdp.average_unsharded_gradients(self.model)
+        grad_norm = self._clip_gradients()
+        applied = math.isfinite(grad_norm)
+        if applied:
             self.optimizer.step()
-            if self.mean is not None:
-                self.mean.update_parameters(self.plain)
-            self.passes.states = {lane: state.detach() for lane, state in self.passes.states.items()}
-        else:
-            self.passes.states = entered  # what is not finite must not be carried on
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        self.task.finish_step(applied)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += int(positions)
-        return (self._sum(total) / max(1.0, all_counted)).item(), norm
+        self.units += int(n_targets)
+        return (self._sum_over_processes(total_nats) / max(1.0, n_counted)).item(), grad_norm
 
-    def _norm(self) -> float:
-        clip = self.config.optim.clip or math.inf
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), clip))
+    def _clip_gradients(self) -> float:
+        """Clips the gradients of all processes together; returns their norm before that."""
+        max_norm = self.config.optim.clip or math.inf
+        return float(self.accelerator.clip_grad_norm_(self.wrapped_model.parameters(), max_norm))
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        enabled, cached = self.precision == "bfloat16", not self.plain.sharded  # whole weights are not to be held
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled, cached)
+    def _autocast(self) -> Autocast:
+        # gathered weights must not stay in autocast's cache
+        enabled, cache_enabled = self.precision == "bfloat16", not self.model.sharded
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled, cache_enabled)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Over all processes."""
-        return self.accelerator.reduce(x.to(self.accelerator.device), "sum").cpu()
+    def _sum_over_processes(self, x: Tensor) -> Tensor:
+        """The sum, on the CPU of every process."""
+        total: Tensor = self.accelerator.reduce(x.to(self.accelerator.device), "sum")
+        return total.cpu()
 
-    def _anybody(self, wants: bool) -> bool:
-        return bool(self._sum(torch.tensor(float(wants))).item())
+    def _any_process(self, condition: bool) -> bool:
+        """Whether the condition holds in any of the processes."""
+        return bool(self._sum_over_processes(torch.tensor(float(condition))).item())
 
-    # ---- looking -------------------------------------------------------------------------------------------------
+    # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    def measure(self) -> dict[str, float]:
-        """Of the measured data the "eval_loss", in nats, and what else its kind is measured by; with the mean of the
-        weights where there is one."""
-        model = self.plain if self.mean is None else self.mean.module
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the evaluation data, with the averaged weights if there are any.
+
+        Returns:
+            "eval_loss", in nats per token that counts or per image, and for images "eval_accuracy".
+        """
+        model = self.model if self.ema is None else self._averaged_model(self.ema)
         model.eval()
         with torch.no_grad():
-            found = self.passes.measure(model, self._autocast(), self._sum)
-        self.plain.train()
-        return found
+            metrics = self.task.evaluate(model, self._autocast(), self._sum_over_processes)
+        self.model.train()
+        return metrics
 
-    def evaluate(self) -> float:
-        """The mean loss of the measured data, in nats a token that counts."""
-        return self.measure()["eval_loss"]
+    def sample(self) -> str:
+        """What `generate_sample` makes of `run.sample_prompt`, in the main process; "" in the others.
 
-    def write(self) -> str:
-        """A text that the main process samples. The run's own random numbers are left as they were."""
-        assert self.sample is not None
-        random, model = torch.get_rng_state(), self._whole()
+        The random state of the run is preserved.
+        """
+        assert self.generate_sample is not None
+        random_state, model = torch.get_rng_state(), self._full_model()
         if not self.accelerator.is_main_process:
             return ""
         model.eval()
         try:
             with torch.inference_mode():
-                return self.sample(model, self.config.run.sample_prompt)
+                return self.generate_sample(model, self.config.run.sample_prompt)
         finally:
-            self.plain.train()
-            torch.set_rng_state(random)
+            self.model.train()
+            torch.set_rng_state(random_state)
+
+    def _full_model(self) -> Network:
+        """The model, or the one with the averaged weights. A sharded model is gathered on the CPU of the main process;
+        in the others the result has no weights."""
+        if self.ema is not None:
+            return self._averaged_model(self.ema)
+        if not self.model.sharded:
+            return self.model
+        model = build.build_model(self.config, self.model.config.vocab_size, self.precision, "meta")
+        state_dict = fsdp.gather_state_dict(self.model)
+        model.load_state_dict(state_dict, assign=True, strict=bool(state_dict))
+        return model
+
+    def _averaged_model(self, ema: AveragedModel) -> Network:
+        model = ema.module
+        assert isinstance(model, Network)
+        return model
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step ends before anything is kept; a second one interrupts at once."""
+def catch_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, so that the current step is completed; the second one interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.getsignal(signal.SIGINT)
+    previous_handler = signal.getsignal(signal.SIGINT)
 
-    def first(number: int, frame: Any) -> None:
+    def handle_first(number: int, frame: object) -> None:
         event.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
-    signal.signal(signal.SIGINT, first)
+    signal.signal(signal.SIGINT, handle_first)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)

@@ -1,4 +1,4 @@
-"""For test_shards.py: `python many_runs.py '[[2, [...]], [3, [...]]]'` does runs one after the other in the same two
+"""For test_fsdp.py: `python many_runs.py '[[2, [...]], [3, [...]]]'` does runs one after the other in the same two
 processes, then others in three. They are forked, for importing torch takes them longer than all they do.
 
 A run is told as {"settings": [...], "from": [checkpoints to copy first], "damage": one of them, "process 1": what
@@ -26,7 +26,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from heronry.models import Model
 from heronry.train import checkpointing
 from heronry.train.config import read_config
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 
 def most_likely(model: Model, prompt: str) -> str:
@@ -52,14 +52,14 @@ def full_disk() -> None:
 
 def killed() -> None:
     """When the pieces of step 3 are written and not all of its checkpoint is."""
-    whole = checkpointing._hash
+    whole = checkpointing.hash_file
 
     def hashed(file: Path) -> str:
         if "step-00000003" in str(file):
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(file)
 
-    checkpointing._hash = hashed
+    checkpointing.hash_file = hashed
 
 
 def work(rank: int, processes: int, runs: list[dict]) -> None:
@@ -74,9 +74,9 @@ def work(rank: int, processes: int, runs: list[dict]) -> None:
         together.wait_for_everyone()
         if rank == 1 and "process 1" in told:
             {"full disk": full_disk, "killed": killed}[told["process 1"]]()
-        made = Run(config)
-        made.sample = most_likely
-        made()
+        made = Trainer(config)
+        made.generate_sample = most_likely
+        made.train()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from heronry.errors import InputError
 from heronry.train.config import read_config
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from processes import together
@@ -19,12 +19,12 @@ from processes import together
 def take(runs: list[list[str]]) -> None:
     for settings in runs:
         try:
-            run = Run(read_config(None, settings))
+            run = Trainer(read_config(None, settings))
         except InputError as error:
             if dist.get_rank() == 0:
                 print(error)
         else:
-            run()
+            run.train()
 
 
 for processes, runs in json.loads(sys.argv[1]):

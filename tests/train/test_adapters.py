@@ -25,8 +25,8 @@ from heronry.models.layers import Linear, PackedLinear
 from heronry.ops.packed import dequantize, untile
 from heronry.quantization import FORMATS, quantize
 from heronry.train.config import OptimSection, read_config
-from heronry.train.optim import optimizer
-from heronry.train.trainer import Run
+from heronry.train.optim import build_optimizer
+from heronry.train.trainer import Trainer
 
 VERSION = {"rwkv4": "4", "rwkv5": "5.2", "rwkv6": "6", "rwkv7": "7"}
 TUNE = ["data.ctx_len=32", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
@@ -58,9 +58,9 @@ def bases(random_checkpoint, tmp_path_factory):
     return base
 
 
-def tuning(base: Path, texts: Path, out: Path, *more: str, tune: str = "lora") -> Run:
+def tuning(base: Path, texts: Path, out: Path, *more: str, tune: str = "lora") -> Trainer:
     where = [f"model.path={base}", f"model.tune={tune}", f"data.train={texts}", f"run.out={out}"]
-    return Run(read_config(None, [*TUNE, *where, *more]), quiet=False)
+    return Trainer(read_config(None, [*TUNE, *where, *more]), quiet=False)
 
 
 def adapted(base: Path, dora: bool = False, seed: int = 0, **options) -> Model:
@@ -97,7 +97,7 @@ def refusal(call, *args, **options) -> str:
 @pytest.mark.parametrize("tune", ["lora", "dora"])
 def test_only_adapters_learn_and_peft_reads_them(generation, tune, bases, texts, tmp_path):
     base, out = bases(generation), tmp_path / "out"
-    tuned = tuning(base, texts, out, tune=tune)()
+    tuned = tuning(base, texts, out, tune=tune).train()
     found = [row[1] for row in losses(out)]
     assert sum(found[-5:]) / 5 < found[0] - 1
     plain = load(base)
@@ -210,8 +210,8 @@ def test_packed_base(format, bases, texts, tmp_path):
     """Packed while loading or before is the same run; its adapter goes on the packed model and into the original."""
     base, small = bases("rwkv6"), tmp_path / "small"
     save(quantize(load(base), format), small)
-    tuned = tuning(base, texts, tmp_path / "a", f"model.quantize={format}")()
-    tuning(small, texts, tmp_path / "b")()
+    tuned = tuning(base, texts, tmp_path / "a", f"model.quantize={format}").train()
+    tuning(small, texts, tmp_path / "b").train()
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert losses(tmp_path / "a")[-1][1] < losses(tmp_path / "a")[0][1] - 1
     beside = heronry.LLM(small, tokenizer="bytes", adapter=tmp_path / "a").model
@@ -236,12 +236,12 @@ CUT = [
 @pytest.mark.parametrize(("generation", "tune", "more"), CUT)
 def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, texts, tmp_path):
     more = (more, "run.steps=6", "run.save_every=2")
-    tuning(bases(generation), texts, tmp_path / "whole", *more, tune=tune)()
+    tuning(bases(generation), texts, tmp_path / "whole", *more, tune=tune).train()
     run = tuning(bases(generation), texts, tmp_path / "broken", *more, tune=tune)
     fails_at(run, 5)
     again = tuning(bases(generation), texts, tmp_path / "broken", *more, tune=tune)
     assert again.step == 4
-    again()
+    again.train()
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     whole, broken = (load_file(tmp_path / name / FILES[1]) for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
@@ -272,7 +272,7 @@ def test_checkpointing_and_autocast(dora, bases):
 
 @pytest.mark.parametrize("generation", MODELS)
 def test_who_decays(generation, bases):
-    made = optimizer(adapted(bases(generation), dora=True), OptimSection(lr=1e-3, weight_decay=0.2))
+    made = build_optimizer(adapted(bases(generation), dora=True), OptimSection(lr=1e-3, weight_decay=0.2))
     lengths, matrices = made.param_groups
     assert (lengths["weight_decay"], matrices["weight_decay"]) == (0.0, 0.2)
     assert lengths["lr"] == matrices["lr"] == 1e-3
@@ -409,41 +409,41 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     def config(*settings: str) -> str:
         return refusal(tuning, base, texts, tmp_path / "z", *settings)
 
-    assert config("model.tune=locon") == "model.tune is 'locon'; known are all, state, lora, dora"
+    assert config("model.tune=locon") == "model.tune is 'locon'; known: all, state, lora, dora"
     assert config("model.rank=0") == "model.rank must be positive, got 0"
     assert config("model.alpha=-1") == "model.alpha must be positive, got -1"
-    assert config("model.dropout=1") == "model.dropout must lie in [0, 1), got 1.0"
-    assert config("model.path=") == "model.tune=lora needs model.path: the model that gets adapters"
-    assert config("model.quantize=int3") == "model.quantize is 'int3'; known are int8, int4"
-    assert config("model.tune=dora", "model.quantize=int8") == "model.quantize is for model.tune=lora, not dora"
-    assert config("model.targets=key") == "model.targets must be a list of texts, got 'key'"
-    assert config("model.targets=[1]") == "model.targets must be a text, got 1"
+    assert config("model.dropout=1") == "model.dropout must be in [0, 1), got 1.0"
+    assert config("model.path=") == "model.tune=lora needs model.path, the model to tune"
+    assert config("model.quantize=int3") == "model.quantize is 'int3'; known: int8, int4"
+    assert config("model.tune=dora", "model.quantize=int8") == "model.quantize needs model.tune=lora, got dora"
+    assert config("model.targets=key") == "model.targets must be a list of strings, got 'key'"
+    assert config("model.targets=[1]") == "model.targets must be a string, got 1"
     assert "is called 'q_proj'; known: att.key, " in config('model.targets=["att.key", "q_proj"]')
     for tune in ("all", "state", "dora"):
-        assert "packed weights cannot be trained" in refusal(tuning, small, texts, tmp_path / "z", tune=tune)
+        assert "quantized weights cannot be trained" in refusal(tuning, small, texts, tmp_path / "z", tune=tune)
 
 
 def test_other_matrices_by_name(bases, texts, tmp_path):
     run = tuning(bases("rwkv7"), texts, tmp_path / "out", 'model.targets=["ffn.key", "head"]', "run.steps=2")
-    run()
-    trained = {name.rsplit(".lora", 1)[0] for name, p in run.plain.named_parameters() if p.requires_grad}
+    run.train()
+    trained = {name.rsplit(".lora", 1)[0] for name, p in run.model.named_parameters() if p.requires_grad}
     assert trained == {"blocks.0.ffn.key", "blocks.1.ffn.key", "head"}
     merged = load(bases("rwkv7"))
     apply_adapter(merged, tmp_path / "out")
-    torch.testing.assert_close(logits(merged), logits(run.plain), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged), logits(run.model), atol=1e-5, rtol=1e-5)
 
 
 def test_the_base_must_stay_what_it_was(bases, texts, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     save(load(bases("rwkv7")), base)
-    tuning(base, texts, out, "run.steps=1")()
-    with pytest.raises(InputError, match=r"made with model\.rank = 4, not 8"):
+    tuning(base, texts, out, "run.steps=1").train()
+    with pytest.raises(InputError, match=r"trained with model\.rank = 4, not 8"):
         tuning(base, texts, out, "model.rank=8")
     save(load(bases("rwkv7", seed=1)), base)
     with pytest.raises(InputError, match=f"trained on another model, {base}"):
         tuning(base, texts, out, "run.steps=2")
     save_adapter(adapted(base), tmp_path / "bare")
-    with pytest.raises(InputError, match="holds a model already"):
+    with pytest.raises(InputError, match="already contains a model"):
         tuning(base, texts, tmp_path / "bare")
 
 

@@ -16,7 +16,7 @@ from heronry.data.batching import LaneSampler
 from heronry.data.token_file import TokenFile
 from heronry.errors import InputError
 from heronry.train.config import read_config
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 CARRIED = ["data.order=carried", "run.batch=3", "model.n_layer=1", "run.precision=float64", "optim.l2wrap=0"]
 
@@ -64,36 +64,38 @@ def test_gradients_go_through_the_cut(generation, tmp_path):
 def test_what_is_carried_counts(tmp_path):
     """A step learns nothing, but its loss is that of the whole document read at once."""
     one = write_binidx(tmp_path / "one", [np.arange(128) * 7 % 50])
-    made = Run(read_config(None, settings(one, tmp_path / "out", *CARRIED[2:], "data.order=carried", "run.batch=1")))
+    made = Trainer(
+        read_config(None, settings(one, tmp_path / "out", *CARRIED[2:], "data.order=carried", "run.batch=1"))
+    )
     text = torch.tensor([[0, *(np.arange(128) * 7 % 50)]])
     with torch.no_grad():
-        for p in made.plain.parameters():
+        for p in made.model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-        whole = torch.nn.functional.cross_entropy(made.plain(text[:, :-1])[0][0], text[0, 1:], reduction="none")
+        whole = torch.nn.functional.cross_entropy(made.model(text[:, :-1])[0][0], text[0, 1:], reduction="none")
     found = []
     for group in made.optimizer.param_groups:
         group["base_lr"] = 0.0
     for _ in range(4):
-        found.append(made.take_step()[0])
+        found.append(made.train_step()[0])
     assert found == pytest.approx(whole.view(4, 32).mean(1).tolist(), rel=1e-9)
 
 
 def test_what_is_not_finite_is_not_carried(texts, tmp_path):
-    made = Run(read_config(None, settings(texts, tmp_path / "out", "data.order=carried", "data.ctx_len=8")))
-    made.take_step()
-    before = made.passes.states
-    weight = made.plain.head.weight
+    made = Trainer(read_config(None, settings(texts, tmp_path / "out", "data.order=carried", "data.ctx_len=8")))
+    made.train_step()
+    before = made.task.states
+    weight = made.model.head.weight
     with torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] = torch.nan
-        made.plain.blocks[0].ln1.weight[0] = torch.nan
-    assert np.isnan(made.take_step()[1])
-    assert made.passes.states is before
+        made.model.blocks[0].ln1.weight[0] = torch.nan
+    assert np.isnan(made.train_step()[1])
+    assert made.task.states is before
     with torch.no_grad():
         weight[0, 0] = kept
-        made.plain.blocks[0].ln1.weight[0] = 1
-    assert np.isfinite(made.take_step()).all()
-    assert all(x.isfinite().all() for state in made.passes.states.values() for layer in state.layers for x in layer)
+        made.model.blocks[0].ln1.weight[0] = 1
+    assert np.isfinite(made.train_step()).all()
+    assert all(x.isfinite().all() for state in made.task.states.values() for layer in state.layers for x in layer)
 
 
 def test_stopped_and_gone_on(texts, tmp_path):

@@ -15,16 +15,16 @@ import torch
 from heronry.checkpoint import load
 from heronry.errors import InputError
 from heronry.models import RWKV7, RWKV7Config
-from heronry.train.checkpointing import keep, newest, restore
+from heronry.train.checkpointing import find_latest_checkpoint, restore_checkpoint, save_checkpoint
 from heronry.train.config import OptimSection
-from heronry.train.optim import optimizer
+from heronry.train.optim import build_optimizer
 
 
 def made(seed: int = 0, layers: int = 2) -> tuple[RWKV7, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = RWKV7(RWKV7Config.sized(64, layers, 64))
     model.init_weights()
-    return model, optimizer(model, OptimSection(eps=1e-8))
+    return model, build_optimizer(model, OptimSection(eps=1e-8))
 
 
 def step(model: RWKV7, optim: torch.optim.Optimizer) -> float:
@@ -40,14 +40,14 @@ def test_kept_is_found_again_to_the_bit(tmp_path):
     model, optim = made()
     for _ in range(3):
         step(model, optim)
-    keep(tmp_path, 3, model, optim, {"tokens": 48}, 2)
+    save_checkpoint(tmp_path, 3, model, optim, {"tokens": 48}, 2)
     expected = [step(model, optim) for _ in range(3)]
     other, its = made(seed=1)
-    found = newest(tmp_path)
+    found = find_latest_checkpoint(tmp_path)
     assert found is not None
-    path, standing = found
-    assert standing == {"step": 3, "tokens": 48}
-    restore(path, other, its)
+    path, run_state = found
+    assert run_state == {"step": 3, "tokens": 48}
+    restore_checkpoint(path, other, its)
     assert [step(other, its) for _ in range(3)] == expected
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -57,7 +57,7 @@ def test_kept_is_found_again_to_the_bit(tmp_path):
 def test_the_oldest_leave(tmp_path):
     model, optim = made()
     for number in (1, 2, 3, 10):
-        keep(tmp_path, number, model, optim, {}, 2)
+        save_checkpoint(tmp_path, number, model, optim, {}, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
 
 
@@ -77,46 +77,46 @@ def flip(file: Path) -> None:
 def test_what_is_damaged_is_left_aside(name, damage, tmp_path, caplog):
     model, optim = made()
     for number in (1, 2):
-        keep(tmp_path, number, model, optim, {}, 2)
+        save_checkpoint(tmp_path, number, model, optim, {}, 2)
     if name == "run.json" and damage is flip:
         (tmp_path / "step-00000002" / name).write_text("{}")
     else:
         damage(tmp_path / "step-00000002" / name)
     with caplog.at_level(logging.WARNING, "heronry"):
-        found = newest(tmp_path)
+        found = find_latest_checkpoint(tmp_path)
     if name == "run.json" and damage is cut:  # the last byte is the end of its last line
         assert found is not None
         assert found[0].name == "step-00000002"
         return
     assert found is not None
     assert found[0].name == "step-00000001"
-    assert "step-00000002 is damaged" in caplog.text
+    assert "step-00000002, which is damaged" in caplog.text
     shutil.rmtree(tmp_path / "step-00000001")
-    assert newest(tmp_path) is None
-    assert newest(tmp_path / "nothing") is None
+    assert find_latest_checkpoint(tmp_path) is None
+    assert find_latest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_another_model_is_refused(tmp_path):
-    keep(tmp_path, 1, *made(), {}, 1)
-    found = newest(tmp_path)
+    save_checkpoint(tmp_path, 1, *made(), {}, 1)
+    found = find_latest_checkpoint(tmp_path)
     assert found is not None
-    with pytest.raises(InputError, match="step-00000001: is a checkpoint of another model"):
-        restore(found[0], *made(layers=3))
+    with pytest.raises(InputError, match="step-00000001: a checkpoint of another model"):
+        restore_checkpoint(found[0], *made(layers=3))
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     """In a process of its own, whose files may not grow beyond 100 KB."""
-    keep(tmp_path, 1, *made(), {}, 2)
+    save_checkpoint(tmp_path, 1, *made(), {}, 2)
     code = """
         import resource, signal, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from test_checkpointing import made
-        from heronry.train.checkpointing import keep
+        from heronry.train.checkpointing import save_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            keep(Path(sys.argv[1]), 2, *made(), {}, 2)
+            save_checkpoint(Path(sys.argv[1]), 2, *made(), {}, 2)
         except OSError:
             print("refused")
     """
@@ -124,4 +124,4 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "refused\n"
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert newest(tmp_path) is not None
+    assert find_latest_checkpoint(tmp_path) is not None

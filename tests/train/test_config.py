@@ -13,30 +13,30 @@ from heronry.data.batching import magic_prime
 from heronry.errors import InputError
 from heronry.models import RWKV7, RWKV7Config
 from heronry.train.config import Config, OptimSection, from_dict, read_config
-from heronry.train.optim import optimizer
-from heronry.train.schedule import rate, set_rate
+from heronry.train.optim import build_optimizer
+from heronry.train.schedule import lr_factor, set_lr
 
 WRONG = [
-    ("optimizer.lr=1", "there is no section 'optimizer'; known are model, data, optim, run"),
-    ("optim.rate=1", "there is no optim.rate; known are lr, lr_final"),
+    ("optimizer.lr=1", "there is no section 'optimizer'; known: model, data, optim, run"),
+    ("optim.rate=1", "there is no optim.rate; known: lr, lr_final"),
     ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
     ("optim.lr=0", "optim.lr must be positive, got 0.0"),
     ("optim.betas=[0.9]", "optim.betas must be 2 numbers, got [0.9]"),
-    ("optim.betas=[0.9, 1.0]", "optim.betas must lie in [0, 1), got [0.9, 1.0]"),
+    ("optim.betas=[0.9, 1.0]", "optim.betas must be in [0, 1), got [0.9, 1.0]"),
     ("run.batch=1.5", "run.batch must be a whole number, got 1.5"),
     ("run.batch=true", "run.batch must be a whole number, got True"),
     ("run.compile=1", "run.compile must be true or false, got 1"),
-    ("run.shard=half", "run.shard is 'half'; known are none, gradients, full"),
-    ("run.precision=int8", "run.precision is 'int8'; known are auto, bfloat16, float32, float64"),
+    ("run.shard=half", "run.shard is 'half'; known: none, gradients, full"),
+    ("run.precision=int8", "run.precision is 'int8'; known: auto, bfloat16, float32, float64"),
     ("run.steps=-1", "run.steps must not be negative, got -1"),
-    ("model.generation=rwkv3", "model.generation is 'rwkv3'; known are rwkv4, rwkv5, rwkv6, rwkv7"),
+    ("model.generation=rwkv3", "model.generation is 'rwkv3'; known: rwkv4, rwkv5, rwkv6, rwkv7"),
     (
         "data.order=sorted",
-        "data.order is 'sorted'; known are documents, carried, shuffle, magic_prime, random, sequential",
+        "data.order is 'sorted'; known: documents, carried, shuffle, magic_prime, random, sequential",
     ),
     ("data.train=", "data.train is missing"),
-    ("lr", "'lr' is no setting; write section.key=value"),
-    ("lr=1", "'lr=1' is no setting"),
+    ("lr", "'lr' is not a setting; write section.key=value"),
+    ("lr=1", "'lr=1' is not a setting"),
 ]
 
 
@@ -51,8 +51,8 @@ def test_what_is_wrong_is_named(setting, told):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["run.shard=full", "model.tune=lora", "model.path=x"], "run.shard is not for model.tune=lora"),
-        (["run.shard=gradients", "optim.muon=true"], "optim.muon needs whole matrices: not with run.shard"),
+        (["run.shard=full", "model.tune=lora", "model.path=x"], "run.shard does not work with model.tune=lora"),
+        (["run.shard=gradients", "optim.muon=true"], "optim.muon does not work with run.shard"),
     ],
 )
 def test_what_does_not_go_together_is_named(settings, told):
@@ -106,7 +106,7 @@ def test_the_learning_rate():
     """The published curve, written down independently: a linear warm-up from 1%, then half a cosine."""
     of = OptimSection(lr=6e-4, lr_final=6e-5, warmup=10)
     steps = 1000
-    found = [of.lr * rate(step, steps, of) for step in range(steps + 1)]
+    found = [of.lr * lr_factor(step, steps, of) for step in range(steps + 1)]
     for step in range(10):
         assert math.isclose(found[step], 6e-4 * (0.01 + 0.99 * step / 10), rel_tol=1e-12)
     for step in (10, 200, 505, 900, 1000):
@@ -114,14 +114,14 @@ def test_the_learning_rate():
         assert math.isclose(found[step], 6e-5 + (6e-4 - 6e-5) * (1 + math.cos(math.pi * p)) / 2, rel_tol=1e-12)
     assert max(found) == found[10] == 6e-4
     assert math.isclose(found[-1], 6e-5)
-    assert rate(5, 5, OptimSection(warmup=0)) == pytest.approx(0.1)  # nothing divides by zero
-    assert rate(0, 1, OptimSection(warmup=0, lr_final=0)) == 1
+    assert lr_factor(5, 5, OptimSection(warmup=0)) == pytest.approx(0.1)  # nothing divides by zero
+    assert lr_factor(0, 1, OptimSection(warmup=0, lr_final=0)) == 1
 
 
 def test_every_group_keeps_its_pace():
     model = RWKV7(RWKV7Config.sized(64, 2, 64))
-    made = optimizer(model, OptimSection(lr=1e-3, weight_decay=0.2))
-    set_rate(made, 0.5)
+    made = build_optimizer(model, OptimSection(lr=1e-3, weight_decay=0.2))
+    set_lr(made, 0.5)
     found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in made.param_groups}
     fast = [name for name, _ in model.named_parameters() if name.endswith("att.w0")]
     matrices = [name for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim == 2]

@@ -24,9 +24,9 @@ from test_trainer import curve, same, settings
 from heronry.checkpoint import load, save
 from heronry.errors import InputError
 from heronry.models import MODELS
-from heronry.train.checkpointing import newest, restore
+from heronry.train.checkpointing import find_latest_checkpoint, restore_checkpoint
 from heronry.train.config import read_config
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 KEPT = ["run.steps=3", "run.save_every=2", "run.keep=9"]
 CARRIED = [
@@ -43,9 +43,9 @@ LOOKING = ["run.sample_every=2", "run.eval_every=2", "run.eval_rows=7"]
 
 
 def alone(texts: Path, out: Path, *more: str) -> list[tuple]:
-    made = Run(read_config(None, settings(texts, out, *more)))
-    made.sample = most_likely
-    made()
+    made = Trainer(read_config(None, settings(texts, out, *more)))
+    made.generate_sample = most_likely
+    made.train()
     return curve(out)
 
 
@@ -183,9 +183,9 @@ def test_going_on_as_before_is_the_same_to_the_bit(folder):
 def test_three_go_on(name, folder):
     """Where two have stopped, or (all) one that had everything; the newest checkpoint of rwkv4 is damaged."""
     assert close(curve(folder / "three" / name), curve(folder / "one" / name)[2:])
-    damaged = [line for line in (folder / "told").read_text().splitlines() if "is damaged" in line]
+    damaged = [line for line in (folder / "told").read_text().splitlines() if "which is damaged" in line]
     assert len(damaged) == 1
-    assert "step-00000003 is damaged (shard-00002-model-00001-of-00001.safetensors) and left aside" in damaged[0]
+    assert "step-00000003, which is damaged (shard-00002-model-00001-of-00001.safetensors)" in damaged[0]
 
 
 @pytest.mark.parametrize("name", ["rwkv7", "carried", "state"])
@@ -201,22 +201,24 @@ def test_one_goes_on(name, folder, texts, tmp_path, caplog):
     else:
         shutil.copy(last / "shard-00002-model-00001-of-00001.safetensors", last / "shard-00003.safetensors")
     assert close(alone(texts, out, *more), curve(folder / "one" / name)[2:])
-    assert caplog.text.count("step-00000003 is damaged (shard-0000") == 1
+    assert caplog.text.count("step-00000003, which is damaged (shard-0000") == 1
 
 
 def test_pieces_of_another_model_are_refused(folder):
     path = folder / "two" / "rwkv7" / "checkpoints" / "step-00000002"
-    with pytest.raises(InputError, match=r"step-00000002: is a checkpoint of another model .blocks.2.*is missing"):
-        restore(path, *made(layers=3))
-    with pytest.raises(InputError, match=r"step-00000002: its optimiser knows blocks.1.*, which is not trained here"):
-        restore(path, *made(layers=1))
+    with pytest.raises(InputError, match=r"step-00000002: a checkpoint of another model .blocks.2.*is missing"):
+        restore_checkpoint(path, *made(layers=3))
+    with pytest.raises(
+        InputError, match=r"step-00000002: has optimizer state for blocks.1.*, which is not trained here"
+    ):
+        restore_checkpoint(path, *made(layers=1))
 
 
 def test_killed_while_it_writes(folder, texts):
     out = folder / "two" / "killed"
     assert [row[0] for row in curve(out)] == [1, 2, 3]
     assert not (out / "model.safetensors").exists()
-    found = newest(out / "checkpoints")
+    found = find_latest_checkpoint(out / "checkpoints")
     assert found is not None
     assert found[0].name == "step-00000002"
     more = [*TWELVE, "model.generation=rwkv4", "model.n_layer=1", "run.checkpointing=true"]

@@ -17,8 +17,8 @@ from heronry import InputError
 from heronry.data.image_dataset import ImageDataset
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.train.config import read_config
-from heronry.train.image_classification import mixed
-from heronry.train.trainer import Run, Stopped
+from heronry.train.image_classification import mix_images
+from heronry.train.trainer import Interrupted, Trainer
 
 COLOURS = {"blue": (30, 40, 200), "green": (30, 200, 60), "red": (210, 40, 30)}
 SMALL = [
@@ -50,9 +50,9 @@ def settings(folder, out, *more: str) -> list[str]:
     return [*SMALL, f"data.train={folder}", f"run.out={out}", *more]
 
 
-def trained(folder, out, *more: str) -> Run:
-    made = Run(read_config(None, settings(folder, out, *more)), quiet=False)
-    made()
+def trained(folder, out, *more: str) -> Trainer:
+    made = Trainer(read_config(None, settings(folder, out, *more)), quiet=False)
+    made.train()
     return made
 
 
@@ -67,7 +67,7 @@ def test_it_learns(generation, folder, tmp_path):
     if generation == "vrwkv6":
         more.append("model.n_embd=64")
     made = trained(folder, tmp_path / "out", *more, "run.batch=24", "vision.crop=[0.5, 1.0]", "vision.erasing=0.1")
-    assert made.measure()["eval_accuracy"] > 0.9
+    assert made.evaluate()["eval_accuracy"] > 0.9
     model = heronry.load(tmp_path / "out", kind=heronry.VisionModel)
     assert model.config.num_classes == 3
     told = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -82,8 +82,8 @@ HARD = ("vision.mixup=0.8", "vision.cutmix=1.0", "vision.drop_path=0.3", "run.em
 @pytest.mark.parametrize("more", [(), HARD], ids=["plain", "hard"])
 def test_stopped_and_gone_on_it_is_the_run_never_stopped(more, folder, tmp_path):
     whole = trained(folder, tmp_path / "whole", *more)
-    stopped = Run(read_config(None, settings(folder, tmp_path / "cut", *more, "run.save_every=1")))
-    take_step, taken = stopped.take_step, 0
+    stopped = Trainer(read_config(None, settings(folder, tmp_path / "cut", *more, "run.save_every=1")))
+    take_step, taken = stopped.train_step, 0
 
     def interrupted():
         nonlocal taken
@@ -92,9 +92,9 @@ def test_stopped_and_gone_on_it_is_the_run_never_stopped(more, folder, tmp_path)
             raise KeyboardInterrupt
         return take_step()
 
-    stopped.take_step = interrupted
+    stopped.train_step = interrupted
     with pytest.raises(KeyboardInterrupt):
-        stopped()
+        stopped.train()
     again = trained(folder, tmp_path / "cut", *more, "run.save_every=1")
     assert again.step == whole.step == 8
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -111,16 +111,16 @@ def test_readers_change_nothing(folder, tmp_path):
 def test_the_mean_of_the_weights_is_kept(folder, tmp_path):
     found = {}
     for name, more in (("plain", ()), ("mean", ("run.ema=0.5",))):
-        run = Run(read_config(None, settings(folder, tmp_path / name, "run.steps=3", *more)))
-        seen, take_step = [], run.take_step
+        run = Trainer(read_config(None, settings(folder, tmp_path / name, "run.steps=3", *more)))
+        seen, take_step = [], run.train_step
 
         def watched(run=run, seen=seen, take_step=take_step):
             told = take_step()
-            seen.append(run.plain.pos_embed.detach().clone())
+            seen.append(run.model.pos_embed.detach().clone())
             return told
 
-        run.take_step = watched
-        run()
+        run.train_step = watched
+        run.train()
         found[name] = seen, heronry.load(tmp_path / name, kind=heronry.VisionModel).pos_embed
     (first, second, third), kept = found["mean"]
     assert all(torch.equal(a, b) for a, b in zip(found["plain"][0], found["mean"][0], strict=True))
@@ -130,10 +130,10 @@ def test_the_mean_of_the_weights_is_kept(folder, tmp_path):
 
 def test_the_mean_of_a_text_models_weights(texts, tmp_path):
     more = ["run.steps=4", "run.batch=2", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=64", "run.ema=0.5"]
-    run = Run(read_config(None, [f"data.train={texts}", f"run.out={tmp_path / 'out'}", *more]))
-    run()
-    assert not torch.equal(heronry.load(tmp_path / "out").head.weight, run.plain.head.weight)
-    with pytest.raises(InputError, match=r"run\.ema is for whole models"):
+    run = Trainer(read_config(None, [f"data.train={texts}", f"run.out={tmp_path / 'out'}", *more]))
+    run.train()
+    assert not torch.equal(heronry.load(tmp_path / "out").head.weight, run.model.head.weight)
+    with pytest.raises(InputError, match=r"run\.ema does not work with"):
         read_config(None, [f"data.train={texts}", "run.ema=0.5", "run.shard=full"])
 
 
@@ -143,23 +143,23 @@ def test_fine_tuning_from_another_model(folder, tmp_path):
     base = create("vrwkv_tiny", n_layer=2, n_embd=24, dim_ffn=96, image_size=32, patch_size=4, num_classes=11)
     heronry.save(base, tmp_path / "base")
     more = (f"model.path={tmp_path / 'base'}", "vision.drop_path=0.2", "vision.decay_lr=10.0")
-    made = Run(read_config(None, settings(folder, tmp_path / "out", *more)))
-    assert torch.equal(made.plain.layers[0].att.key.weight, base.layers[0].att.key.weight)
-    assert made.plain.config.num_classes == 3
-    assert made.plain.layers[1].drop_path == 0.2
+    made = Trainer(read_config(None, settings(folder, tmp_path / "out", *more)))
+    assert torch.equal(made.model.layers[0].att.key.weight, base.layers[0].att.key.weight)
+    assert made.model.config.num_classes == 3
+    assert made.model.layers[1].drop_path == 0.2
     assert {group["base_lr"] / made.config.optim.lr for group in made.optimizer.param_groups} == {1.0, 10.0}
-    made()
+    made.train()
     assert heronry.load(tmp_path / "out", kind=heronry.VisionModel).config.image_size == 32
     with pytest.raises(InputError, match="base: is a vrwkv, not a vrwkv6"):
-        Run(read_config(None, settings(folder, tmp_path / "b", *more, "model.generation=vrwkv6")))
+        Trainer(read_config(None, settings(folder, tmp_path / "b", *more, "model.generation=vrwkv6")))
     with pytest.raises(InputError, match="reads text, not pictures"):
-        Run(read_config(None, settings(folder, tmp_path / "b", "model.path=heronry/bundled")))
+        Trainer(read_config(None, settings(folder, tmp_path / "b", "model.path=heronry/bundled")))
 
 
 def test_a_vit_through_the_same_loop(folder, tmp_path):
     vit = ViT(ViTConfig(32, 2, 64, 3, 16, 4, 16))
     vit.init_weights()
-    Run(read_config(None, settings(folder, tmp_path / "out", "run.steps=30")), model=vit)()
+    Trainer(read_config(None, settings(folder, tmp_path / "out", "run.steps=30")), model=vit).train()
     found = losses(tmp_path / "out")
     assert sum(found[-5:]) < sum(found[:5])
 
@@ -192,12 +192,12 @@ def test_folders_and_parquet_hold_the_same(folder, tmp_path):
 
 
 def test_every_picture_is_seen_once_an_epoch(folder, tmp_path):
-    run = Run(read_config(None, settings(folder, tmp_path / "out", "vision.crop=[1.0, 1.0]", "vision.flip=false")))
+    run = Trainer(read_config(None, settings(folder, tmp_path / "out", "vision.crop=[1.0, 1.0]", "vision.flip=false")))
     seen = [
         [
             x.numpy().tobytes()
             for step in range(4 * epoch, 4 * epoch + 4)
-            for ((_, x8, _),) in run.passes.of(step)
+            for ((_, x8, _),) in run.task.batches(step)
             for x in x8
         ]
         for epoch in range(2)
@@ -210,11 +210,11 @@ def test_every_picture_is_seen_once_an_epoch(folder, tmp_path):
 def test_mixing():
     torch.manual_seed(0)
     images, targets = torch.rand(6, 3, 8, 8), torch.eye(6)
-    assert mixed(images, targets, 0, 0)[0] is images
+    assert mix_images(images, targets, 0, 0)[0] is images
     for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
         ways = set()
         for _ in range(20):
-            x, y = mixed(images, targets, mixup, cutmix)
+            x, y = mix_images(images, targets, mixup, cutmix)
             share = y[0, 0].item()
             assert torch.allclose(y.sum(1), torch.ones(6))
             assert torch.allclose(y, share * targets + (1 - share) * targets.flip(0))
@@ -245,30 +245,30 @@ def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
         (damaged / name).mkdir(parents=True)
         (damaged / name / "x.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"damaged: image \d: .*not an image that can be read"):
-        Run(read_config(None, settings(damaged, tmp_path / "out", "run.batch=1")))()
+        Trainer(read_config(None, settings(damaged, tmp_path / "out", "run.batch=1"))).train()
     with pytest.raises(InputError, match=r"^\S+damaged: image \d: .*not an image that can be read$"):
-        Run(read_config(None, settings(damaged, tmp_path / "out2", "run.batch=1", "vision.workers=1")))()
+        Trainer(read_config(None, settings(damaged, tmp_path / "out2", "run.batch=1", "vision.workers=1"))).train()
     few = tmp_path / "few"
     for name in ("a", "b"):
         (few / name).mkdir(parents=True)
         noisy((1, 2, 3), 0).save(few / name / "x.png")
     with pytest.raises(InputError, match=r"has 3 classes, .*few 2"):
-        Run(read_config(None, settings(few, tmp_path / "out", f"data.eval={folder}")))
+        Trainer(read_config(None, settings(few, tmp_path / "out", f"data.eval={folder}")))
 
 
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("vision.patch_size=5", "vision.size is 16, which patches of 5 do not divide"),
+        ("vision.patch_size=5", "vision.size is 16, not a multiple of vision.patch_size = 5"),
         ("vision.shift=up", "vision.shift is 'up'"),
-        ("vision.crop=[0.9, 0.5]", "vision.crop must be two shares"),
+        ("vision.crop=[0.9, 0.5]", "vision.crop must be two ascending fractions"),
         ("vision.mixup=-1.0", "vision.mixup must not be negative"),
         ("vision.decay_lr=0.0", "vision.decay_lr must be positive"),
-        ("vision.drop_path=1.0", r"vision.drop_path must lie in \[0, 1\)"),
+        ("vision.drop_path=1.0", r"vision.drop_path must be in \[0, 1\)"),
         ("model.tune=lora", "model.tune=lora"),
-        ("run.shard=full", "run.sequence_parallel and run.shard are not for vrwkv"),
-        ("run.ema=1.0", r"run.ema must lie in \[0, 1\)"),
-        ("model.generation=rwkv7", "the section vision is for vrwkv, vrwkv6, not rwkv7"),
+        ("run.shard=full", "run.sequence_parallel and run.shard do not work with vrwkv"),
+        ("run.ema=1.0", r"run.ema must be in \[0, 1\)"),
+        ("model.generation=rwkv7", "the section vision is only for vrwkv, vrwkv6, not rwkv7"),
     ],
 )
 def test_settings_that_cannot_be(setting, told):
@@ -280,15 +280,15 @@ def test_ctrl_c_keeps_what_was_reached(folder, tmp_path):
     import os
     import signal
 
-    run = Run(read_config(None, settings(folder, tmp_path / "out")))
-    take_step = run.take_step
+    run = Trainer(read_config(None, settings(folder, tmp_path / "out")))
+    take_step = run.train_step
 
     def interrupted():
         if run.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return take_step()
 
-    run.take_step = interrupted
-    with pytest.raises(Stopped, match="kept at step 4 of 8"):
-        run()
+    run.train_step = interrupted
+    with pytest.raises(Interrupted, match="stopped at step 4 of 8"):
+        run.train()
     assert trained(folder, tmp_path / "out").step == 8

@@ -61,7 +61,7 @@ def test_processes_that_share_rows_are_one(texts, tmp_path):
     two.append(settings(texts, tmp_path / "never", "run.sequence_parallel=4"))
     four = settings(texts, tmp_path / "carried-4", *runs["carried"], SHARED, "run.batch=1", f"data.eval={texts}")
     assert spread((2, two), (4, [four])) == [
-        f"{odd}: its last row of 16 tokens has 1, too few for run.sequence_parallel = 2; give another data.ctx_len",
+        f"{odd}: the last row of 16 tokens has only 1, too few for run.sequence_parallel = 2; change data.ctx_len",
         "run.sequence_parallel = 4 does not divide the number of processes, 2",
     ]
     for name in runs:
@@ -101,6 +101,6 @@ def test_what_cannot_be_is_told_first(texts, tmp_path):
     assert refusal(*told, SHARED) == "run.sequence_parallel = 2 does not divide the number of processes, 1"
     assert refusal(*told, SHARED, "model.generation=rwkv4").startswith("run.sequence_parallel is not for rwkv4: ")
     uneven = refusal(*told, "run.sequence_parallel=3")
-    assert uneven == "data.ctx_len is 32, which run.sequence_parallel = 3 does not divide"
+    assert uneven == "data.ctx_len is 32, not a multiple of run.sequence_parallel = 3"
     compiled = refusal(*told, SHARED, "run.compile=true", "data.order=shuffle")
-    assert compiled == "run.compile does not reach over processes: not with run.sequence_parallel"
+    assert compiled == "run.compile does not work with run.sequence_parallel"

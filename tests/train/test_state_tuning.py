@@ -23,7 +23,7 @@ from heronry.ops.wkv5 import wkv5
 from heronry.ops.wkv6 import wkv6
 from heronry.ops.wkv7 import wkv7
 from heronry.train.config import read_config
-from heronry.train.trainer import Run
+from heronry.train.trainer import Trainer
 
 SMALL = ["data.ctx_len=64", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
 TUNE = [*SMALL, "model.tune=state", "optim.lr=1", "optim.lr_final=0.01", "optim.weight_decay=0.01", "run.steps=40"]
@@ -66,16 +66,16 @@ def bases(data, tmp_path_factory):
             sizes = [f"model.generation={generation}", "model.n_layer=2", "model.n_embd=64", "model.vocab_size=256"]
             length = ["optim.lr=5e-3", f"run.seed={seed}", f"run.steps={150 if seed == 0 else 1}"]
             config = read_config(None, [*SMALL, *sizes, *length, f"data.train={data['both']}", f"run.out={out}"])
-            Run(config, quiet=True)()
+            Trainer(config, quiet=True).train()
             made[f"{generation}-{seed}"] = out
         return out
 
     return base
 
 
-def tuning(base: Path, data: dict[str, Path], out: Path, *more: str) -> Run:
+def tuning(base: Path, data: dict[str, Path], out: Path, *more: str) -> Trainer:
     where = [f"model.path={base}", f"data.train={data['down']}", f"data.eval={data['down-eval']}", f"run.out={out}"]
-    return Run(read_config(None, [*TUNE, *where, *more]))
+    return Trainer(read_config(None, [*TUNE, *where, *more]))
 
 
 def losses(out: Path) -> list[tuple]:
@@ -87,8 +87,8 @@ def losses(out: Path) -> list[tuple]:
 def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, monkeypatch, capsys):
     base, out = bases(generation), tmp_path / "out"
     run = tuning(base, data, out)
-    before = run.evaluate()
-    tuned = run()
+    before = run.evaluate()["eval_loss"]
+    tuned = run.train()
     after = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["eval_loss"]
     assert after < before - 0.05
     plain = load(base)
@@ -137,12 +137,12 @@ def test_untouched_it_is_the_empty_state(generation, bases):
 @pytest.mark.parametrize("order", ["documents", "shuffle"])
 def test_interrupted_it_is_the_same_to_the_bit(generation, order, bases, data, tmp_path):
     more = ("run.steps=6", "run.save_every=2", f"data.order={order}")
-    tuning(bases(generation), data, tmp_path / "whole", *more)()
+    tuning(bases(generation), data, tmp_path / "whole", *more).train()
     run = tuning(bases(generation), data, tmp_path / "broken", *more)
     fails_at(run, 5)
     again = tuning(bases(generation), data, tmp_path / "broken", *more)
     assert again.step == 4
-    again()
+    again.train()
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     whole, broken = (load_file(tmp_path / name / "time_state.safetensors") for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
@@ -153,8 +153,8 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, order, bases, data, t
 def test_a_step_in_which_no_text_begins_has_no_gradient(generation, bases, tmp_path):
     long = write_binidx(tmp_path / "long", [np.arange(400) % 48 + 1])
     more = [f"data.train={long}", f"model.path={bases(generation)}", "data.order=carried", "data.ctx_len=16"]
-    run = Run(read_config(None, [*TUNE, *more, "run.batch=1", f"run.out={tmp_path / 'out'}"]), quiet=True)
-    steps = [run.take_step() for _ in range(3)]
+    run = Trainer(read_config(None, [*TUNE, *more, "run.batch=1", f"run.out={tmp_path / 'out'}"]), quiet=True)
+    steps = [run.train_step() for _ in range(3)]
     assert all(np.isfinite(loss) for loss, _ in steps)
     assert steps[0][1] > 0
     assert [norm for _, norm in steps[1:]] == [0, 0]
@@ -252,14 +252,14 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, random_checkpoint):
 
     with pytest.raises(InputError, match=r"model\.tune=state needs model\.path"):
         read_config(None, ["model.tune=state", f"data.train={data['down']}"])
-    with pytest.raises(InputError, match=r"model\.tune is 'states'; known are all, state, "):
+    with pytest.raises(InputError, match=r"model\.tune is 'states'; known: all, state, "):
         read_config(None, ["model.tune=states", f"data.train={data['down']}"])
     other = tmp_path / "other"
     save(load(base), other)
-    tuning(other, data, tmp_path / "out2", "run.steps=1")()
+    tuning(other, data, tmp_path / "out2", "run.steps=1").train()
     save(load(bases("rwkv7", seed=1)), other)  # the base changes under a run
     with pytest.raises(InputError, match="was tuned on another model"):
         tuning(other, data, tmp_path / "out2", "run.steps=2")
     save_time_state(load(base).tune_state(), tmp_path / "bare" / "time_state.safetensors")
-    with pytest.raises(InputError, match="holds a model already"):
+    with pytest.raises(InputError, match="already contains a model"):
         tuning(base, data, tmp_path / "bare")

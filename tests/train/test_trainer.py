@@ -22,7 +22,7 @@ from heronry.checkpoint import load
 from heronry.errors import InputError
 from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
 from heronry.train.config import read_config
-from heronry.train.trainer import Run, Stopped
+from heronry.train.trainer import Interrupted, Trainer
 
 SMALL = ["model.n_layer=2", "model.n_embd=64", "data.ctx_len=32", "run.batch=2", "run.log_every=1", "optim.lr=3e-3"]
 EXACT = [*SMALL, "run.precision=float32"]
@@ -32,45 +32,45 @@ def settings(texts: Path, out: Path, *more: str) -> list[str]:
     return [*EXACT, f"data.train={texts}", f"run.out={out}", *more]
 
 
-def run(texts: Path, out: Path, *more: str) -> Run:
-    made = Run(read_config(None, settings(texts, out, *more)))
-    made()
+def run(texts: Path, out: Path, *more: str) -> Trainer:
+    made = Trainer(read_config(None, settings(texts, out, *more)))
+    made.train()
     return made
 
 
 def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
     """A run that Ctrl-C ends while it takes the step after `step`."""
-    made = Run(read_config(None, settings(texts, out, *more)))
-    take = made.take_step
+    made = Trainer(read_config(None, settings(texts, out, *more)))
+    take = made.train_step
 
     def interrupted() -> tuple[float, float]:
         if made.step == step:
             os.kill(os.getpid(), signal.SIGINT)
         return take()
 
-    made.take_step = interrupted
-    with pytest.raises(Stopped, match=f"kept at step {step + 1} of {made.steps}"):
-        made()
+    made.train_step = interrupted
+    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of {made.steps}"):
+        made.train()
 
 
-def fails_at(made: Run, step: int) -> None:
+def fails_at(made: Trainer, step: int) -> None:
     """Runs until an error ends it while it takes the step after `step`."""
-    take = made.take_step
+    take = made.train_step
 
     def breaks() -> tuple[float, float]:
         if made.step == step:
             raise KeyError
         return take()
 
-    made.take_step = breaks
+    made.train_step = breaks
     with pytest.raises(KeyError):
-        made()
+        made.train()
 
 
 def refusal(*told: str) -> str:
     """The one line with which a run is refused."""
     with pytest.raises(InputError) as error:
-        Run(read_config(None, told))
+        Trainer(read_config(None, told))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -99,7 +99,7 @@ def test_it_learns(generation, texts, tmp_path):
     assert sum(losses[-5:]) / 5 < 2.7
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < 2.7
-    assert made.tokens == sum(made.rows.row(i).targets.size for i in range(made.steps * 2))
+    assert made.units == sum(made.task.sampler.row(i).targets.size for i in range(made.steps * 2))
 
 
 MINIPILE = Path(__file__).parents[2] / "examples" / "minipile.toml"
@@ -125,13 +125,13 @@ def test_the_recipe_in_float64(file, generation, order, clip, texts, tmp_path):
     else:
         exact = [setting for setting in exact if not setting.startswith("optim.")] + ["model.vocab_size=64"]
         lr, decay = 6e-4, 0.001
-    made = Run(read_config(file, exact))
-    model = type(made.plain)(made.plain.config).double()
-    model.load_state_dict(made.plain.state_dict())
+    made = Trainer(read_config(file, exact))
+    model = type(made.model)(made.model.config).double()
+    model.load_state_dict(made.model.state_dict())
     assert model.name == generation
     assert made.config.data.order == order
-    rows = [made.rows.row(i) for i in range(80)]
-    made()
+    rows = [made.task.sampler.row(i) for i in range(80)]
+    made.train()
 
     class L2Wrap(torch.autograd.Function):
         @staticmethod
@@ -205,7 +205,7 @@ def test_muon_goes_on_too(texts, tmp_path):
     muon = made.optimizer.param_groups[-1]["params"]
     assert len(muon) == 2 * (4 + 2)  # of two blocks: r, k, v, output; key, value
     assert len(muon) + sum(len(g["params"]) for g in made.optimizer.param_groups[:-1]) == len(
-        list(made.plain.parameters())
+        list(made.model.parameters())
     )
     stopped(texts, tmp_path / "parts", 3, "run.steps=7", "optim.muon=true")
     run(texts, tmp_path / "parts", "run.steps=7", "optim.muon=true")
@@ -218,7 +218,7 @@ def test_what_rwkv_is_compared_with_learns_by_the_same_loop(made, texts, tmp_pat
     torch.manual_seed(0)
     made.init_weights()
     told = settings(texts, tmp_path / "out", "run.steps=60", "data.order=random", "optim.lr=1e-2", f"data.eval={texts}")
-    Run(read_config(None, told), model=made)()
+    Trainer(read_config(None, told), model=made).train()
     losses = [row[2] for row in curve(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(64), abs=0.3)
     assert sum(losses[-5:]) / 5 < 3
@@ -254,15 +254,17 @@ def test_killed_again_and_again(texts, tmp_path):
 
 
 def test_gradients_that_are_not_finite_move_nothing(texts, tmp_path):
-    made = Run(read_config(None, settings(texts, tmp_path / "out", "run.steps=3")))
+    made = Trainer(read_config(None, settings(texts, tmp_path / "out", "run.steps=3")))
     with torch.no_grad():
-        made.plain.head.weight[0, 0] = math.nan
-    before = {key: x.clone() for key, x in made.plain.state_dict().items()}
-    _, norm = made.take_step()
+        made.model.head.weight[0, 0] = math.nan
+    before = {key: x.clone() for key, x in made.model.state_dict().items()}
+    _, norm = made.train_step()
     assert not math.isfinite(norm)
-    assert all(torch.equal(before[key], x) or key == "head.weight" for key, x in made.plain.state_dict().items())
-    with pytest.raises(InputError, match="20 steps in a row had no finite gradients"):
-        Run(read_config(None, settings(texts, tmp_path / "out", "run.steps=100", "optim.lr=1e30", "optim.clip=0")))()
+    assert all(torch.equal(before[key], x) or key == "head.weight" for key, x in made.model.state_dict().items())
+    with pytest.raises(InputError, match="no finite gradients in 20 consecutive steps"):
+        Trainer(
+            read_config(None, settings(texts, tmp_path / "out", "run.steps=100", "optim.lr=1e30", "optim.clip=0"))
+        ).train()
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
@@ -291,17 +293,17 @@ def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
 def test_precision_is_what_is_fast_here(texts, tmp_path, monkeypatch):
     for level, expected in (("avx2", "float32"), ("avx512", "bfloat16")):
         monkeypatch.setattr(build, "best_level", lambda level=level: level)
-        made = Run(read_config(None, settings(texts, tmp_path / level, "run.precision=auto", "run.steps=1")))
+        made = Trainer(read_config(None, settings(texts, tmp_path / level, "run.precision=auto", "run.steps=1")))
         assert made.precision == expected
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):
     told = settings(texts, tmp_path / "out")
-    assert "has token ids up to 49, the model's vocabulary ends at 39" in refusal(*told, "model.vocab_size=40")
+    assert "has token ids up to 49, but the model's vocabulary ends at 39" in refusal(*told, "model.vocab_size=40")
     assert "no such file or folder" in refusal(*told, "model.path=nothing")
     run(texts, tmp_path / "out", "run.steps=2")
-    assert "was made with optim.lr = 0.003, not 0.1; give another run.out" in refusal(*told, "optim.lr=0.1")
-    assert "was made with model.n_layer = 2, not 3" in refusal(*told, "model.n_layer=3")
+    assert "was trained with optim.lr = 0.003, not 0.1; choose another run.out" in refusal(*told, "optim.lr=0.1")
+    assert "was trained with model.n_layer = 2, not 3" in refusal(*told, "model.n_layer=3")
     longer = run(texts, tmp_path / "out", "run.steps=4")
     assert [row[0] for row in curve(tmp_path / "out")] == [1, 2, 3, 4]
     assert longer.step == 4

@@ -88,7 +88,7 @@ class LanguageModeling:
             raise InputError(
                 f"run.sequence_parallel = {self.pieces} does not divide the number of processes, {n_processes}"
             )
-        group: dist.ProcessGroup = dist.new_subgroups(self.pieces)[0]  # type: ignore[no-untyped-call]
+        group: dist.ProcessGroup = dist.new_subgroups(self.pieces)[0]
         return group
 
     @property

@@ -87,7 +87,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.ema: AveragedModel | None = None
         if config.run.ema:
-            average = get_ema_multi_avg_fn(config.run.ema)  # type: ignore[no-untyped-call]
+            average = get_ema_multi_avg_fn(config.run.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average)
         self.step = self.units = 0
         self.seconds = 0.0

@@ -147,51 +147,51 @@ def _from_fla(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of Hugging Face's in the words of our configurations; `heronry.load` compares it with the tensors.
 
     Raises:
         InputError: it asks for something that these models do not have.
     """
-    kind = theirs.get("model_type")
+    kind = hub_config.get("model_type")
     if kind not in ARCHITECTURES:
         raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
     fla = kind == "rwkv7"
-    epsilon = theirs.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
+    epsilon = hub_config.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
     if epsilon != 1e-5:
         raise InputError(f"config.json has layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
-    if fla and (theirs.get("hidden_act", "sqrelu") != "sqrelu" or not theirs.get("norm_first", True)):
+    if fla and (hub_config.get("hidden_act", "sqrelu") != "sqrelu" or not hub_config.get("norm_first", True)):
         raise InputError(
             "config.json has an activation other than sqrelu, or no norm before the first layer; neither is supported"
         )
-    if fla and theirs.get("attn"):
+    if fla and hub_config.get("attn"):
         raise InputError("config.json has attention in some layers, which RWKV-7 does not have")
     sizes = {
-        "vocab_size": theirs.get("vocab_size"),
-        "n_layer": theirs.get("num_hidden_layers"),
-        "n_embd": theirs.get("hidden_size"),
-        "dim_att": theirs.get("attention_hidden_size"),
-        "dim_ffn": theirs.get("intermediate_size"),
-        "head_size": theirs.get("head_dim" if fla else "head_size"),
+        "vocab_size": hub_config.get("vocab_size"),
+        "n_layer": hub_config.get("num_hidden_layers"),
+        "n_embd": hub_config.get("hidden_size"),
+        "dim_att": hub_config.get("attention_hidden_size"),
+        "dim_ffn": hub_config.get("intermediate_size"),
+        "head_size": hub_config.get("head_dim" if fla else "head_size"),
     }
     if fla:
-        sizes |= {f"{ours}_rank": theirs.get(f"{name}_low_rank_dim") for ours, name in RANKS.items()}
+        sizes |= {f"{ours}_rank": hub_config.get(f"{name}_low_rank_dim") for ours, name in RANKS.items()}
         size = sizes["head_size"]
         # fla's group norm has epsilon head_size * norm_eps
-        sizes["ln_x_eps"] = theirs.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
+        sizes["ln_x_eps"] = hub_config.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever config.json says
     elif kind != "rwkv":
-        sizes |= {ours: theirs.get(name) for ours, name in VARIANT_KEYS[kind].items()}
-        divisor = theirs.get("head_size_divisor", 8)
+        sizes |= {ours: hub_config.get(name) for ours, name in VARIANT_KEYS[kind].items()}
+        divisor = hub_config.get("head_size_divisor", 8)
         sizes["ln_x_eps"] = _epsilon(divisor * divisor) if isinstance(divisor, int | float) else None
     if kind in ("rwkv", "rwkv7"):
         sizes.pop("head_size" if kind == "rwkv" else "dim_att")
-    if theirs.get("time_state"):
+    if hub_config.get("time_state"):
         sizes["time_state"] = True
     config = {"model": next(name for name, model_type in MODEL_TYPES.items() if model_type == kind)}
     config |= {key: value for key, value in sizes.items() if value is not None}
-    return config | dict(theirs.get("heronry") or {})
+    return config | dict(hub_config.get("heronry") or {})
 
 
 # additional keys: the hub's RWKV-5 and 6 are of one variant each, so their config.json does not name it
@@ -210,7 +210,7 @@ def _epsilon(factor: float) -> float:
 def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The config.json of Hugging Face's for a model. name: "rwkv4" ...; config: its configuration."""
     kind = MODEL_TYPES[name]
-    theirs: dict[str, Any] = {
+    hub_config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
@@ -224,7 +224,7 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if kind == "rwkv7":
-        theirs |= {
+        hub_config |= {
             "head_dim": config.head_size,
             "num_heads": config.dim_att // config.head_size,
             "value_dim": [config.dim_att] * config.n_layer,
@@ -237,9 +237,9 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
             "max_position_embeddings": 2048,  # of training; not a limit
         }
         if config.ln_x_eps != _epsilon(config.head_size):
-            theirs["ln_x_eps"] = config.ln_x_eps
+            hub_config["ln_x_eps"] = config.ln_x_eps
     else:
-        theirs |= {
+        hub_config |= {
             "attention_hidden_size": config.dim_att,
             "layer_norm_epsilon": 1e-5,
             "rescale_every": 6,  # those classes halve activations against overflow in float16; ours need not
@@ -247,8 +247,8 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
         }
         if kind != "rwkv":
             divisor = 8 if config.ln_x_eps == 64e-5 else (config.ln_x_eps / 1e-5) ** 0.5
-            theirs |= {"head_size": config.head_size, "head_size_divisor": divisor}
-            theirs |= {"num_attention_heads": config.dim_att // config.head_size}
-            theirs |= {name: getattr(config, ours) for ours, name in VARIANT_KEYS[kind].items()}
-    theirs |= {"time_state": True} if config.time_state else {}
-    return theirs | ({"heronry": dict(notes)} if notes else {})
+            hub_config |= {"head_size": config.head_size, "head_size_divisor": divisor}
+            hub_config |= {"num_attention_heads": config.dim_att // config.head_size}
+            hub_config |= {name: getattr(config, ours) for ours, name in VARIANT_KEYS[kind].items()}
+    hub_config |= {"time_state": True} if config.time_state else {}
+    return hub_config | ({"heronry": dict(notes)} if notes else {})

@@ -1,6 +1,6 @@
 """Vision-RWKV's published checkpoints: .pth files of mmpretrain and mmsegmentation.
 
-Our names are theirs without "backbone."; the names of the head are the same ("head.fc.*", in the large variant
+heronry's names are these without "backbone."; the names of the head are the same ("head.fc.*", in the large variant
 "head.0.*" and "head.2.*"). The tensors are stored under "state_dict" (large: "model"), which pth.py opens.
 """
 

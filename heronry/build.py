@@ -128,6 +128,7 @@ def compiled(source: Path, level: str) -> Path:
     for folder in folders:
         if (folder / name).exists():
             return folder / name
+    compiler.find()  # fails before anything is announced
     folder = _writable(folders)
     log.warning("heronry: compiling %s for this processor; this happens once", compiler.name_of(source))
     compiler.compile_library(source, level, folder / name)

@@ -79,7 +79,7 @@ storyteller: .venv/dev
 
 .venv/run: .venv/torch pyproject.toml
 	$(INSTALL) -e ".[cli]"
-	-@$(BIN)/python -m heronry.build rwkv7  # without a compiler PyTorch does it
+	-@$(BIN)/python -m heronry.build wkv7 rwkv7  # without a compiler PyTorch does it
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml

@@ -152,6 +152,7 @@ def test_a_source_that_does_not_compile_is_a_warning(tmp_path: Path, monkeypatch
 def test_without_a_compiler_there_is_a_warning(source: Path):
     out = finish(start(source, PATH=""))
     assert "no native answer, slower Python code runs instead (no C++ compiler found: install g++ or clang++)" in out
+    assert "compiling" not in out
     assert "answer None" in out
 
 

@@ -157,14 +157,14 @@ class Chat:
     def fork(self, name: str) -> None:
         """Begins a branch here and goes on in it; the branch we come from stays as it is."""
         if name in self._tree.heads:
-            raise InputError(f"there is a branch {name!r} already")
+            raise InputError(f"branch {name!r} already exists")
         self._tree.heads[name] = self._tree.heads[self.branch]
         self._tree.branch = name
 
     def switch(self, name: str) -> None:
         """Goes on in another branch."""
         if name not in self._tree.heads:
-            raise InputError(f"there is no branch {name!r}; there are {', '.join(self._tree.heads)}")
+            raise InputError(f"unknown branch {name!r}; choose from {', '.join(self._tree.heads)}")
         self._tree.branch = name
 
     def _last(self) -> Turn:

@@ -53,7 +53,7 @@ class RWKV5Config:
     def __post_init__(self) -> None:
         check_heads(self)
         if self.version not in ("5.0", "5.1", "5.2"):
-            raise InputError(f"there is no RWKV-5 version {self.version!r}; choose 5.0, 5.1 or 5.2")
+            raise InputError(f"unknown RWKV-5 version {self.version!r}; choose 5.0, 5.1 or 5.2")
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> RWKV5Config:

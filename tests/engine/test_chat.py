@@ -288,9 +288,9 @@ def test_moves_that_are_not_possible(llm):
     for move in (chat.undo, chat.retry, lambda: chat.retry(stream=True)):
         with pytest.raises(InputError, match="nothing was said yet"):
             move()
-    with pytest.raises(InputError, match="there is a branch 'main' already"):
+    with pytest.raises(InputError, match="branch 'main' already exists"):
         chat.fork("main")
-    with pytest.raises(InputError, match="there is no branch 'x'; there are main"):
+    with pytest.raises(InputError, match="unknown branch 'x'; choose from main"):
         chat.switch("x")
     for stream in (False, True):
         with pytest.raises(InputError, match="the message is empty"):

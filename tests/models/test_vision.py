@@ -275,9 +275,9 @@ def test_features_and_heads():
         assert torch.equal(first, maps[0])
         assert torch.equal(last, features)
         assert torch.equal(model.forward_intermediates(x, 2)[0], maps[1])
-        with pytest.raises(InputError, match="there is no block 3: this model has 3"):
+        with pytest.raises(InputError, match="block 3 does not exist: this model has 3"):
             model.forward_intermediates(x, [3])
-        with pytest.raises(InputError, match="there is no block -4: this model has 3"):
+        with pytest.raises(InputError, match="block -4 does not exist: this model has 3"):
             model.forward_intermediates(x, [-4])
         for count in (0, 4):
             with pytest.raises(InputError, match=f"this model has 3 blocks, not {count}"):
@@ -308,7 +308,7 @@ def test_what_is_no_picture_is_named(x, told):
     ("changes", "told"),
     [
         ({"image_size": 30}, "image_size 30 is not made of patches of 16"),
-        ({"shift": "w"}, "there is no shift 'w'; known are q, previous, none"),
+        ({"shift": "w"}, "unknown shift 'w'; choose from q, previous, none"),
         ({"drop_path": 1.0}, r"drop_path must lie in \[0, 1\), got 1.0"),
         ({"num_classes": -1}, "num_classes must be at least 0"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
@@ -319,7 +319,7 @@ def test_what_is_no_picture_is_named(x, told):
 def test_settings_that_cannot_be(changes, told):
     with pytest.raises(InputError, match=told):
         create("vrwkv_tiny", **changes)
-    with pytest.raises(InputError, match="there is no model 'vit_tiny'; known are vrwkv_tiny, "):
+    with pytest.raises(InputError, match="unknown model 'vit_tiny'; choose from vrwkv_tiny, "):
         create("vit_tiny")
 
 

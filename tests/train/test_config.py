@@ -17,8 +17,8 @@ from heronry.train.optim import build_optimizer
 from heronry.train.schedule import lr_factor, set_lr
 
 WRONG = [
-    ("optimizer.lr=1", "there is no section 'optimizer'; known: model, data, optim, run"),
-    ("optim.rate=1", "there is no optim.rate; known: lr, lr_final"),
+    ("optimizer.lr=1", "unknown section 'optimizer'; choose from model, data, optim, run"),
+    ("optim.rate=1", "unknown setting optim.rate; choose from lr, lr_final"),
     ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
     ("optim.lr=0", "optim.lr must be positive, got 0.0"),
     ("optim.betas=[0.9]", "optim.betas must be 2 numbers, got [0.9]"),
@@ -70,7 +70,7 @@ def test_a_file_and_settings_on_top(tmp_path):
     assert Config().run.batch == 8
 
 
-@pytest.mark.parametrize(("text", "told"), [("[run", "not TOML"), ("run = 1", "there is no section 'run'")])
+@pytest.mark.parametrize(("text", "told"), [("[run", "not TOML"), ("run = 1", "unknown section 'run'")])
 def test_a_file_that_cannot_be(text, told, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(text)

@@ -66,7 +66,7 @@ def check_config(config: Any) -> None:
     if config.image_size < config.patch_size or config.image_size % config.patch_size:
         raise InputError(f"image_size {config.image_size} is not made of patches of {config.patch_size}")
     if config.shift not in SHIFTS:
-        raise InputError(f"there is no shift {config.shift!r}; known are {', '.join(SHIFTS)}")
+        raise InputError(f"unknown shift {config.shift!r}; choose from {', '.join(SHIFTS)}")
     if not 0 <= config.drop_path < 1:
         raise InputError(f"drop_path must lie in [0, 1), got {config.drop_path}")
     if not config.decay_lr > 0:
@@ -218,7 +218,7 @@ class VisionModel(Network):
             indices = range(number - count, number)
         for i in indices:
             if not -number <= i < number:
-                raise InputError(f"there is no block {i}: this model has {number}")
+                raise InputError(f"block {i} does not exist: this model has {number}")
         blocks = [i % number for i in indices]
         x, grid = self.embed(images)
         maps = {}

@@ -43,7 +43,7 @@ def create(
         InputError: an unknown name or setting, a file of another variant.
     """
     if name not in VARIANTS:
-        raise InputError(f"there is no model {name!r}; known are {', '.join(VARIANTS)}")
+        raise InputError(f"unknown model {name!r}; choose from {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
     known = {field.name for field in fields(variant)}
     unknown = [key for key in changes if key not in known]

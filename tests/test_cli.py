@@ -126,7 +126,12 @@ def test_chat_prints_errors_and_continues(heronry, folder):
         "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
     )
     assert (code, err) == (0, "")
-    for line in ("nothing was said yet", "unknown branch 'nowhere'", "no such conversation file", "/fly is not a command"):
+    for line in (
+        "nothing was said yet",
+        "unknown branch 'nowhere'",
+        "no such conversation file",
+        "/fly is not a command",
+    ):
         assert line in out
 
 

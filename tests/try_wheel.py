@@ -1,4 +1,7 @@
-"""Looks at an installed wheel with prebuilt libraries and runs it without a compiler: `make wheel-test`, cibuildwheel."""
+"""Looks at an installed wheel with prebuilt libraries and runs it without a compiler.
+
+`make wheel-test` and cibuildwheel call it.
+"""
 
 from __future__ import annotations
 

@@ -187,10 +187,9 @@ def _read_contexts(model: Model, contexts: Sequence[Sequence[int]]) -> tuple[Ten
         tokens = torch.tensor([[token for context in contexts for token in context]], device=device)
         logits, state = model(tokens, cu_seqlens=ends, last_only=True)
         return logits[0], state
-    state = None
+    state = model.initial_state()
     for piece in torch.split(torch.tensor([list(contexts[0])], device=device), MAX_TOKENS, dim=1):
         logits, state = model(piece, state, last_only=True)
-    assert state is not None
     return logits[:, -1], state
 
 

@@ -255,7 +255,7 @@ def test_commands(tmp_path):
         (["quantize", str(folder), str(tmp_path / "twice")], "already quantized"),
         (["quantize", str(BUNDLED), str(BUNDLED)], "is the original itself"),
         (["quantize", str(tmp_path / "nothing"), str(tmp_path / "x")], "no such file"),
-        (["quantize", str(BUNDLED), str(tmp_path / "x"), "-f", "q4"], "no quantization 'q4'"),
+        (["quantize", str(BUNDLED), str(tmp_path / "x"), "-f", "q4"], "unknown quantization 'q4'"),
     ):
         failed = run(app, command)
         assert isinstance(failed.exception, InputError)

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..models import State
 from ..text.tokenizers import Tokenizer
-from .completion import Completion, TokenLogprob, Usage, joined
+from .completion import Completion, Pieces, TokenLogprob, Usage
 from .generate import Event, Generation
 from .options import Prompt, Prompts
 from .stop_strings import StopStringBuffer
@@ -36,12 +36,17 @@ class PromptBatch:
         prompts: list[Any] = [prompt] if single else list(prompt)
         return cls(prompts, single, n or 1, n is not None)
 
-    def arrange(self, pieces: list[Completion]) -> Completion | list[Completion] | list[list[Completion]]:
-        """Completions out of the pieces of all of them, as `generate` returns them."""
-        rows: list[list[Completion]] = [[] for _ in range(len(self.prompts) * self.n)]
-        for piece in pieces:
-            rows[piece.index * self.n + piece.choice].append(piece)
-        completions = [joined(parts) for parts in rows]
+    def collectors(self) -> list[Pieces]:
+        """What the pieces of each completion go into, see `collector_of`."""
+        return [Pieces() for _ in range(len(self.prompts) * self.n)]
+
+    def collector_of(self, piece: Completion, collectors: list[Pieces]) -> Pieces:
+        """The one that a piece belongs to."""
+        return collectors[piece.index * self.n + piece.choice]
+
+    def arrange(self, collectors: list[Pieces]) -> Completion | list[Completion] | list[list[Completion]]:
+        """The completions in the shape that `LLM.generate` returns."""
+        completions = [collector.joined() for collector in collectors]
         if self.listed:
             lists = [completions[i : i + self.n] for i in range(0, len(completions), self.n)]
             return lists[0] if self.single else lists

@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..models import State
 from ..text.chat_templates import TEMPLATES, Template, read_messages, usual_template
 from ..text.tokenizers import WorldTokenizer
-from .completion import Completion, FinishReason, TokenLogprob, Usage, joined
+from .completion import Completion, FinishReason, TokenLogprob, Usage, join
 from .conversation import ConversationTree, Turn, lineage
 from .generate import Generation, prefill
 from .options import Decoding, resolve
@@ -123,7 +123,7 @@ class Chat:
         """
         message = self.template.clean(message)
         pieces = self._ask(message, max_tokens, self._decoding(options))
-        return pieces if stream else joined(list(pieces))
+        return pieces if stream else join(pieces)
 
     # fmt: off
     @overload
@@ -139,7 +139,7 @@ class Chat:
         """Another answer to the last message, in place of the one it has; see `say`."""
         self._last()  # raises now, not when the stream is read
         pieces = self._answer(None, max_tokens, self._decoding(options))
-        return pieces if stream else joined(list(pieces))
+        return pieces if stream else join(pieces)
 
     def check_options(self, **options: Unpack[DecodeOptions]) -> None:
         """InputError where `say` would not take these options."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -68,16 +68,41 @@ class Completion:
         return self.make_state()
 
 
-def joined(pieces: Sequence[Completion]) -> Completion:
-    """One completion out of all its pieces, in order."""
-    last = pieces[-1]
-    return Completion(
-        text="".join(piece.text for piece in pieces),
-        token_ids=[token for piece in pieces for token in piece.token_ids],
-        finish_reason=last.finish_reason,
-        logprobs=None if last.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or ()],
-        usage=last.usage,
-        index=last.index,
-        choice=last.choice,
-        make_state=last.make_state,
-    )
+class Pieces:
+    """Puts a completion together from its pieces. Of each only the text and the numbers are kept: a piece can give its
+    state, and so holds the memory of one."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.last: Completion | None = None
+
+    def add(self, piece: Completion) -> None:
+        """Takes the next piece."""
+        self.texts.append(piece.text)
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs or ()
+        self.last = piece
+
+    def joined(self) -> Completion:
+        """The completion, after its last piece."""
+        assert self.last is not None
+        return Completion(
+            text="".join(self.texts),
+            token_ids=self.token_ids,
+            finish_reason=self.last.finish_reason,
+            logprobs=None if self.last.logprobs is None else self.logprobs,
+            usage=self.last.usage,
+            index=self.last.index,
+            choice=self.last.choice,
+            make_state=self.last.make_state,
+        )
+
+
+def join(pieces: Iterable[Completion]) -> Completion:
+    """One completion out of all its pieces."""
+    collected = Pieces()
+    for piece in pieces:
+        collected.add(piece)
+    return collected.joined()

@@ -142,7 +142,10 @@ class LLM(TextModel):
         pieces = self._generate(batch, max_tokens, dict(options))
         if stream:
             return pieces
-        return batch.arrange(list(pieces))
+        collectors = batch.collectors()
+        for piece in pieces:
+            batch.collector_of(piece, collectors).add(piece)
+        return batch.arrange(collectors)
 
     # fmt: off
     @overload
@@ -168,8 +171,11 @@ class LLM(TextModel):
     ) -> Completion | list[Completion] | list[list[Completion]]:
         """As `generate`, for asyncio: the model computes in a thread. Cancelling the task ends it after the step under
         way, in prefill too."""
-        pieces = self.stream_async(prompt, max_tokens, n=n, **options)
-        return PromptBatch.parse(prompt, n).arrange([piece async for piece in pieces])
+        batch = PromptBatch.parse(prompt, n)
+        collectors = batch.collectors()
+        async for piece in self.stream_async(prompt, max_tokens, n=n, **options):
+            batch.collector_of(piece, collectors).add(piece)
+        return batch.arrange(collectors)
 
     def stream_async(
         self,

@@ -179,7 +179,8 @@ class Sampler:
 
     def _count(self, token: int) -> None:
         options = self.sampling
-        self._repeated[token] = True
+        if options.repetition_penalty != 1:
+            self._repeated[token] = True
         if options.presence_penalty or options.frequency_penalty:
             self._counts *= options.penalty_decay
             self._counts[token] += 1

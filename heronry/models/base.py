@@ -124,6 +124,17 @@ class Model(Network):
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block
 
+    if TYPE_CHECKING:  # nn.Module returns Any; every generation's forward is this
+
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None = None,
+            *,
+            cu_seqlens: Tensor | Sequence[int] | None = None,
+            last_only: bool = False,
+        ) -> tuple[Tensor, State]: ...
+
     def __init__(self, config: Any):
         super().__init__(config)
         self._step: native_step.NativeStep | None = None

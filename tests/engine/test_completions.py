@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 
 import pytest
 import torch
@@ -110,6 +111,26 @@ def test_every_piece_has_its_state(llm):
         for mine, theirs in zip(piece.state.layers, expected.layers, strict=True):
             torch.testing.assert_close(mine.wkv, theirs.wkv, rtol=1e-8, atol=1e-8)
         assert piece.state.texts == expected.texts
+
+
+@pytest.mark.parametrize("talk", ["generate", "chat"])
+def test_states_of_earlier_steps_are_let_go(llm, monkeypatch, talk):
+    """A state is megabytes: a text of 60 tokens must not hold 60 of them until it is complete."""
+    alive: weakref.WeakSet[State] = weakref.WeakSet()
+    init, most = State.__init__, []
+
+    def counted(self, *args, **options):
+        init(self, *args, **options)
+        alive.add(self)
+
+    monkeypatch.setattr(State, "__init__", counted)
+    options = {"max_tokens": 60, "seed": 1, "mask": lambda ids: most.append(len(alive))}
+    if talk == "chat":
+        llm.chat(template="story").say("Hello", **options)
+    else:
+        llm.generate(["Once", "In"], **options)
+    assert len(most) >= 60
+    assert max(most[30:]) <= max(most[5:15]) + 6
 
 
 def test_going_on_from_a_completion(llm, tmp_path):

@@ -222,7 +222,7 @@ def test_what_rwkv_is_compared_with_learns_by_the_same_loop(made, texts, tmp_pat
     losses = [row[2] for row in curve(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(64), abs=0.3)
     assert sum(losses[-5:]) / 5 < 3
-    with pytest.raises(InputError, match="names no model"):
+    with pytest.raises(InputError, match='"model" must be one of'):
         load(tmp_path / "out")
 
 

@@ -235,7 +235,7 @@ def test_class_scores_of_a_head_with_a_hidden_layer():
 def test_classes_that_there_are_not():
     headless = make("vrwkv")
     headless.reset_classifier(0)
-    with pytest.raises(InputError, match="no head"):
+    with pytest.raises(InputError, match="no classification head"):
         class_maps(headless, images(1))
     with pytest.raises(InputError, match="class 5 does not exist: this model has 5"):
         class_maps(make("vrwkv"), images(1), [5])
@@ -337,7 +337,7 @@ def test_the_example_tells_errors_in_one_line(run, picture, tmp_path, capsys):
     (tmp_path / "damaged" / "config.json").write_text("{")
     for model, file, what in (
         ("vrwkv_tiny", tmp_path / "none.png", "no such file"),
-        ("vrwkv_tiny", picture.with_name("text.png"), "not a picture"),
+        ("vrwkv_tiny", picture.with_name("text.png"), "not an image"),
         (tmp_path / "nothing", picture, "nothing"),
         (tmp_path / "damaged", picture, "line 1"),
     ):

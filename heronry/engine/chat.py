@@ -71,7 +71,10 @@ class Chat:
         if messages and messages[0]["role"] == "system":
             messages[0]["content"] = chosen.clean(messages[0]["content"])
         self._llm = llm
-        opening = llm.state(chosen.render_history(messages)) if messages else None
+        opening, self._history_tokens = None, 0
+        if messages:
+            text = chosen.render_history(messages)
+            opening, self._history_tokens = llm.state(text), len(llm.encode(text, begins=True))
         self._tree = ConversationTree(chosen, messages, opening)
 
     @property
@@ -185,14 +188,16 @@ class Chat:
         logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
         asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
         turn = Turn(before, message, asked, logits[0], "", asked, self.template.separator)
-        yield from self._answer(turn, max_tokens, decoding)
+        read_tokens = len(tokens) + (self._history_tokens if before is None else 0)
+        yield from self._answer(turn, max_tokens, decoding, read_tokens)
 
-    def _answer(self, turn: Turn | None, max_tokens: int, decoding: Decoding) -> Generator[Completion, None, None]:
+    def _answer(
+        self, turn: Turn | None, max_tokens: int, decoding: Decoding, read_tokens: int = 0
+    ) -> Generator[Completion, None, None]:
         """Draws the answer of `turn` (None: the last), which takes the end of the branch and grows there."""
         branch, old, retried = self.branch, self._tree.heads[self.branch], turn is None
         turn = replace(turn or self._last(), answer="", owed=self.template.separator)
         turn = replace(turn, state=turn.asked)
-        self._tree.heads[branch] = turn
         prompt = self._llm.tokenizer.encode(self.template.turn.replace("{user}", turn.message))
         buffer, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
         read = ""  # what the model wrote
@@ -213,6 +218,7 @@ class Chat:
             masks=decoding.masks,
             prompts=[prompt],
         )
+        self._tree.heads[branch] = turn  # the options are right
         try:
             for event in generation:
                 if event.token is None:
@@ -240,7 +246,7 @@ class Chat:
                         token_ids=token_ids[passed_on:],
                         finish_reason=finish_reason,
                         logprobs=None if logprobs is None else logprobs[passed_on:],
-                        usage=Usage(len(prompt), len(token_ids)),
+                        usage=Usage(read_tokens, len(token_ids)),
                         make_state=partial(_state_of, turn),
                     )
                     passed_on = len(token_ids)

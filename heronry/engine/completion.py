@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from typing import Any, Literal
 
 from ..models import State
 
@@ -62,10 +62,18 @@ class Completion:
     def __str__(self) -> str:
         return self.text
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: with its state, in place of the way to it."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "make_state": partial(_given, self.state)}
+
     @cached_property
     def state(self) -> State:
         """One row: the state after the prompt and every token so far; generation can go on from it."""
         return self.make_state()
+
+
+def _given(state: State) -> State:
+    return state
 
 
 class Pieces:

@@ -233,7 +233,7 @@ class LLM(TextModel):
         """
         if messages is None:
             return Chat(self, template, system)
-        if isinstance(messages, str | Template):
+        if isinstance(messages, str | Template) or not isinstance(messages, Sequence):
             raise InputError(f"messages must be a list of messages, got {messages!r}; a template is named by template=")
         *history, last = read_messages(messages) or [{"role": "", "content": ""}]
         if last["role"] != "user":
@@ -250,6 +250,10 @@ class LLM(TextModel):
         state: State | None = options.pop("state", None)
         stop = options.pop("stop", None)
         progress = options.pop("progress", None)
+        if state is not None and not isinstance(state, State):
+            raise InputError(f"state must be a State, got {type(state).__name__}")
+        if not isinstance(stop, str | Sequence | None):
+            raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(x, str) and x for x in stops):
             raise InputError("a stop string must not be empty")

@@ -23,7 +23,7 @@ class DecodeOptions(UnseededOptions, total=False):
 
     sampling: a Sampling for all prompts, or one a prompt; the options below replace its fields.
     seed: one for all prompts, where completion j of `n` takes seed + j; or one a completion, prompt by prompt.
-    min_tokens: an end of text or a stop comes only after so many tokens.
+    min_tokens: an end of text or a stop comes only after so many tokens; stop strings are looked for behind them.
     stop_token_ids: ids that end the text like an end of text.
     ignore_eos: go on after an end of text, up to max_tokens.
     logprobs: return the log-probability of every token.
@@ -105,7 +105,7 @@ def resolve(options: Mapping[str, Any], default: Sampling, prompts: int, n: int 
     else:
         if seed is not None:
             samplings = [sampling.replace(seed=seed) for sampling in samplings]
-        samplings = [x if x.seed is None else x.replace(seed=x.seed + i % n) for i, x in enumerate(samplings)]
+        samplings = [x if x.seed is None else x.replace(seed=int(x.seed) + i % n) for i, x in enumerate(samplings)]
     masks = list(mask) if isinstance(mask, Sequence) and not isinstance(mask, str) else [mask] * rows
     if len(masks) != rows or not all(m is None or callable(m) for m in masks):
         raise InputError(f"mask must be a function, or a list of {rows} functions, got {mask!r}")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ORDERS = ("temperature-first", "top-p-first")
-COLDEST = 1e-30  # float32 takes what is far below for 0
+COLDEST, HOTTEST = 1e-30, 1e30  # float32 takes what is far below for 0, and what is far above for infinity
+LARGEST = 1e38  # of a logit; float32 ends at 3.4e38
 OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
 
 # Which tokens may come next: called with the token ids generated so far, returns bool [V], or None for all.
@@ -88,7 +89,7 @@ class Sampling:
         _expect("presence_penalty", self.presence_penalty, -math.inf, math.inf)
         _expect("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
         _expect("penalty_decay", self.penalty_decay, 0, 1)
-        _expect("repetition_penalty", self.repetition_penalty, COLDEST, math.inf)
+        _expect("repetition_penalty", self.repetition_penalty, COLDEST, HOTTEST)
         _expect("top_k", self.top_k, 0, math.inf, whole=True)
         if self.seed is not None:
             _expect("seed", self.seed, 0, 2**64 - 1, whole=True)
@@ -167,12 +168,15 @@ class Sampler:
             often = options.frequency_penalty * self._counts.float()
             logits -= torch.where(self._drawn, options.presence_penalty + often, 0.0)
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise InputError(f"a mask must be a tensor, bool [{size}], got {type(mask).__name__}")
             if mask.dtype != torch.bool or mask.shape != logits.shape:
                 kind = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
                 raise InputError(f"a mask must be bool [{size}], got {kind}")
             logits.masked_fill_(~mask.cpu(), -math.inf)
         if banned:
             logits[list(banned)] = -math.inf
+        logits.clamp_(max=LARGEST)  # what a bias or a penalty of 1e39 makes is infinite in float32
         if logits.max() == -math.inf:
             raise InputError("no token is left to choose: logit_bias or the mask bans them all")
         return logits
@@ -192,7 +196,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
     logits = logits - logits.max()  # so that no temperature overflows
-    tempered = logits / max(sampling.temperature, COLDEST)
+    tempered = logits / min(max(sampling.temperature, COLDEST), HOTTEST)
     tempered_first = sampling.order == "temperature-first"
     p = torch.softmax(tempered if tempered_first else logits, 0)
     threshold = _threshold(p, sampling, mass_of_top_k=tempered_first)

@@ -64,6 +64,8 @@ class TextModel:
         """
         if isinstance(prompt, str):
             return (self.opening if begins else []) + self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence):
+            raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
         size = self.model.config.vocab_size
         for token in prompt:
             if not isinstance(token, int | np.integer) or isinstance(token, bool):

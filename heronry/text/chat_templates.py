@@ -32,6 +32,12 @@ class Template:
     collapse: bool = True
     sampling: Mapping[str, Any] = field(default_factory=lambda: FOCUSED)
 
+    def __post_init__(self) -> None:
+        if "{user}" not in self.turn:
+            raise InputError(f"a template's turn must contain {{user}}, got {self.turn!r}")
+        if "" in self.stops:
+            raise InputError("a stop string must not be empty")
+
     def render_history(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text of a conversation up to where the next message begins: a system text, if there is one, and whole
         turns (see `read_messages`). What a model thought before an answer is not part of it."""
@@ -54,6 +60,8 @@ class Template:
 
     def clean(self, message: str) -> str:
         """A message as the model gets to see it; InputError if nothing is left of it."""
+        if not isinstance(message, str):
+            raise InputError(f"a message must be a text, got {message!r}")
         message = message.replace("\r\n", "\n").strip()
         if not message:
             raise InputError("the message is empty")
@@ -105,5 +113,8 @@ def usual_template(generation: str, world: bool) -> str:
 
 
 def template_from(fields: dict[str, Any]) -> Template:
-    """Undoes what JSON does to a Template: tuples became lists."""
-    return Template(**{**fields, "stops": tuple(fields["stops"])})
+    """Undoes what JSON does to a Template: tuples became lists, and token ids text."""
+    sampling = dict(fields["sampling"])
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
+    return Template(**{**fields, "stops": tuple(fields["stops"]), "sampling": sampling})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from heronry.engine import Completion, Sampling
 from heronry.engine.llm import LLM
 from heronry.errors import InputError
 from heronry.models import State
+from heronry.text.chat_templates import Template
 from heronry.text.tokenizers import ByteTokenizer
 
 GREEDY = {"temperature": 0}
@@ -409,3 +412,77 @@ def test_a_chat_that_has_a_history(llm, tmp_path):
         chat.undo()
     with pytest.raises(InputError, match="the history must end with an answer"):
         Chat(llm, "story", history=history[:1])
+
+
+def test_a_refused_option_leaves_the_conversation_as_it_was(llm):
+    chat = llm.chat(template="story")
+    chat.say("a", 5, seed=1)
+    before = chat.messages
+    for move in (lambda **options: chat.retry(**options), lambda **options: chat.say("b", **options)):
+        for options in ({"max_tokens": -1}, {"stop_token_ids": [10**6]}):
+            with pytest.raises(InputError):
+                move(**options)
+            assert chat.messages == before
+
+
+def test_extreme_biases_penalties_and_temperatures(llm):
+    assert llm.generate("a", 3, logit_bias={5: 1e39}).token_ids == [5, 5, 5]
+    first = llm.generate("a", 1, **GREEDY).token_ids
+    assert llm.generate("a", 3, presence_penalty=-1e39, **GREEDY).token_ids == first * 3
+    hot = llm.generate("a", 40, temperature=1e39, top_p=1.0, logit_bias={5: float("-inf")}, seed=1).token_ids
+    assert len(set(hot)) > 20
+    assert 5 not in hot
+
+
+def test_seeds_of_numpy_do_not_wrap(llm):
+    both = llm.generate("a", 6, seed=np.uint8(255), n=2)
+    assert [x.text for x in both] == [llm.generate("a", 6, seed=seed).text for seed in (255, 256)]
+
+
+def test_a_completion_is_pickled_with_its_state(llm):
+    completion = llm.generate("Once", 4, seed=1, logprobs=True)
+    again = pickle.loads(pickle.dumps(completion))
+    assert fields(again) == fields(completion)
+    assert torch.equal(again.state.layers[0].wkv, completion.state.layers[0].wkv)
+    assert again.state.texts == completion.state.texts
+
+
+def test_what_a_chat_has_read_is_what_it_says(scripted):
+    model, tokenizer = scripted([" Hi", "."], [" It", "."], cue="Assistant:")
+    chat = LLM(model, tokenizer=tokenizer).chat(template="g1", system="Be kind.")
+    first, second = chat.say("a"), chat.say("b")
+    assert first.usage.prompt_tokens == model.reads[0] + model.reads[1]  # the system text, then the message
+    assert second.usage.prompt_tokens == model.reads[-3]
+    assert chat.retry().usage.prompt_tokens == 0
+
+
+def test_templates_that_are_refused(llm, tmp_path):
+    for options, message in [
+        ({"turn": "Hello"}, "a template's turn must contain {user}"),
+        ({"turn": "{user}", "stops": ("",)}, "a stop string must not be empty"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Template(**options)
+    chat = llm.chat(template=Template("Q: {user}\nA:", sampling={"logit_bias": {5: -1.0}}))
+    chat.say("a", 2)
+    chat.save(tmp_path / "talk")
+    chat.load(tmp_path / "talk")
+    chat.say("a", 2)
+    for bad in (None, [1]):
+        with pytest.raises(InputError, match="a message must be a text"):
+            chat.say(bad)
+
+
+def test_more_bad_input_is_one_line(llm):
+    completion = llm.generate("a", 1)
+    for prompt, options, message in [
+        (["a", 1], {}, "a prompt must be a text or a list of token ids, got 1"),
+        ("a", {"stop": 5}, "stop must be a text or a list of texts, got 5"),
+        ("a", {"state": completion}, "state must be a State, got Completion"),
+        ("a", {"mask": lambda ids: False}, "a mask must be a tensor, bool"),
+        ("a", {"repetition_penalty": 1e300}, "repetition_penalty must be a number from"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            llm.generate(prompt, 1, **options)
+    with pytest.raises(InputError, match="messages must be a list of messages, got 5"):
+        llm.chat(5)

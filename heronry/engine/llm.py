@@ -237,7 +237,7 @@ class LLM(TextModel):
             raise InputError(f"messages must be a list of messages, got {messages!r}; a template is named by template=")
         *history, last = read_messages(messages) or [{"role": "", "content": ""}]
         if last["role"] != "user":
-            raise InputError("the last message must be one of 'user'")
+            raise InputError("the last message must be from the user")
         chat = Chat(self, template, system, history)
         if stream:
             return chat.say(last["content"], max_tokens, stream=True, **options)
@@ -255,7 +255,9 @@ class LLM(TextModel):
         if not isinstance(stop, str | Sequence | None):
             raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(x, str) and x for x in stops):
+        if not all(isinstance(x, str) for x in stops):
+            raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
+        if "" in stops:
             raise InputError("a stop string must not be empty")
         decoding = resolve(options, DEFAULT, len(batch.prompts), batch.n)
         tokens = [self.encode(prompt, begins=state is None) for prompt in batch.prompts]

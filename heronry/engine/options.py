@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,10 @@ def resolve(options: Mapping[str, Any], default: Sampling, prompts: int, n: int 
         _count("a token in stop_token_ids", token)
     unknown = [name for name in options if name not in SamplingOptions.__annotations__]
     if unknown:
-        names = [*GenerateOptions.__annotations__]
-        raise InputError(f"unknown option {unknown[0]!r}; choose from {', '.join(names)}")
+        names = ["max_tokens", "n", "stream", *GenerateOptions.__annotations__]
+        close = get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+        raise InputError(f"unknown option {unknown[0]!r}; {hint}")
     samplings = [one_each[i // n].replace(**options) for i in range(rows)]
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != rows:

@@ -169,7 +169,7 @@ class Sampler:
             logits -= torch.where(self._drawn, options.presence_penalty + often, 0.0)
         if mask is not None:
             if not isinstance(mask, Tensor):
-                raise InputError(f"a mask must be a tensor, bool [{size}], got {type(mask).__name__}")
+                raise InputError(f"a mask must be a torch.Tensor, bool [{size}], got {type(mask).__name__}")
             if mask.dtype != torch.bool or mask.shape != logits.shape:
                 kind = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
                 raise InputError(f"a mask must be bool [{size}], got {kind}")

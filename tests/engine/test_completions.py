@@ -264,7 +264,7 @@ def test_one_sampling_a_prompt(llm):
         ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
         ({"stop_token_ids": "a"}, "stop_token_ids must be a list of token ids, got 'a'"),
         ({"mask": 3}, "mask must be a function"),
-        ({"tempreature": 1.0}, "unknown option 'tempreature'; choose from"),
+        ({"tempreature": 1.0}, "unknown option 'tempreature'; did you mean 'temperature'"),
     ]:
         with pytest.raises(InputError, match=message):
             llm.generate("a", **options)
@@ -297,7 +297,7 @@ def test_asyncio_gives_the_same(llm):
         return [len(several), len(lists), len(lists[0])]
 
     assert asyncio.run(shapes()) == [2, 3, 2]
-    with pytest.raises(InputError, match="unknown option 'topp'"):
+    with pytest.raises(InputError, match="unknown option 'topp'; did you mean 'top_p'"):
         asyncio.run(llm.generate_async("a", topp=1))
 
 
@@ -375,8 +375,8 @@ def test_the_answer_to_a_list_of_messages(scripted):
 def test_messages_that_are_refused(llm):
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     for messages, message in [
-        ([], "the last message must be one of 'user'"),
-        ([user, assistant], "the last message must be one of 'user'"),
+        ([], "the last message must be from the user"),
+        ([user, assistant], "the last message must be from the user"),
         ([user, user], r"messages\[1\]: a message of 'user' cannot follow one of 'user'"),
         ([assistant], r"messages\[0\]: a message of 'assistant' cannot follow"),
         (
@@ -479,7 +479,7 @@ def test_more_bad_input_is_one_line(llm):
         (["a", 1], {}, "a prompt must be a text or a list of token ids, got 1"),
         ("a", {"stop": 5}, "stop must be a text or a list of texts, got 5"),
         ("a", {"state": completion}, "state must be a State, got Completion"),
-        ("a", {"mask": lambda ids: False}, "a mask must be a tensor, bool"),
+        ("a", {"mask": lambda ids: False}, "a mask must be a torch.Tensor, bool"),
         ("a", {"repetition_penalty": 1e300}, "repetition_penalty must be a number from"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -28,6 +28,8 @@ from heronry.train.checkpointing import find_latest_checkpoint, restore_checkpoi
 from heronry.train.config import read_config
 from heronry.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # a minute of three processes; test_carried.py and test_trainer.py keep two
+
 KEPT = ["run.steps=3", "run.save_every=2", "run.keep=9"]
 CARRIED = [
     *KEPT,

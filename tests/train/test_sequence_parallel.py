@@ -36,6 +36,7 @@ def assert_same(one: Path, several: Path, tolerance: float = 1e-5) -> None:
     assert [row[3] for row in a] == pytest.approx([row[3] for row in b], rel=10 * tolerance)
 
 
+@pytest.mark.slow
 def test_processes_that_share_rows_are_one(texts, tmp_path):
     """Two for each row, and four as two groups. What two have kept one goes on from."""
     runs = {

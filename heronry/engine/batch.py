@@ -36,21 +36,25 @@ class PromptBatch:
         prompts: list[Any] = [prompt] if single else list(prompt)
         return cls(prompts, single, n or 1, n is not None)
 
-    def collectors(self) -> list[Pieces]:
-        """What the pieces of each completion go into, see `collector_of`."""
-        return [Pieces() for _ in range(len(self.prompts) * self.n)]
 
-    def collector_of(self, piece: Completion, collectors: list[Pieces]) -> Pieces:
-        """The one that a piece belongs to."""
-        return collectors[piece.index * self.n + piece.choice]
+class BatchCollector:
+    """Puts the completions of a batch together from their pieces."""
 
-    def arrange(self, collectors: list[Pieces]) -> Completion | list[Completion] | list[list[Completion]]:
+    def __init__(self, batch: PromptBatch):
+        self.batch = batch
+        self.rows = [Pieces() for _ in range(len(batch.prompts) * batch.n)]
+
+    def add(self, piece: Completion) -> None:
+        """Takes the next piece of one of them."""
+        self.rows[piece.index * self.batch.n + piece.choice].add(piece)
+
+    def result(self) -> Completion | list[Completion] | list[list[Completion]]:
         """The completions in the shape that `LLM.generate` returns."""
-        completions = [collector.joined() for collector in collectors]
-        if self.listed:
-            lists = [completions[i : i + self.n] for i in range(0, len(completions), self.n)]
-            return lists[0] if self.single else lists
-        return completions[0] if self.single else completions
+        batch, completions = self.batch, [row.joined() for row in self.rows]
+        if batch.listed:
+            lists = [completions[i : i + batch.n] for i in range(0, len(completions), batch.n)]
+            return lists[0] if batch.single else lists
+        return completions[0] if batch.single else completions
 
 
 class Row:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any, Literal
 
+from ..errors import InputError
 from ..models import State
 
 # "stop": an end of text, a stop id or a stop string; "length": max_tokens were generated
@@ -94,8 +95,9 @@ class Pieces:
         self.last = piece
 
     def joined(self) -> Completion:
-        """The completion, after its last piece."""
-        assert self.last is not None
+        """The completion, after its last piece; InputError where none came, as in a chat that moved on meanwhile."""
+        if self.last is None:
+            raise InputError("the conversation moved on while this answer was written")
         return Completion(
             text="".join(self.texts),
             token_ids=self.token_ids,

@@ -111,7 +111,7 @@ class Generation:
     def _pick(self, index: int, logits: Tensor, step: int) -> tuple[int, TokenLogprob | None]:
         """The next token of a sequence from its logits [V]."""
         mask = self._masks and self._masks[index]
-        allowed = mask(self._drawn[index]) if mask else None
+        allowed = mask(list(self._drawn[index])) if mask else None  # a copy: the caller may keep it
         banned = self._stop_ids if step < self._min_tokens else ()
         token = self._samplers[index].pick(logits, allowed, banned)
         if self._top_logprobs is None:

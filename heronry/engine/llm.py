@@ -23,7 +23,7 @@ from ..progress import Progress
 from ..text.chat_templates import Template, read_messages
 from ..text.tokenizers import HFTokenizer, Tokenizer, guess_tokenizer, load_tokenizer
 from .asynchronous import iterate
-from .batch import PromptBatch, Row, stream_pieces
+from .batch import BatchCollector, PromptBatch, Row, stream_pieces
 from .chat import Chat
 from .completion import Completion
 from .generate import Generation, prefill
@@ -142,10 +142,10 @@ class LLM(TextModel):
         pieces = self._generate(batch, max_tokens, dict(options))
         if stream:
             return pieces
-        collectors = batch.collectors()
+        collector = BatchCollector(batch)
         for piece in pieces:
-            batch.collector_of(piece, collectors).add(piece)
-        return batch.arrange(collectors)
+            collector.add(piece)
+        return collector.result()
 
     # fmt: off
     @overload
@@ -171,11 +171,10 @@ class LLM(TextModel):
     ) -> Completion | list[Completion] | list[list[Completion]]:
         """As `generate`, for asyncio: the model computes in a thread. Cancelling the task ends it after the step under
         way, in prefill too."""
-        batch = PromptBatch.parse(prompt, n)
-        collectors = batch.collectors()
+        collector = BatchCollector(PromptBatch.parse(prompt, n))
         async for piece in self.stream_async(prompt, max_tokens, n=n, **options):
-            batch.collector_of(piece, collectors).add(piece)
-        return batch.arrange(collectors)
+            collector.add(piece)
+        return collector.result()
 
     def stream_async(
         self,

@@ -22,7 +22,8 @@ def chat(
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
     template: Annotated[
-        str | None, typer.Option(help="raven, world, g1, g1-think or story.", show_default="by the model")
+        str | None,
+        typer.Option(help="raven, world, g1, g1-think, g1-fast-think or story.", show_default="by the model"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system text at the start of the conversation.")] = None,
     state: Annotated[

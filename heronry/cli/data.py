@@ -25,7 +25,7 @@ def data(
     ] = "world",
     template: Annotated[
         str | None,
-        typer.Option(help="The chat template for conversations: raven, world, g1, g1-think or story."),
+        typer.Option(help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8")] = None,
     key: Annotated[str, typer.Option(help="The field of a row that holds its text.")] = "text",

@@ -2,17 +2,22 @@
 
 from .completion import Completion, FinishReason, TokenLogprob, Usage
 from .generate import Event, Generation, Result, generate, prefill
+from .options import DecodeOptions, GenerateOptions
 from .sampling import Mask, Sampler, Sampling, probabilities
+from .text_model import TextModel
 
 __all__ = [
     "Completion",
+    "DecodeOptions",
     "Event",
     "FinishReason",
+    "GenerateOptions",
     "Generation",
     "Mask",
     "Result",
     "Sampler",
     "Sampling",
+    "TextModel",
     "TokenLogprob",
     "Usage",
     "generate",

@@ -486,3 +486,17 @@ def test_more_bad_input_is_one_line(llm):
             llm.generate(prompt, 1, **options)
     with pytest.raises(InputError, match="messages must be a list of messages, got 5"):
         llm.chat(5)
+
+
+def test_an_answer_that_its_chat_has_left_behind(llm):
+    """As another thread may do it."""
+    chat = llm.chat(template="story")
+    with pytest.raises(InputError, match="the conversation moved on"):
+        chat.say("a", 5, mask=lambda ids: chat.undo() and None)
+    assert chat.messages == []
+
+
+def test_a_mask_may_keep_the_ids_that_it_gets(llm):
+    seen: list[list[int]] = []
+    completion = llm.generate("Once", 4, mask=seen.append, **GREEDY)
+    assert seen == [completion.token_ids[:i] for i in range(4)]

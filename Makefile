@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 UV := uv==0.13.9
-INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet -c constraints.txt $(TORCH)
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
 .PHONY: demo test test-all kernels test-llama test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
@@ -71,19 +71,23 @@ storyteller: .venv/dev
 	$(BIN)/python examples/storyteller.py --stories $(STORIES) --out storyteller --passes $(PASSES)
 
 # pip installs torch first and by its exact version, so that a machine which offers a CPU build of it takes that one; uv,
-# which would not look there, installs the rest in a fifth of pip's time and leaves torch as it is
+# which would not look there, installs the rest and leaves torch as it is. All is compiled to bytecode here, on every core:
+# where Python may not write it later (PYTHONDONTWRITEBYTECODE), importing torch would take twice as long every time
 .venv/torch: Makefile constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(TORCH) $(UV)
+	$(BIN)/python -m compileall -qq -j0 .venv/lib/python*/site-packages/torch || true  # some of it is for later Pythons
 	@touch $@
 
 .venv/run: .venv/torch pyproject.toml
 	$(INSTALL) -e ".[cli]"
+	$(BIN)/python -m compileall -q heronry
 	-@$(BIN)/python -m heronry.build wkv7 rwkv7  # without a compiler PyTorch does it
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml
 	$(INSTALL) -e ".[dev,plots,train,convert,onnx,vision]"
+	$(BIN)/python -m compileall -q heronry
 	@touch $@ .venv/run
 
 # llama.cpp is compiled here for this processor, without what reads pictures; with AMX take clang or gcc 13, for what

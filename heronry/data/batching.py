@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -29,9 +31,9 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its fractional part
 class Row:
     """One training sequence of T tokens."""
 
-    inputs: np.ndarray  # int64 [T]
-    targets: np.ndarray  # int64 [T], the next token of each position
-    mask: np.ndarray | None = None  # bool [T], which targets count in the loss; None: all
+    inputs: NDArray[Any]  # int64 [T]
+    targets: NDArray[Any]  # int64 [T], the next token of each position
+    mask: NDArray[Any] | None = None  # bool [T], which targets count in the loss; None: all
     starts: tuple[int, ...] = (0,)  # where documents begin, which must not see anything before
     continues: bool = False  # the first document started in an earlier row of this lane and needs its final state
 
@@ -88,7 +90,7 @@ class DocumentSampler:
         self._lengths = lengths[self._documents]
         self.rows_per_epoch = -(-len(file.tokens) // length)
         self.shortest_row = len(file.tokens) - (self.rows_per_epoch - 1) * length
-        self._last: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._last: tuple[int, NDArray[Any], NDArray[Any]] | None = None
 
     def row(self, i: int) -> Row:
         """Row i >= 0, counted through all epochs."""
@@ -117,7 +119,7 @@ class DocumentSampler:
             position, filled, index = position + n, filled + n, index + 1
         return Row(inputs, targets, mask, tuple(starts), continues)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _epoch(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The documents of an epoch in order, and where each of them ends in its tokens, both int64."""
         last = self._last  # read once: another thread may store the next epoch meanwhile
         if last is None or last[0] != epoch:
@@ -204,7 +206,7 @@ class WindowSampler:
                 )
         whole = order in ("magic_prime", "random")
         self.shortest_row = min(length, targets) if whole else targets - (self.rows_per_epoch - 1) * length
-        self._last: tuple[int, np.ndarray] | None = None
+        self._last: tuple[int, NDArray[Any]] | None = None
 
     def row(self, i: int) -> Row:
         """Row i >= 0, counted through all epochs."""
@@ -237,7 +239,7 @@ def collate(rows: Sequence[Row], group: dist.ProcessGroup | None = None) -> Batc
     """
     whole = group is None and all(row.starts == (0,) and len(row.inputs) == len(rows[0].inputs) for row in rows)
 
-    def join(arrays: list[np.ndarray]) -> Tensor:
+    def join(arrays: list[NDArray[Any]]) -> Tensor:
         return torch.from_numpy(np.stack(arrays) if whole else np.concatenate(arrays)[None])
 
     mask = None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 
@@ -93,11 +94,11 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def document(self, d: int) -> np.ndarray:
+    def document(self, d: int) -> NDArray[Any]:
         """The ids of document d, including the end of text; a view."""
         return self.tokens[self.offsets[d] : self.offsets[d + 1]]
 
-    def _read_mask(self, count: int) -> np.ndarray | None:
+    def _read_mask(self, count: int) -> NDArray[Any] | None:
         path = prefix_file(self.prefix, ".mask")
         if not path.is_file():
             return None
@@ -172,7 +173,7 @@ class TokenWriter:
         file.seek(size)
         return file
 
-    def write(self, ids: np.ndarray, mask: np.ndarray | None = None, ends: bool = True) -> None:
+    def write(self, ids: NDArray[Any], mask: NDArray[Any] | None = None, ends: bool = True) -> None:
         """Appends to the current document.
 
         Args:
@@ -229,7 +230,7 @@ class TokenWriter:
             text.flush()
             os.fsync(text.fileno())
 
-    def _lengths(self) -> Iterator[np.ndarray]:
+    def _lengths(self) -> Iterator[NDArray[Any]]:
         """The tokens of each document, int64, block by block."""
         with open(part_file(self.prefix, ".sizes"), "rb") as file:
             while len(lengths := np.fromfile(file, "<i8", BLOCK)):
@@ -281,7 +282,7 @@ def part_file(prefix: Path, suffix: str) -> Path:
     return prefix_file(prefix, suffix + ".part")
 
 
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[Any]]:
     """The dtype of the ids, and the offsets of the documents, int64 [D + 1]."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -311,11 +312,13 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     return dtype, ends[first]
 
 
-def _write_index(file: BinaryIO, dtype: np.dtype, documents: int, lengths: Callable[[], Iterator[np.ndarray]]) -> None:
+def _write_index(
+    file: BinaryIO, dtype: np.dtype[Any], documents: int, lengths: Callable[[], Iterator[NDArray[Any]]]
+) -> None:
     """Writes an index. lengths: returns the tokens of each document, block by block; it is called several times."""
     code = next(code for code, name in DTYPES.items() if name == dtype.name)
 
-    def sequences() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def sequences() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """For each block: the tokens of each sequence, and the sequences of each document."""
         for block in lengths():
             counts = np.maximum(1, -(-block // MAX_SEQUENCE))

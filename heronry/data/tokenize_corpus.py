@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import atomic_write
@@ -233,11 +234,11 @@ def _save_progress(file: Path, options: dict[str, Any], progress: Progress) -> N
 class Encoded:
     """The ids of several records, in one array."""
 
-    ids: np.ndarray  # [n], in the dtype of the file
+    ids: NDArray[Any]  # [n], in the dtype of the file
     lengths: list[int]  # of each record; their sum is n
-    mask: np.ndarray | None  # bool [n]: which count in the loss; None: all
+    mask: NDArray[Any] | None  # bool [n]: which count in the loss; None: all
 
-    def split(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    def split(self) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None]]:
         """The ids and the mask of each record."""
         ends = np.cumsum(self.lengths)[:-1]
         ids = np.split(self.ids, ends)
@@ -258,8 +259,8 @@ class Encoder:
         self.end_of_text = end_of_text(self.tokenizer)
 
     def __call__(self, records: list[Record]) -> Encoded:
-        arrays: list[np.ndarray] = []
-        masks: list[np.ndarray] = []
+        arrays: list[NDArray[Any]] = []
+        masks: list[NDArray[Any]] = []
         lengths: list[int] = []
         for record in records:
             n_arrays = len(arrays)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -29,7 +29,7 @@ def block_bytes(type_name: str) -> int:
     return size
 
 
-def dequantize(data: np.ndarray, type_name: str) -> Tensor:
+def dequantize(data: NDArray[Any], type_name: str) -> Tensor:
     """The bytes of a tensor, flat or [..., bytes of a row] -> its numbers as float32.
 
     Raises:
@@ -42,11 +42,11 @@ def dequantize(data: np.ndarray, type_name: str) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(data, quantization))
 
 
-def quantize(x: Tensor, type_name: str) -> np.ndarray:
+def quantize(x: Tensor, type_name: str) -> NDArray[Any]:
     """The bytes of a tensor in one of ggml's types."""
     dtype = UNQUANTIZED.get(type_name)
     if dtype is not None:
         return x.to(dtype).contiguous().view(torch.uint8).numpy()
     gguf = import_gguf()
-    data: np.ndarray = gguf.quants.quantize(x.float().contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
+    data: NDArray[Any] = gguf.quants.quantize(x.float().contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
     return data

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -57,10 +57,10 @@ class _TrainingImages(Dataset[tuple[Tensor, int]]):
         return pixels.flip(2) if self.config.flip and random.random() < 0.5 else pixels, label
 
 
-_last_order: tuple[tuple[int, int, int], np.ndarray] | None = None
+_last_order: tuple[tuple[int, int, int], NDArray[Any]] | None = None
 
 
-def _epoch_order(seed: int, epoch: int, n_images: int) -> np.ndarray:
+def _epoch_order(seed: int, epoch: int, n_images: int) -> NDArray[Any]:
     """The order of the images in an epoch, int64 [n_images]; the last one is cached."""
     global _last_order
     if _last_order is None or _last_order[0] != (seed, epoch, n_images):

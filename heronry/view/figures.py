@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 
@@ -22,7 +23,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable with c
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # their offsets in columns and rows
 
 
-def draw_receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
+def draw_receptive_fields(fields: Mapping[str, NDArray[Any]]) -> Figure:
     """Draws effective receptive fields [height, width] side by side, titled with their keys. Each is relative to its
     largest gradient, on a logarithmic scale that ends at 1/10000."""
     figure = _figure(3.2 * len(fields) + 0.8, 3.6)
@@ -36,7 +37,7 @@ def draw_receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def draw_decays(weights: np.ndarray) -> Figure:
+def draw_decays(weights: NDArray[Any]) -> Figure:
     """Draws weights [layers, C, 2 T - 1], of patches T - 1 before to T - 1 after, as one heat map per layer, with
     channels sorted from the fastest decay to the slowest. Blue: below 1, red: above 1, both up to a factor of 1000.
     Grey: a bonus below 0, or no weight because attention is causal."""
@@ -62,7 +63,7 @@ def draw_decays(weights: np.ndarray) -> Figure:
     return figure
 
 
-def draw_q_shift(picture: np.ndarray, channels: Sequence[int], before: np.ndarray, after: np.ndarray) -> Figure:
+def draw_q_shift(picture: NDArray[Any], channels: Sequence[int], before: NDArray[Any], after: NDArray[Any]) -> Figure:
     """Draws where each quarter of the channels comes from, and one channel of each quarter `before` and `after` the
     shift, [4, rows, columns], beside the picture [height, width, 3]."""
     figure = _figure(13, 5)
@@ -98,7 +99,7 @@ def _draw_patches(axis: Axes) -> None:
     axis.axis("off")
 
 
-def draw_class_maps(pictures: np.ndarray, scores: np.ndarray, titles: Sequence[str], patch: int) -> Figure:
+def draw_class_maps(pictures: NDArray[Any], scores: NDArray[Any], titles: Sequence[str], patch: int) -> Figure:
     """Draws pictures [n, height, width, 3], and over each the scores of its patches [n, rows, columns]: red for its
     class, blue against it, each picture on its own scale. patch: the side of a patch in pixels."""
     figure = _figure(2.4 * len(pictures) + 0.4, 5.2)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -32,7 +33,7 @@ def feature_map(model: VisionModel | ViT, images: Tensor) -> Tensor:
     return features
 
 
-def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) -> np.ndarray:
+def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) -> NDArray[Any]:
     """The effective receptive field of the middle patch (H // 2, W // 2), [height, width]: the absolute gradient of the
     sum of its features with respect to the pixels, averaged over colours, pictures and draws.
 
@@ -55,7 +56,7 @@ def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) ->
 
 
 @torch.no_grad()
-def decay_weights(model: VisionModel, images: Tensor) -> np.ndarray:
+def decay_weights(model: VisionModel, images: Tensor) -> NDArray[Any]:
     """The weight of another patch by its offset, for every layer and channel: [layers, C, 2 T - 1] for T patches in row
     order, from T - 1 before the reading patch to T - 1 after it (0 if attention is causal). In the middle is the weight
     of the patch itself, the bonus.
@@ -106,7 +107,7 @@ def _log_w(att: SpatialMix6, x: Tensor, grid: Grid) -> Tensor:
 
 
 @torch.no_grad()
-def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], np.ndarray, np.ndarray]:
+def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], NDArray[Any], NDArray[Any]]:
     """The input of the first layer's attention for the first image: of each quarter (left, right, above, below) the
     channel that varies most between patches, and its values [4, H, W] before and after the shift.
 
@@ -133,7 +134,7 @@ def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], np.ndar
 
 def class_maps(
     model: VisionModel | ViT, images: Tensor, labels: Sequence[int] | None = None
-) -> tuple[np.ndarray, list[int], np.ndarray]:
+) -> tuple[NDArray[Any], list[int], NDArray[Any]]:
     """The contribution of each patch to the logit of a class: scores [B, H, W], the classes (by default the most likely
     ones) and their logits [B].
 
@@ -165,7 +166,7 @@ def class_maps(
     return scores.float().cpu().numpy(), chosen.tolist(), class_logits.detach().float().cpu().numpy()
 
 
-def pixels(images: Tensor) -> np.ndarray:
+def pixels(images: Tensor) -> NDArray[Any]:
     """Normalised images [B, 3, height, width] -> pixels for drawing, [B, height, width, 3] from 0 to 1."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     return (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()

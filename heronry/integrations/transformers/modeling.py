@@ -131,7 +131,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
         self.rwkv.invalidate_fingerprint()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
@@ -306,7 +306,7 @@ class _BaseModel(RwkvPreTrainedModel):
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
-    def get_output_embeddings(self) -> None:  # type: ignore[override]
+    def get_output_embeddings(self) -> None:
         return None
 
     def forward(

@@ -7,6 +7,8 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other far longer than they work
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,30 @@ def _random_checkpoint():
 def version(request) -> str:
     """Every generation and sub-version in turn."""
     return request.param
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command of heronry's in this process: (exit code, standard output, standard error)."""
+    from heronry.cli.app import main
+
+    def run(*words, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small only wait for one another's threads, and long where other work is running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

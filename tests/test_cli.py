@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from heronry import LLM, RWKV4, RWKV7, save
-from heronry.cli.app import main
 from heronry.models import RWKV4Config, RWKV7Config
 
 
@@ -30,46 +28,31 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def heronry(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*words, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
-
-
-def test_generate_prints_only_the_text(heronry, folder):
-    code, out, err = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
+def test_generate_prints_only_the_text(command, folder):
+    code, out, err = command("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
     assert (code, err) == (0, "")
-    again = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
+    again = command("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 3)
     assert again == (0, out, "")
-    other = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 4)
+    other = command("generate", "Hello", "-m", folder, "--max-tokens", 20, "--seed", 4)
     assert other[1] != out
-    echoed = heronry("generate", "-", "-m", folder, "--max-tokens", 20, "--seed", 3, "--echo", stdin="Hello")
+    echoed = command("generate", "-", "-m", folder, "--max-tokens", 20, "--seed", 3, "--echo", stdin="Hello")
     assert echoed[1] == "Hello" + out
 
 
-def test_generate_reports_its_speed_on_standard_error(heronry, folder):
-    code, out, err = heronry("generate", "Hello", "-m", folder, "--max-tokens", 20, "--temperature", 0, "--speed")
+def test_generate_reports_its_speed_on_standard_error(command, folder):
+    code, out, err = command("generate", "Hello", "-m", folder, "--max-tokens", 20, "--temperature", 0, "--speed")
     assert code == 0
     assert "tokens/s" in err
     assert "tokens/s" not in out
 
 
-def test_options_reach_the_sampler(heronry, folder):
-    greedy = heronry("generate", "Hello", "-m", folder, "--max-tokens", 8, "--temperature", 0)
+def test_options_reach_the_sampler(command, folder):
+    greedy = command("generate", "Hello", "-m", folder, "--max-tokens", 8, "--temperature", 0)
     for options in (["--top-k", 1], ["--top-p", 0], ["--min-p", 1], ["--top-p", 0, "--order", "top-p-first"]):
-        assert heronry("generate", "Hello", "-m", folder, "--max-tokens", 8, *options) == greedy
+        assert command("generate", "Hello", "-m", folder, "--max-tokens", 8, *options) == greedy
 
 
-def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path):
+def test_every_option_reaches_the_engine(command, folder, monkeypatch, tmp_path):
     LLM(folder).state("Hi").save(tmp_path / "hi")
     seen = {}
     monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **options: seen.update(options, n=n) or iter(()))
@@ -77,27 +60,27 @@ def test_every_option_reaches_the_engine(heronry, folder, monkeypatch, tmp_path)
     numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4, "repetition_penalty": 1.2}
     words = [word for name, x in numbers.items() for word in (f"--{name.replace('_', '-')}", x)]
     words += ["--max-tokens", 9, "--stop", "a", "--stop", "b", "--state", tmp_path / "hi", "--order", "top-p-first"]
-    assert heronry("generate", "x", "-m", folder, *words)[0] == 0
+    assert command("generate", "x", "-m", folder, *words)[0] == 0
     assert seen.pop("state").texts == ("Hi",)
     assert callable(seen.pop("progress"))
     assert seen == numbers | {"n": 9, "stream": True, "stop": ["a", "b"], "order": "top-p-first"}
 
 
-def test_every_chat_option_reaches_the_conversation(heronry, folder, monkeypatch):
+def test_every_chat_option_reaches_the_conversation(command, folder, monkeypatch):
     seen = []
     monkeypatch.setattr("heronry.cli.chat_loop.run_chat_loop", lambda *arguments: seen.extend(arguments))
     words = ["--template", "world", "--system", "Be kind.", "--session", "s", "--max-tokens", 9]
-    assert heronry("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
+    assert command("chat", "-m", folder, *words, "--temperature", 0.5, "--top-p", 0.6, "--seed", 3)[0] == 0
     chat, session, max_tokens, seed, sampling = seen
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
     assert (str(session), max_tokens, seed, sampling) == ("s", 9, 3, {"temperature": 0.5, "top_p": 0.6})
 
 
-def test_chat_moves_between_saved_states(heronry, folder, tmp_path):
+def test_chat_moves_between_saved_states(command, folder, tmp_path):
     common = ("chat", "-m", folder, "--template", "world", "--max-tokens", 8, "--seed", 1)
     session = tmp_path / "talk.safetensors"
     lines = ["Hello", "/fork other", "More", "/undo", "/switch main", "/switch", f"/save {session}", "/quit"]
-    code, out, err = heronry(*common, stdin="\n".join(lines))
+    code, out, err = command(*common, stdin="\n".join(lines))
     assert (code, err) == (0, "")
     assert "took back: More" in out
     assert "* main" in out
@@ -105,24 +88,24 @@ def test_chat_moves_between_saved_states(heronry, folder, tmp_path):
     answer = out.split("\n")[0]
 
     # the same conversation, continued
-    code, out, err = heronry(*common, "--session", session, stdin="/retry\n")
+    code, out, err = command(*common, "--session", session, stdin="/retry\n")
     assert (code, err) == (0, "")
     assert "user: Hello" in out
     assert out.endswith(answer + "\n")  # the same seed, drawn from the saved logits
 
 
-def test_retry_draws_another_answer(heronry, folder):
+def test_retry_draws_another_answer(command, folder):
     words = ("chat", "-m", folder, "--template", "world", "--max-tokens", 12, "--seed", 1)
-    once = heronry(*words, stdin="Hello\n")[1]
-    both = heronry(*words, stdin="Hello\n/retry\n")[1]
+    once = command(*words, stdin="Hello\n")[1]
+    both = command(*words, stdin="Hello\n/retry\n")[1]
     assert both.startswith(once)
     assert both != once + once
-    assert both == heronry(*words, stdin="Hello\n/retry\n")[1]
+    assert both == command(*words, stdin="Hello\n/retry\n")[1]
 
 
-def test_chat_prints_errors_and_continues(heronry, folder):
+def test_chat_prints_errors_and_continues(command, folder):
     lines = ["/undo", "/switch nowhere", "/load nothing.safetensors", "/fly", '/save "half', "Hello"]
-    code, out, err = heronry(
+    code, out, err = command(
         "chat", "-m", folder, "--template", "world", "--max-tokens", 4, "--seed", 1, stdin="\n".join(lines)
     )
     assert (code, err) == (0, "")
@@ -135,10 +118,10 @@ def test_chat_prints_errors_and_continues(heronry, folder):
         assert line in out
 
 
-def test_info_reads_every_size(heronry, folder):
-    code, out, _ = heronry("info", folder)
+def test_info_reads_every_size(command, folder):
+    code, out, _ = command("info", folder)
     assert code == 0
-    assert heronry("info", "--model", folder) == (0, out, "")
+    assert command("info", "--model", folder) == (0, out, "")
     rows = dict(line.split(None, 1) for line in out.splitlines())
     assert rows["generation"].strip() == "rwkv7"
     assert rows["n_layer"].strip() == "2"
@@ -150,7 +133,7 @@ def test_info_reads_every_size(heronry, folder):
     assert rows["state"].startswith(f"{2 * (2 * 32 + 2 * 16 * 16) * 4 / 1024:.4g} KiB")
 
 
-def test_bad_input_is_one_line_and_exit_code_2(heronry, folder, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(command, folder, tmp_path):
     pile = tmp_path / "pile"
     save(random_model(RWKV4, RWKV4Config.sized(50277, 1, 8)), pile)
     nothing = tmp_path / "empty.pth"
@@ -175,21 +158,21 @@ def test_bad_input_is_one_line_and_exit_code_2(heronry, folder, tmp_path):
         (["chat", "-m", folder, "--template", "klingon"], "unknown chat template 'klingon'"),
         (["info", tmp_path / "missing"], "no such file"),
     ]:
-        code, out, err = heronry(*words)
+        code, out, err = command(*words)
         assert (code, out) == (2, ""), words
         assert message in err, words
         assert err.startswith("heronry: "), words
         assert err.count("\n") == 1, words
 
 
-def test_unknown_options_exit_with_code_2(heronry):
-    assert heronry("generate", "x", "--no-such-option")[0] == 2
-    assert heronry("fly")[0] == 2
+def test_unknown_options_exit_with_code_2(command):
+    assert command("generate", "x", "--no-such-option")[0] == 2
+    assert command("fly")[0] == 2
 
 
 def test_a_real_process_ends_quietly_when_its_reader_is_gone(folder):
-    command = [sys.executable, "-m", "heronry", "generate", "Hello", "-m", str(folder), "--max-tokens", "2000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    words = [sys.executable, "-m", "heronry", "generate", "Hello", "-m", str(folder), "--max-tokens", "2000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from bpe import train_bpe
 from safetensors.torch import load_file, save_file
 
 import heronry
@@ -168,14 +169,7 @@ def test_notes_and_tokenizer_come_along(tmp_path):
 
 
 def test_a_gguf_holds_its_tokenizer(weights, tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
-    made.train_from_iterator(["she had her hat on her hand and his hat in her head"] * 9, trainer)
-    made.save(str(tmp_path / "tokenizer.json"))
+    made = train_bpe(tmp_path / "tokenizer.json", "she had her hat on her hand and his hat in her head")
     size = made.get_vocab_size()
     torch.save(weights("7", vocab=size), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "elsewhere" / "a.gguf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import random
 import signal
@@ -20,7 +19,6 @@ import pytest
 import torch
 
 from heronry import LLM, RWKV7, InputError
-from heronry.cli.app import main
 from heronry.data import sources
 from heronry.data import tokenize_corpus as corpus
 from heronry.data.batching import DocumentSampler, collate
@@ -39,20 +37,6 @@ TALK = [
     {"role": "user", "content": "A crow."},
     {"role": "assistant", "content": "Hello, crow!"},
 ]
-
-
-@pytest.fixture
-def heronry(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def texts(count: int, words: int = 60, seed: int = 0) -> list[str]:
@@ -78,7 +62,7 @@ def decoded(prefix: Path, tokenizer: str = "bytes") -> list[str]:
     return [known.decode(file.document(d).tolist()) for d in range(len(file))]
 
 
-def test_lines_folders_and_globs(tmp_path, heronry):
+def test_lines_folders_and_globs(tmp_path, command):
     written = texts(40)
     folder = tmp_path / "texts"
     (folder / "inner").mkdir(parents=True)
@@ -89,7 +73,7 @@ def test_lines_folders_and_globs(tmp_path, heronry):
     with open(folder / "a.jsonl", "a") as file:
         file.write("\n  \n")
     out = tmp_path / "made" / "x"
-    code, printed, told = heronry("data", folder, "-o", out, "--tokenizer", "bytes")
+    code, printed, told = command("data", folder, "-o", out, "--tokenizer", "bytes")
     assert (code, printed) == (0, "")
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
     tokens = sum(len(text.encode()) for text in written[:21])
@@ -99,9 +83,9 @@ def test_lines_folders_and_globs(tmp_path, heronry):
     about = json.loads(out.with_name("x.json").read_text())
     assert (about["tokenizer"], about["vocab_size"], about["end_of_text"]) == ("bytes", 256, None)
     assert sorted(path.name for path in out.parent.iterdir()) == ["x.bin", "x.idx", "x.json"]
-    heronry("data", folder / "*.jsonl", folder / "**/*.txt", "-o", tmp_path / "y", "--tokenizer", "bytes")
+    command("data", folder / "*.jsonl", folder / "**/*.txt", "-o", tmp_path / "y", "--tokenizer", "bytes")
     assert decoded(tmp_path / "y") == written[:10] + written[20:21]
-    heronry("data", folder / "a.jsonl", "-o", tmp_path / "z", "--tokenizer", "bytes", "--key", "body")
+    command("data", folder / "a.jsonl", "-o", tmp_path / "z", "--tokenizer", "bytes", "--key", "body")
     assert decoded(tmp_path / "z") == ["x"] * 10
 
 
@@ -290,16 +274,7 @@ for source in sys.argv[1:]:
     assert max(grown) < 30, grown  # MiB; the smaller text alone has 40
 
 
-@pytest.fixture
-def alone():
-    """One thread: two of a model so small wait for each other, and long where other work is running."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "tokenizer"), [("raven", "bytes"), ("world", str(BUNDLED / "tokenizer.json"))])
 def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, name, tokenizer):
     """From messages to `chat`: a model that knows two talks by heart says its lines, stops by itself, and was fed
@@ -350,34 +325,34 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
         assert fed == [0, *(token for piece in pieces for token in piece)]
 
 
-def test_what_is_there_is_kept(tmp_path, heronry):
+def test_what_is_there_is_kept(tmp_path, command):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
     out = tmp_path / "x"
     words = ("data", source, "-o", out, "--tokenizer", "bytes")
-    assert heronry(*words)[0] == 0
+    assert command(*words)[0] == 0
     before = contents(out)
-    code, _, told = heronry(*words)
+    code, _, told = command(*words)
     assert (code, told) == (2, f"heronry: {out}.bin: already exists; replace it with --restart\n")
     assert contents(out) == before
-    assert heronry(*words, "--restart", "--tokenizer", "world")[0] == 0
+    assert command(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
     # an unfinished run goes on with the options that it began with, or not at all
     write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)] + [{"words": "x"}])
     words = ("data", tmp_path / "b.jsonl", "-o", tmp_path / "y", "--tokenizer", "bytes")
-    assert heronry(*words) == (2, "", f"heronry: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
+    assert command(*words) == (2, "", f"heronry: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
     for other, named in ((("--holdout", "0.5"), "holdout"), (("--key", "words"), "key")):
-        code, _, told = heronry(*words, *other)
+        code, _, told = command(*words, *other)
         assert code == 2
         assert f"y.progress.json: there is an unfinished run with other {named}; start over with --restart" in told
     write_lines(tmp_path / "b.jsonl", [{"text": "changed"}])
-    assert "other sources" in heronry(*words)[2]
-    assert heronry(*words, "--restart")[0] == 0
+    assert "other sources" in command(*words)[2]
+    assert command(*words, "--restart")[0] == 0
     assert decoded(tmp_path / "y") == ["changed"]
     (tmp_path / "z.progress.json").write_text("{")
-    assert "z.progress.json: damaged" in heronry(*words[:3], tmp_path / "z", *words[4:])[2]
+    assert "z.progress.json: damaged" in command(*words[:3], tmp_path / "z", *words[4:])[2]
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command):
     def file(name: str, content: bytes) -> Path:
         (tmp_path / name).write_bytes(content)
         return tmp_path / name
@@ -412,13 +387,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, heronry):
         ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: tokenizer file not found"),
         ([good, "--tokenizer", tmp_path / "model"], "config.json: not a JSON object with a vocab_size"),
     ]:
-        code, out, err = heronry("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")
+        code, out, err = command("data", "--tokenizer", "bytes", *words, "-o", tmp_path / "out", "--restart")
         assert (code, out) == (2, ""), words
         assert said in err, words
         assert err.startswith("heronry: "), words
         assert err.count("\n") == 1, (words, err)
     pytest.importorskip("pyarrow")
-    code, _, err = heronry("data", file("a.parquet", b"x" * 100), "-o", tmp_path / "out", "--restart")
+    code, _, err = command("data", file("a.parquet", b"x" * 100), "-o", tmp_path / "out", "--restart")
     assert (code, err.count("\n")) == (2, 1)
     assert "a.parquet: damaged, or not a .parquet file" in err
     assert not (tmp_path / "out.bin").exists()

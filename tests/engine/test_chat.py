@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from heronry.engine.completion import Completion
 from heronry.engine.llm import LLM
 from heronry.errors import InputError
 from heronry.models import State
-from heronry.text.chat_templates import G1, RAVEN, STORY, TEMPLATES, WORLD, Template, usual_template
+from heronry.text.chat_templates import G1, STORY, TEMPLATES, WORLD, Template, usual_template
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,7 @@ def test_the_default_template(scripted):
         ("story", [" Hi", ".", "\n\n", "User", ":", " x"], " Hi.", " Hi.\n\n", ""),
         ("story", [" Hi", ".", "\n", "\n", "User", ":"], " Hi.", " Hi.\n\n", ""),
         ("raven", [" Hi", ".", "\n\n", "x"], " Hi.", " Hi.\n\n", ""),
+        ("raven", [" Hi", "\n", "there", "\n\n", "Bob:"], " Hi\nthere", " Hi\nthere\n\n", ""),
         # a token that ends with the separator stands for the conversation as it is
         ("story", [" Hi", ".\n\n", "User:"], " Hi.", " Hi.\n\n", ""),
         ("story", [" Hi", ".\n", "\nUser:"], " Hi.", " Hi.\n", "\n"),
@@ -351,10 +353,15 @@ def test_an_error_leaves_the_conversation_as_it_was(random_checkpoint):
     chat = llm.chat(template="story")
     chat.say("a", max_tokens=5)
     before = chat.messages
-    for move in (lambda: chat.say("b", logit_bias={999: 1.0}), lambda: chat.retry(logit_bias={999: 1.0})):
-        with pytest.raises(InputError, match="token 999"):
-            move()
-        assert chat.messages == before
+    for options, message in [
+        ({"logit_bias": {999: 1.0}}, "token 999"),
+        ({"max_tokens": -1}, "max_tokens must be"),
+        ({"stop_token_ids": [10**6]}, "stop id 1000000"),
+    ]:
+        for move in (partial(chat.say, "b"), chat.retry):
+            with pytest.raises(InputError, match=message):
+                move(**options)
+            assert chat.messages == before
     with torch.no_grad():
         llm.model.head.weight[0] = math.nan
     with pytest.raises(InputError, match="NaN or infinity"):
@@ -497,9 +504,3 @@ def test_the_file_is_plain_safetensors(llm, tmp_path):
         assert file.metadata()["format"] == "heronry.chat"
         assert file.get_tensor("logits").shape == (1, 256)
         assert file.get_tensor("blocks.0.wkv").shape == (2, 2, 16, 16)
-
-
-def test_raven_ends_at_an_empty_line(scripted):
-    assert RAVEN.stops == ("\n\n",)
-    chat, _ = talk(scripted, [" Hi", "\n", "there", "\n\n", "Bob:"], template="raven")
-    assert chat.say("x").text == "Hi\nthere"

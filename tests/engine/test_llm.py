@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
+from bpe import train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from heronry.checkpoint import assemble, save
 from heronry.engine import Completion, Sampling, generate
@@ -178,15 +177,7 @@ def test_bad_input_is_named_at_once(llm, stream, prompt, options, message):
 
 
 def test_tokens_of_several_bytes(random_checkpoint, tmp_path):
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["Once upon a time, 鳥 and Où.\n\nUser: Hello\n\nAssistant:"] * 3, trainer)
-    backend.save(str(tmp_path / "tokenizer.json"))
+    train_bpe(tmp_path / "tokenizer.json", "Once upon a time, 鳥 and Où.\n\nUser: Hello\n\nAssistant:")
     weights = random_checkpoint("7", vocab=300, width=32, heads=2, layers=2, ffn=40, rank=3)
     llm = LLM(assemble({name: x.double() for name, x in weights.items()}), tokenizer=tmp_path)
     for seed in range(20):

@@ -4,10 +4,12 @@ like those of RWKV/rwkv-4-*: the texts are those that our own engine writes."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from bpe import END, train_bpe
+from tokenizers import normalizers
 
 import heronry
 from heronry.convert import convert
@@ -20,23 +22,15 @@ from transformers import RwkvForCausalLM as TheirModel
 from heronry.integrations.transformers import RwkvForCausalLM, register
 
 register()
-END = "<|endoftext|>"
 
 
 @pytest.fixture
 def model_id(random_checkpoint, tmp_path, monkeypatch) -> str:
     """The name of a repository, which is a folder here: RWKV-4 over a vocabulary in the manner of GPT-NeoX's."""
     monkeypatch.chdir(tmp_path)
-    words = Tokenizer(models.BPE())
-    words.normalizer = normalizers.NFC()
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [END, "<|padding|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    words.train_from_iterator(["### Instruction: What is a rook?\n### Response: A bird in a heronry."] * 3, trainer)
-    words.save("tokenizer.json")
+    text = "### Instruction: What is a rook?\n### Response: A bird in a heronry."
+    special = (END, "<|padding|>")
+    words = train_bpe(Path("tokenizer.json"), text, size=320, special=special, normalizer=normalizers.NFC())
     torch.save(random_checkpoint("4", vocab=words.get_vocab_size(), width=64, ffn=96), "a.pth")
     convert("a.pth", "RWKV/rwkv-4-169m-pile", to="huggingface", tokenizer="tokenizer.json")
     told = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False}

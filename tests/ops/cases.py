@@ -120,6 +120,16 @@ def run(
     return {"y": y.detach(), "final state": state.detach()} | named
 
 
+def run_without_state(call: Callable[..., Tensor], arguments: Arguments, **options) -> dict[str, Tensor]:
+    """As `run` for an operator without a state: its output, and the gradients of a sum of it."""
+    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
+    y = call(**leaves, **options)
+    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # one or two tokens do not depend on the decay
+    gradients = torch.autograd.grad(y, list(leaves.values()), weights.to(y.dtype), materialize_grads=True)
+    return {"y": y.detach()} | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Every tensor within `tolerance` of the largest number of its expectation (of 1 where that is smaller)."""
     assert actual.keys() == expected.keys()

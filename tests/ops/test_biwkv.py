@@ -16,6 +16,7 @@ from heronry.ops.biwkv import BODIES, biwkv
 from heronry.ops.biwkv import recurrent as streaming
 
 from .cases import Arguments, assert_close, to
+from .cases import run_without_state as run
 from .test_native import last_axis_dense, scattered, threads  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("biwkv"), reason="there is no C++ compiler")
@@ -46,16 +47,6 @@ def softmax(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     distance = (t[:, None] - t[None]).abs()[..., None]
     exponent = torch.where(distance == 0, u, (distance - 1) * log_w) + k[:, None]  # [B, T, T, A]
     return (exponent.softmax(2) * v[:, None]).sum(2)
-
-
-def run(call: Callable[..., Tensor], arguments: Arguments, **options) -> dict[str, Tensor]:
-    """The output, and the gradients of a sum of it whose weights the shape fixes."""
-    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
-    y = call(**leaves, **options)
-    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    # a single token does not depend on the decay
-    gradients = torch.autograd.grad(y, list(leaves.values()), weights.to(y.dtype), materialize_grads=True)
-    return {"y": y.detach()} | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
 @pytest.mark.parametrize("impl", BODIES)

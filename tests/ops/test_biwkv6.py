@@ -11,6 +11,7 @@ from heronry.ops.biwkv6 import BODIES, biwkv6
 from heronry.ops.biwkv6 import recurrent as body
 
 from .cases import Arguments, assert_close, to
+from .cases import run_without_state as run
 from .test_native import threads  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("wkv6"), reason="there is no C++ compiler")
@@ -39,16 +40,6 @@ def written_out(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Te
     weight = torch.where((i == j)[..., None, None], u, between.clamp(max=0).exp())
     scores = torch.einsum("bihn,bijhn,bjhn->bijh", r, weight, k)
     return torch.einsum("bijh,bjhn->bihn", scores, v)
-
-
-def run(call, arguments: Arguments, **options) -> dict[str, Tensor]:
-    """The output, and the gradients of a sum of it whose weights the shape fixes."""
-    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
-    y = call(**leaves, **options)
-    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    # two neighbours have no decay between them
-    gradients = torch.autograd.grad(y, list(leaves.values()), weights.to(y.dtype), materialize_grads=True)
-    return {"y": y.detach()} | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
 @pytest.mark.parametrize("impl", BODIES)

@@ -1,12 +1,11 @@
 """Text survives the round trip, and streaming gives what decoding at once gives, wherever the cut falls."""
 
-from pathlib import Path
-
 import pytest
+from bpe import train_bpe
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from heronry.errors import InputError
 from heronry.text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
@@ -15,22 +14,11 @@ SAMPLE = "Once upon a time there was a rook.\n\nUser: Où est-il ? 鳥は木の�
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé鳥🐦 \n\u200d\ufffd\x00")), max_size=40)
 
 
-def train(path: Path, size: int = 400) -> Path:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([SAMPLE], trainer)
-    backend.save(str(path))
-    return path
-
-
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(file, SAMPLE, size=400)
+    return file
 
 
 @pytest.fixture(scope="module")

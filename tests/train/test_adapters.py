@@ -18,7 +18,6 @@ import heronry
 from heronry.adapters import apply_adapter, read_adapter, save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.checkpoint import assemble, load, save
-from heronry.cli.app import main
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
 from heronry.models.layers import Linear, PackedLinear
@@ -33,14 +32,7 @@ TUNE = ["data.ctx_len=32", "run.batch=4", "run.log_every=1", "run.precision=floa
 TUNE += ["model.rank=4", "model.alpha=8", "optim.lr=1e-2", "optim.lr_final=1e-3", "optim.warmup=2", "run.steps=15"]
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small only wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -298,20 +290,6 @@ def test_states_know_the_adapter(bases, tmp_path):
     assert again.generate("a", 3, state=first.state("b"), seed=0) == first.generate(
         "a", 3, state=first.state("b"), seed=0
     )
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def test_generate_and_merge(command, bases, texts, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from test_trainer import fails_at
 
 import heronry
 from heronry.checkpoint import assemble, initial_state, load, read_time_state, save, save_time_state
-from heronry.cli.app import main
 from heronry.engine.generate import prefill
 from heronry.errors import InputError
 from heronry.models import MODELS
@@ -28,14 +26,7 @@ from heronry.train.trainer import Trainer
 SMALL = ["data.ctx_len=64", "run.batch=4", "run.log_every=1", "run.precision=float32", "run.sample_every=0"]
 TUNE = [*SMALL, "model.tune=state", "optim.lr=1", "optim.lr_final=0.01", "optim.weight_decay=0.01", "run.steps=40"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small only wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def counting(prefix: Path, seed: int, ways: tuple[int, ...]) -> Path:
@@ -84,7 +75,7 @@ def losses(out: Path) -> list[tuple]:
 
 
 @pytest.mark.parametrize("generation", MODELS)
-def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, monkeypatch, capsys):
+def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, command):
     base, out = bases(generation), tmp_path / "out"
     run = tuning(base, data, out)
     before = run.evaluate()["eval_loss"]
@@ -111,12 +102,9 @@ def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, m
 
     text = heronry.LLM(tuned, tokenizer="bytes")
     text.opening = [0]
-    words = ["generate", "\x14", "-m", base, "--tokenizer", "bytes", "--state", file, "--temperature", "0"]
-    monkeypatch.setattr(sys, "argv", ["heronry", *map(str, words), "--max-tokens", "3"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
-    assert capsys.readouterr().out == text.generate("\x14", 3, temperature=0).text + "\n"
+    words = ["generate", "\x14", "-m", base, "--tokenizer", "bytes", "--state", file, "--temperature", 0]
+    code, printed, _ = command(*words, "--max-tokens", 3)
+    assert (code, printed) == (0, text.generate("\x14", 3, temperature=0).text + "\n")
 
 
 @pytest.mark.parametrize("generation", MODELS)

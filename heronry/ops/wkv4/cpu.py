@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import call
+from ..custom_op import count_chunks, empty_gradients, register_backward
 from ..dispatch import native_library, needs_gradients, select_entry_point
 
 CHUNK = 16  # tokens from one saved state to the next
@@ -61,10 +60,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of the right shapes."""
     batch, tokens, channels = k.shape
-    chunks = 0
-    if keep:
-        lengths = [tokens] * batch if cu is None else [end - start for start, end in pairwise(cu)]
-        chunks = sum(-(-length // CHUNK) for length in lengths)
+    chunks = count_chunks(batch, tokens, cu, CHUNK) if keep else 0
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(chunks, 3, channels)
 
 
@@ -80,7 +76,7 @@ def backward(
     cu: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of log_w, k, v, u and of the initial state."""
-    dlog_w, dk, dv, du, dstate = _fake_backward(log_w, k, v, u, saved_states, dy, dfinal, cu)
+    dlog_w, dk, dv, du, dstate = empty_gradients(log_w, k, v, u, saved_states, dy, dfinal, cu)
     # one gradient a sequence, added in one order: the same for any number of threads
     dlog_w_parts, du_parts = dfinal.new_empty(2, len(dfinal), 1, k.shape[2])
     tensors = (log_w[None, None], k, v, u[None, None], saved_states, dy, dfinal.contiguous())
@@ -91,29 +87,4 @@ def backward(
     return dlog_w, dk, dv, du, dstate
 
 
-@backward.register_fake
-def _fake_backward(
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    u: Tensor,
-    saved_states: Tensor,
-    dy: Tensor,
-    dfinal: Tensor,
-    cu: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty gradients of the right shapes."""
-    dlog_w, dk, dv, du = (x.new_empty(x.shape) for x in (log_w, k, v, u))
-    return dlog_w, dk, dv, du, dfinal.new_empty(dfinal.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.cu, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-
-
-def _gradients(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward(*ctx.saved_tensors, dy, dfinal, ctx.cu), None, None
-
-
-forward.register_autograd(_gradients, setup_context=_save)
+register_backward(forward, backward)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import call
+from ..custom_op import empty_gradients, register_backward
 from ..dispatch import native_library, needs_gradients, select_entry_point
 
 CHUNK = 32  # tokens from one saved state to the next
@@ -84,7 +84,7 @@ def backward(
     cu: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of r, log_w, k, v, a, b and of the initial state."""
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _fake_backward(
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = empty_gradients(
         r, log_w, k, v, a, b, saved_states, dy, dfinal, cu
     )
     tensors = (r, log_w, k, v, a, b, saved_states, dy, dfinal.contiguous(), *gradients)
@@ -92,31 +92,4 @@ def backward(
     return gradients
 
 
-@backward.register_fake
-def _fake_backward(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    saved_states: Tensor,
-    dy: Tensor,
-    dfinal: Tensor,
-    cu: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty gradients of the right shapes."""
-    dr, dlog_w, dk, dv, da, db = (x.new_empty(x.shape) for x in (r, log_w, k, v, a, b))
-    return dr, dlog_w, dk, dv, da, db, dfinal.new_empty(dfinal.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *activations, _, ctx.cu, _ = inputs
-    ctx.save_for_backward(*activations, output[2])
-
-
-def _gradients(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward(*ctx.saved_tensors, dy, dfinal, ctx.cu), None, None
-
-
-forward.register_autograd(_gradients, setup_context=_save)
+register_backward(forward, backward)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heronry.ops.wkv4 import BODIES as WKV4
 from heronry.ops.wkv4 import wkv4
@@ -120,6 +123,19 @@ def run(
     return {"y": y.detach(), "final state": state.detach()} | named
 
 
+class Recorder(TorchDispatchMode):
+    """Notes the calls of heronry's operators of torch: the operator and its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "heronry":
+            self.calls.append((function, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)))
+        return function(*args, **kwargs or {})
+
+
 def run_without_state(call: Callable[..., Tensor], arguments: Arguments, **options) -> dict[str, Tensor]:
     """As `run` for an operator without a state: its output, and the gradients of a sum of it."""
     leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
@@ -138,3 +154,32 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert actual[name].isfinite().all(), f"{name} is not finite"
         error = (actual[name].double() - x.double()).abs().max() / x.double().abs().max().clamp(min=1)
         assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+def assert_equals_reference(operator: Operator, arguments: Arguments, impl: str, float32: float = 2e-5) -> None:
+    """What a body gives for arguments rounded to float32 is near the reference; in float32 within that tolerance."""
+    arguments = to(to(arguments, torch.float32), torch.float64)
+    expected = run(operator, arguments, "reference")
+    assert_close(run(operator, arguments, impl), expected, 1e-10)
+    assert_close(run(operator, to(arguments, torch.float32), impl), expected, float32)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads in the `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_for_any_threads(call: Callable[[], dict[str, Tensor]]) -> None:
+    """The number of threads does not change a bit of what `call` returns."""
+    results = []
+    for number in (1, 2, 5):
+        with threads(number):
+            results.append(call())
+    for other in results[1:]:
+        assert all(torch.equal(other[name], x) for name, x in results[0].items())

@@ -8,16 +8,15 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from heronry import build
 from heronry.ops import dispatch
 from heronry.ops.biwkv import BODIES, biwkv
 from heronry.ops.biwkv import recurrent as streaming
 
-from .cases import Arguments, assert_close, to
+from .cases import Arguments, Recorder, assert_close, assert_same_for_any_threads, to
 from .cases import run_without_state as run
-from .test_native import last_axis_dense, scattered, threads  # noqa: F401
+from .test_native import last_axis_dense, scattered
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("biwkv"), reason="there is no C++ compiler")
 
@@ -199,15 +198,10 @@ def test_auto_runs_the_native_body():
 
 
 @pytest.mark.parametrize("shape", [(3, 100, 72), (1, 70, 192), (8, 40, 600)], ids=str)
-def test_threads_do_not_change_a_bit(shape: tuple[int, int, int], threads):  # noqa: F811
+def test_threads_do_not_change_a_bit(shape: tuple[int, int, int]):
     arguments = to(draw(*shape), torch.float32)
     arguments["log_w"][::40] = -3  # runs of a few tokens there
-    results = []
-    for number in (1, 2, 5):
-        threads(number)
-        results.append(run(biwkv, arguments, impl="cpu"))
-    for other in results[1:]:
-        assert all(torch.equal(other[name], x) for name, x in results[0].items())
+    assert_same_for_any_threads(lambda: run(biwkv, arguments, impl="cpu"))
 
 
 @pytest.mark.parametrize("level", build.levels())
@@ -270,19 +264,11 @@ def test_exports_for_any_number_of_tokens(impl: str):
 
 
 def test_is_a_well_formed_operator():
-    calls = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "heronry":
-                calls.append((function, tuple(x.detach() for x in args)))
-            return function(*args, **kwargs or {})
-
-    with Record():
+    with Recorder() as recorder:
         run(biwkv, to(draw(2, 40, 4), torch.float32), impl="cpu")
-    (forward, inputs), (backward, _) = calls
+    (forward, inputs), (backward, others) = recorder.calls
     torch.library.opcheck(forward, tuple(x.clone().requires_grad_() for x in inputs))
-    torch.library.opcheck(*calls[1])
+    torch.library.opcheck(backward, others)
     assert (forward._opname, backward._opname) == ("biwkv", "biwkv_backward")
 
 

@@ -10,9 +10,8 @@ from heronry.ops import dispatch
 from heronry.ops.biwkv6 import BODIES, biwkv6
 from heronry.ops.biwkv6 import recurrent as body
 
-from .cases import Arguments, assert_close, to
+from .cases import Arguments, assert_close, assert_same_for_any_threads, to
 from .cases import run_without_state as run
-from .test_native import threads  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("wkv6"), reason="there is no C++ compiler")
 
@@ -118,14 +117,9 @@ def test_pictures_do_not_meet(impl: str):
         assert_close({"y": biwkv6(**alone, impl=impl)}, {"y": together[row : row + 1]}, EXACT[impl])
 
 
-def test_threads_do_not_change_a_bit(threads):  # noqa: F811
+def test_threads_do_not_change_a_bit():
     arguments = to(draw(3, 60, 3, 16), torch.float32)
-    results = []
-    for number in (1, 2, 5):
-        threads(number)
-        results.append(run(biwkv6, arguments, impl="cpu"))
-    for other in results[1:]:
-        assert all(torch.equal(other[name], x) for name, x in results[0].items())
+    assert_same_for_any_threads(lambda: run(biwkv6, arguments, impl="cpu"))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 40])

@@ -13,37 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from heronry import build
 from heronry.ops import dispatch
 
-from .cases import OPERATORS, Operator, assert_close, draw, run, to
+from .cases import OPERATORS, Operator, Recorder, assert_close, assert_same_for_any_threads, draw, run, threads, to
 
 NATIVE = [pytest.param(o, id=o.name) for o in OPERATORS if "cpu" in o.bodies]
 
 pytestmark = pytest.mark.skipif(not dispatch.has_native_body("wkv7"), reason="there is no C++ compiler")
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads; what it was comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("operator", NATIVE)
 @pytest.mark.parametrize("cu", [None, [0, 40, 41, 100]])
-def test_threads_do_not_change_a_bit(operator: Operator, cu: list[int] | None, threads):
+def test_threads_do_not_change_a_bit(operator: Operator, cu: list[int] | None):
     batch, states = (3, 3) if cu is None else (1, 3)
     arguments = to(draw(operator, batch, 100, 5, 24, states=states), torch.float32)
-    results = []
-    for number in (1, 2, 5):
-        threads(number)
-        results.append(run(operator, arguments, "cpu", cu))
-    for other in results[1:]:
-        assert all(torch.equal(other[name], x) for name, x in results[0].items())
+    assert_same_for_any_threads(lambda: run(operator, arguments, "cpu", cu))
 
 
 @pytest.mark.parametrize("operator", NATIVE)
@@ -178,19 +164,11 @@ def test_compiles_with_torch(operator: Operator, impl: str, cu: list[int] | None
 @pytest.mark.parametrize("operator", NATIVE)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_is_a_well_formed_operator(operator: Operator, gradient: bool):
-    calls = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "heronry":
-                calls.append((function, tuple(x.detach() if isinstance(x, Tensor) else x for x in args)))
-            return function(*args, **kwargs or {})
-
-    with Record():
+    with Recorder() as recorder:
         run(operator, to(draw(operator, 2, 40, 2, 4), torch.float32), "cpu")
-    assert len(calls) == 2
-    for function, args in calls:
-        leaf = gradient and function is calls[0][0]
+    assert len(recorder.calls) == 2
+    for function, args in recorder.calls:
+        leaf = gradient and function is recorder.calls[0][0]
         args = tuple(x.clone().requires_grad_(leaf) if isinstance(x, Tensor) else x for x in args)
         torch.library.opcheck(function, args)
 
@@ -299,14 +277,14 @@ def test_llvms_openmp_starts_a_team_too():
 
 
 @pytest.mark.parametrize("operator", NATIVE)
-def test_without_openmp_one_thread_does_it_all(operator: Operator, threads):
+def test_without_openmp_one_thread_does_it_all(operator: Operator):
     arguments = to(draw(operator, 2, 40, 3, 8), torch.float32)
-    threads(3)
-    expected = run(operator, arguments, "cpu")
     library = dispatch.native_library(operator.name)
-    library.use_openmp(build.openmp_functions(None))
-    try:
-        actual = run(operator, arguments, "cpu")
-    finally:
-        library.use_openmp(build.torch_openmp())
+    with threads(3):
+        expected = run(operator, arguments, "cpu")
+        library.use_openmp(build.openmp_functions(None))
+        try:
+            actual = run(operator, arguments, "cpu")
+        finally:
+            library.use_openmp(build.torch_openmp())
     assert all(torch.equal(actual[name], x) for name, x in expected.items())

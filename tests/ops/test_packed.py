@@ -10,6 +10,8 @@ from heronry import build
 from heronry.ops.packed import GROUP, LEVELS, dequantize, packed_matmul, reference, tile, untile
 from heronry.quantization import FORMATS
 
+from .cases import assert_same_for_any_threads
+
 
 @pytest.fixture(params=build.levels())
 def level(request, monkeypatch):
@@ -85,16 +87,7 @@ def test_a_token_does_not_depend_on_the_others(level, format):
 def test_threads_do_not_change_numbers():
     packed = tile(*FORMATS["int8"](matrix(100, 96)))
     x = matrix(20, 96, seed=1)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(packed_matmul(x, *packed, 100))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert_same_for_any_threads(lambda: {"y": packed_matmul(x, *packed, 100)})
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from heronry.ops.wkv7 import BODIES, wkv7
 
-from .cases import BY_NAME, assert_close, draw, run, to
+from .cases import BY_NAME, assert_close, assert_equals_reference, draw
 
 OPERATOR = BY_NAME["wkv7"]
 
@@ -50,10 +50,7 @@ def test_equals_a_product_of_transitions(impl: str, tokens: int):
 def test_ends_of_the_decay_range(impl: str, log_w: float):
     arguments = draw(OPERATOR, 1, 300, 1, 8)
     arguments["log_w"] = torch.full_like(arguments["log_w"], log_w)
-    arguments = to(to(arguments, torch.float32), torch.float64)
-    expected = run(OPERATOR, arguments, "reference")
-    assert_close(run(OPERATOR, arguments, impl), expected, 1e-10)
-    assert_close(run(OPERATOR, to(arguments, torch.float32), impl), expected, 1e-4)
+    assert_equals_reference(OPERATOR, arguments, impl, float32=1e-4)
 
 
 @pytest.mark.parametrize("impl", BODIES)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from test_trainer import fails_at, is_interrupted
 
 import heronry
 from heronry import InputError
@@ -18,7 +19,7 @@ from heronry.data.image_dataset import ImageDataset
 from heronry.models.baselines import ViT, ViTConfig
 from heronry.train.config import read_config
 from heronry.train.image_classification import mix_images
-from heronry.train.trainer import Interrupted, Trainer
+from heronry.train.trainer import Trainer
 
 COLOURS = {"blue": (30, 40, 200), "green": (30, 200, 60), "red": (210, 40, 30)}
 SMALL = [
@@ -82,19 +83,7 @@ HARD = ("vision.mixup=0.8", "vision.cutmix=1.0", "vision.drop_path=0.3", "run.em
 @pytest.mark.parametrize("more", [(), HARD], ids=["plain", "hard"])
 def test_stopped_and_gone_on_it_is_the_run_never_stopped(more, folder, tmp_path):
     whole = trained(folder, tmp_path / "whole", *more)
-    stopped = Trainer(read_config(None, settings(folder, tmp_path / "cut", *more, "run.save_every=1")))
-    take_step, taken = stopped.train_step, 0
-
-    def interrupted():
-        nonlocal taken
-        taken += 1
-        if taken == 5:
-            raise KeyboardInterrupt
-        return take_step()
-
-    stopped.train_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    fails_at(Trainer(read_config(None, settings(folder, tmp_path / "cut", *more, "run.save_every=1"))), 4)
     again = trained(folder, tmp_path / "cut", *more, "run.save_every=1")
     assert again.step == whole.step == 8
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -277,18 +266,5 @@ def test_settings_that_cannot_be(setting, told):
 
 
 def test_ctrl_c_keeps_what_was_reached(folder, tmp_path):
-    import os
-    import signal
-
-    run = Trainer(read_config(None, settings(folder, tmp_path / "out")))
-    take_step = run.train_step
-
-    def interrupted():
-        if run.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return take_step()
-
-    run.train_step = interrupted
-    with pytest.raises(Interrupted, match="stopped at step 4 of 8"):
-        run.train()
+    is_interrupted(Trainer(read_config(None, settings(folder, tmp_path / "out"))), 3)
     assert trained(folder, tmp_path / "out").step == 8

@@ -40,7 +40,11 @@ def run(texts: Path, out: Path, *more: str) -> Trainer:
 
 def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
     """A run that Ctrl-C ends while it takes the step after `step`."""
-    made = Trainer(read_config(None, settings(texts, out, *more)))
+    is_interrupted(Trainer(read_config(None, settings(texts, out, *more))), step)
+
+
+def is_interrupted(made: Trainer, step: int) -> None:
+    """Runs until Ctrl-C ends it while it takes the step after `step`."""
     take = made.train_step
 
     def interrupted() -> tuple[float, float]:

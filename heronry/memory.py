@@ -59,11 +59,12 @@ def _block(size: int) -> mmap.mmap:
 class Pool:
     """Memory for short-lived tensors: a block is reused once no tensor refers to it any more.
 
-    A tensor, or any view of it, keeps its block in use. The pool keeps the `spare` largest blocks, used or not.
+    A tensor, or any view of it, keeps its block in use. The pool keeps the SPARE largest blocks, used or not.
     """
 
-    def __init__(self, spare: int = 2):
-        self.spare = spare
+    SPARE = 2
+
+    def __init__(self) -> None:
         self.blocks: list[mmap.mmap] = []
         self.lock = threading.Lock()
 
@@ -77,7 +78,7 @@ class Pool:
                 if sys.getrefcount(self.blocks[place]) == ALONE and len(self.blocks[place]) >= size:
                     return torch.frombuffer(self.blocks[place], dtype=torch.float32, count=count)
             memory = _block(size)
-            self.blocks = sorted([*self.blocks, memory], key=len)[-self.spare :]
+            self.blocks = sorted([*self.blocks, memory], key=len)[-self.SPARE :]
             return torch.frombuffer(memory, dtype=torch.float32, count=count)
 
 

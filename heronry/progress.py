@@ -10,7 +10,7 @@ Progress = Callable[[int, int], object]  # called with the bytes (of a prompt, t
 class ByteCounter:
     """Adds up bytes and reports the sum to a `Progress`, if there is one."""
 
-    def __init__(self, total: int, progress: Progress | None = None):
+    def __init__(self, total: int, progress: Progress | None):
         self.done, self.total, self.progress = 0, total, progress
 
     def add(self, count: int) -> None:

@@ -24,7 +24,7 @@ QUANTIZATION_KEYS = ("quantization", "fingerprint")  # in the config.json of a q
 
 
 def identify(
-    tensors: Tensors, config: Mapping[str, Any] | None = None, ln_x_eps: float | None = None
+    tensors: Tensors, config: Mapping[str, Any] | None, ln_x_eps: float | None = None
 ) -> tuple[type[Network], Any]:
     """The class of the model that these tensors are, all of them, and its configuration.
 

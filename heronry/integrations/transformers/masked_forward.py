@@ -21,8 +21,8 @@ def masked_forward(
     attention_mask: Tensor | None,
     state: State | None,
     *,
-    last_only: bool = False,
-    output_hidden_states: bool = False,
+    last_only: bool,
+    output_hidden_states: bool,
 ) -> tuple[Tensor, State, tuple[Tensor, ...] | None]:
     """Runs the model on a batch [B, T] without its padding, so that each row gives what it would give alone.
 

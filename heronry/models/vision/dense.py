@@ -36,7 +36,7 @@ class Scales(nn.ModuleDict):
     """One map [B, size_in, H, W] -> an OrderedDict "0" to "3" of maps of `channels` channels: 4 and 2 times as large,
     as large, half as large. `wanted`: which are made."""
 
-    def __init__(self, size_in: int, channels: int = 256, wanted: Iterable[int] = range(4)):
+    def __init__(self, size_in: int, channels: int, wanted: Iterable[int] = range(4)):
         if size_in < 4 or channels < 1:
             raise InputError(f"a pyramid makes 1 or more channels of 4 or more, got {channels} of {size_in}")
         half, quarter = size_in // 2, size_in // 4

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from ops.cases import threads
 from steps import PACK, farthest, plain, same, tokens
 from torch import Tensor
 from torch.nn import functional as F
@@ -180,14 +181,10 @@ def test_weights_of_several_dtypes(model):
 @torch.no_grad()
 def test_threads_change_nothing(version, dtype, random_checkpoint):
     model = assemble(random_checkpoint(version, width=170, heads=5, ffn=333), dtype=dtype)
-    threads = torch.get_num_threads()
     found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with threads(count):
             found.append([step(model, text, **options) for text, options in uses()])
-    finally:
-        torch.set_num_threads(threads)
     for one, *others in zip(*found, strict=True):
         assert all(same(one, other) for other in others)
 

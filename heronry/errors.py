@@ -1,5 +1,10 @@
 """The one error a user can cause."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class InputError(ValueError):
     """What came from outside is wrong: a file, a prompt, a state, an option.
@@ -7,3 +12,20 @@ class InputError(ValueError):
     The message is one line that says what is wrong and, where it helps, what to do.
     The command line prints it and exits with code 2.
     """
+
+
+def show(value: object) -> str:
+    """A value for a message of one line: itself if it is short, else its type."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not among the known ones: it says which of them may have been meant, or lists them.
+
+    what: the kind of thing that has names, such as "option".
+    """
+    names = list(known)
+    close = get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+    return InputError(f"unknown {what} {name!r}; {hint}")

@@ -72,7 +72,7 @@ class Pool:
         """An uninitialised float32 tensor [count] on the CPU."""
         size = 4 * count
         if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(count)
+            return torch.empty(count, dtype=torch.float32, device="cpu")
         with self.lock:
             for place in range(len(self.blocks)):
                 if sys.getrefcount(self.blocks[place]) == ALONE and len(self.blocks[place]) >= size:

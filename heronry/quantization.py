@@ -108,7 +108,8 @@ def _quantize_int4_block(w: Tensor) -> tuple[Tensor, Tensor]:
     """As `quantize_int4`, for float32 [rows, in] that fit the cache."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=w.device)
     # the code nearest to (i - 128) / 2 + 1/4; between two integers the midpoint is a multiple of 1/2, so this is exact
-    nearest = torch.bucketize((torch.arange(256, device=w.device) - 127.5) / 2, (levels[1:] + levels[:-1]) / 2)
+    middles = (torch.arange(256, dtype=torch.float32, device=w.device) - 127.5) / 2
+    nearest = torch.bucketize(middles, (levels[1:] + levels[:-1]) / 2)
     rounded = levels[nearest]
 
     def bins(x: Tensor) -> Tensor:

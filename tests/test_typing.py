@@ -47,6 +47,16 @@ RIGHT = """
     assert_type(llm.chat().say("a", temperature=0.5), Completion)
     assert_type(llm.chat().say("a", stream=True), Generator[Completion, None, None])
 
+    def allowed(ids: list[int]) -> torch.Tensor | None:
+        return None
+
+    def either(stream: bool, prompts: list[str | list[int]]) -> None:
+        assert_type(llm.generate(prompts, mask=allowed), list[Completion])
+        assert_type(llm.generate(("a", [1, 2])), list[Completion])
+        llm.generate("a", stream=stream)
+        llm.generate(prompts, stream=True)
+        llm.chat().say("a", stream=stream)
+
     async def answer() -> str:
         return (await llm.generate_async("a", top_k=5)).text
 """

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from .contest import Contest, Outcome, run_contest
 from .machine import describe_machine, physical_cores
 from .table import print_table
@@ -42,7 +42,7 @@ def run_topics(
     """
     unknown = [topic for topic in topics if topic not in TOPICS]
     if unknown:
-        raise InputError(f"unknown topic {unknown[0]!r}; choose from {', '.join(TOPICS)}")
+        raise unknown_name("topic", unknown[0], TOPICS)
     if blocks is not None and blocks < 1:
         raise InputError(f"blocks must be at least 1, got {blocks}")
     if out is not None and not out.parent.is_dir():

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
 from . import options
 
 if TYPE_CHECKING:
@@ -67,9 +66,7 @@ def chat(
         sampling["temperature"] = temperature
     if top_p is not None:
         sampling["top_p"] = top_p
-    if max_tokens < 0:
-        raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
     conversation = llm.chat(template=template, system=system)
     first: DecodeOptions = {**sampling, "seed": seed}
-    conversation.check_options(**first)  # fails before the first message
+    conversation.check_options(max_tokens, **first)  # fails before the first message
     run_chat_loop(conversation, session, max_tokens, seed, sampling)

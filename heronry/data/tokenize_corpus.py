@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from ..files import atomic_write
 from ..text.chat_templates import TEMPLATES
 from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
@@ -251,7 +251,7 @@ class Encoder:
     def __init__(self, tokenizer: str, template: str | None):
         """tokenizer, template: as for `tokenize_corpus`."""
         if template is not None and template not in TEMPLATES:
-            raise InputError(f"unknown chat template {template!r}; choose from {', '.join(TEMPLATES)}")
+            raise unknown_name("chat template", template, TEMPLATES)
         self.tokenizer_spec, self.template = tokenizer, template
         self.tokenizer = load_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size

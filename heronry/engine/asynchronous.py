@@ -29,7 +29,14 @@ async def iterate(
 
 async def _in_thread(function: Callable[[], T], cancel: Callable[[], object]) -> T:
     """What the function returns, once it has: a cancelled task waits for it too."""
-    task = asyncio.ensure_future(asyncio.to_thread(function))
+
+    def run() -> T:
+        try:
+            return function()
+        except StopIteration as error:  # no future takes this one: whoever awaits it would wait for ever
+            raise RuntimeError("a callback raised StopIteration") from error
+
+    task = asyncio.ensure_future(asyncio.to_thread(run))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..models import State
 from ..text.tokenizers import Tokenizer
 from .completion import Completion, Pieces, TokenLogprob, Usage
 from .generate import Event, Generation
-from .options import Prompt, Prompts
+from .options import Prompt, Prompts, whole_number
 from .stop_strings import StopStringBuffer
 
 
@@ -28,10 +28,9 @@ class PromptBatch:
     @classmethod
     def parse(cls, prompt: Prompt | Prompts, n: int | None) -> PromptBatch:
         """From the arguments of `LLM.generate`; InputError where they are of another type or out of range."""
-        if not isinstance(prompt, Sequence):
-            raise InputError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise InputError(f"n must be a whole number of at least 1, got {n!r}")
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise InputError(f"a prompt must be a text or a list of token ids, got {show(prompt)}")
+        n = n if n is None else whole_number("n", n, least=1)
         single = isinstance(prompt, str) or (len(prompt) > 0 and not isinstance(prompt[0], Sequence))
         prompts: list[Any] = [prompt] if single else list(prompt)
         return cls(prompts, single, n or 1, n is not None)

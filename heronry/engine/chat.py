@@ -19,22 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ..errors import InputError
+from ..errors import InputError, show, unknown_name
 from ..models import State
 from ..text.chat_templates import TEMPLATES, Template, read_messages, usual_template
 from ..text.tokenizers import WorldTokenizer
 from .completion import Completion, FinishReason, TokenLogprob, Usage, join
 from .conversation import ConversationTree, Turn, lineage
 from .generate import Generation, prefill
-from .options import Decoding, resolve
+from .options import DecodeOptions, Decoding, check_names, resolve
 from .sampling import Sampling
 from .stop_strings import StopStringBuffer
 from .text_model import TextModel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .options import DecodeOptions
 
 
 class Chat:
@@ -62,10 +60,16 @@ class Chat:
         name = (
             template or llm.chat_template or usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
         )
+        if not isinstance(name, str | Template):
+            raise InputError(f"template must be a Template or the name of one, got {show(name)}")
         if isinstance(name, str) and name not in TEMPLATES:
-            raise InputError(f"unknown chat template {name!r}; choose from {', '.join(TEMPLATES)}")
+            raise unknown_name("chat template", name, TEMPLATES)
         chosen: Template = TEMPLATES[name] if isinstance(name, str) else name
-        messages = read_messages(([{"role": "system", "content": system}] if system else []) + list(history))
+        messages = read_messages(history)
+        if system:
+            if messages and messages[0]["role"] == "system":
+                raise InputError("a system text was given twice: by system= and in messages[0]")
+            messages = [*read_messages([{"role": "system", "content": system}]), *messages]
         if messages and messages[-1]["role"] == "user":
             raise InputError("the history must end with an answer")
         if messages and messages[0]["role"] == "system":
@@ -114,6 +118,9 @@ class Chat:
     @overload
     def say(self, message: str, max_tokens: int = ..., *, stream: Literal[True],
             **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    @overload
+    def say(self, message: str, max_tokens: int = ..., *, stream: bool,
+            **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
     def say(
         self, message: str, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
@@ -125,7 +132,7 @@ class Chat:
             options: see `DecodeOptions`; by default the sampling of the template.
         """
         message = self.template.clean(message)
-        pieces = self._ask(message, max_tokens, self._decoding(options))
+        pieces = self._ask(message, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
     # fmt: off
@@ -135,21 +142,26 @@ class Chat:
     @overload
     def retry(self, max_tokens: int = ..., *, stream: Literal[True],
               **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    @overload
+    def retry(self, max_tokens: int = ..., *, stream: bool,
+              **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
     def retry(
         self, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
     ) -> Completion | Generator[Completion, None, None]:
         """Another answer to the last message, in place of the one it has; see `say`."""
         self._last()  # raises now, not when the stream is read
-        pieces = self._answer(None, max_tokens, self._decoding(options))
+        pieces = self._answer(None, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
-    def check_options(self, **options: Unpack[DecodeOptions]) -> None:
+    def check_options(self, max_tokens: int = 512, **options: Unpack[DecodeOptions]) -> None:
         """InputError where `say` would not take these options."""
-        self._decoding(options)
+        self._decoding(max_tokens, options)
 
-    def _decoding(self, options: Mapping[str, Any]) -> Decoding:
-        return resolve(options, Sampling(**self.template.sampling), prompts=1)
+    def _decoding(self, max_tokens: int, options: Mapping[str, Any]) -> Decoding:
+        check_names(options, ["max_tokens", "stream", *DecodeOptions.__annotations__])
+        default, vocab_size = Sampling(**self.template.sampling), self._llm.model.config.vocab_size
+        return resolve(options, max_tokens, default, vocab_size, prompts=1)
 
     def undo(self) -> str:
         """Takes the last message and its answer back; returns the message."""
@@ -159,6 +171,8 @@ class Chat:
 
     def fork(self, name: str) -> None:
         """Begins a branch here and goes on in it; the branch we come from stays as it is."""
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a branch needs a name, got {name!r}")
         if name in self._tree.heads:
             raise InputError(f"branch {name!r} already exists")
         self._tree.heads[name] = self._tree.heads[self.branch]
@@ -167,7 +181,7 @@ class Chat:
     def switch(self, name: str) -> None:
         """Goes on in another branch."""
         if name not in self._tree.heads:
-            raise InputError(f"unknown branch {name!r}; choose from {', '.join(self._tree.heads)}")
+            raise unknown_name("branch", name, self._tree.heads)
         self._tree.branch = name
 
     def _last(self) -> Turn:
@@ -180,7 +194,7 @@ class Chat:
         """What goes on after a turn: its state and what is owed to it."""
         return (turn.state, turn.owed) if turn is not None else (self._tree.opening, "")
 
-    def _ask(self, message: str, max_tokens: int, decoding: Decoding) -> Generator[Completion, None, None]:
+    def _ask(self, message: str, decoding: Decoding) -> Generator[Completion, None, None]:
         before = self._tree.heads[self.branch]
         state, owed = self._end(before)
         prompt = owed + self.template.turn.replace("{user}", message)
@@ -189,11 +203,9 @@ class Chat:
         asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
         turn = Turn(before, message, asked, logits[0], "", asked, self.template.separator)
         read_tokens = len(tokens) + (self._history_tokens if before is None else 0)
-        yield from self._answer(turn, max_tokens, decoding, read_tokens)
+        yield from self._answer(turn, decoding, read_tokens)
 
-    def _answer(
-        self, turn: Turn | None, max_tokens: int, decoding: Decoding, read_tokens: int = 0
-    ) -> Generator[Completion, None, None]:
+    def _answer(self, turn: Turn | None, decoding: Decoding, read_tokens: int = 0) -> Generator[Completion, None, None]:
         """Draws the answer of `turn` (None: the last), which takes the end of the branch and grows there."""
         branch, old, retried = self.branch, self._tree.heads[self.branch], turn is None
         turn = replace(turn or self._last(), answer="", owed=self.template.separator)
@@ -211,7 +223,7 @@ class Chat:
             turn.logits[None],
             turn.asked,
             decoding.samplings,
-            max_tokens,
+            decoding.max_tokens,
             decoding.stop_ids(self._llm.tokenizer),
             min_tokens=decoding.min_tokens,
             top_logprobs=decoding.top_logprobs,

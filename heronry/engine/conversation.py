@@ -147,5 +147,6 @@ def lineage(turn: Turn | None) -> list[Turn]:
 def _digest(conversation: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(conversation.encode())
     for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
         digest.update(tensors[key].numpy().tobytes())
     return digest.hexdigest()

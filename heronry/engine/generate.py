@@ -83,15 +83,10 @@ class Generation:
             masks: one a sequence; see `Mask`.
             prompts: the token ids of each, for `repetition_penalty`.
         """
-        count, size = logits.shape
+        count = len(logits)
         samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
         if len(samplings) != count:
             raise InputError(f"{len(samplings)} samplings were given for {count} sequences")
-        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0:
-            raise InputError(f"max_tokens must be a whole number of at least 0, got {max_tokens!r}")
-        for token in stop_ids:
-            if not 0 <= token < size:
-                raise InputError(f"stop id {token} is outside the vocabulary of {size}")
         self._model = model
         self._logits = logits
         self._state = state

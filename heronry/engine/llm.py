@@ -17,7 +17,7 @@ import torch
 
 from .. import adapters
 from ..checkpoint import load_checkpoint, locate, select_notes
-from ..errors import InputError
+from ..errors import InputError, show
 from ..models import Model, State
 from ..progress import Progress
 from ..text.chat_templates import Template, read_messages
@@ -27,14 +27,12 @@ from .batch import BatchCollector, PromptBatch, Row, stream_pieces
 from .chat import Chat
 from .completion import Completion
 from .generate import Generation, prefill
-from .options import Prompt, Prompts, resolve
+from .options import DecodeOptions, GenerateOptions, Prompt, Prompts, check_names, resolve
 from .sampling import Sampling
 from .text_model import TextModel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .options import DecodeOptions, GenerateOptions
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usually sampled with
@@ -69,6 +67,8 @@ class LLM(TextModel):
         Raises:
             InputError: no such model, no tokenizer that fits it, or an adapter that does not.
         """
+        if not isinstance(path, str | Path | Model | None):
+            raise InputError(f"give the path of a model, or a Model, got {show(path)}")
         described: dict[str, Any] = {}
         if isinstance(path, Model):
             if adapter is not None:
@@ -94,6 +94,9 @@ class LLM(TextModel):
             described |= adapters.apply_adapter(model, adapter).notes
         super().__init__(model, tokenizer, described.get("chat_template"), described.get("opening_tokens", ()))
 
+    def __repr__(self) -> str:
+        return f"LLM({self.model.name}, {self.num_parameters() / 1e6:,.3g} M parameters, {self.dtype}, {self.device})"
+
     # fmt: off
     @overload
     def generate(self, prompt: Prompt, max_tokens: int = ..., *, n: None = ..., stream: Literal[False] = ...,
@@ -110,6 +113,11 @@ class LLM(TextModel):
     @overload
     def generate(self, prompt: Prompt | Prompts, max_tokens: int = ..., *, n: int | None = ..., stream: Literal[True],
                  **options: Unpack[GenerateOptions]) -> Generator[Completion, None, None]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt | Prompts, max_tokens: int = ..., *, n: int | None = ..., stream: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion] | list[list[Completion]] | Generator[Completion, None, None]: ...
     # fmt: on
     def generate(
         self,
@@ -138,6 +146,7 @@ class LLM(TextModel):
         Raises:
             InputError: an empty prompt, an unknown option, a value out of range, a state of another model.
         """
+        check_names(options, ["max_tokens", "n", "stream", *GenerateOptions.__annotations__])
         batch = PromptBatch.parse(prompt, n)
         pieces = self._generate(batch, max_tokens, dict(options))
         if stream:
@@ -186,6 +195,7 @@ class LLM(TextModel):
     ) -> AsyncGenerator[Completion, None]:
         """As `generate(..., stream=True)`, for asyncio; see `generate_async`. Close it (`aclose`) if you leave it
         before its end."""
+        check_names(options, ["max_tokens", "n", *GenerateOptions.__annotations__])
         cancelled = threading.Event()
         progress = options.get("progress")
 
@@ -211,6 +221,10 @@ class LLM(TextModel):
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
              template: str | Template | None = ..., system: str | None = ..., stream: Literal[True],
              **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    @overload
+    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
+             template: str | Template | None = ..., system: str | None = ..., stream: bool,
+             **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
     def chat(
         self,
@@ -231,10 +245,17 @@ class LLM(TextModel):
             max_tokens, stream, options: see `Chat.say`.
         """
         if messages is None:
+            given = ["max_tokens"] * (max_tokens != 512) + ["stream"] * stream + list(options)
+            if given:
+                raise InputError(f"{given[0]} is given to say(): without messages, chat() answers nothing yet")
             return Chat(self, template, system)
         if isinstance(messages, str | Template) or not isinstance(messages, Sequence):
-            raise InputError(f"messages must be a list of messages, got {messages!r}; a template is named by template=")
-        *history, last = read_messages(messages) or [{"role": "", "content": ""}]
+            raise InputError(
+                f"messages must be a list of messages, got {show(messages)}; a template is named by template="
+            )
+        if not messages:
+            raise InputError("there are no messages")
+        *history, last = read_messages(messages)
         if last["role"] != "user":
             raise InputError("the last message must be from the user")
         chat = Chat(self, template, system, history)
@@ -249,16 +270,18 @@ class LLM(TextModel):
         state: State | None = options.pop("state", None)
         stop = options.pop("stop", None)
         progress = options.pop("progress", None)
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress must be a function of (tokens read, tokens in all), got {show(progress)}")
         if state is not None and not isinstance(state, State):
             raise InputError(f"state must be a State, got {type(state).__name__}")
         if not isinstance(stop, str | Sequence | None):
-            raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
+            raise InputError(f"stop must be a text or a list of texts, got {show(stop)}")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(x, str) for x in stops):
-            raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
+            raise InputError(f"stop must be a text or a list of texts, got {show(stop)}")
         if "" in stops:
             raise InputError("a stop string must not be empty")
-        decoding = resolve(options, DEFAULT, len(batch.prompts), batch.n)
+        decoding = resolve(options, max_tokens, DEFAULT, self.model.config.vocab_size, len(batch.prompts), batch.n)
         tokens = [self.encode(prompt, begins=state is None) for prompt in batch.prompts]
         texts = [self.text_of(prompt) for prompt in batch.prompts]
         if state is not None:
@@ -282,7 +305,7 @@ class LLM(TextModel):
             logits,
             state,
             decoding.samplings,
-            max_tokens,
+            decoding.max_tokens,
             decoding.stop_ids(self.tokenizer),
             min_tokens=decoding.min_tokens,
             top_logprobs=decoding.top_logprobs,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, show, unknown_name
 from ..models import State
 from ..progress import Progress
 from ..text.tokenizers import Tokenizer
-from .sampling import Mask, Sampling, SamplingOptions, UnseededOptions
+from .sampling import Mask, Sampling, UnseededOptions
 
 Prompt = str | Sequence[int]  # a text, or token ids that are read as they are
-Prompts = list[str] | list[list[int]] | list[Prompt]  # lists, because a str is a sequence of str too
+# lists and tuples, because a str is a sequence of str too
+Prompts = list[str] | list[list[int]] | list[str | list[int]] | list[Prompt] | tuple[Prompt, ...]
 
 
 class DecodeOptions(UnseededOptions, total=False):
@@ -44,6 +44,14 @@ class DecodeOptions(UnseededOptions, total=False):
     mask: Mask | Sequence[Mask | None] | None
 
 
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """InputError for the first of these options that is not among the known ones."""
+    known = list(known)
+    for name in options:
+        if name not in known:
+            raise unknown_name("option", name, known)
+
+
 class GenerateOptions(DecodeOptions, total=False):
     """Also where to begin and where to end.
 
@@ -61,6 +69,7 @@ class GenerateOptions(DecodeOptions, total=False):
 class Decoding:
     """Checked options of a batch of `rows` sequences."""
 
+    max_tokens: int
     samplings: list[Sampling]  # one a row
     masks: list[Mask | None]  # one a row
     min_tokens: int
@@ -73,11 +82,15 @@ class Decoding:
         return self.stop_token_ids | (frozenset() if self.ignore_eos else tokenizer.stop_ids)
 
 
-def resolve(options: Mapping[str, Any], default: Sampling, prompts: int, n: int = 1) -> Decoding:
-    """Checks `DecodeOptions` for `n` completions of so many prompts. default: the Sampling where none is given.
+def resolve(
+    options: Mapping[str, Any], max_tokens: int, default: Sampling, vocab_size: int, prompts: int, n: int = 1
+) -> Decoding:
+    """Checks the values of `DecodeOptions` and `max_tokens` for `n` completions of so many prompts.
+
+    default: the Sampling where none is given.
 
     Raises:
-        InputError: an unknown option, or a value of a wrong type or out of range.
+        InputError: a value of a wrong type or out of range.
     """
     options = dict(options)
     rows = prompts * n
@@ -85,21 +98,15 @@ def resolve(options: Mapping[str, Any], default: Sampling, prompts: int, n: int 
     one_each = _each("sampling", default if given is None else given, Sampling, prompts, "prompt")
     seed = options.pop("seed", None)
     mask = options.pop("mask", None)
-    min_tokens = _count("min_tokens", options.pop("min_tokens", 0))
-    top = _count("top_logprobs", options.pop("top_logprobs", 0))
+    min_tokens = whole_number("min_tokens", options.pop("min_tokens", 0))
+    top = whole_number("top_logprobs", options.pop("top_logprobs", 0))
     logprobs = _flag("logprobs", options.pop("logprobs", False))
     ignore_eos = _flag("ignore_eos", options.pop("ignore_eos", False))
     stop_ids = options.pop("stop_token_ids", ())
-    if not isinstance(stop_ids, Sequence | frozenset | set) or isinstance(stop_ids, str):
-        raise InputError(f"stop_token_ids must be a list of token ids, got {stop_ids!r}")
+    if not isinstance(stop_ids, Sequence | frozenset | set) or isinstance(stop_ids, str | bytes):
+        raise InputError(f"stop_token_ids must be a list of token ids, got {show(stop_ids)}")
     for token in stop_ids:
-        _count("a token in stop_token_ids", token)
-    unknown = [name for name in options if name not in SamplingOptions.__annotations__]
-    if unknown:
-        names = ["max_tokens", "n", "stream", *GenerateOptions.__annotations__]
-        close = get_close_matches(unknown[0], names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
-        raise InputError(f"unknown option {unknown[0]!r}; {hint}")
+        _check_token("a token in stop_token_ids", token, vocab_size)
     samplings = [one_each[i // n].replace(**options) for i in range(rows)]
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != rows:
@@ -109,30 +116,44 @@ def resolve(options: Mapping[str, Any], default: Sampling, prompts: int, n: int 
         if seed is not None:
             samplings = [sampling.replace(seed=seed) for sampling in samplings]
         samplings = [x if x.seed is None else x.replace(seed=int(x.seed) + i % n) for i, x in enumerate(samplings)]
+    for token in {token for sampling in samplings for token in sampling.logit_bias}:
+        _check_token("a token in logit_bias", token, vocab_size)
     masks = list(mask) if isinstance(mask, Sequence) and not isinstance(mask, str) else [mask] * rows
     if len(masks) != rows or not all(m is None or callable(m) for m in masks):
-        raise InputError(f"mask must be a function, or a list of {rows} functions, got {mask!r}")
+        raise InputError(f"mask must be a function, or a list of {rows} functions, got {show(mask)}")
     return Decoding(
-        samplings, masks, min_tokens, frozenset(map(int, stop_ids)), ignore_eos, top if logprobs or top else None
+        whole_number("max_tokens", max_tokens),
+        samplings,
+        masks,
+        min_tokens,
+        frozenset(map(int, stop_ids)),
+        ignore_eos,
+        top if logprobs or top else None,
     )
 
 
 def _each(name: str, value: Any, kind: type, count: int, what: str) -> list[Any]:
     values = [value] * count if isinstance(value, kind) else value
     if not isinstance(values, Sequence) or not all(isinstance(x, kind) for x in values):
-        raise InputError(f"{name} must be a {kind.__name__} or a list of them, got {value!r}")
+        raise InputError(f"{name} must be a {kind.__name__} or a list of them, got {show(value)}")
     if len(values) != count:
         raise InputError(f"{name} has {len(values)} values for {count} {what}s")
     return list(values)
 
 
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{name} must be a whole number of at least 0, got {value!r}")
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """The value as an int; InputError if it is none or less than `least`."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {show(value)}")
     return int(value)
+
+
+def _check_token(name: str, value: Any, vocab_size: int) -> None:
+    if whole_number(name, value) >= vocab_size:
+        raise InputError(f"{name} must be below {vocab_size}, the size of the vocabulary, got {value}")
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {value!r}")
+        raise InputError(f"{name} must be True or False, got {show(value)}")
     return value

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show, unknown_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +27,7 @@ LARGEST = 1e38  # of a logit; float32 ends at 3.4e38
 OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
 
 # Which tokens may come next: called with the token ids generated so far, returns bool [V], or None for all.
-Mask = Callable[[Sequence[int]], "Tensor | None"]
+Mask = Callable[[list[int]], "Tensor | None"]
 
 
 class UnseededOptions(TypedDict, total=False):
@@ -96,7 +96,7 @@ class Sampling:
         if self.order not in ORDERS:
             raise InputError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if not isinstance(self.logit_bias, Mapping):
-            raise InputError(f"logit_bias must be a dict, token id -> what is added, got {self.logit_bias!r}")
+            raise InputError(f"logit_bias must be a dict, token id -> what is added, got {show(self.logit_bias)}")
         for token, bias in self.logit_bias.items():
             _expect("a token in logit_bias", token, 0, math.inf, whole=True)
             if bias != -math.inf:
@@ -111,7 +111,7 @@ class Sampling:
         known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:
-                raise InputError(f"unknown sampling option {name!r}; choose from {', '.join(known)}")
+                raise unknown_name("sampling option", name, known)
         return replace(self, **changes)
 
 
@@ -124,10 +124,10 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()):
         self.sampling = sampling
         self._prompt = prompt
-        self._drawn = torch.zeros(0, dtype=torch.bool)  # [V] once logits have shown how many
+        self._drawn = torch.zeros(0, dtype=torch.bool, device="cpu")  # [V] once logits have shown how many
         self._repeated = self._drawn  # [V], drawn or in the prompt
-        self._counts = torch.zeros(0, dtype=torch.float64)  # [V], how often each was drawn, faded
-        self._random = torch.Generator()
+        self._counts = torch.zeros(0, dtype=torch.float64, device="cpu")  # [V], how often each was drawn, faded
+        self._random = torch.Generator("cpu")
         if sampling.seed is None:
             self._random.seed()
         else:
@@ -140,7 +140,7 @@ class Sampler:
             token = int(logits.argmax())
         else:
             total = probabilities(logits, self.sampling).cumsum(0, dtype=torch.float64)
-            point = torch.rand((), generator=self._random, dtype=torch.float64) * total[-1]
+            point = torch.rand((), generator=self._random, dtype=torch.float64, device="cpu") * total[-1]
             token = min(int(torch.searchsorted(total, point, right=True)), len(total) - 1)
         self._count(token)
         return token
@@ -161,8 +161,6 @@ class Sampler:
             penalty = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
             logits = torch.where(self._repeated, logits * penalty, logits)
         for token, bias in options.logit_bias.items():
-            if not 0 <= token < size:
-                raise InputError(f"logit_bias: token {token} is outside the vocabulary of {size}")
             logits[token] += bias
         if options.presence_penalty or options.frequency_penalty:
             often = options.frequency_penalty * self._counts.float()
@@ -178,7 +176,7 @@ class Sampler:
             logits[list(banned)] = -math.inf
         logits.clamp_(max=LARGEST)  # what a bias or a penalty of 1e39 makes is infinite in float32
         if logits.max() == -math.inf:
-            raise InputError("no token is left to choose: logit_bias or the mask bans them all")
+            raise InputError("no token is left to choose: logit_bias, the mask or min_tokens bans them all")
         return logits
 
     def _count(self, token: int) -> None:
@@ -232,7 +230,12 @@ def _nucleus(p: Tensor, mass: float) -> float:
 
 def _expect(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
     kind = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or not -math.inf < value < math.inf
+        or not low <= value <= high
+    ):
         what = "a whole number" if whole else "a number"
         bounds = f" of at least {low}" if high == math.inf else f" from {low} to {high}"
-        raise InputError(f"{name} must be {what}{bounds if low > -math.inf else ''}, got {value!r}")
+        raise InputError(f"{name} must be {what}{bounds if low > -math.inf else ''}, got {show(value)}")

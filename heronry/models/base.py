@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..ops.dispatch import assume_constant_result
 from ..ops.packing import boundaries
 from . import native_step
@@ -210,6 +210,8 @@ class Model(Network):
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
     ) -> tuple[State, Boundaries | None]:
         """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"tokens must be a torch.Tensor of integers [B, T], got {show(tokens)}")
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
             what = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
             raise InputError(f"tokens must be integers (int64 or int32) [B, T] with T >= 1, got {what}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,6 +64,14 @@ class State:
             assert self._stacks is not None
             self._layers = tuple(map(LayerState, *(x.unbind(0) for x in self._stacks)))
         return self._layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which would write all layers for each of them where they are views of one tensor."""
+        compact = self._map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+        return compact.__dict__
+
+    def __repr__(self) -> str:
+        return f"State({self.rows} rows, {len(self.layers)} layers, {self.nbytes / 1e6:.3g} MB)"
 
     def __len__(self) -> int:
         """Sequences (rows)."""

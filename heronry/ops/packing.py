@@ -58,10 +58,10 @@ class Chunks:
         steps = -(-max(lengths) // length)
         self.alive = [sum(n > j * length for n in lengths) for j in range(steps)]
         first = [0, *accumulate(self.alive)]  # where step j's chunks begin
-        place = torch.empty(tokens, dtype=torch.long)  # token -> its row in the flattened chunks
+        place = torch.empty(tokens, dtype=torch.long, device="cpu")  # token -> its row in the flattened chunks
         for row, s in enumerate(self.order):
-            t = torch.arange(lengths[s])
-            step_start = torch.tensor(first)[t // length]
+            t = torch.arange(lengths[s], device="cpu")
+            step_start = torch.tensor(first, device="cpu")[t // length]
             place[cu[s] : cu[s + 1]] = (step_start + row) * length + t % length
         self.place = place
 

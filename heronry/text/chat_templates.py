@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, show
 
 ROLES = ("system", "user", "assistant")
 FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}  # what chat models are used with
@@ -61,7 +61,7 @@ class Template:
     def clean(self, message: str) -> str:
         """A message as the model gets to see it; InputError if nothing is left of it."""
         if not isinstance(message, str):
-            raise InputError(f"a message must be a text, got {message!r}")
+            raise InputError(f"a message must be a text, got {show(message)}")
         message = message.replace("\r\n", "\n").strip()
         if not message:
             raise InputError("the message is empty")
@@ -78,14 +78,18 @@ def read_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]
     checked: list[dict[str, str]] = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InputError(f"messages[{i}] must be a dict with role and content, got {message!r}")
+            raise InputError(f"messages[{i}] must be a dict with role and content, got {show(message)}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, got {role!r}")
+            raise InputError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, got {show(role)}")
         if not isinstance(content, str):
-            raise InputError(f"messages[{i}]: content must be a text, got {content!r}")
-        last = checked[-1]["role"] if checked else "system"
-        if role != ("assistant" if last == "user" else "user") and (i > 0 or role == "assistant"):
+            raise InputError(f"messages[{i}]: content must be a text, got {show(content)}")
+        if role != "assistant" and not content.strip():
+            raise InputError(f"messages[{i}]: the message is empty")
+        last = checked[-1]["role"] if checked else None
+        if role == "assistant" and last is None:
+            raise InputError(f"messages[{i}]: a conversation begins with 'system' or 'user', got {role!r}")
+        if last is not None and role != ("assistant" if last == "user" else "user"):
             raise InputError(f"messages[{i}]: a message of {role!r} cannot follow one of {last!r}")
         checked.append({"role": role, "content": content})
     return checked

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from ..errors import InputError
+from ..errors import InputError, show
 from .utf8 import ByteStream, encode_utf8
 from .world import WorldTokenizer
 
@@ -46,6 +46,7 @@ class Stream(Protocol):
         """The rest at the end: "", or U+FFFD for an incomplete character."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
@@ -166,8 +167,10 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
         InputError: the file is missing or not a tokenizer, or the tokenizer does not fit the model.
     """
     tokenizer: Tokenizer
-    if not isinstance(spec, str | Path):
+    if isinstance(spec, Tokenizer):
         tokenizer = spec
+    elif not isinstance(spec, str | Path):
+        raise InputError(f"tokenizer must be a name, a path or a Tokenizer, got {show(spec)}")
     elif spec == "bytes":
         tokenizer = ByteTokenizer()
     elif spec == "world":

@@ -31,7 +31,7 @@ class WorldTokenizer:
     vocab_size = COUNT + 1
 
     def __init__(self) -> None:
-        self._encode = _find_encoder()
+        _find_encoder()  # takes some milliseconds the first time
 
     @property
     def vocabulary(self) -> tuple[bytes, ...]:
@@ -39,7 +39,7 @@ class WorldTokenizer:
         return read_vocabulary()
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(encode_utf8(text))
+        return _find_encoder()(encode_utf8(text))
 
     def decode(self, tokens: Iterable[int]) -> str:
         vocabulary = self.vocabulary

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from ..models import MODELS, VISION_MODELS
 from ..models.vision import SHIFTS
 from ..quantization import FORMATS
@@ -273,11 +273,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     sections = {}
     for name, settings in values.items():
         if name not in section_types or not isinstance(settings, Mapping):
-            raise InputError(f"unknown section {name!r}; choose from {', '.join(section_types)}")
+            raise unknown_name("section", name, section_types)
         types_by_key = typing.get_type_hints(section_types[name])
         for key in settings:
             if key not in types_by_key:
-                raise InputError(f"unknown setting {name}.{key}; choose from {', '.join(types_by_key)}")
+                raise unknown_name(f"{name} setting", key, types_by_key)
         arguments = {key: _convert(f"{name}.{key}", types_by_key[key], x) for key, x in settings.items()}
         sections[name] = section_types[name](**arguments)
     return Config(**sections)

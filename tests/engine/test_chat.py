@@ -354,9 +354,9 @@ def test_an_error_leaves_the_conversation_as_it_was(random_checkpoint):
     chat.say("a", max_tokens=5)
     before = chat.messages
     for options, message in [
-        ({"logit_bias": {999: 1.0}}, "token 999"),
+        ({"logit_bias": {999: 1.0}}, "a token in logit_bias must be below 256"),
         ({"max_tokens": -1}, "max_tokens must be"),
-        ({"stop_token_ids": [10**6]}, "stop id 1000000"),
+        ({"stop_token_ids": [10**6]}, "a token in stop_token_ids must be below 256"),
     ]:
         for move in (partial(chat.say, "b"), chat.retry):
             with pytest.raises(InputError, match=message):

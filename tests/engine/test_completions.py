@@ -200,7 +200,7 @@ def test_the_end_of_text_and_what_holds_it_off(model):
     assert free[7] not in held.token_ids[: first + 3]
     stopped = llm.generate("a", 20, stop_token_ids=[free[3]], ignore_eos=True, **GREEDY)
     assert stopped.token_ids == free[: free.index(free[3])]
-    with pytest.raises(InputError, match="stop id 256 is outside the vocabulary of 256"):
+    with pytest.raises(InputError, match="a token in stop_token_ids must be below 256"):
         llm.generate("a", stop_token_ids=[256])
 
 
@@ -375,10 +375,10 @@ def test_the_answer_to_a_list_of_messages(scripted):
 def test_messages_that_are_refused(llm):
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     for messages, message in [
-        ([], "the last message must be from the user"),
+        ([], "there are no messages"),
         ([user, assistant], "the last message must be from the user"),
         ([user, user], r"messages\[1\]: a message of 'user' cannot follow one of 'user'"),
-        ([assistant], r"messages\[0\]: a message of 'assistant' cannot follow"),
+        ([assistant], r"messages\[0\]: a conversation begins with 'system' or 'user\'"),
         (
             [user, {"role": "system", "content": "x"}],
             r"messages\[1\]: a message of 'system' cannot follow one of 'user'",
@@ -483,3 +483,88 @@ def test_an_answer_that_its_chat_has_left_behind(llm):
     with pytest.raises(InputError, match="the conversation moved on"):
         chat.say("a", 5, mask=lambda ids: chat.undo() and None)
     assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate("a", tempreature=0.5), "unknown option 'tempreature'; did you mean 'temperature'"),
+        (lambda llm: llm.chat().say("a", state=1), "unknown option 'state'; "),
+        (lambda llm: llm.chat().say("a", n=2), "unknown option 'n'; choose from max_tokens, stream, temperature"),
+        (lambda llm: llm.stream_async("a", stream=True), "unknown option 'stream'; "),
+        (lambda llm: llm.chat(temperature=0.5), "temperature is given to say"),
+        (lambda llm: llm.chat(max_tokens=5), "max_tokens is given to say"),
+        (lambda llm: llm.chat(template=5), "template must be a Template or the name of one, got 5"),
+        (lambda llm: llm.chat([{"role": "system", "content": "a"}], system="b"), "the last message must be from"),
+        (
+            lambda llm: llm.chat([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], system="c"),
+            "a system text was given twice",
+        ),
+        (lambda llm: llm.chat([{"role": "user", "content": " "}]), r"messages\[0\]: the message is empty"),
+        (lambda llm: llm.generate(b"abc"), "a prompt must be a text or a list of token ids, got b'abc'"),
+        (lambda llm: llm.generate("a", Sampling()), "max_tokens must be a whole number of at least 0, got a Sampling"),
+        (lambda llm: llm.generate("a", mask=torch.ones(30, 30)), "mask must be a function, .*, got a Tensor$"),
+        (lambda llm: llm.generate("a", progress=True), "progress must be a function of .*, got True"),
+        (lambda llm: llm.generate("a", temperature=10**400), "temperature must be a number of at least 0"),
+        (lambda llm: LLM(5), "give the path of a model, or a Model, got 5"),
+        (lambda llm: LLM(llm.model, tokenizer=5), "tokenizer must be a name, a path or a Tokenizer, got 5"),
+        (lambda llm: llm.model([1, 2]), "tokens must be a torch.Tensor of integers"),
+        (lambda llm: llm.chat().fork(""), "a branch needs a name, got ''"),
+    ],
+)
+def test_an_argument_at_the_wrong_door_is_named(llm, call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call(llm)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 500
+
+
+def test_numbers_of_numpy_are_whole_numbers(llm):
+    one, other = llm.generate("a", np.int64(3), n=np.int64(2), seed=np.int64(7))
+    assert (one.token_ids, other.token_ids) == tuple(llm.generate("a", 3, seed=i).token_ids for i in (7, 8))
+
+
+def test_arguments_are_checked_before_the_prompt_is_read(llm, monkeypatch):
+    monkeypatch.setattr("heronry.engine.llm.prefill", lambda *_, **__: pytest.fail("the prompt was read"))
+    for options in ({"max_tokens": -1}, {"stop_token_ids": [256]}, {"logit_bias": {256: 1.0}}):
+        with pytest.raises(InputError):
+            llm.generate("a long prompt", **options)
+
+
+def test_a_callback_that_raises_stop_iteration_ends_the_task(llm):
+    numbers = iter([1])
+
+    async def run():
+        await llm.generate_async("a" * 2000, 5, progress=lambda done, total: next(numbers))
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_pickle_holds_each_number_of_a_state_once(llm):
+    completion = llm.generate("hello", 3)
+    assert len(pickle.dumps(completion)) < 1.5 * completion.state.nbytes + 5000
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_defaults_of_the_process_change_nothing(tmp_path, random_checkpoint, version, quantize):
+    torch.save(random_checkpoint(version, vocab=256, ffn=224), tmp_path / "model.pth")
+
+    def run() -> list:
+        llm = LLM(tmp_path / "model.pth", tokenizer="bytes", quantize=quantize)
+        options = {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "logit_bias": {3: -1.0}}
+        rows = llm.generate(["a prompt of many tokens " * 5, "b"], 4, seed=3, **options)
+        with torch.inference_mode():  # more rows than the native step takes
+            logits, _ = llm.model(torch.full((200, 3), 7, device="cpu"))
+        return [row.token_ids for row in rows] + [logits.double().sum().item()]
+
+    expected = run()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert run() == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert run() == expected

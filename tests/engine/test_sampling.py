@@ -180,8 +180,6 @@ def test_logit_bias():
     assert Sampler(Sampling(temperature=0, logit_bias={2: -math.inf})).pick(logits) == 1
     assert Sampler(Sampling(temperature=0, logit_bias={0: 2.5})).pick(logits) == 0
     assert {Sampler(Sampling(seed=i, logit_bias={0: 100})).pick(logits) for i in range(20)} == {0}
-    with pytest.raises(InputError, match="token 3 is outside the vocabulary of 3"):
-        Sampler(Sampling(logit_bias={3: 1.0})).pick(logits)
     with pytest.raises(InputError, match="bans them all"):
         Sampler(Sampling(logit_bias=dict.fromkeys(range(3), -math.inf))).pick(logits)
 
@@ -219,7 +217,7 @@ def test_logits_of_any_dtype(dtype):
         ({"order": "random"}, "order must be one of temperature-first, top-p-first, got 'random'"),
         ({"logit_bias": {5: math.nan}}, "logit_bias of token 5 must be a number, got nan"),
         ({"logit_bias": {5: math.inf}}, "logit_bias of token 5"),
-        ({"topp": 0.5}, "unknown sampling option 'topp'; choose from temperature, top_k"),
+        ({"topp": 0.5}, "unknown sampling option 'topp'; did you mean 'top_p'?"),
     ],
 )
 def test_what_is_out_of_range_is_named(options, message):

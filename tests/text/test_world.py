@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -149,11 +151,16 @@ def test_without_a_compiler_python_encodes(monkeypatch):
     monkeypatch.setattr(build, "library", lambda source: None)
     world._find_encoder.cache_clear()
     try:
-        tokenizer = WorldTokenizer()
+        assert isinstance(world._find_encoder(), PythonEncoder)
+        assert WorldTokenizer().encode("Hello\n\nUser: hi") == [33155, 261, 24281, 59, 4571]
     finally:
         world._find_encoder.cache_clear()
-    assert isinstance(tokenizer._encode, PythonEncoder)
-    assert tokenizer.encode("Hello\n\nUser: hi") == [33155, 261, 24281, 59, 4571]
+
+
+def test_it_can_be_copied_and_pickled():
+    tokenizer = WorldTokenizer()
+    for copied in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert copied.encode("Hello\n\nUser: hi") == [33155, 261, 24281, 59, 4571]
 
 
 def test_the_file_holds_the_published_vocabulary():

@@ -17,8 +17,8 @@ from heronry.train.optim import build_optimizer
 from heronry.train.schedule import lr_factor, set_lr
 
 WRONG = [
-    ("optimizer.lr=1", "unknown section 'optimizer'; choose from model, data, optim, run"),
-    ("optim.rate=1", "unknown setting optim.rate; choose from lr, lr_final"),
+    ("optimizer.lr=1", "unknown section 'optimizer'; did you mean 'optim'?"),
+    ("optim.rate=1", "unknown optim setting 'rate'; choose from lr, lr_final"),
     ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
     ("optim.lr=0", "optim.lr must be positive, got 0.0"),
     ("optim.betas=[0.9]", "optim.betas must be 2 numbers, got [0.9]"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import InputError
+from ...errors import InputError, unknown_name
 from ..base import Network
 from ..layers import Linear, widen
 
@@ -66,7 +66,7 @@ def check_config(config: Any) -> None:
     if config.image_size < config.patch_size or config.image_size % config.patch_size:
         raise InputError(f"image_size {config.image_size} is not made of patches of {config.patch_size}")
     if config.shift not in SHIFTS:
-        raise InputError(f"unknown shift {config.shift!r}; choose from {', '.join(SHIFTS)}")
+        raise unknown_name("shift", config.shift, SHIFTS)
     if not 0 <= config.drop_path < 1:
         raise InputError(f"drop_path must lie in [0, 1), got {config.drop_path}")
     if not config.decay_lr > 0:

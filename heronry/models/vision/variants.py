@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ... import formats
-from ...errors import InputError
+from ...errors import InputError, unknown_name
 from ...formats.lazy_tensor import LazyTensor
 from .model import VisionModel
 from .vrwkv import VRWKV, VRWKVConfig
@@ -43,7 +43,7 @@ def create(
         InputError: an unknown name or setting, a file of another variant.
     """
     if name not in VARIANTS:
-        raise InputError(f"unknown model {name!r}; choose from {', '.join(VARIANTS)}")
+        raise unknown_name("model", name, VARIANTS)
     variant = VARIANTS[name]
     known = {field.name for field in fields(variant)}
     unknown = [key for key in changes if key not in known]

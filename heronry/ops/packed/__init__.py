@@ -93,7 +93,7 @@ def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor
     if x.device.type != "cpu" or x.dtype not in DTYPES or not has_native_body("packed"):
         return reference(x, data, scales, rows)
     x = x.contiguous()
-    y = torch.empty(len(x), rows)
+    y = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
     matrix = (ctypes.c_int64 * 6)(*describe(data, scales, rows))
     dtype, count, threads = map(ctypes.c_int64, (DTYPES.index(x.dtype), len(x), torch.get_num_threads()))
     where = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))

@@ -505,7 +505,7 @@ def test_an_answer_that_its_chat_has_left_behind(llm):
         (lambda llm: llm.generate("a", Sampling()), "max_tokens must be a whole number of at least 0, got a Sampling"),
         (lambda llm: llm.generate("a", mask=torch.ones(30, 30)), "mask must be a function, .*, got a Tensor$"),
         (lambda llm: llm.generate("a", progress=True), "progress must be a function of .*, got True"),
-        (lambda llm: llm.generate("a", temperature=10**400), "temperature must be a number of at least 0"),
+        (lambda llm: llm.generate("a", presence_penalty=10**400), "presence_penalty must be a number, got a int"),
         (lambda llm: LLM(5), "give the path of a model, or a Model, got 5"),
         (lambda llm: LLM(llm.model, tokenizer=5), "tokenizer must be a name, a path or a Tokenizer, got 5"),
         (lambda llm: llm.model([1, 2]), "tokens must be a torch.Tensor of integers"),

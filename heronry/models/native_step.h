@@ -1,28 +1,28 @@
-// What the steps of all generations share: norms, token shift, low-rank matrices, the way in and out.
+// Shared by the native steps of all generations: norms, token shift, low-rank products, embedding and head.
 #pragma once
 
 #include <initializer_list>
 
 #include "team.h"
 
-// ---- what Python hands over ----------------------------------------------------------------------------------------
+// ---- arguments from Python -----------------------------------------------------------------------------------------
 
-// One call of a model's step; native_step.py fills it. Rows are tokens, those of one sequence in a row.
+// The arguments of one step, filled in by native_step.py. A row is a token; the rows of a sequence are contiguous.
 struct Call {
-    const void *model, *layers;  // Tensors, in the order of the names that the step exports
+    const void *model, *layers;  // arrays of Tensor, in the order of model_names() and layer_names()
     int64_t layer_count, threads;
     int64_t rows, sequences, channels, attention, heads, hidden, vocabulary;
     const int64_t *tokens, *starts;  // [rows], [sequences + 1]
-    const float* const* entering;    // att_shift, wkv, ffn_shift of every layer
-    float *att_shift, *wkv, *ffn_shift;  // [layers, sequences, ...], of the states that leave
-    float* logits;                       // [rows, vocabulary], with last_only [sequences, vocabulary]
+    const float* const* entering;    // [3 * layers]: att_shift, wkv, ffn_shift of every layer before the step
+    float *att_shift, *wkv, *ffn_shift;  // [layers, sequences, ...]: the states after the step
+    float* logits;                       // [rows, vocabulary]; with last_only [sequences, vocabulary]
     int64_t last_only;
     double ln_x_eps;
 };
 
 // ---- vectors -------------------------------------------------------------------------------------------------------
 
-// the first n numbers of a register, zeros for the rest
+// loads n numbers into a register and zeros the other lanes; n may exceed the width or be negative
 INLINE Reg<float> get_some(const float* from, int64_t n) {
     if (n >= WIDTH<float>) return get(from);
     float rest[WIDTH<float>] = {};
@@ -33,7 +33,7 @@ INLINE void put_some(float* to, const Reg<float>& x, int64_t n) {
     if (n >= WIDTH<float>) return put(to, x);
     memcpy(to, &x, (n > 0 ? n : 0) * 4);
 }
-// of 16 numbers likewise
+// the same for a Vec of 16 numbers
 INLINE Vec<float> load_some(const float* from, int64_t n) {
     if (n >= 16) return load(from);
     return Vec<float>::each([&](int i) { return get_some(from + i * WIDTH<float>, n - i * WIDTH<float>); });
@@ -42,9 +42,9 @@ INLINE void store_some(float* to, const Vec<float>& x, int64_t n) {
     if (n >= 16) return store(to, x);
     for (int i = 0; i < Vec<float>::PARTS; i++) put_some(to + i * WIDTH<float>, x.part[i], n - i * WIDTH<float>);
 }
-// x with zeros for all but the first n
+// x with every lane after the first n set to zero
 INLINE Vec<float> first(const Vec<float>& x, int64_t n) { return n >= 16 ? x : load_some((const float*)&x, n); }
-// 16 numbers of a weight from number i on, zeros past the end of its row
+// columns i .. i + 15 of a row of w as floats, zeros past the end of the row
 INLINE Vec<float> at(const Tensor& w, int64_t i, int64_t row = 0) {
     const char* from = w.data + (row * w.columns + i) * bytes(w.dtype);
     if (i + 16 <= w.columns) return load16(from, w.dtype);
@@ -60,7 +60,7 @@ INLINE Vec<float> squared_relu(Vec<float> x) {
 struct Moments {
     float mean, scale;  // scale: 1 / standard deviation
 };
-// of n numbers; x is padded with zeros to whole vectors
+// mean and 1 / standard deviation of x[0] .. x[n - 1]; x must be zero-padded to whole vectors of 16
 INLINE Moments moments(const float* x, int64_t n, double eps) {
     Vec<float> total{}, squares{};
     for (int64_t i = 0; i < n; i += 16) total += load(x + i);
@@ -74,7 +74,7 @@ INLINE Moments moments(const float* x, int64_t n, double eps) {
 
 constexpr double LN_EPS = 1e-5;
 
-// x = ln0(emb[token]), every thread its rows
+// x = ln0(emb[token]); the rows are dealt out to the threads
 inline void embed(const Member& me, const Call& c, const Tensor& emb, const Tensor& weight, const Tensor& bias,
                   const Rows& x) {
     for (int64_t m = me.index; m < c.rows; m += me.count) {
@@ -85,8 +85,9 @@ inline void embed(const Member& me, const Call& c, const Tensor& emb, const Tens
     }
 }
 
-// Layer norm and token shift in the channels `own`: mix(m, i, x, before) for every row m and 16 channels from i on, x
-// the normalised input and `before` that of the token before. What the next call needs of it goes to `leaving`.
+// Layer norm and token shift for the channels in `own`. Calls mix(m, i, x, before) for every row m and every 16
+// channels from i on: x is the normalised input, `before` that of the previous token, read from `entering` for the
+// first token of a sequence. That of its last token is written to `leaving`, the shift state of the next call.
 template <class F>
 INLINE void norm_and_shift(const Call& c, Range own, const Rows& x, const Tensor& weight, const Tensor& bias,
                            float* normed, const float* entering, float* leaving, const F& mix) {
@@ -106,7 +107,7 @@ INLINE void norm_and_shift(const Call& c, Range own, const Rows& x, const Tensor
         }
 }
 
-// x += W y in the channels `own`
+// x += W y for the channels in `own`; `scratch` has the layout of x
 INLINE void add_matmul(const Tensor& w, const Rows& y, const Rows& x, float* scratch, Range own) {
     matmul(w, y, scratch, x.stride, own);
     for (int64_t m = 0; m < x.count; m++)
@@ -114,14 +115,14 @@ INLINE void add_matmul(const Tensor& w, const Rows& y, const Rows& x, float* scr
             store_some(x.row(m) + i, load(x.row(m) + i) + load(scratch + m * x.stride + i), own.end - i);
 }
 
-// Low-rank matrices lie the other way round, [in, out]: y[m, c] = sum_i x[m, i] w[i, c] for the columns in `own`, here
-// for V registers of columns from c on, of which n are there, and M rows.
+// Low-rank matrices are stored transposed, [in, out]: y[m, c] = sum_i x[m, i] w[i, c]. This block computes M rows and V
+// registers of columns from c on. n columns are left from c on, fewer than a register only if V is 1.
 template <int64_t DTYPE, int V, int M>
 INLINE void low_rank_block(const Tensor& w, const float* x, int64_t stride, float* y, int64_t to, int64_t c, int64_t n) {
     constexpr int64_t size = DTYPE == FLOAT32 ? 4 : 2, L = WIDTH<float>;
     Reg<float> total[M][V] = {};
     const int64_t pitch = w.columns * size;
-    const int64_t ahead = (4096 / pitch + 1) * pitch;  // the pieces of rows lie apart: nobody else sends for them
+    const int64_t ahead = (4096 / pitch + 1) * pitch;  // pieces a row apart: the hardware prefetcher misses them
     const char* from = w.data + c * size;
     for (int64_t i = 0; i < w.rows; i++, from += pitch) {
         for (int64_t byte = 0; byte < V * L * size; byte += 64) __builtin_prefetch(from + ahead + byte);
@@ -177,7 +178,7 @@ inline void low_rank(const Tensor& w, const float* x, int64_t stride, int64_t ro
     }
 }
 
-// logits = head(ln_out(x)), of the last tokens only where only they are wanted
+// logits = head(ln_out(x)); with last_only, for the last token of each sequence only
 inline void read_out(Member& me, const Call& c, const Rows& x, const Tensor& weight, const Tensor& bias,
                      const Tensor& head, const Rows& out) {
     for (int64_t m = me.index; m < out.count; m += me.count) {
@@ -191,7 +192,7 @@ inline void read_out(Member& me, const Call& c, const Rows& x, const Tensor& wei
     matmul(head, out, c.logits, c.vocabulary, me.part(c.vocabulary));
 }
 
-// The channel mix of RWKV-4 to 6 from its mixed and packed inputs on: x += sigmoid(R xr) * V relu(K xk)^2
+// The channel mix of RWKV-4 to 6, given its token-shifted and packed inputs: x += sigmoid(R xr) * V relu(K xk)^2
 inline void gated_channel_mix(Member& me, const Tensor& receptance, const Rows& xr, const Tensor& key, const Rows& xk,
                               const Tensor& value, const Rows& hidden, float* gate, float* added, const Rows& x) {
     const Range own = me.part(x.width), own_hidden = me.part(hidden.width);
@@ -211,21 +212,21 @@ inline void gated_channel_mix(Member& me, const Tensor& receptance, const Rows& 
         }
 }
 
-// What a head of RWKV-5 or 6 reads and how it is normed. r, k, v and g are [rows, attention]; g comes without its SiLU
-// and is null where nothing gates.
+// The inputs and norm weights of the heads of RWKV-5 or 6. r, k, v and g are [rows, attention]; g is taken before its
+// SiLU, and is null if there is no gate.
 struct HeadInput {
     const float *r, *k, *v, *g;
     int64_t stride;
     const Tensor &norm_weight, &norm_bias;
 };
 
-// Head h for all tokens of sequence s: y = (S + v (u k)^T) r, S = S diag(w) + v k^T, norm, gate. bonus(i) is u and
-// decay(m, i) the w of token m, at 16 channels of the head from i on.
+// Head h for all tokens of sequence s: y = (S + v (u k)^T) r, then S = S diag(w) + v k^T, then norm and gate. bonus(i)
+// returns u and decay(m, i) the w of token m, for 16 channels of the head from i on.
 template <int SIZE, class U, class W>
 INLINE void head_with_bonus(const Call& c, int64_t h, int64_t s, const HeadInput& from, const U& bonus, const W& decay,
                             const float* entering, float* state, const Rows& out) {
     const int64_t size = SIZE ? SIZE : c.attention / c.heads, begin = h * size;
-    constexpr int MOST = SIZE ? SIZE : 512;  // native_step.py sees to it
+    constexpr int MOST = SIZE ? SIZE : 512;  // MAX_HEAD_SIZE in native_step.py, which rules out larger heads
     alignas(64) float r[MOST], w[MOST], k[MOST], v[MOST], y[MOST];
     for (int64_t m = c.starts[s]; m < c.starts[s + 1]; m++) {
         const int64_t row = m * from.stride + begin;
@@ -272,6 +273,6 @@ INLINE void head_with_bonus(const Call& c, int64_t h, int64_t s, const HeadInput
     }
 }
 
-// The names of a struct of Tensors, so that Python fills it without a list of its own.
+// The fields of a struct of Tensors, and their names: Python takes the order from them and needs no list of its own.
 #define TENSOR(field, name) Tensor field;
 #define NAME(field, name) name " "

@@ -1,7 +1,8 @@
-// A step of RWKV-4 "Dove" for a few tokens: rwkv4.py in one call, read from top to bottom alike.
+// A step of RWKV-4 "Dove" for a few tokens: the forward pass of rwkv4.py in one call, in the same order.
 //
-// Activations between the matrices stay in float32. Threads share every phase and wait for each other where the next
-// one needs all of the last; the recurrence has no heads, so each thread goes on with the channels that it made.
+// Activations between the matrices stay in float32. Threads split every phase and synchronise where the next phase
+// needs all of the previous one. The recurrence works per channel, so each thread continues with the channels that it
+// computed.
 
 #include "native_step.h"
 
@@ -26,14 +27,14 @@ struct Layer { LAYER(TENSOR) };
 EXPORT const char* model_names() { return MODEL(NAME); }
 EXPORT const char* layer_names() { return LAYER(NAME); }
 
-// What the matrices made of the tokens, [rows, attention]; r without its sigmoid.
+// The projections of the tokens, [rows, attention]; r is taken before its sigmoid.
 struct Projected {
     const float *r, *k, *v;
     int64_t stride;
 };
 
-// 16 channels from i on, for all tokens of sequence s: the mean of the values with weights e^key, gated. The state is
-// the triple (a, b, p) at `entering`, `state` and one and two rows of A numbers further.
+// 16 channels from i on, for all tokens of sequence s: the mean of the values weighted by e^key, gated. The state is
+// the triple (a, b, p), three rows of A numbers, read from `entering` and written to `state`.
 void run_channels(const Call& c, const Layer& layer, int64_t i, int64_t s, const Projected& from, const float* entering,
                   float* state, const Rows& y) {
     const int64_t A = c.attention, n = A - i;
@@ -43,7 +44,7 @@ void run_channels(const Call& c, const Layer& layer, int64_t i, int64_t s, const
         const int64_t place = m * from.stride + i;
         const Vec<float> r = load_some(from.r + place, n), k = load_some(from.k + place, n);
         const Vec<float> v = load_some(from.v + place, n);
-        // the units are subtracted first: ops/wkv4/reference.py says why
+        // units are subtracted first; ops/wkv4/reference.py says why
         Vec<float> unit = larger(p, k + u);
         Vec<float> old = exp(p - unit), now = exp(k - unit + u);
         store_some(y.row(m) + i, sigmoid(r) * ((old * a + now * v) / (old * b + now)), n);

@@ -1,7 +1,8 @@
-// A step of RWKV-5 "Eagle" (5.0, 5.1, 5.2) for a few tokens: rwkv5.py in one call, read from top to bottom alike.
+// A step of RWKV-5 "Eagle" (5.0, 5.1, 5.2) for a few tokens: the forward pass of rwkv5.py in one call, in the same
+// order.
 //
-// Activations between the matrices stay in float32. Threads share every phase and wait for each other where the next
-// one needs all of the last.
+// Activations between the matrices stay in float32. Threads split every phase and synchronise where the next phase
+// needs all of the previous one.
 
 #include "native_step.h"
 
@@ -30,7 +31,7 @@ struct Layer { LAYER(TENSOR) };
 EXPORT const char* model_names() { return MODEL(NAME); }
 EXPORT const char* layer_names() { return LAYER(NAME); }
 
-// 16 numbers of head h from i on, of a weight with a number a channel (5.2) or one a head
+// 16 numbers of head h from channel i on; the weight has one number per channel (5.2) or one per head
 INLINE Vec<float> of_head(const Call& c, const Tensor& w, int64_t h, int64_t i) {
     const bool per_channel = w.rows == c.heads && w.columns == c.attention / c.heads;
     return per_channel ? at(w, i, h) : Vec<float>(at(w, h)[0]);

@@ -1,7 +1,7 @@
-// A step of RWKV-6 "Finch" for a few tokens: rwkv6.py in one call, read from top to bottom alike.
+// A step of RWKV-6 "Finch" for a few tokens: the forward pass of rwkv6.py in one call, in the same order.
 //
-// Activations between the matrices stay in float32. Threads share every phase and wait for each other where the next
-// one needs all of the last.
+// Activations between the matrices stay in float32. Threads split every phase and synchronise where the next phase
+// needs all of the previous one.
 
 #include "native_step.h"
 
@@ -31,7 +31,7 @@ struct Layer { LAYER(TENSOR) };
 EXPORT const char* model_names() { return MODEL(NAME); }
 EXPORT const char* layer_names() { return LAYER(NAME); }
 
-// low_w [rows, attention]: what the low-rank matrices add to the decay
+// low_w [rows, attention]: the output of the low-rank matrices, added to time_decay
 template <int SIZE>
 void run_head(const Call& c, const Layer& layer, int64_t h, int64_t s, const HeadInput& from, const float* low_w,
               const float* entering, float* state, const Rows& out) {

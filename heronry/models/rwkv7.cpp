@@ -1,7 +1,7 @@
-// A step of RWKV-7 "Goose" for a few tokens: rwkv7.py in one call, read from top to bottom alike.
+// A step of RWKV-7 "Goose" for a few tokens: the forward pass of rwkv7.py in one call, in the same order.
 //
-// Activations between the matrices stay in float32. Threads share every phase and wait for each other where the next
-// one needs all of the last.
+// Activations between the matrices stay in float32. Threads split every phase and synchronise where the next phase
+// needs all of the previous one.
 
 #include "native_step.h"
 
@@ -30,7 +30,7 @@ struct Layer { LAYER(TENSOR) };
 EXPORT const char* model_names() { return MODEL(NAME); }
 EXPORT const char* layer_names() { return LAYER(NAME); }
 
-// What the matrices made of the tokens, [rows, attention]; w, a, v_mix and g without bias and sigmoid.
+// The projections of the tokens, [rows, attention]; w, a and v_mix are taken before bias and sigmoid, g is complete.
 struct Projected {
     const float *r, *k, *v, *w, *a, *v_mix, *g;
     float* v_first;
@@ -42,7 +42,7 @@ template <int SIZE>
 void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t s, const Projected& from,
               const float* entering, float* state, const Rows& out) {
     const int64_t size = SIZE ? SIZE : c.attention / c.heads, begin = h * size;
-    constexpr int MOST = SIZE ? SIZE : 512;  // native_step.py sees to it
+    constexpr int MOST = SIZE ? SIZE : 512;  // MAX_HEAD_SIZE in native_step.py, which rules out larger heads
     alignas(64) float r[MOST], w[MOST], k[MOST], v[MOST], a[MOST], b[MOST], wr[MOST], y[MOST];
     for (int64_t m = c.starts[s]; m < c.starts[s + 1]; m++) {
         const int64_t row = m * from.stride + begin;
@@ -79,7 +79,7 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
         }
         const float b_r = sum<float>(br), k_r = sum<float>(kr), bonus = sum<float>(bonuses);
 
-        // S = S (diag(w) + a b^T) + v k^T, four rows at a time; y = S r out of the old S
+        // S = S (diag(w) + a b^T) + v k^T, four rows at a time; y = S r for the new S, computed from the old one
         const float* old = m == c.starts[s] ? entering : state;
         for (int64_t i = 0; i < size; i += 4) {
             const int rows = int(size - i < 4 ? size - i : 4);

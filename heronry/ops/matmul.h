@@ -1,15 +1,15 @@
 // y = W x for a few rows x at once, with W in any format: every weight is read once for up to BLOCK rows.
 //
-// What a format multiplies: FLOAT32 and FLOAT16 numbers as they are, BFLOAT16 activations rounded to bfloat16,
-// INT8 and INT4 activations rounded to 8-bit integers with one scale for each group of a row, so that a group is
-// one sum of integers. All sums are float32.
+// How activations enter a product: as they are for FLOAT32 and FLOAT16, rounded to bfloat16 for BFLOAT16, and for INT8
+// and INT4 rounded to 8-bit integers with one scale per group of a row, so that a group is one sum of integers. All
+// other sums are float32.
 //
-// A row of activations gives the same numbers to the last bit whatever other rows are there: which sums are taken, and
-// in which order, depends on the columns alone.
+// A row of activations gives bit-identical results whatever other rows are in the call: which sums are taken, and in
+// which order, depends on the columns alone.
 //
-// The layout of INT8 and INT4 (made in ops/packed): tiles of 16 output rows; in a tile, for every 4 inputs, 16 times
-// 4 bytes. INT8 holds q + 128. INT4 holds two such vectors in one, the first in the low halves of the bytes, as
-// places in a table of 16 values + 64. scales: float16 [tiles, groups, 16].
+// The layout of INT8 and INT4 weights (produced by ops/packed): tiles of 16 output rows; within a tile, every 4 inputs
+// make a vector of 64 bytes, 4 per output row. INT8 stores q + 128. INT4 stores two such vectors in one, the first in
+// the low nibbles, as indices into a table that holds 16 values + 64. scales: float16 [tiles, groups, 16].
 #pragma once
 
 #include <algorithm>
@@ -20,11 +20,11 @@
 enum Format : int64_t { INT8 = 4, INT4 = 5 };  // they continue Dtype
 constexpr int GROUP = 32;                      // weights, and activations, that share a scale
 
-struct Tensor {  // as Python hands it over
+struct Tensor {  // filled in by Python
     const char* data;
     const char* scales;
     int64_t dtype, rows, columns;
-    const uint8_t* table;  // of INT4
+    const uint8_t* table;  // the 16 values of INT4, + 64
 };
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -32,21 +32,22 @@ INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 struct Range {
     int64_t begin, end;
 };
-// the part of n that thread `index` of `count` takes, in whole units
+// the part of 0 .. n that thread `index` of `count` takes, in whole units
 INLINE Range share(int64_t n, int64_t unit, int index, int count) {
     const int64_t units = (n + unit - 1) / unit;
     const int64_t begin = units * index / count * unit, end = units * (index + 1) / count * unit;
     return {begin < n ? begin : n, end < n ? end : n};
 }
 
-// What is multiplied in place of the activations themselves.
+// How an activation that was rounded to bfloat16 is stored.
 #if defined(__AVX512BF16__)
-typedef uint16_t Half;  // products of bfloat16
+typedef uint16_t Half;  // bfloat16, which the processor multiplies
 #else
-typedef float Half;  // a bfloat16 as a float
+typedef float Half;  // the same value as a float
 #endif
-// An integer activation: a byte where four products of bytes are added at once. AVX2 does that too, but the sum of two
-// must fit 16 bits: of INT4, whose weights have 7 bits. Else 16 bits: of every 4, the first and third stand in front.
+// How an integer activation is stored: in 8 bits where one instruction adds four products of bytes. AVX2 can add them
+// too, but the sum of two products must fit 16 bits, as it does for INT4, whose weights have 7 bits. Otherwise in 16
+// bits, every 4 of them in the order 0, 2, 1, 3.
 #if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 template <int64_t FORMAT> using Whole = int8_t;
 #elif defined(__AVX2__)
@@ -55,21 +56,21 @@ template <int64_t FORMAT> using Whole = std::conditional_t<FORMAT == INT4, int8_
 template <int64_t FORMAT> using Whole = int16_t;
 #endif
 
-// Activations [count, width] with the copies that formats want, every row padded with zeros.
+// Activations [count, width] and the converted copies that some formats multiply; rows are padded with zeros.
 struct Rows {
     float* x;
     int64_t count, width, stride;
     Half* half;  // rounded to bfloat16
-    int16_t* q;    // rounded to -127 .. 127, as the Whole of the format
+    int16_t* q;    // rounded to -127 .. 127, stored as Whole<FORMAT>
     float* scale;  // of q, [count, stride / GROUP]
-    int32_t* sum;  // of a group's integers, which takes back what the weights are too large
+    int32_t* sum;  // of the integers of a group, to correct for the offset of the stored weights (128 or 64)
 
-    // Numbers from one row to the next: whole vectors, and not a multiple of 4096 bytes, at which the first cache has
-    // only 8 places.
+    // Row stride in numbers: whole vectors, and never a multiple of 4096 bytes, because lines that are 4096 bytes apart
+    // fall into one set of the L1 cache, which holds only 8.
     static INLINE int64_t padded(int64_t width) { return round_up(width, 64) + 32; }
     INLINE float* row(int64_t m) const { return x + m * stride; }
 
-    // makes the copy that `w` wants of the numbers begin .. end of row m; begin is a multiple of GROUP
+    // converts numbers begin .. end of row m to what the format of `w` multiplies; begin is a multiple of GROUP
     void pack(const Tensor& w, int64_t m, int64_t begin, int64_t end) const {
         const float* from = row(m);
         if (w.dtype == BFLOAT16) {
@@ -129,10 +130,10 @@ struct Rows {
 
 // ---- dense: FLOAT32, BFLOAT16, FLOAT16, row after row --------------------------------------------------------------
 
-// numbers that one step takes, and one step
+// How weights of a dtype are multiplied, STEP numbers at a time.
 template <int64_t DTYPE> struct Dense {
     static constexpr int STEP = WIDTH<float>;
-    static constexpr bool by_half = DTYPE == BFLOAT16;  // of the activations it takes that copy
+    static constexpr bool by_half = DTYPE == BFLOAT16;  // takes activations from Rows::half, not Rows::x
     typedef Reg<float> Number;
     static INLINE Number weights(const char* w) {
         return DTYPE == FLOAT32 ? get((const float*)w) : widen((const uint16_t*)w, DTYPE);
@@ -153,29 +154,29 @@ template <> struct Dense<BFLOAT16> {
 };
 #endif
 
-// A panel of weights has so many rows and columns; these columns are one sum. Narrow registers need many loads for a
-// product, so that panels must fit the first cache; with wide ones the second is fast enough.
+// A panel of weights has PANEL rows and CUT columns; the columns of a row are accumulated in one sum. With narrow
+// registers a product takes many loads, so panels must fit the L1 cache; with wide ones L2 is fast enough.
 constexpr int64_t CUT = REGISTER == 64 ? 1024 : 512, PANEL = REGISTER == 64 ? 32 : 8;
-// CHAINS sums of a row do not wait for each other: its steps belong to them in turn. Registers hold one sum of each of
-// TALL rows of weights with BLOCK of activations.
+// A row has CHAINS independent accumulators, to which its steps are added in turn, so that additions need not wait for
+// each other. Registers hold one accumulator for each of TALL rows of weights with each of BLOCK rows of activations.
 constexpr int CHAINS = REGISTER == 64 ? 1 : 2, TALL = 4, BLOCK = REGISTER == 64 ? 6 : 3;
-// Up to so many rows of activations meet the weights one row of them after the other, as they come from memory: that is
-// half as fast with several at once, for the processor's own prefetching follows one stream.
+// For up to STREAM rows of activations, weights are read from memory one row at a time: reading several rows at once is
+// half as fast, because the hardware prefetcher follows a single stream.
 constexpr int STREAM = REGISTER == 64 ? 6 : 4;
 
-// What lies where: rows of weights are `pitch` bytes apart, of activations `stride` bytes, of y `to` numbers.
+// Row strides: `pitch` bytes for the weights, `stride` bytes for the activations, `to` numbers for y.
 struct Place {
     int64_t columns, pitch, stride, to;
-    bool add;  // to what y holds already
-    // what is read soon lies `ahead` bytes on: of the TALL rows there, `from` to `until` are sent for
+    bool add;  // to y instead of overwriting it
+    // prefetch rows `from` .. `until` of the TALL rows that lie `ahead` bytes further on
     int64_t ahead = 0, from = 0, until = 0;
 };
 
-// at most CUT columns of R rows of weights times M rows of activations
+// R rows of weights times M rows of activations, over at most CUT columns
 template <int64_t DTYPE, int R, int M> INLINE void tile(const Place& at, const char* w, const char* x, float* y) {
     typedef Dense<DTYPE> D;
     constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = D::by_half ? sizeof(Half) : 4;
-    constexpr int WAYS = R == 1 ? CHAINS : 1;  // chains side by side, as weights come from memory; else one after another
+    constexpr int WAYS = R == 1 ? CHAINS : 1;  // interleaves the chains to read weights in order, or runs them in turn
     const int64_t whole = at.columns / D::STEP, left = at.columns % D::STEP;
     Reg<float> found[M * R];
     for (int first = 0; first < CHAINS; first += WAYS) {
@@ -233,7 +234,7 @@ template <int64_t DTYPE, int R, int M> INLINE void tile(const Place& at, const c
     for (; done < M * R; done++) put(done, sum<float>(found[done]));
 }
 
-// work(M) for a number of rows of activations from 1 to 6
+// calls work with the number of rows of activations, 1 to 6, as a compile-time constant
 template <class F> INLINE void with_rows(int64_t rows, const F& work) {
     switch (rows) {
         case 1: return work(std::integral_constant<int, 1>());
@@ -259,9 +260,9 @@ template <int64_t DTYPE> void stream(const Tensor& w, const char* x, int64_t str
     });
 }
 
-// Many rows of activations are taken BLOCK at a time; a block in the first cache meets a panel of weights, and while
-// all blocks do, the next panel comes from memory. What must be widened to be multiplied is widened once for all of
-// them.
+// More than STREAM rows of activations are processed BLOCK at a time: each block, in the L1 cache, is multiplied with a
+// panel of weights, while the next panel is prefetched. Weights that must be widened to float32 to be multiplied are
+// instead widened once per panel, for all blocks.
 template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y, int64_t to, Range own) {
     typedef Dense<DTYPE> D;
     constexpr int size = DTYPE == FLOAT32 ? 4 : 2, in = D::by_half ? sizeof(Half) : 4;
@@ -300,7 +301,7 @@ template <int64_t DTYPE> void dense(const Tensor& w, const Rows& rows, float* y,
 
 // ---- INT8 and INT4 ------------------------------------------------------------------------------------------------
 
-// pairs of products of 16-bit integers, added: x are the same two for all
+// w[2 i] * x[0] + w[2 i + 1] * x[1] in every 32-bit lane i; the pair x is broadcast
 INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const int16_t* x) {
 #if defined(__SSE2__)
     int32_t two;
@@ -318,20 +319,20 @@ INLINE Reg<int32_t> pairs(const Reg<uint16_t>& w, const int16_t* x) {
 #endif
 }
 
-// GCC would first gather all products of a group, in memory
+// keeps the sum in a register: otherwise GCC first collects all products of a group in memory
 INLINE void keep(Reg<int32_t>& sum) {
 #if defined(__SSE2__)
     asm("" : "+x"(sum));
 #endif
 }
 
-INLINE Reg<int32_t> four(const int8_t* x) {  // the same for all
+INLINE Reg<int32_t> four(const int8_t* x) {  // 4 bytes, broadcast to all lanes
     int32_t bytes;
     memcpy(&bytes, x, 4);
     return Reg<int32_t>{} + bytes;
 }
 
-// The same 4 inputs of 16 output rows. The weights are unsigned.
+// The weights of the same 4 inputs for 16 output rows, unsigned. add() adds their products with 4 activations x.
 template <class W> struct Quads;
 template <> struct Quads<int16_t> {
     Reg<uint16_t> even[Ints::PARTS], odd[Ints::PARTS];
@@ -350,7 +351,7 @@ template <> struct Quads<int16_t> {
     }
 };
 #if defined(__ARM_FEATURE_DOTPROD)
-constexpr int LESS = 128;  // ARM multiplies signed bytes only: the weights less that
+constexpr int LESS = 128;  // subtracted from the weights, because ARM multiplies signed bytes only
 template <> struct Quads<int8_t> {
     Reg<int32_t> bytes[Ints::PARTS];
     explicit INLINE Quads(const Ints& weights) {
@@ -386,7 +387,7 @@ template <> struct Quads<int8_t> {
 };
 #endif
 
-// 64 halves of bytes as the numbers they stand for
+// table[i] for each of 64 bytes i
 INLINE Ints look_up(const Ints& places, const uint8_t* table) {
 #if defined(__AVX512BW__)
     const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
@@ -410,7 +411,7 @@ INLINE void packed16(const Tensor& w, const Rows& in, int64_t first, const char*
                      int64_t to, int64_t valid) {
     typedef Whole<FORMAT> W;
     constexpr bool wide = REGISTER == 64 && sizeof(W) == 1;
-    constexpr int PARALLEL = !wide ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // sums that do not wait for each other
+    constexpr int PARALLEL = !wide ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // independent accumulators
     const W* x = (const W*)in.q + first * in.stride;
     Vec<float> total[M] = {};
     for (int64_t at = 0; at < w.columns; at += GROUP) {
@@ -421,7 +422,7 @@ INLINE void packed16(const Tensor& w, const Rows& in, int64_t first, const char*
             for (int m = 0; m < M; m++) quads.add(sums[m][chain % PARALLEL], x + m * in.stride + i);
         };
         const auto next = [&]() __attribute__((always_inline)) {
-            if (M == 1 && REGISTER < 64) __builtin_prefetch(data + 2048, 0, 0);  // read once: no place in the caches
+            if (M == 1 && REGISTER < 64) __builtin_prefetch(data + 2048, 0, 0);  // read only once: need not be cached
             const Ints vector = load((const int32_t*)data);
             data += 64;
             return vector;
@@ -449,7 +450,7 @@ INLINE void packed16(const Tensor& w, const Rows& in, int64_t first, const char*
 
 template <int64_t FORMAT> void packed(const Tensor& w, const Rows& in, float* y, int64_t to, Range rows) {
     const int64_t tile = w.columns * (FORMAT == INT8 ? 16 : 8), tile_scales = w.columns / GROUP * 32;
-    constexpr int64_t PANEL = 192;  // rows of activations that stay in the second cache while all weights pass by
+    constexpr int64_t PANEL = 192;  // rows of activations that stay in the L2 cache while all weights stream by
     for (int64_t panel = 0; panel < in.count; panel += PANEL)
         for (int64_t r = rows.begin; r < rows.end; r += 16) {
             const char *data = w.data + r / 16 * tile, *scales = w.scales + r / 16 * tile_scales;
@@ -474,7 +475,8 @@ template <int64_t FORMAT> void packed(const Tensor& w, const Rows& in, float* y,
         }
 }
 
-// y[m, r] = W x for the rows r of W in `rows` (begin a multiple of 16) and all m; y's rows lie `to` numbers apart
+// y[m, r] = (W x_m)[r] for every row x_m of `in` and every r in `rows` (begin a multiple of 16); the row stride of y is
+// `to`
 inline void matmul(const Tensor& w, const Rows& in, float* y, int64_t to, Range rows) {
     switch (w.dtype) {
         case FLOAT32: return dense<FLOAT32>(w, in, y, to, rows);

@@ -1,4 +1,4 @@
-// What differs between compilers, processors and operating systems, vectors apart.
+// Differences between compilers, processors and operating systems, except for vectors.
 #pragma once
 
 #if defined(__x86_64__)
@@ -16,7 +16,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// tells the processor that this thread waits for another
+// tells the processor that this thread spins, waiting for another
 INLINE void pause() {
 #if defined(__x86_64__)
     _mm_pause();

@@ -36,11 +36,11 @@ template <class T> INLINE void put(T* to, Reg<T> x) { memcpy(to, &x, REGISTER); 
 template <class T> struct SignedOf { typedef int32_t type; };
 template <> struct SignedOf<double> { typedef int64_t type; };
 
-// 64 bytes of numbers, 16 floats or 8 doubles, in as many registers as that takes: GCC has vectors of any width too, but
-// it keeps those that are wider than a register in memory, which costs ten times the arithmetic.
+// 64 bytes of numbers, 16 floats or 8 doubles, in as many registers as that takes. GCC has vectors of any width too,
+// but it keeps those that are wider than a register in memory, which costs ten times the arithmetic.
 template <class T> struct Vec {
     static constexpr int PARTS = 64 / REGISTER;
-    typedef Vec<typename SignedOf<T>::type> Mask;  // what a comparison gives: all bits set where it holds
+    typedef Vec<typename SignedOf<T>::type> Mask;  // the result of a comparison: all bits set where it holds
     Reg<T> part[PARTS];
 
     Vec() = default;
@@ -103,7 +103,7 @@ INLINE Vec<float> to_floats(const Ints& x) {
     return Vec<float>::each([&](int i) { return __builtin_convertvector(x.part[i], Reg<float>); });
 }
 
-// the sum of a register's numbers, to the last bit as `sums` has it
+// the sum over the lanes of a register, bit-identical to what `sums` gives
 template <class T> INLINE T sum(const Reg<T>& x) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<T, float>) {
@@ -139,7 +139,7 @@ INLINE float largest(const Vec<float>& x) {
     return found;
 }
 
-// the sums of four registers of floats
+// to[0] .. to[3]: the sums over the lanes of a, b, c and d
 INLINE void sums(const Reg<float>& a, const Reg<float>& b, const Reg<float>& c, const Reg<float>& d, float* to) {
 #if defined(__AVX512F__)
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
@@ -162,7 +162,7 @@ INLINE void sums(const Vec<float>& a, const Vec<float>& b, const Vec<float>& c, 
     sums(total[0], total[1], total[2], total[3], to);
 }
 
-// e^x. float: to 1 unit in the last place over the whole range, 0 below -87.3 (no denormals), inf above 88.7.
+// e^x. For floats within 1 unit in the last place over the whole range, 0 below -87.3 (no denormals), inf above 88.7.
 INLINE Vec<float> exp(const Vec<float>& x) {
     const Vec<float> clamped = larger(choose(x < 88.8f, x, 88.8f), -87.4f);
     const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
@@ -177,7 +177,7 @@ INLINE Vec<float> exp(const Vec<float>& x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    // 2^n in two factors, for 2^128 is no float
+    // 2^n as two factors, because 2^128 is not a float
     const Ints whole = as_ints(shifted) - as_ints(magic);
     const Ints half = whole >> 1;
     const Vec<float> scaled = p * as_floats((half + 127) << 23) * as_floats((whole - half + 127) << 23);
@@ -191,7 +191,7 @@ INLINE Vec<double> exp(const Vec<double>& x) {
 }
 INLINE Vec<float> sigmoid(const Vec<float>& x) { return 1.f / (1.f + exp(-x)); }
 INLINE Vec<float> tanh(const Vec<float>& x) {
-    // near 0 the quotient of exponentials has lost its digits; the series is exact to rounding up to 0.25 there
+    // near 0 the quotient of exponentials loses digits to cancellation; the series is exact to rounding up to 0.25
     const Vec<float> s = x * x;
     const Vec<float> series =
         x + x * s * (-1.f / 3 + s * (2.f / 15 + s * (-17.f / 315 + s * (62.f / 2835 + s * (-1382.f / 155925)))));
@@ -255,7 +255,7 @@ INLINE uint16_t to_float16(float x) {  // to the nearest, ties to even
 #endif
 }
 
-// a register of floats from numbers of 16 bits, and back
+// bfloat16 or float16 numbers to a register of floats, and back
 INLINE Reg<float> widen(const uint16_t* x, int32_t dtype) {
 #if defined(__AVX512F__)
     const __m256i half = _mm256_loadu_si256((const __m256i*)x);
@@ -309,7 +309,7 @@ INLINE void store16(void* to, int32_t dtype, const Vec<float>& x) {
     for (int i = 0; i < Vec<float>::PARTS; i++) narrow((uint16_t*)to + i * WIDTH<float>, dtype, x.part[i]);
 }
 
-// n numbers of any dtype to and from the kernel's own
+// converts n numbers of any dtype to the kernel's type R, and back
 template <class R> INLINE void read(R* to, const void* from, int32_t dtype, int n) {
     int i = 0;
     if constexpr (sizeof(R) == 4) {
@@ -337,7 +337,7 @@ template <class R> INLINE void write(void* to, int32_t dtype, const R* from, int
         }
 }
 
-// A tensor of activations as Python hands it over: [B, T, H, N] with the last axis dense; strides count numbers.
+// A tensor of activations, filled in by Python: [B, T, H, N], contiguous in the last axis; strides count numbers.
 struct Array {
     void* data;
     int64_t batch, time, head;  // strides
@@ -348,7 +348,7 @@ struct Array {
     template <class R> INLINE void put(const R* from, int64_t b, int64_t t, int64_t h, int n) const {
         write((char*)data + (b * batch + t * time + h * head) * bytes(dtype), dtype, from, n);
     }
-    // a row that will be needed soon: rows of one head lie too far apart for the processor to guess the next
+    // prefetches a row that is needed soon: the rows of a head are too far apart for the hardware prefetcher
     INLINE void prefetch(int64_t b, int64_t t, int64_t h, int n) const {
         const char* row = (const char*)data + (b * batch + t * time + h * head) * bytes(dtype);
         for (int i = 0; i < n * bytes(dtype); i += 64) __builtin_prefetch(row + i, 0, 2);

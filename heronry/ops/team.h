@@ -1,4 +1,4 @@
-// Threads that go through a computation together, and their memory.
+// A team of threads that runs one computation together, and its working memory.
 #pragma once
 
 #include <atomic>
@@ -9,8 +9,8 @@
 #include "matmul.h"
 #include "threads.h"
 
-// One of `count` threads. All run the same code, each on its share, and meet at wait(): a layer is a handful of
-// microseconds, so they spin, and let go only when one of them has lost its core.
+// One of `count` threads. All run the same code, each on its share, and wait() is a barrier: a layer takes a handful of
+// microseconds, so threads spin there, and yield only after so long that one of them must have lost its core.
 struct Member {
     int index, count;
     std::atomic<int64_t>* met;
@@ -31,7 +31,7 @@ template <class F> void team(int threads, const F& work) {
     on_threads(threads, [&](int index, int count) { work(Member{index, count, &met}); });
 }
 
-// All buffers of a step, cut from one block that the calling thread keeps for the next.
+// All buffers of a step, carved out of one block that the calling thread keeps for the next step.
 struct Arena {
     char* block;
     size_t used = 0, size;
@@ -46,7 +46,7 @@ struct Arena {
         const int64_t stride = Rows::padded(width), n = count * stride;
         const Rows made{take<float>(n), count, width, stride, take<Half>(n), take<int16_t>(n), take<float>(n / GROUP),
                         take<int32_t>(n / GROUP)};
-        for (int64_t m = 0; block && width < stride && m < count; m++) {  // what pads a row must be zero
+        for (int64_t m = 0; block && width < stride && m < count; m++) {  // kernels read the padding: it must be zero
             memset(made.row(m) + width, 0, (stride - width) * 4);
             memset(made.half + m * stride + width, 0, (stride - width) * sizeof(Half));
         }
@@ -56,7 +56,8 @@ struct Arena {
 
 constexpr std::align_val_t ALIGNED{64};
 
-// Runs `work` twice, first with a block of nothing, to see how much it takes: then it must only take.
+// Runs `work` twice: first with a null block, to measure how much memory it takes (it must do nothing else then), and
+// again with a block of that size, which is null too if it cannot be allocated.
 template <class F> void with_memory(const F& work) {
     struct Free {
         void operator()(char* block) const { ::operator delete(block, ALIGNED); }

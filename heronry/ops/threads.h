@@ -1,6 +1,6 @@
-// Work on several threads: those of the OpenMP runtime that PyTorch has loaded, for a second runtime would start threads of
-// its own beside PyTorch's. So nothing is compiled or linked with OpenMP. build.py looks up the runtime's functions and
-// hands them over once after loading a library; without them the calling thread does all the work.
+// Runs work on the threads of the OpenMP runtime that PyTorch has loaded: a second runtime would start its own threads
+// beside PyTorch's. So nothing is compiled or linked with OpenMP; build.py looks up the runtime's functions and passes
+// them in once, after loading a library. Without them the calling thread does all the work.
 #pragma once
 
 #include <atomic>
@@ -8,8 +8,8 @@
 
 #include "platform.h"
 
-// Entry points of an OpenMP runtime, null where it lacks one. GNU's way to start a team is also in LLVM's runtime, but not
-// on Windows.
+// Entry points of an OpenMP runtime, null where it lacks one. LLVM's runtime also has GNU's function to start a team,
+// but not on Windows.
 struct OpenMP {
     int (*thread_index)();
     int (*thread_count)();
@@ -35,7 +35,7 @@ static void run_in_llvm_team(int32_t*, int32_t*, void* data) { run_in_team(data)
 static void run_region(Region region, int threads) {
     if (threads <= 1 || !openmp.thread_index) return region.run(region.work, 0, 1);
     if (openmp.gnu_parallel) return openmp.gnu_parallel(run_in_team, &region, unsigned(threads), 0);
-    static struct {  // ident_t of LLVM's runtime: where in the program a region is
+    static struct {  // ident_t of LLVM's runtime: the source location of a region
         int32_t reserved = 0, flags = 2, more[2] = {0, 0};
         const char* source = ";unknown;unknown;0;0;;";
     } location;
@@ -43,12 +43,12 @@ static void run_region(Region region, int threads) {
     openmp.llvm_fork(&location, 1, run_in_llvm_team, &region);
 }
 
-// work(index, count) on a team of at most `threads` threads, all at once
+// calls work(index, count) once on every thread of a team of at most `threads`; all run at the same time
 template <class F> INLINE void on_threads(int threads, const F& work) {
     run_region({[](const void* f, int index, int count) { (*(const F*)f)(index, count); }, &work}, threads);
 }
 
-// work(unit) for every unit below `units`, on up to `threads` threads
+// calls work(unit) for every unit below `units`, on up to `threads` threads
 template <class F> INLINE void parallel(int64_t units, int threads, const F& work) {
     std::atomic<int64_t> next{0};
     on_threads(units > 1 ? threads : 1, [&](int, int) {

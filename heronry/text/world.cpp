@@ -1,7 +1,7 @@
-// RWKV World's tokenizer: at every position the longest token that the bytes of the text continue with.
+// RWKV World's tokenizer: at every position it takes the longest token that matches the following bytes.
 //
-// The tokens are a trie in a double array: the child of node n by a byte is in slot base(n) + byte, if that slot names n
-// as its parent. A node is the number of its slot, the root is 0. Python owns the array.
+// The tokens form a trie in a double array: the child of node n by a byte is in slot base(n) + byte, if that slot names
+// n as its parent. A node is identified by the index of its slot, the root is 0. Python owns the array.
 #include <algorithm>
 #include <cstdint>
 #include <new>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// a slot in 64 bits: parent << 40 | base << 16 | token; a base of 0 is a node without children, a token of 0 is none
+// a slot in 64 bits: parent << 40 | base << 16 | token; base is 0 in a node without children, token 0 where none ends
 uint32_t parent_of(uint64_t slot) { return uint32_t(slot >> 40); }
 uint32_t base_of(uint64_t slot) { return uint32_t(slot >> 16) & 0xFFFFFF; }
 uint32_t token_of(uint64_t slot) { return uint32_t(slot & 0xFFFF); }
@@ -23,7 +23,7 @@ struct Node {
     uint32_t slot, base;
 };
 
-// The nodes of the trie, each after its parent, found by a hash of the edge that leads to them.
+// The nodes of the trie, each after its parent; a hash table finds the child of a node by a byte.
 class Trie {
   public:
     Trie() : nodes(1), table(1 << 18) { nodes.reserve(1 << 17); }
@@ -69,7 +69,7 @@ bool place(std::vector<Node>& nodes, uint32_t slots) {
     uint32_t lowest = 1;  // slot that may be free
     for (uint32_t count = 256; count > 0; --count) {
         while (used[lowest]) ++lowest;
-        uint32_t slot = lowest;  // moves on only: gaps that were passed are left to nodes with fewer children
+        uint32_t slot = lowest;  // only moves forward: gaps that were passed are left to nodes with fewer children
         for (const uint32_t parent : parents[count]) {
             const uint8_t* byte = &bytes[first[parent]];
             const auto fits = [&](uint32_t base) {
@@ -89,14 +89,14 @@ bool place(std::vector<Node>& nodes, uint32_t slots) {
 
 }  // namespace
 
-// Makes `array` [slots], all zero, from the tokens 1 .. count: their bytes one after another, and the length of each.
-// Returns 1; 0 if `slots` is too small, -1 without memory.
+// Fills `array` [slots], all zeros, with the tokens 1 .. count, given as their concatenated bytes and the length of
+// each. Returns 1, 0 if `slots` is too small, or -1 if out of memory.
 EXPORT int world_build(uint64_t* array, int64_t slots, const uint8_t* bytes, const uint8_t* lengths, int64_t count) {
     try {
         Trie trie;
-        const uint8_t* previous = bytes;  // a token mostly begins as the one before it
+        const uint8_t* previous = bytes;  // most tokens share a prefix with the previous one
         uint32_t path[256] = {};         // the nodes of that one; the root first
-        int known = 0;                   // of these nodes, the root apart
+        int known = 0;                   // how many of these nodes are valid, not counting the root
         for (int64_t token = 1; token <= count; ++token) {
             const int length = lengths[token - 1];
             known = int(std::mismatch(bytes, bytes + std::min(known, length), previous).first - bytes);
@@ -114,8 +114,8 @@ EXPORT int world_build(uint64_t* array, int64_t slots, const uint8_t* bytes, con
     }
 }
 
-// Reads text [size] from `*position` on, until its end or until `ids` [capacity] is full. Returns the number of ids and
-// moves `*position` behind the bytes that they stand for. Every single byte is a token, so there always is a next one.
+// Encodes text [size] from `*position` on, until its end or until `ids` [capacity] is full. Returns the number of ids
+// and advances `*position` past the bytes that they stand for. Every single byte is a token, so one always fits.
 EXPORT int64_t world_encode(const uint64_t* array, const uint8_t* text, int64_t size, int64_t* position, uint16_t* ids,
                             int64_t capacity) {
     const uint32_t root = base_of(array[0]);

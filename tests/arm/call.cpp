@@ -1,8 +1,8 @@
-// Calls one function of a library on memory that comes in by standard input, and writes that memory to standard output.
+// Calls one function of a library on memory read from standard input, then writes that memory to standard output.
 //
-// call LIBRARY FUNCTION, then as 64-bit integers: the number of blocks and each one's size; the number of pointers and for
-// each the block and offset it lies at, and the block and offset it points to; 10 arguments, each as a block and an
-// offset, or -1 and a number. The content of the blocks follows.
+// Usage: call LIBRARY FUNCTION. Standard input holds 64-bit integers: the number of blocks and the size of each; the
+// number of pointers and for each the block and offset where it is stored and the block and offset it points to; 10
+// arguments, each as a block and an offset, or as -1 and a number. The contents of the blocks follow.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -1,8 +1,8 @@
-// Bi-WKV, forward and backward. Channels never meet: each lane of a vector is one.
+// Bi-WKV, forward and backward. Channels are independent: each vector lane is one.
 //
-// Tokens are read in chunks, and a chunk in runs: as many tokens as decay by e^ROOM at most, which is all of a chunk
-// unless decays are steep. Inside a run sums have one unit and decay for real, with one exponential a token; from run
-// to run they change their unit, so that nothing overflows. See README.md.
+// Tokens are processed in chunks, and a chunk in runs: as many tokens as decay by at most e^ROOM, which is the whole
+// chunk unless decays are steep. Within a run sums keep one unit and are multiplied by the decay, which takes one
+// exponential per token; from run to run the unit changes, so that nothing overflows. See README.md.
 #include "simd.h"
 #include "threads.h"
 
@@ -11,14 +11,14 @@
 
 namespace {
 
-constexpr int CHANNELS = 256;      // of a unit of work at most: rows long enough to be read well
-constexpr int LINES = 32;          // channels in whole cache lines of any dtype: no two threads write to one
+constexpr int CHANNELS = 256;      // of a unit of work at most: enough to read long pieces of every row
+constexpr int LINES = 32;          // channels that fill whole cache lines in any dtype: no two threads write to one
 constexpr double NOTHING = -1e38;  // the unit of an empty sum: unlike -inf it can be subtracted from itself
 constexpr double ROOM = 16;        // all weights of an output then add up to e^-32 at least; float32 ends at e^-87
 
-// One call, as Python hands it over. Tensors are [.., .., A] with head stride 1: a head is a channel to begin at.
+// The arguments of one call. Tensors are [.., .., A] with a head stride of 1: `head` of an Array is the first channel.
 struct Call {
-    std::vector<Array> x;  // in the order that the entry points below name
+    std::vector<Array> x;  // in the order listed at the entry points below
     int64_t tokens, channels, chunk;
 
     Call(const Array* tensors, int count, int64_t tokens, int64_t channels, int64_t chunk)
@@ -35,7 +35,7 @@ struct Unit {
     template <class R> int vectors() const { return (n + LANES<R> - 1) / LANES<R>; }
 };
 
-// e^x for x below 88, where float's own exp pays for all others too
+// e^x for x below 88 only, which is cheaper than the exp of floats in simd.h
 INLINE Vec<float> power(const Vec<float>& x) {
     const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
     const Vec<float> shifted = x * 1.44269504f + magic, n = shifted - magic, r = x - n * 0.693147182f;
@@ -50,15 +50,15 @@ INLINE Vec<float> power(const Vec<float>& x) {
 }
 INLINE Vec<double> power(const Vec<double>& x) { return exp(x); }
 
-// A number for every channel of a unit; the last unit has fewer, and zeros after them.
+// One number per channel of a unit of work; the last unit may have fewer channels, followed by zeros.
 template <class R> struct Row {
     alignas(64) R x[CHANNELS] = {};
     Vec<R> operator[](int j) const { return load(x + j * LANES<R>); }
     void set(int j, const Vec<R>& value) { store(x + j * LANES<R>, value); }
 };
 
-// The rows of a chunk. An odd number of cache lines lies between two of them: a column then finds room in the first
-// cache, where lines that lie a power of two apart share few places.
+// The rows of a chunk. The row stride is an odd number of cache lines, so that a column fits the L1 cache: lines a
+// power of two apart would share only a few of its sets.
 template <class R> struct Rows {
     struct alignas(64) Line {
         R x[LANES<R>] = {};
@@ -69,7 +69,7 @@ template <class R> struct Rows {
     Rows(const Call& call, const Unit& at) : stride(at.vectors<R>() | 1), lines(call.chunk * stride) {}
     INLINE Vec<R> operator()(int64_t t, int j) const { return load(lines[t * stride + j].x); }
     INLINE void set(int64_t t, int j, const Vec<R>& value) { store(lines[t * stride + j].x, value); }
-    // next: the chunk to send for
+    // reads chunk c and prefetches chunk `next`
     void get(const Array& from, const Call& call, const Unit& at, int64_t c, int64_t next) {
         for (int64_t t = 0; t < call.count(c); t++) {
             from.get(lines[t * stride].x, at.sequence, c * call.chunk + t, at.channel, at.n);
@@ -82,7 +82,7 @@ template <class R> struct Rows {
     }
 };
 
-// Two sums, of weighted values and of weights, or of what their gradients are made of
+// Two sums: of weighted values and of weights, or the two that gradients are computed from
 template <class R> struct Pair {
     Vec<R> a, b;
 };
@@ -106,13 +106,14 @@ template <class R> struct State {
     }
 };
 
-// Sums as the tokens of a run meet them, one after the other from either side
+// An exclusive scan over the tokens of a run, from either side: `entered` is the sums before the run, `met` those that
+// the next token sees, `joined` what the tokens of the run have added so far
 template <class R> struct Chain {
     Sums<R> entered, met;
     Pair<R> joined{R(0), R(0)};  // in units of e^key
     Vec<R> key, scale;
 
-    // A run of one token meets nothing that joins, and its unit need not do for both.
+    // In a run of one token `met` is read before anything joins, so its unit need not suit the key as well.
     INLINE Chain(const Sums<R>& s, const Vec<R>& key, int64_t count) : entered(s), key(key) {
         met.p = count == 1 ? s.p : larger(s.p, key);
         const Vec<R> factor = power(s.p - met.p);
@@ -123,9 +124,10 @@ template <class R> struct Chain {
         met.pair = {w * met.pair.a + scale * x.a, w * met.pair.b + scale * x.b};
         joined = {w * joined.a + x.a, w * joined.b + x.b};
     }
-    // In the unit of the next run. Not from what was met last: w is rounded, and would leave its error at every token.
-    // Units are subtracted first, for the difference of near numbers is exact: where the unit is a faded one, e^rest is
-    // 1 + rest with rest what rounding that unit lost, and added as such it is not rounded away.
+    // The sums after the run, in the unit of the next one; `fade` is the log of the decay over the whole run. They come
+    // from `entered` and not from `met`: w is rounded, and its error would accumulate with every token. Units are
+    // subtracted first, because the difference of nearby numbers is exact. Where the new unit is the decayed old one,
+    // e^rest = 1 + rest, with rest the rounding error of that unit; added separately it is not rounded away.
     INLINE Sums<R> left(const Vec<R>& fade) const {
         const auto stays = key < entered.p + fade;
         const Vec<R> unit = choose(stays, entered.p + fade, key), none = R(0);
@@ -138,10 +140,10 @@ template <class R> struct Chain {
     }
 };
 
-// What the channels of a vector have for all tokens
+// The constants of one vector of channels
 template <class R> struct Channels {
     Vec<R> log_w, w, u;
-    int64_t run;  // tokens
+    int64_t run;  // tokens per run
 };
 
 template <class R> std::vector<Channels<R>> read_channels(const Call& call, const Unit& at) {
@@ -163,13 +165,13 @@ template <class R> std::vector<Channels<R>> read_channels(const Call& call, cons
 }
 
 template <class R> struct Token {
-    Vec<R> weight, share, y;  // e^(k - the run's key), dy / the sum of all weights in units of e^m
+    Vec<R> weight, share, y;  // e^(k - key of the run), dy / (sum of all weights in units of e^m), output
     Pair<R> past, future, left;
 };
 
 template <class R> struct Run {
     int64_t begin, count;
-    Vec<R> key, past, future, left;  // the largest key, and the units inside
+    Vec<R> key, past, future, left;  // the largest key, and the units of the sums within the run
     Vec<R> m, own;                   // the unit of the output, and the factor of a token's own weight in it
 };
 
@@ -182,7 +184,8 @@ template <class R> struct Column {
 
     Column(int64_t chunk) : tokens(chunk), runs(chunk) {}
 
-    // Weighs the tokens and finds what each meets of those after it; the future before the chunk, given that after it.
+    // Computes the weight of every token of a chunk and the sums over the tokens after it. `future`: those after the
+    // chunk; returns those before it.
     INLINE Sums<R> from_right(const Rows<R>& k, const Rows<R>& v, int j, int64_t length, Sums<R> future) {
         count = (length + x.run - 1) / x.run;
         for (int64_t i = count - 1; i >= 0; i--) {
@@ -202,8 +205,9 @@ template <class R> struct Column {
         return future;
     }
 
-    // The outputs, after from_right; the past after the chunk, given that before it. Without GRADIENT `row` is y to be
-    // written; with it dy to be read, and `left` the gradient's sums before the chunk, to become those after it.
+    // Computes the outputs; from_right must have run. `past`: the sums before the chunk; returns those after it.
+    // Without GRADIENT, `row` is y and is written. With it, `row` is dy and is read, and `left`, the gradient's sums
+    // before the chunk, is replaced by those after it.
     template <bool GRADIENT>
     INLINE Sums<R> from_left(const Rows<R>& v, Rows<R>& row, int j, Sums<R> past, Sums<R>& left) {
         for (int64_t i = 0; i < count; i++) {
@@ -237,7 +241,8 @@ template <class R> struct Column {
         return past;
     }
 
-    // The gradients, after both: `right` are the gradient's sums after the chunk, to become those before it.
+    // Computes the gradients; both passes above must have run. `right`, the gradient's sums after the chunk, is
+    // replaced by those before it.
     INLINE void back(const Rows<R>& v, Rows<R>& dk, Rows<R>& dv, int j, Sums<R>& right, Vec<R>& dlog_w,
                      Vec<R>& du) const {
         for (int64_t i = count - 1; i >= 0; i--) {
@@ -293,8 +298,8 @@ template <class R> void forward(const Call& call, const Unit& at) {
     }
 }
 
-// The gradient's sums come from both sides too. From left to right those from the left and the past are noted at every
-// chunk's beginning; from right to left each chunk then has all four.
+// The gradients need sums from both sides too. The pass from left to right notes the past and the gradient's sums from
+// the left at the start of every chunk; the pass from right to left then has all four sums for each chunk.
 template <class R> void backward(const Call& call, const Unit& at) {
     const Array &k_in = call.x[1], &v_in = call.x[2], &kept = call.x[4], &dy_in = call.x[5], &noted = call.x[6];
     const Array &dlog_w_out = call.x[7], &dk_out = call.x[8], &dv_out = call.x[9], &du_out = call.x[10];
@@ -304,7 +309,7 @@ template <class R> void backward(const Call& call, const Unit& at) {
     Row<R> dlog_w, du;
     Column<R> column(call.chunk);
 
-    // a chunk's column with all that its tokens meet; the past after it
+    // fills `column` with the sums that the tokens of chunk c see; returns the past after the chunk
     const auto meet = [&](int64_t c, int j, Sums<R>& left_sums) __attribute__((always_inline)) {
         column.x = channels[j];
         column.from_right(k, v, j, call.count(c), future[j]);
@@ -329,7 +334,7 @@ template <class R> void backward(const Call& call, const Unit& at) {
         get(c, c - 1);
         for (int j = 0; j < at.vectors<R>(); j++) {
             Sums<R> left_sums = left[j], right_sums = right[j];
-            Vec<R> dlog_w_sum = R(0), du_sum = R(0);  // of the chunk first: long sums keep their digits
+            Vec<R> dlog_w_sum = R(0), du_sum = R(0);  // of the chunk first: limits the rounding error of long sums
             meet(c, j, left_sums);
             column.back(v, dk, dv, j, right_sums, dlog_w_sum, du_sum);
             right.set(j, right_sums);
@@ -341,7 +346,7 @@ template <class R> void backward(const Call& call, const Unit& at) {
     du_out.put(du.x, at.sequence, 0, at.channel, at.n);
 }
 
-// work(unit) for all units of work: the fewest blocks of channels that give every thread as many units as any other
+// calls work(unit) for all units of work: the fewest blocks of channels that give all threads the same number of units
 template <class F> void each(const Call& call, int64_t sequences, int threads, const F& work) {
     const int64_t most = (call.channels + LINES - 1) / LINES;
     int64_t blocks = (call.channels + CHANNELS - 1) / CHANNELS;
@@ -356,7 +361,7 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 
 }  // namespace
 
-// x: log_w, k, v, u, y, kept [sequences * chunks, 3, A]: the future after every chunk. Nothing is packed.
+// x: log_w, k, v, u, y, kept [sequences * chunks, 3, A]: the future after every chunk. Sequences cannot be packed.
 EXPORT void biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
                           int64_t chunk, int64_t threads) {
     const Call call(x, 6, tokens, channels, chunk);
@@ -366,8 +371,8 @@ EXPORT void biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int
         each(call, sequences, threads, [&](const Unit& unit) { forward<float>(call, unit); });
 }
 
-// x: log_w, k, v, u, kept, dy, room for notes [sequences * chunks, 6, A], then the gradients of log_w, k, v, u. Those
-// of log_w and u are a row a sequence.
+// x: log_w, k, v, u, kept, dy, scratch for notes [sequences * chunks, 6, A], then the gradients of log_w, k, v, u.
+// Those of log_w and u have one row per sequence.
 EXPORT void biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
                            int64_t chunk, int64_t threads) {
     const Call call(x, 11, tokens, channels, chunk);

@@ -1,4 +1,4 @@
-// y = W x with W in 8 or 4 bits a weight.
+// y = W x for weights of 8 or 4 bits.
 
 #include "team.h"
 

@@ -1,7 +1,7 @@
-// WKV4, forward and backward. Channels never meet: each lane of a vector is one, with its sums (a, b) in units of e^p.
+// WKV4, forward and backward. Channels are independent: each vector lane is one, with its sums (a, b) in units of e^p.
 //
-// Units are subtracted first, (p - m) + log_w: see README.md. To the gradients they are constants, so the gradient of
-// a sum is one in that sum's own unit, and walking back no exponent is above 0 either.
+// Units are subtracted first, (p - m) + log_w: see README.md. The gradients treat them as constants, so the gradient of
+// a sum is held in that sum's own unit, and no exponent is above 0 on the way back either.
 #include "simd.h"
 #include "threads.h"
 
@@ -10,11 +10,11 @@
 
 namespace {
 
-constexpr int CHANNELS = 256;  // of a unit of work: rows long enough to be read well
+constexpr int CHANNELS = 256;  // of a unit of work: enough to read long pieces of every row
 
-// One call, as Python hands it over. Tensors are [.., .., A] with head stride 1: a head is a channel to begin at.
+// The arguments of one call. Tensors are [.., .., A] with a head stride of 1: `head` of an Array is the first channel.
 struct Call {
-    std::vector<Array> x;  // in the order that the entry points below name
+    std::vector<Array> x;  // in the order listed at the entry points below
     const int64_t* cu;     // boundaries of packed sequences, or null
     int64_t tokens, channels, chunk;
 
@@ -25,7 +25,7 @@ struct Call {
 
     struct Span {
         int64_t batch, begin, end;
-        int64_t first;  // the place of its first kept state
+        int64_t first;  // index of its first kept state
     };
     Span span(int64_t sequence) const {
         const auto chunks = [&](int64_t length) { return (length + chunk - 1) / chunk; };
@@ -36,7 +36,7 @@ struct Call {
     }
 };
 
-// A number for every channel of a unit; the last unit has fewer, and zeros after them.
+// One number per channel of a unit of work; the last unit may have fewer channels, followed by zeros.
 template <class R> struct Row {
     alignas(64) R x[CHANNELS] = {};
     Vec<R> operator[](int j) const { return load(x + j * LANES<R>); }
@@ -53,8 +53,8 @@ template <class R> struct State {
     }
 };
 
-// A token joins the sums: the factors of what they were and of itself, and the new unit. The larger of the two exponents
-// is the unit, so one factor is e^0 = 1, or short of it by what rounding the decayed unit lost.
+// Adds a token to the sums: the factors of the old sums and of the token, and the new unit. The unit is the larger of
+// the two exponents, so one factor is e^0 = 1, apart from the rounding error of a decayed unit.
 template <class R> struct Update {
     Vec<R> unit, old, own;
     INLINE Update(Vec<R> p, Vec<R> k, Vec<R> log_w) {
@@ -66,7 +66,7 @@ template <class R> struct Update {
     }
 };
 
-// A token's output: the factors likewise, 1 / the sum of all weights, and the mean of the values
+// The output of a token: the two factors as above, 1 / the sum of all weights, and y, the mean of the values
 template <class R> struct Output {
     Vec<R> old, own, inverse, y;
     INLINE Output(Vec<R> a, Vec<R> b, Vec<R> p, Vec<R> k, Vec<R> v, Vec<R> u) {
@@ -107,8 +107,8 @@ template <class R> void forward(const Call& call, int64_t sequence, int64_t chan
     s.put(final_state, sequence, channel, n);
 }
 
-// From the last token to the first, with (ga, gb) the gradient of the sums that a token leaves. The sums that the
-// tokens met are computed once more, from the ones kept at the chunk's beginning.
+// Runs from the last token to the first; (ga, gb) is the gradient of the sums after a token. The sums before each token
+// (`met`) are recomputed from those kept at the start of the chunk.
 template <class R> void backward(const Call& call, int64_t sequence, int64_t channel) {
     const Array &log_w_in = call.x[0], &k_in = call.x[1], &v_in = call.x[2], &u_in = call.x[3], &kept = call.x[4];
     const Array &dy_in = call.x[5], &dfinal = call.x[6], &dlog_w_out = call.x[7], &dk_out = call.x[8];
@@ -121,7 +121,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
     };
     std::vector<Token> tokens(std::min(call.chunk, at.end - at.begin));
     Row<R> log_w, u, dlog_w, du, dy, dk, dv;
-    State<R> g;  // its p is of no use until the end
+    State<R> g;  // its p is unused until the end
     log_w_in.get(log_w.x, 0, 0, channel, n);
     u_in.get(u.x, 0, 0, channel, n);
     g.get(dfinal, sequence, channel, n);
@@ -171,7 +171,7 @@ template <class R> void backward(const Call& call, int64_t sequence, int64_t cha
     g.put(dstate, sequence, channel, n);
 }
 
-// work(sequence, first channel) for all units of work
+// calls work(sequence, first channel) for all units of work
 template <class F> void each(const Call& call, int64_t sequences, int threads, const F& work) {
     const int64_t blocks = (call.channels + CHANNELS - 1) / CHANNELS;
     parallel(sequences * blocks, threads, [&](int64_t unit) { work(unit / blocks, unit % blocks * CHANNELS); });
@@ -179,7 +179,7 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 
 }  // namespace
 
-// x: log_w, k, v, u, state, y, final state, kept states (without data: none are kept)
+// x: log_w, k, v, u, state, y, final state, kept states (null data: none are kept)
 EXPORT void wkv4_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
                          int64_t chunk, int64_t threads) {
     const Call call(x, 8, cu, tokens, channels, chunk);
@@ -190,7 +190,7 @@ EXPORT void wkv4_forward(const Array* x, const int64_t* cu, int64_t sequences, i
 }
 
 // x: log_w, k, v, u, kept states, dy, gradient of the final state, then the gradients of log_w, k, v, u and of the
-// initial state. Those of log_w and u are a row a sequence.
+// initial state. Those of log_w and u have one row per sequence.
 EXPORT void wkv4_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
                           int64_t chunk, int64_t threads) {
     const Call call(x, 12, cu, tokens, channels, chunk);

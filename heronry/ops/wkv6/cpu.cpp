@@ -1,8 +1,8 @@
 // WKV6 (and WKV5), forward and backward:  y_t = S_{t-1} r_t + (r_t . u k_t) v_t,  S_t = S_{t-1} diag(w_t) + v_t k_t^T
 //
-// A state [N_v, N_k] lies here as it does outside, one row a value channel. Along a row everything is a product of
-// numbers side by side, the gradients of r, k and w included; only y and dv are sums across it. And no row needs
-// another: a tile of a few rows stays in registers for a chunk of tokens.
+// The state [N_v, N_k] keeps the layout that Python has, one row per value channel. Along a row all operations are
+// elementwise, those for the gradients of r, k and w included; only y and dv are sums over a row. Rows are independent,
+// so a tile of a few rows stays in registers for a chunk of tokens.
 #include "simd.h"
 #include "threads.h"
 
@@ -15,10 +15,10 @@ namespace {
 
 // ---- registers ---------------------------------------------------------------------------------------------------
 //
-constexpr int ROWS = REGISTER == 64 ? 4 : 2;  // of a tile, which has up to 4 registers a row: as many as there are
-constexpr int TOKENS = 16;                    // of a chunk in the forward pass: their rows stay in the nearest cache
+constexpr int ROWS = REGISTER == 64 ? 4 : 2;  // of a tile, with up to 4 registers each: as many as registers can hold
+constexpr int TOKENS = 16;                    // of a chunk in the forward pass: their rows stay in the L1 cache
 
-// x and y hold groups of 2 G lanes: the sum of the halves of every group, x's first
+// x and y consist of groups of 2 G lanes: adds the two halves of every group; the groups of x come first
 template <int G, class V, int... I> INLINE V halve(V x, V y, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(x, y, (I / G * 2 * G + I % G)...) +
@@ -30,8 +30,8 @@ template <int G, class V, int... I> INLINE V halve(V x, V y, std::integer_sequen
 #endif
 }
 
-// The sums of `to` rows in one register, from registers of `from` rows: part(i) begins with row i. A row that shares
-// its register with n - 1 others has WIDTH / n lanes, whose sum is the row's.
+// Reduces registers of `from` rows each to one register of `to` rows; part(i) returns the register that begins with row
+// i. In a register of n rows each row has WIDTH / n lanes, which add up to the sum of the row.
 template <class R, int from, int to, class F> INLINE Reg<R> fold(const F& part, int first = 0) {
     if constexpr (from == to)
         return part(first);
@@ -42,16 +42,16 @@ template <class R, int from, int to, class F> INLINE Reg<R> fold(const F& part, 
 
 // ---- one head of one sequence ------------------------------------------------------------------------------------
 
-// One call, as Python hands it over.
+// The arguments of one call.
 struct Call {
-    const Array* x;     // the tensors, in the order that the entry points below name
+    const Array* x;     // the tensors, in the order listed at the entry points below
     const int64_t* cu;  // boundaries of packed sequences, or null
     int64_t tokens, heads;
     int n, chunk;
 
     struct Span {
         int64_t batch, begin, end;
-        int64_t first;  // the place of its first kept state
+        int64_t first;  // index of its first kept state
     };
     Span span(int64_t sequence) const {
         const auto chunks = [&](int64_t length) { return (length + chunk - 1) / chunk; };
@@ -60,13 +60,13 @@ struct Call {
         for (int64_t s = 0; s < sequence; s++) first += chunks(cu[s + 1] - cu[s]);
         return {0, cu[sequence], cu[sequence + 1], first};
     }
-    // matrix [head] of row `row` of a tensor [rows, H, N, N]
+    // the matrix [N, N] of `row` and `head` in a tensor [rows, H, N, N]
     template <class R> R* matrix(const Array& states, int64_t row, int64_t head) const {
         return (R*)states.data + (row * heads + head) * n * n;
     }
 };
 
-// Numbers in whole vectors, zero at first
+// Working memory in whole vectors, zero-initialised
 template <class R> struct Memory {
     struct alignas(64) Line {
         R lanes[LANES<R>];
@@ -81,7 +81,7 @@ template <class R> INLINE void copy(R* to, int to_stride, const R* from, int fro
     for (int row = 0; row < n; row++) memcpy(to + row * to_stride, from + row * from_stride, n * sizeof(R));
 }
 
-// Token t into the rows r, w, k and v; its like in the chunk that comes next, `ahead` of it, is called for
+// Reads token t into the rows r, w (as e^log_w), k and v, and prefetches token t + ahead, of the next chunk
 template <class R>
 INLINE void fetch(const Call& call, int64_t batch, int64_t t, int64_t head, int64_t ahead, R* r, R* w, R* k, R* v,
                   int width) {
@@ -100,7 +100,7 @@ template <class R> INLINE Vec<R> dot(const R* x, const R* y, const R* z, int wid
     return sum<R>(total);
 }
 
-// V registers of a row are worked on at a time; zeros fill rows up to whole stripes of V.
+// V registers of a row are processed at a time; rows are zero-padded to whole stripes of V registers.
 template <class R, int V> void forward(const Call& call, int64_t sequence, int64_t h) {
     constexpr int L = WIDTH<R>, STRIPE = V * L, Q = ROWS;
     const Array &u_in = call.x[4], &state = call.x[5], &y_out = call.x[6], &final_state = call.x[7], &kept = call.x[8];
@@ -109,7 +109,7 @@ template <class R, int V> void forward(const Call& call, int64_t sequence, int64
     const int longest = std::min<int64_t>(TOKENS, at.end - at.begin);
     Memory<R> memory((width + 1 + 5 * longest) * width + longest * L * L / Q);
     R *S = memory.take(width * width), *u = memory.take(width);
-    R* parts = memory.take(longest * L * L / Q);  // the sums of L rows, a register for every tile
+    R* parts = memory.take(longest * L * L / Q);  // per token the partial sums of L rows, one register per tile
     R *r, *w, *k, *v, *y;
     for (R** x : {&r, &w, &k, &v, &y}) *x = memory.take(longest * width);
     copy(S, width, call.matrix<R>(state, sequence, h), n, n);
@@ -160,8 +160,8 @@ template <class R, int V> void forward(const Call& call, int64_t sequence, int64
     copy(call.matrix<R>(final_state, sequence, h), n, S, width, n);
 }
 
-// From the last token to the first, with G the gradient of the state that a token leaves. The states that the tokens
-// met are computed once more, from the one kept at the chunk's beginning.
+// Runs from the last token to the first; G is the gradient of the state after a token. The states before each token
+// (`met`) are recomputed from the one kept at the start of the chunk.
 template <class R, int V> void backward(const Call& call, int64_t sequence, int64_t h, bool constant_decay) {
     constexpr int L = WIDTH<R>, STRIPE = V * L, Q = ROWS;
     const Array &u_in = call.x[4], &kept = call.x[5], &dy_in = call.x[6], &dfinal = call.x[7];
@@ -193,7 +193,7 @@ template <class R, int V> void backward(const Call& call, int64_t sequence, int6
         for (int rows = 0; rows < n; rows += L) {
             for (int c = 0; c < width; c += STRIPE)
                 for (int row = rows; row < rows + L; row += Q) {
-                    Reg<R> x[Q][V];  // the states that the tokens met, then their gradients
+                    Reg<R> x[Q][V];  // the states before the tokens, then the gradients of the states after them
                     for (int i = 0; i < Q; i++)
                         for (int j = 0; j < V; j++) x[i][j] = get(entering + (row + i) * width + c + j * L);
                     for (int t = 0; t < tokens; t++) {
@@ -269,7 +269,7 @@ template <class R, int V> void backward(const Call& call, int64_t sequence, int6
     copy(call.matrix<R>(dstate, sequence, h), n, G, width, n);
 }
 
-// What `work` does with its R and V, for every head of every sequence
+// Calls work(R(), V, sequence, head) for every head of every sequence, with R and V as dtype and head size need them
 template <class F> void each(const Call& call, int64_t sequences, int threads, bool doubles, const F& work) {
     const auto run = [&](auto number, auto vectors) {
         parallel(sequences * call.heads, threads, [&](int64_t unit) {
@@ -286,7 +286,7 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, b
 
 }  // namespace
 
-// x: r, log_w, k, v, u, state, y, final state, kept states (without data: none are kept)
+// x: r, log_w, k, v, u, state, y, final state, kept states (null data: none are kept)
 EXPORT void wkv6_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
                          int64_t size, int64_t chunk, int64_t threads) {
     const Call call{x, cu, tokens, heads, int(size), int(chunk)};
@@ -296,7 +296,7 @@ EXPORT void wkv6_forward(const Array* x, const int64_t* cu, int64_t sequences, i
 }
 
 // x: r, log_w, k, v, u, kept states, dy, gradient of the final state, then the gradients of r, log_w, k, v, u and of
-// the initial state. That of u, and of log_w where it is constant, is a row a sequence.
+// the initial state. That of u, and of log_w where it is constant, has one row per sequence.
 EXPORT void wkv6_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
                           int64_t size, int64_t chunk, int64_t constant_decay, int64_t threads) {
     const Call call{x, cu, tokens, heads, int(size), int(chunk)};

@@ -1,8 +1,8 @@
 // WKV7, forward and backward.
 //
-// A head's state lies as rows [k][v], cut into blocks of M registers of value channels. In the forward pass the value
-// channels never meet, so everything is vertical: row k is updated, and in the same breath adds its part to y_t and
-// to z_{t+1} = S_t a_{t+1}. One pass over the state a token.
+// A head's state is stored as rows [k][v], split into blocks of M registers of value channels. In the forward pass the
+// value channels are independent, so all arithmetic is vertical, in one pass over the state per token: it updates row k
+// and, while the row is in registers, adds its share to y_t and to z_{t+1} = S_t a_{t+1}.
 #include "simd.h"
 #include "threads.h"
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int ROWS = 8;  // rows whose sums over the value channels are taken together
 
-// Working memory, aligned to vectors and zero at first.
+// Working memory, aligned to vectors and zero-initialised.
 template <class R> class Buffer {
     struct alignas(64) Line {
         R x[LANES<R>];
@@ -29,9 +29,9 @@ struct Span {  // a sequence: tokens start to end of a row of the batch
     int64_t batch, start, end;
 };
 
-// One call, as Python hands it over.
+// The arguments of one call.
 struct Call {
-    const int64_t* cu;  // where packed sequences begin and end, or null
+    const int64_t* cu;  // boundaries of packed sequences, or null
     int64_t sequences, tokens, heads, chunk;
     int n;  // the size of a head
 
@@ -39,13 +39,13 @@ struct Call {
     Span span(int64_t sequence) const {
         return cu ? Span{0, cu[sequence], cu[sequence + 1]} : Span{sequence, 0, tokens};
     }
-    // where the kept state before token `t` lies; every sequence has room for the part of a chunk at its end
+    // offset of the kept state before token `t`; every sequence has room for a partial chunk at its end
     int64_t kept(int64_t sequence, int64_t t, int64_t head) const {
         const int64_t before = cu ? cu[sequence] : sequence * tokens;
         const int64_t chunks = before / chunk + sequence + (t - span(sequence).start) / chunk;
         return (chunks * heads + head) * square();
     }
-    // work(sequence, first head, last head) on groups of heads: large ones, but enough to keep all threads busy
+    // calls work(sequence, first head, end head) for groups of heads: large ones, but enough to keep all threads busy
     template <class F> void for_groups(int64_t threads, const F& work) const {
         const int64_t group = std::clamp(sequences * heads / (2 * threads), int64_t(1), std::min(heads, int64_t(16)));
         const int64_t groups = (heads + group - 1) / group;
@@ -56,7 +56,7 @@ struct Call {
     }
 };
 
-// to[j][i] = from[i][j], rows `to_row` and `from_row` numbers apart
+// to[j][i] = from[i][j], with row strides `to_row` and `from_row`
 template <class R> void transpose(R* to, int to_row, const R* from, int from_row, int rows, int columns) {
     int i = 0;
 #if defined(__SSE__)
@@ -78,7 +78,7 @@ template <class R> void transpose(R* to, int to_row, const R* from, int from_row
         for (int j = 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
 }
 
-// How a head lies in working memory: zeros fill what its size leaves of whole registers and of whole ROWS.
+// The layout of a head in working memory, zero-padded to whole blocks of registers and to a multiple of ROWS rows.
 template <class R, int M> struct Layout {
     static constexpr int W = M * WIDTH<R>;  // value channels of a block
     int n, blocks, rows, width, block, head;  // block, head: numbers in one
@@ -88,14 +88,14 @@ template <class R, int M> struct Layout {
           block(rows * W), head(blocks * block) {}
     int inside(int j) const { return std::min(W, n - j * W); }  // channels of block j that are not padding
 
-    // a state [v][k] to and from rows
+    // converts a state [v][k] to this layout, and back
     void load(R* head, const R* state) const {
         for (int j = 0; j < blocks; j++) transpose(head + j * block, W, state + j * W * n, n, inside(j), n);
     }
     void store(const R* head, R* state) const {
         for (int j = 0; j < blocks; j++) transpose(state + j * W * n, n, head + j * block, W, n, inside(j));
     }
-    // a kept state is [k][v]
+    // write a kept state, which is [k][v], and read block j of one
     void keep(const R* head, R* kept) const {
         for (int j = 0; j < blocks; j++)
             for (int k = 0; k < n; k++)
@@ -106,12 +106,12 @@ template <class R, int M> struct Layout {
     }
 };
 
-// The vectors of a token. They lie side by side: apart by powers of two they would drive each other from the cache.
+// The vectors of a token, stored side by side: a power of two apart they would evict each other from the cache.
 enum Field { r_, w_, k_, v_, a_, b_, INPUTS, y_ = INPUTS, FORWARD, dy_ = INPUTS, dr_, dw_, dk_, dv_, da_, db_, z_, dz_,
              BACKWARD };
 
-// A chunk of tokens for a group of heads, [heads][chunk][fields][width]. Memory is read and written token by token,
-// all heads of the group together, for there they are neighbours.
+// A chunk of tokens for a group of heads, [heads][chunk][fields][width]. Tensors are read and written token by token,
+// all heads of the group together, because there the heads of a token are adjacent.
 template <class R> struct Tokens {
     Buffer<R> rows;
     int64_t width, token, head;  // numbers in one
@@ -121,13 +121,13 @@ template <class R> struct Tokens {
     R* operator()(int64_t h, int64_t t, int field) { return rows + h * head + t * token + field * width; }
 };
 
-// log w -> w; what is beyond the head stays zero
+// log w -> w, in place; zeros the padding
 template <class R> INLINE void decay(R* w, int n, int width) {
     for (int i = 0; i < width; i += LANES<R>) store(w + i, exp(load(w + i)));
     std::fill(w + n, w + width, R(0));
 }
 
-// Which tokens and heads are at work.
+// The tokens and heads that are being processed.
 struct Piece {
     int64_t batch, start, length, first, heads;
     int n;
@@ -157,7 +157,7 @@ template <class R, int M> INLINE void look(const R* S, const R* a, int rows, R* 
     for (int j = 0; j < M; j++) put(z + j * L, sum[j]);
 }
 
-// next = S diag(w) + z b^T + v k^T, then with READ y = next r, and z = next a for the a of the following token
+// next = S diag(w) + z b^T + v k^T, then z_next = next a, with the a of the following token, and with READ y = next r
 template <class R, int M, bool READ>
 INLINE void step(const R* S, R* next, const R* r, const R* w, const R* k, const R* v, const R* a, const R* b, int rows,
                  const R* z, R* y, R* z_next) {
@@ -212,13 +212,13 @@ void forward(const Call& call, int64_t sequence, int64_t first, int64_t last, co
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 //
-// With G = dL/dS_t of all that follows token t. Arriving at t: G += dy r^T; then dv = G k, dz = G b, and per row
+// G is dL/dS_t from everything after token t. Arriving at t: G += dy r^T; then dv = G k, dz = G b, and per row
 // dr = S_t^T dy, dk = G^T v, db = G^T z. Leaving t: dw = the sum over v of S_{t-1} G, da = S_{t-1}^T dz, and then
-// G = G diag(w) + dz a^T. Leaving t and arriving at t - 1 look at the same state: they are one pass.
+// G = G diag(w) + dz a^T. Leaving t and arriving at t - 1 read the same state S_{t-1}, so one pass does both.
 //
-// The states of a chunk are computed anew from the kept one before it.
+// The states of a chunk are recomputed from the one kept before it.
 
-// to[i] += the sum of register i, for ROWS of them
+// to[i] += the sum over the lanes of x[i], for ROWS registers
 template <class R> INLINE void add_sums(R* to, const Reg<R>* x) {
 #if defined(__AVX__)
     if constexpr (sizeof(R) == 4) {
@@ -240,8 +240,8 @@ template <class R> INLINE void add_sums(R* to, const Reg<R>* x) {
         for (int lane = 0; lane < WIDTH<R>; lane++) to[i] += x[i][lane];
 }
 
-// Leaves one token and arrives at the one before it; at the ends of a chunk it is only one of the two. S is the state
-// between them, `from` and `to` hold the fields of the tokens.
+// Leaves one token and arrives at the one before it; at either end of a chunk it does only one of the two. S is the
+// state between the tokens, `from` and `to` point to their fields.
 template <class R, int M, bool LEAVE, bool ARRIVE>
 INLINE void walk(const R* S, R* G, R* const* from, R* const* to, int rows) {
     constexpr int L = WIDTH<R>;
@@ -340,8 +340,8 @@ void backward(const Call& call, int64_t sequence, int64_t first, int64_t last, c
     for (int64_t h = 0; h < heads; h++) at.store(G + h * at.head, dstate + h * call.square());
 }
 
-// A block has no more registers than a head needs. Doubles, which are there to check by, get one size for all: each
-// is a second of compiling.
+// A block has no more registers than a head needs. Doubles, which serve for checks, get a single block size: every
+// further one takes a second to compile.
 template <class R> void any_forward(const Call& call, const Array* x, int64_t threads) {
     auto body = forward<R, 2>;
     if constexpr (sizeof(R) == 4)
@@ -357,7 +357,7 @@ template <class R> void any_backward(const Call& call, const Array* x, int64_t t
 
 }  // namespace
 
-// x: r, log_w, k, v, a, b, state, y, final state, kept states (data is null: none are kept)
+// x: r, log_w, k, v, a, b, state, y, final state, kept states (null data: none are kept)
 EXPORT void wkv7_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
                          int64_t size, int64_t chunk, int64_t threads) {
     const Call call{cu, sequences, tokens, heads, chunk, int(size)};

@@ -1,4 +1,4 @@
-"""Selects the body of an operator that runs, and has the checks that all operators share."""
+"""Selects which body of an operator runs, and has the checks that all operators share."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def select_entry_point(
     operator: Callable[..., Output], plain: Callable[..., Output], inputs: Iterable[Tensor]
 ) -> Callable[..., Output]:
     """`operator`, registered with torch, where autograd, a compiler or tensor subclasses must see it; else `plain`, the
-    function it was made of. The registered one takes longer to call, and its first call imports the compiler, 70 MB.
+    function that it wraps. The registered one takes longer to call, and its first call imports the compiler, 70 MB.
     """
     seen = needs_gradients(inputs) or torch.compiler.is_compiling()
     return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
@@ -103,7 +103,7 @@ def longest_sequence(tokens: int, cu: tuple[int, ...] | None) -> int:
 
 
 def check_sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:
-    """The sizes of `x`: ValueError unless it is floating point, has these dimensions and is not empty."""
+    """Returns the sizes of `x`; ValueError unless it is floating point, has these dimensions and is not empty."""
     if x.ndim != len(letters) or 0 in x.shape:
         raise ValueError(f"{operator}: {name} must have shape [{', '.join(letters)}], got {list(x.shape)}")
     if not x.is_floating_point():

@@ -1,4 +1,4 @@
-"""Bi-WKV, the attention of Vision-RWKV: WKV4's weighted mean over what is before a token and what is after it."""
+"""Bi-WKV, the attention of Vision-RWKV: WKV4's weighted mean over the tokens before and after each token."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def biwkv(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, segments: int | Non
         y_t = (sum_{i != t} e^(log_w (|t - i| - 1) + k_i) v_i + e^(u + k_t) v_t) / (the same with v = 1)
 
     Args:
-        log_w, u: [A], what a token's weight changes by for each token that it lies farther away, and the bonus of the
-            token itself. Vision-RWKV passes -spatial_decay / T and spatial_first / T; a log_w above 0, by which weights
-            grow with the distance, is allowed.
+        log_w, u: [A], the log of a weight's decay per token of distance, and the bonus of the token itself. Vision-RWKV
+            passes -spatial_decay / T and spatial_first / T; a log_w above 0, with which weights grow with the distance,
+            is allowed.
         k, v: [B, T, A], any floating dtype.
-        segments: None for the formula. With 32 the arithmetic of the CUDA kernel that the released weights were trained
-            with, which cuts the tokens into so many pieces and differs a little from the formula (see README.md).
-        impl: "auto", "reference", "chunked", "recurrent" (token by token in constant memory) or "cpu" (C++). With
-            segments "auto" or "chunked".
+        segments: None for the formula; 32 for the arithmetic of the CUDA kernel that the released weights were trained
+            with, which cuts the tokens into that many segments and differs a little from the formula (see README.md).
+        impl: "auto", "reference", "chunked", "recurrent" (token by token in constant memory) or "cpu" (C++); with
+            `segments` only "auto" or "chunked".
 
     Returns:
         y [B, T, A] in v's dtype. There is no state: a picture has no continuation.
 
     Raises:
-        ValueError: a shape, dtype, impl or number of segments that does not fit, named.
+        ValueError: a shape, dtype, impl or number of segments does not fit; the message names it.
 
     Source: Vision-RWKV (arXiv 2403.02308), equation 5.
     """

@@ -1,9 +1,9 @@
 """Bi-WKV as two scans over all tokens at once, from the left and from the right.
 
-A sum over what is before a token is, with the decay taken out, a running sum of e^(k_i - i log_w): one cumulative
-operation of PyTorch, in logarithms so that nothing overflows, and in float64, whose digits do for exponents that
-grow with the number of tokens. Values may be negative and have no logarithm, but a mean moves with its values: they are
-lifted above 0 and the mean is lowered again.
+With the decay factored out, the sum over the tokens before a token is a running sum of e^(k_i - i log_w): one
+cumulative operation of PyTorch, in the log domain so that nothing overflows, and in float64, which is precise enough
+for exponents that grow with the number of tokens. Negative values have no logarithm, but a constant added to all values
+is added to their mean too: values are raised above 0 and the mean is lowered again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NOTHING = -1e38  # the logarithm of an empty sum: unlike that of -inf its gradient is 0
+NOTHING = -1e38  # the logarithm of an empty sum: unlike -inf it has a gradient of 0
 
 
 def chunked(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def lift(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scan(log_w: Tensor, x: Tensor) -> Tensor:
-    """The logarithm of what each token meets of those before it: of sum_{i < t} e^(log_w (t - 1 - i) + x_i), for x
-    [2, B, T, A]."""
+    """An exclusive scan in the log domain: for x [2, B, T, A], log sum_{i < t} e^(log_w (t - 1 - i) + x_i) for every
+    token t, [2, B, T, A]."""
     faded = torch.arange(x.shape[2], device=x.device)[:, None] * log_w  # [T, A]
     sums = (x[:, :, :-1] - faded[:-1]).logcumsumexp(2) + faded[:-1]
     return torch.cat([torch.full_like(x[:, :, :1], NOTHING), sums], 2)

@@ -22,7 +22,7 @@ def cpu(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
 
 
 def _forward(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and what the last of every CHUNK tokens meets of those after it, which the backward pass needs too."""
+    """y, and for every CHUNK tokens the sums over the tokens after them, which the backward pass needs too."""
     y, saved_states = _fake_forward(log_w, k, v, u)
     call(
         native_library("biwkv").biwkv_forward,
@@ -52,7 +52,7 @@ def backward(
     """The gradients of log_w, k, v and u."""
     dlog_w, dk, dv, du = _fake_backward(log_w, k, v, u, saved_states, dy)
     noted = saved_states.new_empty(len(saved_states), 6, saved_states.shape[2])
-    # one gradient a sequence, added in one order: the same for any number of threads
+    # one gradient per sequence, summed in a fixed order: the same for any number of threads
     dlog_w_parts, du_parts = saved_states.new_empty(2, len(k), 1, k.shape[2])
     tensors = (log_w[None, None], k, v, u[None, None], saved_states, dy, noted, dlog_w_parts, dk, dv, du_parts)
     call(native_library("biwkv").biwkv_backward, tensors, None, *k.shape, CHUNK)

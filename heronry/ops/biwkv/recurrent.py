@@ -1,14 +1,14 @@
-"""Bi-WKV as a picture is read token by token, with four running sums a channel: the paper's recurrent form.
+"""Bi-WKV token by token, with four running sums per channel: the paper's recurrent form.
 
-One pass over the picture gathers the sums over all of it, the future of a reader who stands before the first token.
-Then every token moves from the future to the past: (a, b) of the past decay and gain it, (c, d) of the future lose it
-and grow. Memory is these sums whatever the picture's size.
+A first pass gathers the sums over the whole picture, the future as seen before the first token. Then every token moves
+from the future to the past: (a, b) of the past decay and gain it, (c, d) of the future lose it and grow. Memory is
+these sums, whatever the size of the picture.
 
-What leaves the future by subtraction takes digits with it: after a token of weight e^30 is gone, all that is left is
-known to e^30 times the rounding of its sum. So the sums are held in float64, what has been lost is counted in a fifth
-sum, and where it would show in the output the future is gathered once more from the tokens that are still to come.
-README.md says how often. Whoever has the picture at hand keeps the future at the end of every BLOCK tokens, and then
-only gathers from the rest of a block.
+Subtracting a token from the future loses precision: once a token of weight e^30 has been subtracted, the rest is only
+known to within e^30 times the rounding error of its sum. So the sums are held in float64, the possible error is
+accumulated in a fifth sum, and where it could show in the output the future is gathered again from the tokens still to
+come. README.md says how often. A caller with the picture in memory can keep the future at the end of every BLOCK tokens
+and then only gathers from the rest of a block.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from .reference import NOTHING, add
 
-EPSILON = 2.0**-53  # of one operation in float64
-TOLERANCE = 1e-6  # of the output, as a share of the largest value: what may be lost before the future is gathered anew
+EPSILON = 2.0**-53  # rounding error of one operation in float64
+TOLERANCE = 1e-6  # error of the output, relative to the largest value, at which the future is gathered again
 BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Past:
-    """Of all tokens read: the sums of weighted values and of weights, [B, A], in units e^p."""
+    """Over all tokens read: the sums a of weighted values and b of weights, [B, A], in units of e^p."""
 
     a: Tensor
     b: Tensor
@@ -38,9 +38,13 @@ class Past:
 
 @dataclass(frozen=True)
 class Future:
-    """Of all tokens to come, the next one undecayed: likewise in units e^(q - read log_w), and how much of d rounding
-    may have lost. read: tokens since it was gathered. Taken off q one by one, their decays would be rounded, and no
-    token would leave with the very weight that it was gathered with."""
+    """Over all tokens to come, the next one undecayed: the sums c of weighted values and d of weights, [B, A], in units
+    of e^(q - read log_w).
+
+    lost: bound on the rounding error of d. read: tokens read since the sums were gathered. q stays as it is: with their
+    decays subtracted one by one it would be rounded, and no token would leave with exactly the weight that it was
+    gathered with.
+    """
 
     c: Tensor
     d: Tensor
@@ -50,14 +54,14 @@ class Future:
 
 
 def begin(rows: int, channels: int, device: torch.device | str = "cpu") -> Past:
-    """Nothing has been read."""
+    """The past before the first token: empty sums [rows, channels]."""
     zeros = torch.zeros(rows, channels, dtype=torch.float64, device=device)
     return Past(zeros, zeros, torch.full_like(zeros, NOTHING))
 
 
 def gather(log_w: Tensor, k: Tensor, v: Tensor, beyond: Future | None = None) -> Future:
-    """The future before the first of these tokens, k and v [B, T, A]; `beyond` that after the last. So a picture may
-    be gathered in strips, from its end to its beginning, and need never lie in memory whole."""
+    """The future as seen before the first of these tokens, k and v [B, T, A]; `beyond`: the future after the last one.
+    So a picture may be gathered in strips, from its end to its beginning, and need never be in memory as a whole."""
     log_w, k, v = (x.double() for x in (log_w, k, v))
     if beyond is None:
         zeros = torch.zeros_like(k.sum(1))
@@ -75,9 +79,9 @@ def gather(log_w: Tensor, k: Tensor, v: Tensor, beyond: Future | None = None) ->
 def step(
     log_w: Tensor, u: Tensor, k: Tensor, v: Tensor, past: Past, future: Future, again: Callable[[], Future]
 ) -> tuple[Tensor, Past, Future]:
-    """Reads the next token, k and v [B, A]: its output in float64, and both sums after it.
+    """Reads the next token, k and v [B, A]; returns its output, float64 [B, A], and the past and future after it.
 
-    again: gathers the future after this token; called where what has been lost may show in the output.
+    again: gathers the future after this token; called where the rounding error may show in the output.
     """
     log_w, u, k, v = (x.double() for x in (log_w, u, k, v))
     weight = (k - future.q + future.read * log_w).exp()
@@ -92,7 +96,7 @@ def step(
 
 
 def _read(log_w: Tensor, own: Tensor, v: Tensor, past: Past, future: Future) -> tuple[Tensor, Tensor]:
-    """The output of a token of weight e^own, and by how much of the largest value it may be off."""
+    """The output [B, A] of a token of weight e^own, and a bound on its error relative to the largest value."""
     q = future.q - future.read * log_w
     m = torch.maximum(torch.maximum(past.p, own), q).detach()
     before, here, after = (past.p - m).exp(), (own - m).exp(), (q - m).exp()
@@ -104,9 +108,9 @@ def _read(log_w: Tensor, own: Tensor, v: Tensor, past: Past, future: Future) -> 
 def recurrent(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """See `biwkv`."""
     dtype = v.dtype
-    # once for all: of a token that leaves, two large gradients cancel, and float32 would round each of them
+    # converted here, once: two large gradients of every token cancel, and float32 would round each of them
     log_w, k, v, u = (x.double() for x in (log_w, k, v, u))
-    beyond: list[Future | None] = [None]  # every block's end, the last one's first
+    beyond: list[Future | None] = [None]  # the future at the end of every block, the last block first
     for start in reversed(range(0, k.shape[1], BLOCK)):
         beyond.append(gather(log_w, k[:, start : start + BLOCK], v[:, start : start + BLOCK], beyond[-1]))
     past, future, rest = begin(len(k), k.shape[2], k.device), beyond.pop(), None

@@ -15,7 +15,7 @@ def reference(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
     dtype = v.dtype
     log_w, k, v, u = (x.to(state_dtype(k)) for x in (log_w, k, v, u))
     empty = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), torch.full_like(k[:, 0], NOTHING)
-    after = [empty]  # what the last token sees to its right
+    after = [empty]  # the sums over the tokens to the right, those of the last token first
     for k_t, v_t in zip(k[:, 1:].flip(1).unbind(1), v[:, 1:].flip(1).unbind(1), strict=True):
         after.append(add(after[-1], log_w, k_t, v_t))
     before, ys = empty, []
@@ -29,7 +29,7 @@ def reference(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
 
 
 def add(sums: tuple[Tensor, Tensor, Tensor], log_w: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A token joins the sums (a, b) in units e^p of those farther away. Units are subtracted first, see wkv4."""
+    """Adds a token to the sums (a, b, p) over those farther away, in units of e^p, subtracted first: see wkv4."""
     a, b, p = sums
     m = torch.maximum(p + log_w, k).detach()
     old, new = (p - m + log_w).exp(), (k - m).exp()

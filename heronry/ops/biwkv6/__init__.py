@@ -1,4 +1,4 @@
-"""The attention of VRWKV6: WKV6's matrix state of what is before a token, and another of what is after it."""
+"""The attention of VRWKV6: WKV6 with one matrix state for the tokens before a token and another for those after it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: s
         y [B, T, H, N] in v's dtype. There is no state: a picture has no continuation.
 
     Raises:
-        ValueError: a shape, dtype or impl that does not fit, named.
+        ValueError: a shape, dtype or impl does not fit; the message names it.
 
     Source: the released code of VRWKV6 (OpenGVLab/Vision-RWKV).
     """
@@ -43,7 +43,7 @@ def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: s
         raise ValueError(f"biwkv6 has no body {impl!r}; choose one of auto, {', '.join(BODIES)}")
     if impl == "recurrent":
         return recurrent.recurrent(r, log_w, k, v, u)
-    wide = v.to(state_dtype(r))  # and so both directions: only their sum is rounded
+    wide = v.to(state_dtype(r))  # both outputs take this dtype, so that only their sum is rounded
     past, _ = wkv6(r, log_w, k, wide, u, impl=impl)
     back = [x.flip(1) for x in (r, log_w, k, wide)]
     future, _ = wkv6(back[0], back[1], back[2], back[3], torch.zeros_like(u), impl=impl)

@@ -1,12 +1,12 @@
-"""Matrices of 8 or 4 bits a weight, and products with them.
+"""Matrices of 8-bit or 4-bit weights, and products with them.
 
 A row is cut into groups of 32 weights with one float16 scale each. int8: a weight is q * scale with q in -127 .. 127.
-int4: it is LEVELS[code] * scale with a code in 0 .. 15; the levels lie as normally distributed weights do, and the
-sign of a scale says which way round.
+int4: it is LEVELS[code] * scale with a code in 0 .. 15; the levels are spaced for normally distributed weights, and a
+negative scale mirrors them.
 
 The activations of a product are rounded to 8 bits too, with one scale for each group of a token, so that a group is
-a sum of integers. Next to what the rounding of the weights costs that is nothing (docs/quantization.md), and it is
-what makes a product with many tokens fast.
+a sum of integers. Compared with the rounding of the weights that costs nothing (docs/quantization.md), and it is what
+makes a product with many tokens fast.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from ..dispatch import has_native_body, native_library
 
 GROUP = 32
 INT8, INT4 = 4, 5  # Format in matmul.h
-TILE = 16  # output rows that lie together
-# Lloyd's algorithm over groups of normally distributed weights, each with its best scale, one level held at 0: where
-# outliers take the scale, most weights are next to nothing. In 7 bits, which a kernel may want (matmul.h), and no less
-# exact.
+TILE = 16  # output rows that are stored together
+# From Lloyd's algorithm over groups of normally distributed weights, each with its best scale. One level is fixed at 0:
+# where outliers set the scale, most weights are close to 0. The levels fit into 7 bits, as some kernels need
+# (matmul.h), which costs no accuracy.
 LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
 TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes below 16 [out, in], uint8, two in a byte [out, in / 2]: of every 8, number i with number i + 4."""
+    """Packs codes below 16, uint8 [out, in], two into a byte, [out, in / 2]: of every 8, code i with code i + 4."""
     low, high = torch.unflatten(codes, 1, (-1, 2, 4)).unbind(2)
     return (low | high << 4).flatten(1)
 
 
 def unpack(q: Tensor) -> Tensor:
-    """What `pack` was given."""
+    """The inverse of `pack`: bytes [out, in / 2] -> codes [out, in]."""
     fours = q.unflatten(1, (-1, 4))
     return torch.stack([fours & 15, fours >> 4], dim=2).flatten(1)
 
 
 def tile(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """q, int8 [out, in] or packed codes uint8 [out, in / 2], and scales [out, in / 32] as the kernel reads them:
-    bytes [tiles, in / 4 or in / 8, 16, 4], scales [tiles, in / 32, 16]; rows that fill the last tile are zeros."""
+    """Brings q, int8 [out, in] or packed codes uint8 [out, in / 2], and scales [out, in / 32] into the kernel's layout:
+    bytes [tiles, in / 4 or in / 8, 16, 4], scales [tiles, in / 32, 16]. The last tile is padded with rows of zeros."""
     more = -len(q) % TILE
-    # 4 bytes move as one number, which PyTorch does 7 times as fast
+    # moves 4 bytes as one number: 7 times as fast in PyTorch
     quads = F.pad(q, (0, 0, 0, more)).view(torch.int32).unflatten(0, (-1, TILE)).transpose(1, 2)
     data = quads.contiguous().view(torch.uint8)
     if q.dtype == torch.int8:
@@ -57,19 +57,19 @@ def tile(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def untile(data: Tensor, scales: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """What `tile` was given."""
+    """The inverse of `tile`, for a matrix of `rows` output rows."""
     if not is_int4(data, scales):
         data = (data - 128).view(torch.int8)
     return data.transpose(1, 2).flatten(0, 1).flatten(1)[:rows], scales.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def is_int4(data: Tensor, scales: Tensor) -> bool:
-    """Which of the two formats a tiled matrix has."""
+    """Whether a tiled matrix is int4, not int8."""
     return data.shape[1] * 4 != scales.shape[1] * GROUP
 
 
 def dequantize(q: Tensor, scales: Tensor) -> Tensor:
-    """The weights [out, in] that they stand for, float32; see `tile`."""
+    """The float32 weights [out, in] of q and scales as `tile` takes them."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
     values = levels[unpack(q).int()] if q.dtype == torch.uint8 else q.float()
     return (torch.unflatten(values, 1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)
@@ -112,7 +112,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    """Of x, as if its rounding were none."""
+    """The gradient of x, which ignores that x is rounded."""
     data, scales = ctx.saved_tensors
     weights = dequantize(*untile(data, scales, ctx.rows))
     return gradient @ weights.to(gradient.dtype), None, None, None
@@ -122,7 +122,7 @@ _packed_matmul.register_autograd(_gradient, setup_context=_remember)
 
 
 def reference(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
-    """The same in PyTorch, on any device: the weights are unpacked for every product."""
+    """`_packed_matmul` in PyTorch, on any device: the weights are unpacked for every product."""
     groups = x.float().unflatten(1, (-1, GROUP))
     top = groups.abs().amax(-1, keepdim=True)
     rounded = (groups * torch.where(top > 0, 127 / top, 0)).round() * (top / 127)
@@ -130,6 +130,6 @@ def reference(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
 
 
 def describe(data: Tensor, scales: Tensor, rows: int) -> tuple[int, ...]:
-    """The fields of a Tensor of matmul.h."""
+    """The fields of matmul.h's Tensor for a tiled matrix."""
     dtype = INT4 if is_int4(data, scales) else INT8
     return data.data_ptr(), scales.data_ptr(), dtype, rows, scales.shape[1] * GROUP, ctypes.addressof(TABLE)

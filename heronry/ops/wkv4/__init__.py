@@ -39,10 +39,10 @@ def wkv4(
     continuation of the sequence does. The initial p has its gradient, a * grad(a) + b * grad(b).
 
     Args:
-        log_w, u: [A], the log of the decay a token, <= 0 (RWKV-4 passes -exp(time_decay)), and the bonus of the
+        log_w, u: [A], the log of the decay per token, <= 0 (RWKV-4 passes -exp(time_decay)), and the bonus of the
             current token (time_first).
         k, v: [B, T, A], any floating dtype.
-        state: [B, 3, A], rows a, b, p; or None for an empty one (0, 0, -1e38). Packed: one a sequence.
+        state: [B, 3, A], rows a, b, p; or None for an empty one (0, 0, -1e38). Packed: one per sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
         impl: "auto", "reference", "chunked" or "cpu" (C++).
 
@@ -50,7 +50,7 @@ def wkv4(
         y [B, T, A] in v's dtype, and the final state, float32 (float64 for float64 activations).
 
     Raises:
-        ValueError: a shape, dtype, cu_seqlens or impl that does not fit, named.
+        ValueError: a shape, dtype, cu_seqlens or impl does not fit; the message names it.
 
     Source: RWKV (arXiv 2305.13048), section 3.1 and appendix D; derivation of the chunked form in README.md.
     """

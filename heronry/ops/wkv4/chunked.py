@@ -25,11 +25,11 @@ def chunked(
     log_w, k, v, u = (x.to(state.dtype) for x in (log_w, k, v, u))
     real = cut.split(torch.ones_like(k[..., :1]))  # [M, L, 1], 0 at padding, which must not decay either
     k, v = cut.split(k, fill=NOTHING), cut.split(v)  # [M, L, A]
-    pair = torch.stack([v, torch.ones_like(v)], dim=2)  # [M, L, 2, A], what the two sums A and B add up
+    pair = torch.stack([v, torch.ones_like(v)], dim=2)  # [M, L, 2, A], the unweighted terms of the sums A and B
 
     # a chunk on its own: the sums over its tokens, in the unit of its largest term
     count = real.cumsum(1)
-    fade = (count[:, -1:] - count) * log_w  # [M, L, A], what each token decays until the chunk's end
+    fade = (count[:, -1:] - count) * log_w  # [M, L, A], log of each token's decay until the chunk's end
     top = (k + fade).detach().amax(1, keepdim=True)  # [M, 1, A]
     total = ((k - top + fade).exp()[:, :, None] * pair).sum(1)  # [M, 2, A]
     decay = count[:, -1:] * log_w  # [M, 1, A]

@@ -77,7 +77,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of log_w, k, v, u and of the initial state."""
     dlog_w, dk, dv, du, dstate = empty_gradients(log_w, k, v, u, saved_states, dy, dfinal, cu)
-    # one gradient a sequence, added in one order: the same for any number of threads
+    # one gradient per sequence, summed in a fixed order: the same for any number of threads
     dlog_w_parts, du_parts = dfinal.new_empty(2, len(dfinal), 1, k.shape[2])
     tensors = (log_w[None, None], k, v, u[None, None], saved_states, dy, dfinal.contiguous())
     gradients = (dlog_w_parts, dk, dv, du_parts, dstate)

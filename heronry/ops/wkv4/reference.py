@@ -28,7 +28,7 @@ def reference(
     ys = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1), strict=True):  # [B, A]
         # The units m and p cancel out of every value, so they need no gradient. They are subtracted first: the
-        # difference of near numbers is exact, and p + log_w has lost a slow decay's digits where p is large.
+        # difference of nearby numbers is exact, whereas p + log_w loses the digits of a slow decay where p is large.
         m = torch.maximum(p, k_t + u).detach()
         old, new = (p - m).exp(), (k_t - m + u).exp()
         ys.append((old * a + new * v_t) / (old * b + new))

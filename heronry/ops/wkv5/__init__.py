@@ -33,9 +33,9 @@ def wkv5(
 
     Args:
         r, k, v: [B, T, H, N], any floating dtype.
-        log_w: [H, N], the log of the decay a token, <= 0, or [H, 1] for RWKV-5.0 and 5.1, which have one a head.
+        log_w: [H, N], the log of the decay per token, <= 0, or [H, 1] for RWKV-5.0 and 5.1, which have one per head.
         u: [H, N] or [H, 1], the bonus of the current token.
-        state: [B, H, N, N] value-major, or None for zeros. Packed: one row a sequence.
+        state: [B, H, N, N] value-major, or None for zeros. Packed: one row per sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
         impl: "auto", "reference", "chunked" or "cpu" (C++).
 
@@ -43,7 +43,7 @@ def wkv5(
         y [B, T, H, N] in v's dtype, and the final state, float32 (float64 for float64 activations).
 
     Raises:
-        ValueError: a shape, dtype, cu_seqlens or impl that does not fit, named.
+        ValueError: a shape, dtype, cu_seqlens or impl does not fit; the message names it.
 
     Source: Eagle and Finch (arXiv 2404.05892), section 4; derivation of the chunked form in ../wkv6/README.md.
     """

@@ -34,7 +34,7 @@ def wkv6(
     Args:
         r, log_w, k, v: [B, T, H, N], any floating dtype. log_w <= 0 without a lower bound, -inf included.
         u: [H, N], the bonus of the current token.
-        state: [B, H, N, N] value-major, or None for zeros. Packed: one row a sequence.
+        state: [B, H, N, N] value-major, or None for zeros. Packed: one row per sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
         impl: "auto", "reference", "chunked" or "cpu" (C++).
 
@@ -42,7 +42,7 @@ def wkv6(
         y [B, T, H, N] in v's dtype, and the final state, float32 (float64 for float64 activations).
 
     Raises:
-        ValueError: a shape, dtype, cu_seqlens or impl that does not fit, named.
+        ValueError: a shape, dtype, cu_seqlens or impl does not fit; the message names it.
 
     Source: Eagle and Finch (arXiv 2404.05892), section 4; derivation of the chunked form in README.md.
     """

@@ -1,4 +1,4 @@
-"""WKV6 in matrix products: blocks of 1, 2, 4, ... tokens, two neighbours making one (see README.md)."""
+"""WKV6 in matrix products: blocks of 1, 2, 4, ... tokens, merged in pairs of neighbours (see README.md)."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def chunked(
 
     # blocks of one token; every decay is a product of numbers in [0, 1], so nothing can overflow
     scores = (r * u * k).sum(-1)[..., None, None]  # [M, H, L/n, n, n], y = scores V inside a block of n tokens
-    r_in = r[..., None, :]  # [M, H, L/n, n, N], what reads: decayed from the block's start
-    k_out = k[..., None, :]  # [M, H, L/n, n, N], what is left at the block's end
+    r_in = r[..., None, :]  # [M, H, L/n, n, N], r decayed from the block's start
+    k_out = k[..., None, :]  # [M, H, L/n, n, N], k decayed to the block's end
     decay = log_w.exp()[..., None, :]  # [M, H, L/n, 1, N], of the whole block
     for n in (1 << level for level in range(LENGTH.bit_length() - 1)):
         (r0, r1), (k0, k1), (w0, w1), (s0, s1) = (
             x.unflatten(2, (-1, 2)).unbind(3) for x in (r_in, k_out, decay, scores)
         )
-        across = r1 @ k0.mT  # the later block reads the earlier one over their border
+        across = r1 @ k0.mT  # the scores across the border: the later block reads the earlier one
         scores = torch.cat([F.pad(s0, (0, n)), torch.cat([across, s1], -1)], -2)
         r_in, k_out, decay = torch.cat([r0, r1 * w0], -2), torch.cat([k0 * w1, k1], -2), w0 * w1
     scores, r_in, k_out, decay = (x.squeeze(2) for x in (scores, r_in, k_out, decay))

@@ -82,7 +82,7 @@ def backward(
     """The gradients of r, log_w, k, v, u and of the initial state."""
     constant = log_w.ndim == 2
     dr, dlog_w, dk, dv, du, dstate = empty_gradients(r, log_w, k, v, u, saved_states, dy, dfinal, cu)
-    # what all tokens share is summed a sequence by one thread, then over sequences: the same for any number of threads
+    # gradients of what all tokens share: one per sequence, summed in a fixed order, the same for any number of threads
     du_parts = dfinal.new_empty(len(dfinal), 1, *u.shape)
     dlog_w_parts = torch.empty_like(du_parts) if constant else dlog_w
     tensors = (r, log_w.expand(r.shape), k, v, u[None, None], saved_states, dy, dfinal.contiguous())

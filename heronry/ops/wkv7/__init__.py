@@ -36,7 +36,7 @@ def wkv7(
         r, log_w, k, v, a, b: [B, T, H, N], any floating dtype. log_w <= 0; RWKV-7 keeps it in (-0.6066, 0) and
             passes a = -kappa, b = kappa * in-context learning rate, with |kappa| = 1. The chunked body needs
             the sum of log_w over 32 tokens to stay above -80, which RWKV-7's range does by far.
-        state: [B, H, N, N] value-major, or None for zeros. Packed: one row a sequence.
+        state: [B, H, N, N] value-major, or None for zeros. Packed: one row per sequence.
         cu_seqlens: [sequences + 1] marks the sequences packed into B = 1 (see ops/packing.py).
         impl: "auto", "reference", "chunked" or "cpu" (C++).
 
@@ -44,7 +44,7 @@ def wkv7(
         y [B, T, H, N] in v's dtype, and the final state, float32 (float64 for float64 activations).
 
     Raises:
-        ValueError: a shape, dtype, cu_seqlens or impl that does not fit, named.
+        ValueError: a shape, dtype, cu_seqlens or impl does not fit; the message names it.
 
     Source: RWKV-7 "Goose" (arXiv 2503.14456), section 3; derivation of the chunked form in README.md.
     """

@@ -31,9 +31,9 @@ def chunked(
     c = log_w.cumsum(-2)  # [M, H, L, N], decay from the chunk's start through token t
     decay, undo = c.exp(), (-c).exp()
     whole = decay[..., -1:, :]  # [M, H, 1, N]
-    r_in, a_in = r * decay, a * (c - log_w).exp()  # what reads: decayed from the chunk's start
-    k_in, b_in = k * undo, b * undo  # what is read: decay undone to the chunk's start
-    k_out, b_out = k_in * whole, b_in * whole  # what is left at the chunk's end
+    r_in, a_in = r * decay, a * (c - log_w).exp()  # the reads: decayed from the chunk's start
+    k_in, b_in = k * undo, b * undo  # the writes: their decay from the chunk's start undone
+    k_out, b_out = k_in * whole, b_in * whole  # the writes, decayed to the chunk's end
 
     # z_t = S_{t-1} a_t solves Z = A_ab Z + A_ak V + a_in S_0^T, so Z = w S_0^T + u
     a_ab = (a_in @ b_in.mT).tril(-1)
@@ -54,7 +54,7 @@ def chunked(
         zs.append(own_w @ state.mT + own_u)
         state = state * own_decay + own_kv + zs[-1].mT @ own_b
     finished.append(state)
-    s0, z = torch.cat(entering), torch.cat(zs)  # [M, H, N_v, N_k] each chunk begins with, [M, H, L, N_v]
+    s0, z = torch.cat(entering), torch.cat(zs)  # [M, H, N_v, N_k], the state before each chunk, and [M, H, L, N_v]
 
     y = r_in @ s0.mT + (r_in @ k_in.mT).tril() @ v + (r_in @ b_in.mT).tril() @ z
     return cut.join(y.transpose(1, 2)).to(dtype), cut.from_chunk_order(finished)

@@ -66,7 +66,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of the right shapes."""
     batch, tokens, heads, size = r.shape
-    chunks = batch * tokens // CHUNK + len(state) if keep else 0  # every sequence may end with a part of one
+    chunks = batch * tokens // CHUNK + len(state) if keep else 0  # every sequence may end with a partial chunk
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(chunks, heads, size, size)
 
 

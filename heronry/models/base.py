@@ -118,7 +118,7 @@ class Model(Network):
     A generation's time mix defines `initial_wkv`.
     """
 
-    affine: ClassVar[bool] = True  # what a text leaves and reads of a state are affine in it (sequence_parallel.py)
+    affine: ClassVar[bool] = True  # outputs and final state are affine in the initial state (sequence_parallel.py)
     config_only = ("ln_x_eps",)
     native_step_enabled = True  # the C++ step may take the place of the modules, see `native_step`
     emb: nn.Embedding
@@ -144,8 +144,8 @@ class Model(Network):
         return self.__dict__ | {"_step": None}
 
     def tune_state(self) -> Model:
-        """Itself, from now on with the initial state as its only trained parameter: `att.time_state`, which a model
-        without one gets as zeros. The frozen weights stay the memory they are."""
+        """Makes the initial state the only trained parameter, and returns the model itself: `att.time_state`, zeros in
+        a model that had none. The frozen weights are not copied."""
         self.requires_grad_(False)
         for name, shape in self.time_states().items():
             att = self.blocks[int(name.split(".")[1])].att
@@ -174,10 +174,11 @@ class Model(Network):
         return State(layers, self.fingerprint)
 
     def select_native_step(self, tokens: Tensor, cu: Boundaries | None) -> native_step.NativeStep | None:
-        """The C++ that does the forward of these tokens, or None where the plain model must (native_step.py says when).
+        """The C++ step for the forward pass of these tokens, or None where the plain model must run (native_step.py
+        says when).
 
-        Where PyTorch has fast products a pack is the plain model's: who else is in it must not decide, by the number
-        of tokens, which of the two reads a prompt.
+        Where PyTorch has fast products, packed sequences always go to the plain model: which of the two reads a prompt
+        must not depend on the other sequences in the pack, by their number of tokens.
         """
         if not self.native_step_enabled or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -209,7 +210,7 @@ class Model(Network):
     def validate_inputs(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
     ) -> tuple[State, Boundaries | None]:
-        """Checks the arguments of `forward`; the state (the initial one for None) and cu_seqlens as a tuple."""
+        """Checks the arguments of `forward`; returns the state (the initial one for None) and cu_seqlens as a tuple."""
         if not isinstance(tokens, Tensor):
             raise InputError(f"tokens must be a torch.Tensor of integers [B, T], got {show(tokens)}")
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
@@ -231,14 +232,14 @@ class Model(Network):
         rows = tokens.shape[0] if cu is None else len(cu) - 1
         if state is None:
             return self.initial_state(rows), cu
-        # in training the weights move under a carried state, so that only the configuration must agree
+        # in training the weights change while a state is carried, so only the configuration must match
         digits = 16 if self.training else 32
         if state.fingerprint[:digits] != self.fingerprint[:digits]:
             raise InputError("this state belongs to another model")
         if state.rows != rows:
             raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
         if self._step is not None and state is self._step.last_state[0] and tokens.device.type == "cpu":
-            return state, cu  # nobody has touched it since it was made
+            return state, cu  # the native step itself returned it, and states are never modified
         first = state.layers[0]
         shift = (rows, self.config.n_embd)
         fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == first.ffn_shift.shape == shift
@@ -250,10 +251,10 @@ class Model(Network):
 
 
 def replace_embeddings(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
-    """In the `with` block of what is returned, the embedding of `tokens` [B, T] is `vectors` [B, T, C].
+    """A context manager: in its `with` block, the embedding of `tokens` [B, T] is `vectors` [B, T, C].
 
     The C++ step does not run for a model that has hooks.
     """
     vectors = vectors.to(model.emb.weight.dtype)
-    # for this tensor of tokens only: another thread may be reading its own
+    # only for this very tensor: another thread may be running the model on its own tokens
     return model.emb.register_forward_hook(lambda _, inputs, output: vectors if inputs[0] is tokens else output)

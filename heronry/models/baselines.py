@@ -1,6 +1,6 @@
-"""What RWKV is compared with: an LSTM, a GPT and a ViT, as plain as they come and trained by the same loop.
+"""Baselines that RWKV is compared with: a plain LSTM, GPT and ViT, trained by the same loop.
 
-- LSTM: torch's own, layers stacked, forget gates open in the beginning (Jozefowicz et al., 2015)
+- LSTM: torch's own, layers stacked, forget gates initially open (Jozefowicz et al., 2015)
 - GPT: norms in front (GPT-2), rotary positions (arXiv 2104.09864), which learn faster than GPT-2's table, GELU
 - ViT: norms in front, learned positions, GELU, the mean over all patches goes to the head (no class token)
 They are for comparisons, not for checkpoints of others: `heronry.load` knows none of them.
@@ -53,7 +53,7 @@ class LSTM(Model):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Smaller embeddings or heads keep it for hundreds of steps at the frequencies of the tokens."""
+        """With smaller embeddings or heads it predicts mere token frequencies for hundreds of steps."""
         nn.init.normal_(self.emb.weight)
         nn.init.normal_(self.head.weight, std=self.config.hidden**-0.5)
         for name, p in self.lstm.named_parameters():
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Turns each pair of channels by its position times its frequency: [B, H, T, N]."""
+    """Rotary positions: rotates each pair of channels of x [B, H, T, N] by its position times its frequency."""
     half = x.shape[-1] // 2
     frequencies = 10000.0 ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] * frequencies  # [T, N / 2]
@@ -150,7 +150,7 @@ class GPT(Model):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: what is added to the residual stream starts smaller the more layers add to it."""
+        """GPT-2's: the matrices that write to the residual stream start smaller the more layers there are."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 last = name.endswith(("att.output.weight", "ffn.2.weight"))
@@ -238,7 +238,7 @@ def _windows_only(model: Model, cu_seqlens: Tensor | Sequence[int] | None) -> No
 
 
 def _param_groups(model: Network, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not."""
+    """Weight decay for matrices, none for vectors."""
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
     return [
         {"params": vectors, "lr": lr, "weight_decay": 0.0},

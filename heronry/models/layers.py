@@ -15,7 +15,7 @@ from .sequence_parallel import Boundaries, SequenceShard
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in float32, or as it is in float64: for values that 16 bits are too few for."""
+    """x in float32, float64 unchanged: for values that need more than 16 bits."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -71,7 +71,8 @@ def embedding(config: Any) -> nn.Embedding:
 
 
 def token_shift(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
-    """The previous token of each: x [B, T, C] moved by one, with the carried `shift` [S, C] before each sequence."""
+    """The previous token of each token: x [B, T, C] shifted by one, with the carried `shift` [S, C] before each
+    sequence."""
     shift = shift.to(x.dtype)
     if isinstance(cu, SequenceShard):
         x, shift = cu.shift(x, shift)

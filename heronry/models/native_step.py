@@ -1,11 +1,11 @@
 """The step of a model in C++: few tokens, no gradients, one call for the whole model.
 
-`rwkv7.cpp` is to `rwkv7.py` what a kernel is to an operator: the same numbers to float32 round-off, without what
-Python and dispatching cost and with every weight read once for all rows. A matrix of 16-bit or packed weights
-multiplies activations of its own precision (ops/matmul.h); all else is float32, logits included.
+`rwkv7.cpp` is to `rwkv7.py` what a kernel is to an operator: the same numbers to float32 rounding, without the overhead
+of Python and dispatching, and with every weight read once for all rows. bfloat16 matrices multiply activations rounded
+to bfloat16, packed ones activations rounded to 8 bits (ops/matmul.h); everything else is float32, logits included.
 
-The plain model is the definition: the step takes over only while the model consists of exactly the modules and tensors
-that the step was made for, none of them with hooks.
+The plain model is the definition: the step replaces it only while the model consists of exactly the modules and tensors
+that the step was built for, none of them with hooks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .state import LayerState, State
 MAX_TOKENS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
 MAX_CALL_TOKENS = 512  # where PyTorch has no fast products; longer inputs are read in pieces
 MAX_HEAD_SIZE = 512  # the largest head that the C++ has room for
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # the last of packed weights
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: packed weights
 
 
 class _Tensor(ctypes.Structure):  # Tensor in ops/matmul.h
@@ -71,8 +71,9 @@ class NativeStep:
         self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [m.__dict__ for m in self.modules[1:]]
-        # The state that left last and where its tensors lie: it enters next as a rule, and a hundred small tensors take
-        # longer to look at than the layers of a small model to compute. A pair, for threads share the step.
+        # The state returned last and the addresses of its tensors: as a rule it is passed in next, and looking at a
+        # hundred small tensors takes longer than computing the layers of a small model. One tuple, replaced as a whole,
+        # because threads share the step.
         self.last_state: tuple[State | None, list[int]] = (None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
@@ -92,7 +93,7 @@ class NativeStep:
 
     @staticmethod
     def _table(named: dict[str, Tensor], names: Any, prefix: str) -> Any:
-        """The tensors in the order of the library's own list of names; one that a layer does not have is all zeros."""
+        """The tensors in the order of the library's list of names; all fields are 0 for one that a layer lacks."""
         names.restype = ctypes.c_char_p
         fields = names().decode().split()
         table = (_Tensor * len(fields))()
@@ -110,7 +111,7 @@ class NativeStep:
         return table
 
     def is_current(self) -> bool:
-        """Whether the model still has the modules and tensors that this step was made for."""
+        """Whether the model still has the modules and tensors that this step was built for."""
         objects = chain.from_iterable(map(dict.values, self.parts))
         same = all(map(is_, self.objects, objects)) and next(objects, None) is None
         return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
@@ -127,7 +128,7 @@ class NativeStep:
         return (sequences, channels), wkv, (sequences, channels)
 
     def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
-        """As the model's forward: logits float32 and the new state."""
+        """As the model's forward: returns float32 logits and the new state."""
         batch, length = tokens.shape
         if batch * length > MAX_CALL_TOKENS:
             return self._in_pieces(tokens, state, last_only)

@@ -5,7 +5,7 @@ What is special about it:
   rate of its own; see ops/wkv4
 - that mean is a quotient of two sums, so its state is the stable triple (a, b, p), not a matrix
 - the receptance is a sigmoid gate in the time mix too
-- mixes say the share of the current token (from RWKV-6 on, that of the previous one)
+- mixes are the share of the current token (from RWKV-6 on, that of the previous one)
 Source: "RWKV: Reinventing RNNs for the Transformer Era" (arXiv 2305.13048); parameter names are those of
 BlinkDL's checkpoints.
 """
@@ -70,13 +70,13 @@ class TimeMix(nn.Module):
         self.output = Linear(a, c)
 
     def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
-        """The state before the first token, (a, b, p): [3, A]. `time_state` [2, A] in place of the model's own.
+        """The state before the first token, (a, b, p): [3, A]. `time_state` [2, A] replaces the model's own.
 
-        A tuned state is one token that every text has read: in the channel of a pair (s, d) its weight is |s|, its
-        value 1 + d where s > 0 and -(1 + d) where s < 0. All zeros are the empty state. The mean stays between values,
-        which a and b as free numbers would not see to: where b is small a leaves every range. From zero, s has a
-        gradient and may go either way; a weight that only grows (s squared, e^s) has none there, and one that is cut
-        off at zero stays there. The unit p is 0: in that of an empty state, e^-1e38, nothing has a gradient.
+        A tuned state acts like one token that every text has read: in a channel with the pair (s, d) its weight is |s|,
+        its value 1 + d where s > 0 and -(1 + d) where s < 0. All zeros are the empty state. So the mean stays between
+        values; with a and b as free parameters it would be unbounded where b is small. At zero, s has a gradient and
+        may go either way; a weight that only grows (s squared, e^s) has none there, and one that is clamped at zero
+        stays there. The unit p is 0: in that of an empty state, e^-1e38, nothing has a gradient.
         """
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
@@ -84,7 +84,7 @@ class TimeMix(nn.Module):
             return torch.stack([s * (1 + d), s.abs(), torch.zeros_like(s)])
         like = self.time_decay
         wkv = widen(torch.zeros(3, len(like), dtype=like.dtype, device=like.device))
-        wkv[2] = -1e38  # the logarithm of "nothing yet" that survives differences, unlike -inf
+        wkv[2] = -1e38  # the exponent of an empty sum: unlike -inf it can be subtracted from itself
         return wkv
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, cu: Boundaries | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,8 @@ class RWKV4(Model):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for Adam (betas 0.9, 0.99; eps 1e-8; the recipe's weight decay is 0): time_decay learns twice,
-        time_first three times as fast; matrices decay, embedding, head and a tuned state included, vectors do not."""
+        time_first three times as fast; weight decay for matrices, embedding, head and a tuned state included, not for
+        vectors."""
         twice, thrice, matrices, rest = [], [], [], []
         for name, p in self.named_parameters():
             if name.endswith("time_decay"):

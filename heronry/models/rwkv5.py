@@ -3,9 +3,9 @@
 What is special about it:
 - heads with a matrix as state, which replaces RWKV-4's quotient of sums: no normaliser, a group norm follows
   instead; see ops/wkv5
-- the receptance of the time mix is a query without a sigmoid; what gates the output is a SiLU of its own (from 5.1)
-- the decay is constant in time: one number a head (5.0, 5.1) or one a key channel (5.2)
-- mixes say the share of the current token, as in RWKV-4
+- the receptance of the time mix is a query, without a sigmoid; a SiLU gate of its own gates the output (from 5.1)
+- the decay is constant in time: one number per head (5.0, 5.1) or per key channel (5.2)
+- mixes are the share of the current token, as in RWKV-4
 Source: "Eagle and Finch" (arXiv 2404.05892); parameter names are those of BlinkDL's checkpoints.
 """
 
@@ -45,7 +45,7 @@ class RWKV5Config:
     dim_att: int
     dim_ffn: int
     head_size: int
-    version: str = "5.2"  # "5.0" has no gate, "5.0" and "5.1" one decay a head
+    version: str = "5.2"  # "5.0" has no gate, "5.0" and "5.1" one decay per head
     log_bonus: bool = False  # the bonus is stored as its logarithm, time_first (most 5.0 files), not time_faaaa
     ln_x_eps: float = 64e-5  # BlinkDL divides by 8 = head_size_divisor before a norm of eps 1e-5
     time_state: bool = False  # the initial state is a parameter (state tuning)
@@ -116,7 +116,7 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
     def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
-        """The state before the first token, [H, N_v, N_k]; `time_state`, likewise, in place of the model's own."""
+        """The state before the first token, [H, N_v, N_k]; `time_state` of the same shape replaces the model's own."""
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
             return widen(tuned)
@@ -132,10 +132,10 @@ class TimeMix(nn.Module):
         r = per_head(self.receptance(torch.lerp(before, x, self.time_mix_r)))
         k = per_head(self.key(torch.lerp(before, x, self.time_mix_k)))
         v = per_head(self.value(torch.lerp(before, x, self.time_mix_v)))
-        # a decay a head is a column that broadcasts over the key channels: [H, N] or [H, 1]
+        # [H, N], or with one decay per head [H, 1], which broadcasts over the key channels
         log_w = -widen(self.time_decay).exp().view(self.heads, -1)
         u = widen(self.time_first).exp() if self.log_bonus else widen(self.time_faaaa)
-        # values in float32, for y comes in their dtype and before its norm it can leave float16's range
+        # values in float32: y has their dtype, and before its norm it can exceed the range of float16
         y, wkv = run_operator(wkv5, (r, log_w, k, widen(v), u.view(self.heads, -1)), wkv, cu)
         y = group_norm(y, self.ln_x).to(x.dtype)
         if self.gated:
@@ -263,7 +263,7 @@ class RWKV5(Model):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): time_decay learns twice, time_first three times as fast;
-        matrices decay, embedding, head and a tuned state included, vectors do not."""
+        weight decay for matrices, embedding, head and a tuned state included, not for vectors."""
         twice, thrice, matrices, rest = [], [], [], []
         for name, p in self.named_parameters():
             if name.endswith("time_decay"):

@@ -1,10 +1,10 @@
 """RWKV-6 "Finch" (x060).
 
 What is special about it:
-- the token shift depends on the data: low-rank matrices move the five mixes, in the order w, k, v, r, g
-- so does the decay: one number a key channel and token; see ops/wkv6
+- the token shift depends on the data: low-rank matrices adjust the five mixes, in the order w, k, v, r, g
+- so does the decay: one number per key channel and token; see ops/wkv6
 - otherwise RWKV-5.2: matrix state per head, bonus for the current token inside the recurrence, group norm, gate
-- mixes say the share of the previous token (up to RWKV-5, that of the current one)
+- mixes are the share of the previous token (up to RWKV-5, that of the current one)
 Source: "Eagle and Finch" (arXiv 2404.05892); parameter names are those of BlinkDL's checkpoints.
 """
 
@@ -84,7 +84,7 @@ class TimeMix(nn.Module):
             return nn.Parameter(torch.zeros(shape))
 
         # m-type mixes: the share of the previous token
-        self.time_maa_x = parameter(1, 1, c)  # of what the other five depend on
+        self.time_maa_x = parameter(1, 1, c)  # of the input that the other five are computed from
         self.time_maa_w, self.time_maa_k, self.time_maa_v = (parameter(1, 1, c) for _ in range(3))
         self.time_maa_r, self.time_maa_g = (parameter(1, 1, c) for _ in range(2))
         # low-rank: y = (x @ _w1) @ _w2, not in the layout of nn.Linear
@@ -103,7 +103,7 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
     def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
-        """The state before the first token, [H, N_v, N_k]; `time_state`, likewise, in place of the model's own."""
+        """The state before the first token, [H, N_v, N_k]; `time_state` of the same shape replaces the model's own."""
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
             return widen(tuned)
@@ -125,7 +125,7 @@ class TimeMix(nn.Module):
         v = per_head(self.value(xv))
         g = F.silu(self.gate(xg))
         log_w = -(widen(self.time_decay) + widen(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)).exp()
-        # values in float32, for y comes in their dtype and before its norm it can leave float16's range
+        # values in float32: y has their dtype, and before its norm it can exceed the range of float16
         y, wkv = run_operator(wkv6, (r, per_head(log_w), k, widen(v), widen(self.time_faaaa)), wkv, cu)
         return self.output(group_norm(y, self.ln_x).to(x.dtype) * g), wkv
 
@@ -245,8 +245,8 @@ class RWKV6(Model):
             norm.bias.zero_()
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): time_decay learns twice as fast; matrices decay, embedding,
-        head and a tuned state included, vectors and low-rank matrices do not."""
+        """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): time_decay learns twice as fast; weight decay for matrices,
+        embedding, head and a tuned state included, not for vectors and low-rank matrices."""
         fast, matrices, rest = [], [], []
         for name, p in self.named_parameters():
             if name.endswith("time_decay"):

@@ -53,7 +53,7 @@ class RWKV7Config:
     gate_rank: int
     ln_x_eps: float = 64e-5  # BlinkDL divides by 8 = head_size_divisor before a norm of eps 1e-5
     time_state: bool = False  # the initial state is a parameter (state tuning)
-    deep_rank: int = 0  # RWKV-7a: rows and columns of a token's matrix; 0 is RWKV-7
+    deep_rank: int = 0  # RWKV-7a: rows and columns of a token's matrix; 0: RWKV-7
 
     def __post_init__(self) -> None:
         check_heads(self)
@@ -118,7 +118,7 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(self.heads, a, eps=config.ln_x_eps)
 
     def initial_wkv(self, time_state: Tensor | None = None) -> Tensor:
-        """The state before the first token, [H, N_v, N_k]; `time_state`, likewise, in place of the model's own."""
+        """The state before the first token, [H, N_v, N_k]; `time_state` of the same shape replaces the model's own."""
         tuned = self.time_state if time_state is None else time_state
         if tuned is not None:
             return widen(tuned)
@@ -140,7 +140,7 @@ class TimeMix(nn.Module):
         r = self.receptance(xr)  # [B, T, A]
         k = self.key(xk)
         v = self.value(xv)
-        # the decay's logarithm, in (-e^-0.5, 0); float32, for 1 - w can be as small as 0.0003
+        # the log of the decay, in (-e^-0.5, 0); float32, because 1 - w can be as small as 0.0003
         log_w = -math.exp(-0.5) * torch.sigmoid(widen(self.w0) + widen(torch.tanh(xw @ self.w1) @ self.w2))
         a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)  # in-context learning rate
         g = torch.sigmoid(xg @ self.g1) @ self.g2
@@ -152,7 +152,7 @@ class TimeMix(nn.Module):
         def per_head(x: Tensor) -> Tensor:  # [B, T, A] -> [B, T, H, N]
             return torch.unflatten(x, -1, (self.heads, -1))
 
-        kappa = F.normalize(widen(per_head(k * self.k_k)), dim=-1, eps=1e-12)  # of the key as it was
+        kappa = F.normalize(widen(per_head(k * self.k_k)), dim=-1, eps=1e-12)  # of the key before it is scaled below
         k = k * (1 + (a - 1) * self.k_a)
         r, k, v, a = per_head(r), per_head(k), per_head(v), per_head(a)
         y, wkv = run_operator(wkv7, (r, per_head(log_w), k, v, -kappa, kappa * a), wkv, cu)
@@ -201,7 +201,7 @@ class Block(nn.Module):
         state: LayerState,
         v_first: Tensor | None,
         cu: Boundaries | None,
-        deep: tuple[Tensor, Tensor] | None,  # RWKV-7a: the tokens, and what they enter the first block as
+        deep: tuple[Tensor, Tensor] | None,  # RWKV-7a: the tokens, and their input to the first block
     ) -> tuple[Tensor, Tensor, LayerState]:
         x1 = self.ln1(x)
         y, wkv, v_first = self.att(x1, state.att_shift, state.wkv, v_first, cu)
@@ -221,11 +221,11 @@ class RWKV7(Model):
 
     name = "rwkv7"
     Config = RWKV7Config
-    ignored_keys = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 is where the values come from
+    ignored_keys = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 has no value residual
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)
-        self.native_step_enabled = not config.deep_rank  # the C++ step is RWKV-7's
+        self.native_step_enabled = not config.deep_rank  # the C++ step does not support RWKV-7a
         self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -294,7 +294,7 @@ class RWKV7(Model):
             att.output.weight.zero_()
             nn.init.orthogonal_(ffn.key.weight, 1.0)
             ffn.value.weight.zero_()
-            if self.config.deep_rank:  # at first every token scales by 1
+            if self.config.deep_rank:  # initially every token scales by 1
                 ffn.s_emb.weight.copy_(torch.eye(self.config.deep_rank).flatten())
                 ffn.s_emb_x.weight.zero_()
                 ffn.s1.zero_()
@@ -307,8 +307,8 @@ class RWKV7(Model):
             norm.bias.zero_()
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): the decay's bias w0 learns twice as fast; matrices
-        decay, embedding, head and a tuned state included, vectors and low-rank matrices do not."""
+        """Groups for AdamW (betas 0.9, 0.99; eps 1e-18): the decay's bias w0 learns twice as fast; weight decay for
+        matrices, embedding, head and a tuned state included, not for vectors and low-rank matrices."""
         fast, matrices, rest = [], [], []
         for name, p in self.named_parameters():
             if name.endswith("att.w0"):

@@ -1,10 +1,10 @@
 """Sequence parallelism: rows of tokens, of which every process of a group holds a consecutive piece.
 
 - over a piece an operator is an affine map of its initial state S: the final state is S P + Q, the output y_t + S x_t
-  at token t. From zeros the operator gives (y, Q) of the piece; from the identity, without values, (x, P), since the
-  rows of a state do not interact
-- every process computes both. They exchange P and Q, and each composes those of the processes before it to its initial
-  state
+  at token t. Run from zeros, the operator gives (y, Q) of the piece; run from the identity, with values of 0, it gives
+  (x, P), because the rows of a state do not interact
+- every process computes both. They exchange P and Q, and each composes those of the processes before it into its
+  initial state
 - the token shift takes the last vector of the previous process
 - in the backward pass the gradient of what a process sent is the sum of the gradients from all receivers
 """
@@ -27,25 +27,25 @@ Operator = Callable[..., tuple[Tensor, Tensor]]  # wkv5, wkv6 or wkv7
 class SequenceShard(Sequence[int]):
     """The `cu_seqlens` of a process that has one piece of each of some rows, packed one after the other.
 
-    `logits, state = model(tokens, state, cu_seqlens=SequenceShard(...))` on every process of the group is the whole
-    rows in one: the logits of this process's tokens, and the states that its pieces end with. A sequence that has begun
-    on the process before goes on from there, whatever its row of the given `state` holds. All processes must go
-    forward, and back, through the same calls in the same order.
+    `logits, state = model(tokens, state, cu_seqlens=SequenceShard(...))` on every process of the group is equivalent to
+    running the whole rows at once: it returns the logits of this process's tokens and the states at the ends of its
+    sequences. A sequence that began on the previous process continues from there, whatever its row of the given `state`
+    holds. All processes must make the same calls in the same order, in the forward and in the backward pass.
 
     Args:
         cu: (0, ..., T), where the sequences of this process's pieces begin and end.
-        firsts: of every row the number of its first sequence here, rising from 0; as many rows on every process.
-        goes_on: of every row, whether that sequence has begun on the process before. Not read on the first process.
+        firsts: for every row, the index of its first sequence here, rising from 0; as many rows on every process.
+        goes_on: for every row, whether that sequence began on the previous process. Ignored on the first process.
         group: the processes in the order of their pieces, which may differ in length.
     """
 
-    # no tuple, for DistributedDataParallel would make a plain one of it on its way to a GPU
+    # not a tuple: DistributedDataParallel would turn it into a plain one on its way to a GPU
     def __init__(self, cu: Sequence[int], firsts: Sequence[int], goes_on: Sequence[bool], group: dist.ProcessGroup):
         self.cu, self.group = tuple(cu), group
         self.lasts = [*(first - 1 for first in firsts[1:]), len(cu) - 2]  # each row's last sequence
-        self.rows = [row for row, on in enumerate(goes_on) if on and group.rank() > 0]  # from the process before
+        self.rows = [row for row, on in enumerate(goes_on) if on and group.rank() > 0]  # continue the previous process
         self.entering = [firsts[row] for row in self.rows]  # their first sequences
-        # the numbers in `entering` of those that are whole pieces
+        # indices into `entering` of the sequences that fill their whole piece
         self.spanning = [i for i, row in enumerate(self.rows) if firsts[row] == self.lasts[row]]
 
     def __getitem__(self, i: Any) -> Any:
@@ -55,7 +55,7 @@ class SequenceShard(Sequence[int]):
         return len(self.cu)
 
     def shift(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """x [1, T, C] as it is, and `shift` [S, C] with what the process before has left."""
+        """Returns x [1, T, C] unchanged, and `shift` [S, C] with the last vectors of the previous process."""
         ends = [self[last + 1] - 1 for last in self.lasts]
         x, left = _exchange(x, x[0, ends], self.group)  # [processes, rows, C]
         if self.rows:
@@ -63,11 +63,12 @@ class SequenceShard(Sequence[int]):
         return x, shift
 
     def run_operator(self, operator: Operator, inputs: Sequence[Tensor], wkv: Tensor) -> tuple[Tensor, Tensor]:
-        """As the operator: y [1, T, H, N], and the states [S, H, N, N] that the pieces end with."""
+        """Runs the operator over the whole rows; returns y [1, T, H, N], and the states [S, H, N, N] at the ends of
+        this process's sequences."""
         entering = _numbers(self.entering, wkv)
         y, left = operator(*inputs, wkv.index_fill(0, entering, 0), cu_seqlens=self.cu)
         q = left[self.lasts]
-        p = torch.zeros_like(q)  # of what entered, nothing leaves a piece in which a document begins or ends
+        p = torch.zeros_like(q)  # if a document begins or ends in a piece, none of the entering state leaves it
         if self.rows:
             read, passed = self._without_values(operator, inputs, left)
             p = p.index_copy(0, _numbers([self.rows[i] for i in self.spanning], p), passed[self.spanning])
@@ -84,7 +85,7 @@ class SequenceShard(Sequence[int]):
         return y, left
 
     def broadcast_final_state(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """x as it is, and of the states of the rows those on the last process, where the rows end."""
+        """Returns x unchanged, and the states of the rows on the last process, where the rows end."""
         flat = torch.cat([part.flatten() for layer in state.layers for part in layer])
         x, left = _exchange(x, flat, self.group)
         sizes = [part.numel() for layer in state.layers for part in layer]
@@ -93,7 +94,8 @@ class SequenceShard(Sequence[int]):
         return x, State(layers, state.fingerprint)
 
     def _without_values(self, operator: Operator, inputs: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """What the operator makes of the identity where sequences go on: x_t [1, tokens, H, N], and P of each."""
+        """Runs the operator from the identity, with values of 0, over the sequences that continue from the previous
+        process; returns their x_t [1, tokens, H, N], and P of each."""
         r, log_w, _, v, *rest = (x if x.ndim < 4 else self._taken(x) for x in inputs)
         nothing = like.new_zeros(1).expand_as(v)
         identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
@@ -119,7 +121,7 @@ Boundaries = tuple[int, ...] | SequenceShard  # of sequences packed in one row
 def run_operator(
     operator: Operator, inputs: Sequence[Tensor], wkv: Tensor, cu: Boundaries | None
 ) -> tuple[Tensor, Tensor]:
-    """operator(*inputs, wkv, cu_seqlens=cu), over processes where cu says so."""
+    """operator(*inputs, wkv, cu_seqlens=cu), over all processes if cu is a SequenceShard."""
     if not isinstance(cu, SequenceShard):
         return operator(*inputs, wkv, cu_seqlens=cu)
     with torch.autocast(wkv.device.type, enabled=False):
@@ -127,15 +129,16 @@ def run_operator(
 
 
 def _exchange(x: Tensor, part: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """x as it is, and what every process gave, [processes, ...]."""
+    """Returns x unchanged, and the `part` of every process, [processes, ...]."""
     anchor = torch.zeros((), device=x.device, requires_grad=True)
     exchanged: tuple[Tensor, Tensor] = _Exchange.apply(x, part, anchor, group)  # type: ignore[no-untyped-call]
     return exchanged
 
 
 class _Exchange(torch.autograd.Function):
-    """Going back every process must come by here, whether or not it has read what the others gave and whether or not
-    its own part has a gradient: so x, which leads to the loss, goes through, and the anchor always wants a gradient."""
+    """An all-gather with gradients. In the backward pass every process must take part, whether or not it has used the
+    parts of the others and whether or not its own part has a gradient: so x, on which the loss depends, passes through,
+    and `anchor` always requires a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: Tensor, anchor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The whole memory of an RWKV: a few tensors a layer, the same size after ten tokens or ten million."""
+"""The whole memory of an RWKV: a few tensors per layer, the same size after ten tokens or ten million."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ class LayerState(NamedTuple):
 
 
 class State:
-    """The memory of S sequences after what they have read. Models return new ones and never change old ones,
-    so keeping a reference is keeping that moment. One that was made under inference_mode can be trained from once
-    it is cloned.
+    """The memory of S sequences after the tokens they have read. Models return new states and never modify old ones,
+    so a reference is a snapshot. A state created under inference_mode must be cloned before it can be trained from.
 
-    rows: how many; len() says the same, but not while a model is exported for any number of them.
+    rows: the number of sequences; len() gives the same, but not while a model is exported for any number of them.
     fingerprint: of the model it belongs to; another model refuses it.
     texts: what each row stands for, where known; "" where not.
     """
@@ -59,7 +58,7 @@ class State:
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
-        """One LayerState a layer."""
+        """One LayerState per layer."""
         if self._layers is None:
             assert self._stacks is not None
             self._layers = tuple(map(LayerState, *(x.unbind(0) for x in self._stacks)))
@@ -74,7 +73,7 @@ class State:
         return f"State({self.rows} rows, {len(self.layers)} layers, {self.nbytes / 1e6:.3g} MB)"
 
     def __len__(self) -> int:
-        """Sequences (rows)."""
+        """The number of sequences (rows)."""
         return self.rows
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> State:

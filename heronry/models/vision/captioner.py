@@ -1,10 +1,10 @@
 """Pictures read by a language model: a picture becomes a state, and a text continues from it.
 
 What is special about it:
-- Vision-RWKV's features of the patches, projected, stand in place of the rows of the embedding that tokens would choose
-- the language model, of any generation, stays what it is: what it made of the picture is an ordinary state of its own,
-  to generate from, to chat from, to branch and to save
-- which of the three parts learn is said by their parameters' requires_grad
+- Vision-RWKV's features of the patches, projected, take the place of token embeddings
+- the language model, of any generation, is not changed: having read the picture, it has an ordinary state, to generate
+  from, to chat from, to branch and to save
+- requires_grad of their parameters decides which of the three parts are trained
 Source: the projection of LLaVA (arXiv 2304.08485), which VisualRWKV (arXiv 2406.13362) took to RWKV.
 """
 
@@ -32,10 +32,11 @@ FORMAT = "heronry.captioner"
 
 
 class Captioner(nn.Module):
-    """`logits, state = captioner(images, tokens)`: the language model's, of tokens [B, T] that follow a picture each.
+    """`logits, state = captioner(images, tokens)`: the language model's output for tokens [B, T], where each row
+    follows a picture.
 
     Attributes:
-        vision, language, projection: what it is made of; the head of `vision` is not used.
+        vision, language, projection: its parts; the head of `vision` is not used.
     """
 
     def __init__(self, vision: VisionModel, language: Model):
@@ -49,14 +50,14 @@ class Captioner(nn.Module):
         self.projection = nn.Linear(vision.num_features, language.config.n_embd, device=like.device, dtype=dtype)
 
     def embed(self, images: Tensor) -> Tensor:
-        """What the language model reads of pictures [B, 3, height, width]: a vector a patch, row by row, [B, T, C]."""
+        """Pictures [B, 3, height, width] -> the language model's input: a vector per patch, row by row, [B, T, C]."""
         features = self.vision.forward_features(images).flatten(2).transpose(1, 2)
         vectors: Tensor = self.projection(features.to(self.projection.weight.dtype))
         return vectors
 
     def look(self, images: Tensor, state: State | None = None) -> State:
-        """The language model's state after a picture, a row for each; going on from `state`, a row for each or one for
-        all, or from nothing. Gradients flow through it."""
+        """The language model's state after the pictures, one row each. It continues from `state`, which has one row per
+        picture or one for all, or from the initial state. Gradients flow through it."""
         vectors = self.embed(images)
         tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
         if state is not None and len(state) == 1:
@@ -78,8 +79,8 @@ class Captioner(nn.Module):
 
         Args:
             images: [B, 3, height, width].
-            captions: token ids, of any lengths; what generation ends with belongs to them.
-            given: the first so many of each are read and not learned: the prompt that will ask for a caption.
+            captions: token ids, of any lengths, with the token that ends generation.
+            given: how many leading tokens of each are read but not learned: the prompt that will ask for a caption.
         """
         if given < 1 or min(map(len, captions), default=0) <= given:
             raise InputError(f"given must be at least 1 and every caption longer, got given={given}")
@@ -91,15 +92,15 @@ class Captioner(nn.Module):
         return F.cross_entropy(widen(logits[0]), torch.tensor([*chain.from_iterable(targets)], device=device))
 
     def save(self, path: str | Path) -> None:
-        """Writes the projection as a safetensors file (atomically), with the fingerprints of the two models it stands
-        between. These are saved as all models are, and one that was frozen need not be."""
+        """Writes the projection as a safetensors file (atomically), with the fingerprints of the two models that it
+        connects. These are saved like any model; one that was frozen need not be."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.projection.state_dict().items()}
         with atomic_write(Path(path).expanduser()) as part:
             save_file(tensors, part, metadata={"format": FORMAT, **self._belongs()})
 
     @classmethod
     def load(cls, path: str | Path, vision: VisionModel, language: Model) -> Captioner:
-        """The captioner of a projection's file and of the two models it was saved with, in eval mode.
+        """A captioner from the file of its projection and the two models that it was saved with, in eval mode.
 
         Raises:
             InputError: no such file, a damaged one, something else, or other models.
@@ -130,8 +131,8 @@ class Captioner(nn.Module):
 
 
 def _as_it_is(model: Network) -> str:
-    """The fingerprint of the weights of this moment, which training may have moved; packed ones have that of the file
-    they came from and cannot move."""
+    """The fingerprint of the current weights, which training may have changed; packed ones cannot change, and have that
+    of the file they came from."""
     if model.quantization is not None:
         return model.fingerprint
     return compute_fingerprint(model.name, model.config, sample_all(dict(model.named_parameters())))

@@ -1,11 +1,11 @@
-"""Maps and masks out of Vision-RWKV: a feature pyramid that detectors read, and a segmenter over it. Plain torch.
+"""Dense prediction with Vision-RWKV: a feature pyramid for detectors, and a segmenter on top of it. Plain torch.
 
-- the pyramid is ViTDet's: all four scales are made of the last map alone, by transposed convolutions upwards and by
-  pooling downwards. The blocks of a plain backbone have one stride, so that maps of earlier blocks, which an FPN or
+- the pyramid is ViTDet's: all four scales are computed from the last map alone, by transposed convolutions upwards and
+  by pooling downwards. The blocks of a plain backbone have one stride, so that maps of earlier blocks, which an FPN or
   UperNet over a ViT takes for its fine scales, are no finer than the last; ViTDet found them to add nothing
-- norms go over the channels of each place: no picture sees another, batches of one train, and there are no statistics
-  to freeze
-- maps belong to the picture filled up to whole patches; what is made of them is cut back, never squeezed
+- norms go over the channels at each position: pictures of a batch are independent, batches of one can be trained on,
+  and there are no statistics to freeze
+- maps cover the picture padded to whole patches; results are cropped back to the picture, never resized to it
 Sources: "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet, arXiv 2203.16527), "Unified
 Perceptual Parsing for Scene Understanding" (UperNet, arXiv 1807.10221).
 """
@@ -22,19 +22,19 @@ from torch.nn import functional as F
 from ...errors import InputError
 from .model import VisionModel
 
-BINS = (1, 2, 3, 6)  # of the pyramid pooling: so many rows and columns
+BINS = (1, 2, 3, 6)  # rows and columns of each level of the pyramid pooling
 
 
 class Norm(nn.LayerNorm):
-    """Over the channels of a map, [B, C, H, W]."""
+    """A layer norm over the channels of a map [B, C, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Scales(nn.ModuleDict):
-    """One map [B, size_in, H, W] -> an OrderedDict "0" to "3" of maps of `channels` channels: 4 and 2 times as large,
-    as large, half as large. `wanted`: which are made."""
+    """One map [B, size_in, H, W] -> an OrderedDict "0" to "3" of maps of `channels` channels: 4 times and twice as
+    large, the same size, half as large. `wanted`: which of them to compute."""
 
     def __init__(self, size_in: int, channels: int, wanted: Iterable[int] = range(4)):
         if size_in < 4 or channels < 1:
@@ -52,7 +52,7 @@ class Scales(nn.ModuleDict):
             [doubled(size_in, half), Norm(half), nn.GELU(), doubled(half, quarter), *out(quarter)],
             [doubled(size_in, half), *out(half)],
             out(size_in),
-            [nn.MaxPool2d(2, ceil_mode=True), *out(size_in)],  # the last row of an odd number is not lost
+            [nn.MaxPool2d(2, ceil_mode=True), *out(size_in)],  # keeps the last row of an odd number
         )
         super().__init__({str(i): nn.Sequential(*layers[i]) for i in wanted})
 
@@ -60,7 +60,7 @@ class Scales(nn.ModuleDict):
         return OrderedDict((name, scale(x)) for name, scale in self.items())
 
     def init_weights(self) -> None:
-        """torch's own initialisation, which the constructor gives too: norms follow and set the size."""
+        """torch's own initialisation, as in the constructor; the norms that follow set the scale."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.LayerNorm):
                 module.reset_parameters()
@@ -70,8 +70,8 @@ class Pyramid(nn.Module):
     """Images [B, 3, height, width] of any size -> an OrderedDict "0" to "3" of maps [B, out_channels, H, W] of strides
     patch / 4, patch / 2, patch and 2 patch: 4, 8, 16 and 32 pixels.
 
-    These are the habits of torchvision, whose detectors take a pyramid as it is for their `backbone`. The backbone
-    needs no head (num_classes=0); the pyramid never reads one.
+    This is the interface that torchvision's detectors expect of their `backbone`. The VisionModel inside needs no head
+    (num_classes=0); the pyramid never uses one.
     """
 
     def __init__(self, backbone: VisionModel, channels: int = 256):
@@ -88,7 +88,7 @@ class Pyramid(nn.Module):
 class Segmenter(nn.Module):
     """Images [B, 3, height, width] of any size -> logits [B, classes, height, width], over a pyramid, as UperNet.
 
-    The laterals of UperNet are missing: the maps of the pyramid have gone through a convolution of their own already.
+    UperNet's lateral convolutions are left out: the pyramid has already applied convolutions to each map.
 
     Args:
         backbone: without a head (num_classes=0). It is `segmenter.pyramid.backbone`, and is trained with the rest.
@@ -105,7 +105,7 @@ class Segmenter(nn.Module):
         self.smooth = nn.ModuleList(_activated(channels, channels, 3) for _ in range(3))
         self.fuse = _activated(4 * channels, channels, 3)
         self.classes = nn.Conv2d(channels, classes, 1)
-        nn.init.normal_(self.classes.weight, std=0.01)  # all classes are as likely in the beginning
+        nn.init.normal_(self.classes.weight, std=0.01)  # all classes are initially about equally likely
         nn.init.zeros_(self.classes.bias)  # type: ignore[arg-type]
         self.to(backbone.pos_embed)
 
@@ -122,14 +122,14 @@ class Segmenter(nn.Module):
         return logits[..., : images.shape[2], : images.shape[3]]
 
     def _pooled(self, x: Tensor) -> list[Tensor]:
-        """The means of 1, 2 x 2, 3 x 3 and 6 x 6 parts of the map, each as large as the map."""
+        """The means over 1, 2 x 2, 3 x 3 and 6 x 6 parts of the map, each resized to the size of the map."""
         size = x.shape[2:]
         means = (F.adaptive_avg_pool2d(x, bins) for bins in BINS)
         return [F.interpolate(f(y), size, mode="bilinear") for f, y in zip(self.pooled, means, strict=True)]
 
 
 def _enlarged(x: Tensor, factor: int, like: Tensor) -> Tensor:
-    """`factor` times as large, without what lies outside of `like`."""
+    """x, `factor` times as large, cropped to the size of `like`."""
     if factor > 1:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear")
     return x[..., : like.shape[2], : like.shape[3]]

@@ -1,4 +1,4 @@
-"""What both Vision-RWKVs have in common: pictures read by a bidirectional RWKV. vrwkv.py and vrwkv6.py hold the two.
+"""What both kinds of Vision-RWKV, in vrwkv.py and vrwkv6.py, have in common: a bidirectional RWKV that reads pictures.
 
 What is special about it:
 - the patches of a picture are the tokens, row by row; attention looks both ways, so that its cost grows with the
@@ -74,12 +74,12 @@ def check_config(config: Any) -> None:
 
 
 def q_shift(x: Tensor, grid: Grid, heads: int = 1) -> Tensor:
-    """x [B, T, C] with the four quarters of each head's channels from the left, the right, the upper and the lower
-    neighbour, zeros at the border; what four does not divide stays."""
+    """x [B, T, C] with the four quarters of each head's channels taken from the left, right, upper and lower neighbour,
+    zeros at the border; the remainder of a division by four stays in place."""
     x = x.unflatten(1, grid).unflatten(-1, (heads, -1))  # [B, H, W, heads, N]
     quarter = x.shape[-1] // 4
     left, right, above, below, rest = x.split([quarter] * 4 + [x.shape[-1] - 4 * quarter], -1)
-    columns, rows = (0, 0, 0, 0), (0, 0, 0, 0, 0, 0)  # what F.pad leaves as it is, from the last axis on
+    columns, rows = (0, 0, 0, 0), (0, 0, 0, 0, 0, 0)  # the axes that F.pad leaves alone, from the last one on
     moved = (
         F.pad(left[:, :, :-1], (*columns, 1, 0)),
         F.pad(right[:, :, 1:], (*columns, 0, 1)),
@@ -97,7 +97,7 @@ def shift_patches(x: Tensor, grid: Grid, config: Any, heads: int = 1) -> Tensor:
 
 
 def channel_ramps(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each channel: its place as a share of them all, the same from 0 to 1, and 0, 1, -1, 0, ..."""
+    """For channels i = 0, 1, 2, ...: i / count, i / (count - 1), which ends at 1, and 0, 1, -1, 0, ..."""
     channel = torch.arange(count)
     return channel / count, channel / max(1, count - 1), (channel + 1) % 3 - 1
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
             y = gamma * y
         if not self.training or self.drop_path == 0:
             return y
-        keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path  # a whole picture goes without the branch
+        keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path  # drops the branch for whole pictures
         return y * keep / (1 - self.drop_path)
 
 
@@ -157,7 +157,7 @@ class Patches(nn.Module):
         self.projection = nn.Conv2d(3, config.n_embd, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """[B, 3, height, width] -> [B, T, C] and the grid; what is no whole patch is filled up with zeros."""
+        """[B, 3, height, width] -> [B, T, C] and the grid; incomplete patches are padded with zeros."""
         size = self.projection.kernel_size[0]
         height, width = images.shape[2:]
         if height % size or width % size:
@@ -170,11 +170,11 @@ class VisionModel(Network):
     """`logits = model(images)`: images float [B, 3, height, width], normalised by MEAN and STD (see data/images.py), of
     any size; logits [B, classes], with num_classes = 0 the pooled features [B, C].
 
-    It has the habits of timm: `forward_features`, `forward_head`, `forward_intermediates`, `get_classifier`,
-    `reset_classifier`, `num_features`.
+    It has the interface of timm's models: `forward_features`, `forward_head`, `forward_intermediates`,
+    `get_classifier`, `reset_classifier`, `num_features`.
     """
 
-    SpatialMix: ClassVar[type[nn.Module]]  # the attention, made of the configuration
+    SpatialMix: ClassVar[type[nn.Module]]  # the attention, constructed from the configuration
     config_only = ("post_norm", "init_values", "drop_path", "decay_lr", "shift", "causal", "segments")
 
     def __init__(self, config: Any):
@@ -188,7 +188,7 @@ class VisionModel(Network):
 
     @property
     def num_features(self) -> int:
-        """Channels."""
+        """The number of channels."""
         n_embd: int = self.config.n_embd
         return n_embd
 
@@ -196,7 +196,7 @@ class VisionModel(Network):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W]: of every patch, after the last norm."""
+        """The features of every patch after the last norm, [B, C, H, W]."""
         x, grid = self.embed(images)
         for block in self.layers:
             x = self.run_block(block, x, grid)
@@ -208,8 +208,8 @@ class VisionModel(Network):
         return pooled if pre_logits else self.head(pooled)
 
     def forward_intermediates(self, images: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
-        """What comes out of the blocks `indices` (of the last so many, for a number; of all for None), each
-        [B, C, H, W]; that of the last block after the last norm."""
+        """The outputs of the blocks `indices` (a number: of that many blocks at the end; None: of all), each
+        [B, C, H, W]; that of the last block comes after the last norm."""
         number = len(self.layers)
         if indices is None or isinstance(indices, int):
             count = number if indices is None else indices
@@ -229,7 +229,7 @@ class VisionModel(Network):
         return [maps[i] for i in blocks]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """What the first block reads, [B, T, C], and the grid of patches."""
+        """The input of the first block, [B, T, C], and the grid of patches."""
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
             what = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             raise InputError(f"images must be floating point [B, 3, height, width], got {what}")
@@ -237,7 +237,7 @@ class VisionModel(Network):
         return self.layers[0].ln0(x + self.positions(grid)), grid
 
     def positions(self, grid: Grid) -> Tensor:
-        """The position embedding for a picture of so many patches, [1, T, C]."""
+        """The position embedding for a grid of patches, [1, T, C], interpolated if need be."""
         side = self.config.image_size // self.config.patch_size
         if grid == (side, side):
             return self.pos_embed
@@ -249,7 +249,7 @@ class VisionModel(Network):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new head; 0: none."""
+        """Replaces the head by a new one; 0: by none."""
         self.config = replace(self.config, num_classes=num_classes, head_hidden=0)
         self.head = _head(self.config).to(self.pos_embed.device, self.pos_embed.dtype)
         with torch.no_grad():
@@ -277,8 +277,8 @@ class VisionModel(Network):
             block.att.init_weights(rho, tau)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Norms and biases do not decay, everything else does, as in the released recipe; what forgets may have a rate
-        of its own."""
+        """Weight decay for everything but norms and biases, as in the released recipe; the decays of the attention may
+        have a learning rate of their own."""
         norms: set[nn.Parameter] = {
             p for m in self.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm) for p in m.parameters()
         }

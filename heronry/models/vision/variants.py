@@ -36,7 +36,7 @@ def create(
 
     Args:
         pretrained: a checkpoint as the authors published them, or one of ours; without it the weights are new.
-        num_classes: other classes than the variant's (and the file's) 1000 get a new head; 0: no head.
+        num_classes: a number other than the variant's (and the file's) 1000 gives it a new head; 0: no head.
         changes: of the configuration, like drop_path=0.1 or segments=32.
 
     Raises:

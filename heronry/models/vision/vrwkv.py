@@ -4,7 +4,7 @@ What is special about it:
 - attention without heads: for each channel a mean of the values of all patches, weighted by e^key and by the distance
   in reading order; see ops/biwkv
 - decay and bonus are divided by the number of patches, with no exp: one model reads pictures of any size
-- mixes say the share of the patch itself
+- mixes are the share of the patch itself
 Source: "Vision-RWKV" (arXiv 2403.02308) and its released code.
 """
 
@@ -35,9 +35,9 @@ class VRWKVConfig:
     patch_size: int = 16
     head_hidden: int = 0  # of a head with a hidden layer, as L has
     key_norm: bool = False
-    # what no tensor shows
+    # settings that the tensors of a checkpoint do not show
     post_norm: bool = False
-    init_values: float | None = None  # what the gammas begin with; None: there are none
+    init_values: float | None = None  # initial value of the gammas; None: there are none
     drop_path: float = 0.0  # of the last layer, in training; the first has 0
     decay_lr: float = 1.0  # the learning rate of the decays, as a multiple of the others'
     shift: str = "q"  # "q", or for comparisons "previous" (the token shift of text) or "none"

@@ -1,9 +1,9 @@
 """VRWKV6, Vision-RWKV with the operator of RWKV-6.
 
 What is special about it:
-- heads with two matrices as state, of what is before a patch in reading order and of what is after it; see ops/biwkv6
+- heads with two matrices as state, for the patches before and after a patch in reading order; see ops/biwkv6
 - five mixes and the decay depend on the data through low-rank matrices, as in RWKV-6
-- mixes say the share of the neighbours
+- mixes are the share of the neighbours
 Source: the released code of Vision-RWKV (OpenGVLab/Vision-RWKV).
 """
 
@@ -35,7 +35,7 @@ class VRWKV6Config:
     head_size: int = 64
     mix_rank: int = 32
     decay_rank: int = 64
-    # what no tensor shows
+    # settings that the tensors of a checkpoint do not show
     post_norm: bool = False
     init_values: float | None = None
     drop_path: float = 0.0
@@ -78,7 +78,7 @@ class SpatialMix6(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape))
 
-        # the share of the neighbours; what the other five depend on comes first
+        # the share of the neighbours; the first is for the input that the other five are computed from
         self.time_maa_x, self.time_maa_w, self.time_maa_k = (parameter(1, 1, c) for _ in range(3))
         self.time_maa_v, self.time_maa_r, self.time_maa_g = (parameter(1, 1, c) for _ in range(3))
         # low-rank: y = (x @ _w1) @ _w2, not in the layout of nn.Linear

@@ -1,1 +1,1 @@
-"""This package beside its peers on the machine at hand: `heronry bench`."""
+"""Benchmarks of this package beside its peers, on the machine at hand: `heronry bench`."""

@@ -1,4 +1,4 @@
-"""Contestants side by side: their blocks alternate, so that whatever else the machine does affects all of them."""
+"""Times contestants side by side: their blocks alternate, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from .shapes import CheckpointWriter, Shape
 from .worker import Contestant, ContestantError, Worker
 
-WARM_UP_BLOCKS = 2  # not counted
+WARM_UP_BLOCKS = 2  # run before those that count
 PAUSE = 0.03  # seconds between blocks; idle OpenMP threads spin for a while before they sleep
 
 
@@ -92,8 +92,8 @@ class Result:
     """What was measured of a row.
 
     Attributes:
-        seconds: of each block that counts.
-        problem: why there are no blocks, or no more.
+        seconds: the time of each block that counts.
+        problem: why there are no blocks, or no further ones.
         load_seconds: the time to load the weights.
         memory: bytes: "resident", "anonymous" and "peak".
     """
@@ -211,7 +211,7 @@ def run_contest(outcome: Outcome, blocks: int, folder: Path, report: Callable[[s
 
 @contextmanager
 def _recorded_failure(result: Result) -> Iterator[None]:
-    """A contestant that fails is out; the others continue."""
+    """Records the failure of a contestant in its result, so that the others continue."""
     try:
         yield
     except ContestantError as error:

@@ -1,4 +1,4 @@
-"""What is measured of this package: a model in one of its formats, a model in training, an operator by itself."""
+"""The contestants from this package: a model in one of its formats, a model in training, an operator by itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .shapes import Shape, random_model
 
 OPERATORS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (wkv4, wkv5, wkv6, wkv7, biwkv, biwkv6)}
 
-Job = Callable[[], object]  # what is timed; made by a method of a contestant
+Job = Callable[[], object]  # what is timed; a method of a contestant returns it
 
 
 class Heronry:

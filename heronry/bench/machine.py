@@ -13,7 +13,7 @@ from .contestants import Job
 
 
 class Machine:
-    """Runs among the contestants, so that whatever slows them down slows it down too."""
+    """Measures the limits, in turn with the contestants, so that whatever slows them down slows it down too."""
 
     def load(self) -> None:
         pass

@@ -65,7 +65,7 @@ class Shape:
 
 @cache
 def _count_elements(shape: Shape) -> tuple[int, int, int]:
-    """How many elements a token needs: of matrices without the embedding, of all other parameters, of the state."""
+    """The number of elements that a token needs: of matrices but the embedding, of other parameters, of the state."""
     n_layer, n_embd, vocab_size = shape.n_layer, shape.n_embd, shape.vocab_size
     if shape.family == "gpt2":  # its head is the embedding, so all of it is read
         return 12 * n_layer * n_embd**2 + vocab_size * n_embd, 13 * n_layer * n_embd + 4 * n_embd, 0

@@ -32,7 +32,7 @@ def print_table(outcome: Outcome, console: Console) -> None:
 
 
 def _cells(outcome: Outcome, result: Result) -> tuple[str, ...]:
-    """One text a column of `print_table`; "" where there is no figure."""
+    """One text per column of `print_table`; "" where there is no figure."""
     row, figures = result.row, outcome.row_figures(result)
     comparisons = [f"{ratio:.2f} {name}" for name, ratio in figures.get("times_as_fast_as", {}).items() if ratio]
     if figures.get("part"):

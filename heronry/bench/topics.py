@@ -123,7 +123,7 @@ TOPICS: dict[str, Callable[[bool, bool], list[Contest]]] = {
 
 
 def _decode_contest(shape: Shape, tokens: int, formats: Iterable[str], gpt2: bool = False) -> Contest:
-    """Decoding `tokens` of one sequence a block, with the limits of reading as much."""
+    """Decoding `tokens` of one sequence per block, with the limits of reading as many bytes."""
     rows = []
     for row, row_shape, format in _decode_rows(shape, formats, gpt2=gpt2):
         for position in (64, 1000) if row_shape is GPT2_SMALL else (0,):
@@ -222,7 +222,7 @@ def _train_contest(
 
 
 def _operator_contest(name: str, sequences: int, length: int, width: int, times: int = 1) -> Contest:
-    """All implementations of an operator, each run `times` a block."""
+    """All implementations of an operator, each run `times` per block."""
     contestant = Contestant(Operator, (name, sequences, length, width, "float32"))
     rows = []
     for job, job_name in (("forward", "forward"), ("backward", "forward and backward")):
@@ -239,7 +239,7 @@ def _read_limit_name(size: int) -> str:
 
 
 def _read_limits(sizes: Iterable[int]) -> list[Row]:
-    """Rows that read each number of bytes: the limits of what is bound by memory."""
+    """Rows that read each number of bytes: the limits of memory-bound work."""
     passes = 4
     return [
         Row(_read_limit_name(size), Contestant(Machine), "read", (size, passes), units=passes, cost=passes * size)
@@ -248,7 +248,7 @@ def _read_limits(sizes: Iterable[int]) -> list[Row]:
 
 
 def _product_limit(dtype: str) -> Row:
-    """A row that multiplies matrices: the limit of what is bound by arithmetic."""
+    """A row that multiplies matrices: the limit of compute-bound work."""
     return Row(f"product of {dtype}", Contestant(Machine), "multiply", (dtype, 2048), cost=2 * 2048**3)
 
 

@@ -34,7 +34,7 @@ class Worker:
     """A process that runs a contestant's jobs. load_seconds: the time to load the weights, without the libraries."""
 
     def __init__(self, contestant: Contestant):
-        # what the libraries print
+        # takes what the libraries print
         self._log = tempfile.NamedTemporaryFile("r", prefix="heronry-bench-")  # noqa: SIM115
         context = multiprocessing.get_context("spawn")
         self._pipe, child_pipe = context.Pipe()
@@ -60,7 +60,7 @@ class Worker:
     def stop(self) -> None:
         self._pipe.close()
         self._process.join(timeout=5)
-        self._process.terminate()  # in the middle of a long job
+        self._process.terminate()  # if it is still in the middle of a long job
         self._process.join()
         self._log.close()
 

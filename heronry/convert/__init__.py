@@ -1,4 +1,4 @@
-"""From any format to any other, verified by comparing the logits of both files."""
+"""Conversion from any format to any other, verified by comparing the logits of both files."""
 
 from .conversion import convert
 from .result import Converted

@@ -119,7 +119,7 @@ def convert_to_onnx(checkpoint: formats.Checkpoint, target: Path, to: str, dtype
 
 
 def _cast(tensors: Tensors, to: str, dtype: str | None) -> Tensors:
-    """The tensors in the dtype of the target; for gguf and ggml unchanged, which choose one for each tensor."""
+    """The tensors in the dtype of the target; unchanged for gguf and ggml, which choose a type for each tensor."""
     if to == "webrwkv":
         if dtype not in (None, "float16"):
             raise InputError(f"web-rwkv's files are float16, not {dtype}")

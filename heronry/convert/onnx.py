@@ -6,7 +6,7 @@
   ffn_shift [L, B, C]; "heronry.state" in the metadata says what each is filled with before the first token, or "tuned"
   where the caller must supply the tuned state
 - Vision-RWKV reads pictures of the size it was trained with: images [B, 3, S, S] -> logits [B, classes]
-- matrix products are over all tokens at once; only the recurrence goes from token to token, in a Scan
+- matrix products take all tokens at once; only the recurrence goes token by token, in a Scan
 
 torch.export traces the model; the recurrence, a single operator there, becomes one of the ONNX functions below.
 """
@@ -342,7 +342,7 @@ def _write(
 
 
 def run_graph(path: Path, tokens: Tensor, model: Model) -> Tensor:
-    """onnxruntime's logits [1, T, V] for tokens [1, T], fed one by one if the graph is that of a step."""
+    """onnxruntime's logits [1, T, V] for tokens [1, T], which it reads one by one if the graph is that of a step."""
     session = _open_session(path)
     state = [x.numpy() for x in stack_layers(model.initial_state())]
     single = session.get_inputs()[0].shape[1] == 1

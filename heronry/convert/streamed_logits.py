@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..formats.lazy_tensor import LazyTensor
 from ..models import Model
 
-N_TOKENS = 24  # that both files are compared on
+N_TOKENS = 24  # tokens that both files are compared on
 CHUNK = 1 << 20  # weights that are multiplied at a time
 
 

@@ -2,7 +2,7 @@
 
 - reads versions 100 and 101 in FP32, FP16, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; writes 101 in FP32 or FP16
 - the decay is stored exponentiated (RWKV-4: -e^w, 5: e^-e^w), as is the bonus of RWKV-5.0
-- matrices that x is multiplied by from the right are transposed
+- matrices W of products x W (the low-rank ones) are transposed
 - the six token-shift mixes of RWKV-7 are one tensor
 
 Source: FILE_FORMAT.md and convert_pytorch_to_ggml.py of rwkv.cpp.
@@ -37,7 +37,7 @@ TRANSPOSED = (
 
 
 def is_ggml(head: bytes) -> bool:
-    """Whether a file begins like one of rwkv.cpp's."""
+    """Whether a file begins like those of rwkv.cpp."""
     return head[:4] == MAGIC.to_bytes(4, "little")
 
 
@@ -74,7 +74,7 @@ def read(path: Path) -> Tensors:
 
 
 def _read_tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int) -> tuple[LazyTensor, int]:
-    """The tensor whose numbers begin at byte `begin`, and the byte after its last."""
+    """The tensor whose numbers begin at byte `begin`, and the offset of the byte after them."""
     if min(shape) < 1:
         raise InputError(f"{name} has the shape {list(shape)}")
     if kind in NUMBERS:
@@ -122,7 +122,8 @@ def _to_blinkdl(tensors: Tensors) -> Tensors:
 
 
 def _invert(y: Tensor, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Tensor:
-    """float32 w with function(w) = y. Where a 16-bit w gives exactly y it is taken: most were made from such."""
+    """float32 w with function(w) = y. Where a 16-bit w gives exactly y, it is preferred: most files were converted from
+    16-bit weights."""
     exact = inverse(y.double())
     w = exact.float()
     for dtype in (torch.float16, torch.bfloat16):
@@ -205,5 +206,5 @@ def _per_head(heads: int, x: Tensor) -> Tensor:
 
 
 def _stack(*vectors: Tensor) -> Tensor:
-    """n x [..., C] -> [n, 1, C]."""
+    """n vectors [..., C] -> [n, 1, C]."""
     return torch.stack([x.reshape(1, -1) for x in vectors])

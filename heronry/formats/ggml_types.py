@@ -1,4 +1,4 @@
-"""ggml's quantized types, which GGUF and rwkv.cpp files share, by llama.cpp's own package gguf."""
+"""ggml's quantized types, which GGUF and rwkv.cpp files share, through llama.cpp's own package gguf."""
 
 from __future__ import annotations
 

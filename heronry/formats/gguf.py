@@ -122,7 +122,7 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
     tensors = {x.name: _as_lazy(x) for x in file.tensors}
     tensors = _to_blinkdl(tensors, kind, config.get("head_size", 64), rescale_every)
     if config.get("n_layer") == 1:
-        config.pop("value_rank", None)  # that of a tensor which nothing reads
+        config.pop("value_rank", None)  # the rank of a tensor that nothing reads
     return tensors, config | json.loads(fields.get("heronry.notes", "{}")), fields.get(TOKENIZER)
 
 
@@ -328,7 +328,7 @@ def _from_blinkdl(tensors: Tensors, name: str) -> Tensors:
 
 
 def _choose_type(name: str, x: LazyTensor, kind: str) -> str:
-    """The ggml type of a tensor, by its name with llama.cpp, in a file of `kind`."""
+    """The ggml type of a tensor with this name in llama.cpp, in a file of `kind`."""
     if len(x.shape) == 1 or name.endswith(FLOAT32):
         return "F32"
     if kind == "q8_0" and x.shape[-1] % 32:

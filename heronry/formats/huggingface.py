@@ -3,8 +3,8 @@
 - RWKV-4 as in transformers' RwkvForCausalLM (RWKV/rwkv-4-*), RWKV-5 and 6 as in the repositories RWKV/rwkv-5-* and
   RWKV/rwkv-6-*: BlinkDL's names with longer words and a prefix
 - RWKV-7 as in flash-linear-attention (RWKV/RWKV7-Goose-*): names of its own, low-rank matrices as nn.Linear
-- what these layouts lack is written under additional names: a tuned initial state, the epsilon of a group norm, and the
-  notes for LLM ("heronry" in config.json)
+- additional names hold what these layouts have no place for: a tuned initial state, the epsilon of a group norm, and
+  the notes for LLM ("heronry" in config.json)
 
 Sources: the configuration and model classes of transformers (models/rwkv) and of flash-linear-attention (models/rwkv7).
 """
@@ -148,10 +148,10 @@ def _from_fla(tensors: Tensors) -> Tensors:
 
 
 def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of Hugging Face's in the words of our configurations; `heronry.load` compares it with the tensors.
+    """A config.json of Hugging Face's in the terms of our configurations; `heronry.load` compares it with the tensors.
 
     Raises:
-        InputError: it asks for something that these models do not have.
+        InputError: it specifies something that these models do not have.
     """
     kind = hub_config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -242,7 +242,7 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
         hub_config |= {
             "attention_hidden_size": config.dim_att,
             "layer_norm_epsilon": 1e-5,
-            "rescale_every": 6,  # those classes halve activations against overflow in float16; ours need not
+            "rescale_every": 6,  # those classes halve activations so that float16 does not overflow; ours need not
             "context_length": 1024 if kind == "rwkv" else 4096,
         }
         if kind != "rwkv":

@@ -25,7 +25,7 @@ class LazyTensor:
 
     @classmethod
     def computed(cls, function: Callable[..., Tensor], *inputs: LazyTensor) -> LazyTensor:
-        """function(*inputs), computed anew each time it is read."""
+        """function(*inputs), recomputed each time it is read."""
         result = function(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs))
         return cls(result.shape, result.dtype, lambda: function(*(x.read() for x in inputs)))
 
@@ -56,7 +56,7 @@ def as_lazy(tensors: Mapping[str, Any]) -> Tensors:
     """The values of a checkpoint as lazy tensors.
 
     Raises:
-        InputError: a value that is no dense tensor of numbers.
+        InputError: a value is not a dense tensor of numbers.
     """
     for key, x in tensors.items():
         if isinstance(x, LazyTensor):
@@ -79,7 +79,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def squeezed(x: Tensor) -> Tensor:
-    """Without dimensions of size 1, but at least one dimension."""
+    """x without its dimensions of size 1, but with at least one dimension."""
     return x.reshape([size for size in x.shape if size > 1] or [1])
 
 

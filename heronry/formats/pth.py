@@ -15,7 +15,7 @@ from .lazy_tensor import Tensors, as_lazy
 
 
 def is_pth(head: bytes) -> bool:
-    """Whether a file begins like a zip archive of PyTorch's or like a plain pickle."""
+    """Whether a file begins like one of PyTorch's zip archives or like a plain pickle."""
     return head.startswith((b"PK", b"\x80"))
 
 

@@ -63,7 +63,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _recognise_names(format: str, tensors: Tensors) -> Checkpoint:
-    """A file that holds nothing but tensors, whose names show where it comes from."""
+    """The checkpoint of a file that holds nothing but tensors: their names show the format."""
     if "rwkv.embeddings.weight" in tensors or "model.embeddings.weight" in tensors:
         return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {})
     if webrwkv.is_webrwkv(tensors):

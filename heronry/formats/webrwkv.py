@@ -1,5 +1,5 @@
-"""web-rwkv's .st files: safetensors in float16, BlinkDL's names with three words changed, and transposed where x is
-multiplied by the matrix from the right.
+"""web-rwkv's .st files: safetensors in float16, with BlinkDL's names, but for three words, and with the matrices W of
+products x W (the low-rank ones) and tuned states transposed.
 
 Source: convert_safetensors.py of web-rwkv.
 """

@@ -37,8 +37,8 @@ def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) ->
     """The effective receptive field of the middle patch (H // 2, W // 2), [height, width]: the absolute gradient of the
     sum of its features with respect to the pixels, averaged over colours, pictures and draws.
 
-    Each draw sums the features with other random signs. The plain sum, usual for networks with batch norms, is constant
-    after a LayerNorm with equal weights.
+    Each draw sums the features with different random signs. The plain sum, usual for networks with batch norms, is
+    constant after a LayerNorm with equal weights.
     Source: "Understanding the Effective Receptive Field" (arXiv 1701.04128).
     """
     random = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def _product_weights(att: SpatialMix6, x: Tensor, grid: Grid) -> tuple[Tensor, T
     w = torch.exp(_log_w(att, x, grid))  # [B, T, C]
     tokens = w.shape[1]
     away = w.new_empty(w.shape[2], tokens - 1)
-    product = torch.ones_like(w[:, 1:])  # of the patches between i and i + distance, for all i
+    product = torch.ones_like(w[:, 1:])  # of the decays between i and i + distance, for all i
     for distance in range(1, tokens):
         away[:, distance - 1] = product.mean((0, 1))
         product = product[:, :-1] * w[:, distance:-1]

@@ -1,4 +1,4 @@
-"""A forward pass on a batch as transformers has it: with padding, embeddings instead of ids, and hidden states."""
+"""A forward pass on a batch in the form of transformers: with padding, embeddings instead of ids, and hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of weights in state_dict() and load_state_dict(): those of the hub, where no adapters are inside.
+"""The names of weights in state_dict() and load_state_dict(): those of the hub, unless there are adapters inside.
 
 save_pretrained, Trainer and others then write what other readers of the hub's repositories expect. The modules keep
 BlinkDL's names ("key", "value", "receptance"), and so do adapters of peft.

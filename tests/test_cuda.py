@@ -315,9 +315,9 @@ def settings(texts: Path, out: Path, *more: str) -> list[str]:
 
 
 def trained(texts: Path, out: Path, *more: str) -> Trainer:
-    made = Trainer(read_config(None, settings(texts, out, *more)))
-    made.train()
-    return made
+    trainer = Trainer(read_config(None, settings(texts, out, *more)))
+    trainer.train()
+    return trainer
 
 
 def losses(out: Path) -> list[float]:
@@ -329,11 +329,11 @@ def losses(out: Path) -> list[float]:
 @pytest.mark.parametrize("generation", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
 def test_it_learns(generation, precision, texts, tmp_path):
     more = (f"model.generation={generation}", f"run.precision={precision}", "run.steps=40", f"data.eval={texts}")
-    made = trained(texts, tmp_path, *more)
-    assert made.model.emb.weight.device.type == DEVICE
+    trainer = trained(texts, tmp_path, *more)
+    assert trainer.model.emb.weight.device.type == DEVICE
     found = losses(tmp_path)
     assert sum(found[-3:]) / 3 < found[0] - 2.5
-    near(load(tmp_path)(tokens(1, 30))[0], made.model(tokens(1, 30).to(DEVICE))[0], 2e-4)
+    near(load(tmp_path)(tokens(1, 30))[0], trainer.model(tokens(1, 30).to(DEVICE))[0], 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -366,17 +366,17 @@ def test_stopped_and_gone_on(tuned, texts, tmp_path):
     """Sums that a GPU adds up in any order make the two no more than near each other."""
     more = ("run.steps=12", "run.precision=float32", *tuned)
     trained(texts, tmp_path / "whole", *more)
-    made = Trainer(read_config(None, settings(texts, tmp_path / "parts", *more)))
-    take = made.train_step
+    trainer = Trainer(read_config(None, settings(texts, tmp_path / "parts", *more)))
+    take = trainer.train_step
 
     def interrupted() -> tuple[float, float]:
-        if made.step == 5:
+        if trainer.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return take()
 
-    made.train_step = interrupted
+    trainer.train_step = interrupted
     with pytest.raises(Interrupted, match="stopped at step 6 of 12"):
-        made.train()
+        trainer.train()
     trained(texts, tmp_path / "parts", *more)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
@@ -389,8 +389,8 @@ def test_the_same_run_on_the_cpu_and_in_a_group_of_one(texts, tmp_path):
     processes = []
     for name, environment in (("cpu", alone), ("group", group)):
         command = [sys.executable, "-m", "heronry", "train", *settings(texts, tmp_path / name, *more)]
-        told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, **told))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
     trained(texts, tmp_path / "here", *more)
     expected = losses(tmp_path / "here")
     for process, name in zip(processes, ("cpu", "group"), strict=True):
@@ -487,9 +487,9 @@ def test_pictures_are_learnt(tmp_path):
         for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20 + i, 24), colour).save(tmp_path / "data" / name / f"{i}.png")
-    told = ["model.generation=vrwkv", "model.n_layer=2", "model.n_embd=32", "vision.size=16", "vision.patch_size=4"]
-    told += [f"data.train={tmp_path / 'data'}", f"data.eval={tmp_path / 'data'}", "run.batch=16", "run.steps=60"]
-    made = Trainer(read_config(None, [*told, "optim.lr=3e-3", "optim.eps=1e-8", f"run.out={tmp_path / 'out'}"]))
-    made.train()
-    assert made.model.pos_embed.device.type == DEVICE
-    assert made.evaluate()["eval_accuracy"] == 1
+    options = ["model.generation=vrwkv", "model.n_layer=2", "model.n_embd=32", "vision.size=16", "vision.patch_size=4"]
+    options += [f"data.train={tmp_path / 'data'}", f"data.eval={tmp_path / 'data'}", "run.batch=16", "run.steps=60"]
+    trainer = Trainer(read_config(None, [*options, "optim.lr=3e-3", "optim.eps=1e-8", f"run.out={tmp_path / 'out'}"]))
+    trainer.train()
+    assert trainer.model.pos_embed.device.type == DEVICE
+    assert trainer.evaluate()["eval_accuracy"] == 1

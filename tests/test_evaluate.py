@@ -20,13 +20,13 @@ IDS = st.lists(st.integers(0, 100), min_size=1, max_size=7)
 
 @pytest.fixture(scope="module")
 def models(random_checkpoint):
-    made = {}
+    loaded = {}
 
     def model(version: str):
-        if version not in made:
+        if version not in loaded:
             weights = random_checkpoint(version, width=32, heads=2, ffn=40, rank=3)
-            made[version] = assemble({name: x.double() for name, x in weights.items()})
-        return made[version]
+            loaded[version] = assemble({name: x.double() for name, x in weights.items()})
+        return loaded[version]
 
     return model
 
@@ -45,9 +45,9 @@ def test_likelihoods(models, version, pairs, share):
     model = models(version)
     if share:
         pairs = [(pairs[0][0], after) for _, after in pairs]
-    for (before, after), (told, hit) in zip(pairs, log_likelihoods(model, pairs), strict=True):
+    for (before, after), (likelihood, hit) in zip(pairs, log_likelihoods(model, pairs), strict=True):
         expected, right = by_hand(model, before, after)
-        assert told == pytest.approx(expected, abs=1e-9)
+        assert likelihood == pytest.approx(expected, abs=1e-9)
         assert hit == right
 
 
@@ -90,15 +90,15 @@ def test_what_is_shared_is_read_once(models):
 def test_bits_of_bytes(models, random_checkpoint):
     llm = LLM(assemble(random_checkpoint("6", width=32, heads=2, ffn=40, rank=3, vocab=256)))
     texts = ["The rook sat.", "Äh, ja!", ""]
-    told = score_texts(llm, texts)
+    scores = score_texts(llm, texts)
     nats = 0.0
     for text in texts[:2]:
         ids = list(text.encode())
         nats -= by_hand(llm.model, ids[:1], ids[1:])[0]
     count = sum(len(text.encode()) - 1 for text in texts[:2])
-    assert (told.tokens, told.bytes) == (count, count)
-    assert told.nats == pytest.approx(nats, rel=1e-5)
-    assert told.bits_per_byte == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+    assert (scores.tokens, scores.bytes) == (count, count)
+    assert scores.nats == pytest.approx(nats, rel=1e-5)
+    assert scores.bits_per_byte == pytest.approx(nats / math.log(2) / count, rel=1e-5)
     with pytest.raises(InputError, match="there is no text to measure"):
         score_texts(llm, ["", "a"])
 
@@ -107,23 +107,23 @@ def test_bits_of_the_bundled_model():
     """As the script that made it measures: from the end mark to the end mark."""
     llm = LLM()
     text = "Once upon a time there was a little bird. It wanted to fly."
-    told = score_texts(llm, [text])
+    scores = score_texts(llm, [text])
     expected, _ = by_hand(llm.model, [0], llm.tokenizer.encode(text))
-    assert told.nats == pytest.approx(-expected, rel=1e-5)
-    assert told.bytes == len(text)
-    assert 0.3 < told.bits_per_byte < 2
+    assert scores.nats == pytest.approx(-expected, rel=1e-5)
+    assert scores.bytes == len(text)
+    assert 0.3 < scores.bits_per_byte < 2
 
 
 def test_lambada(models):
     llm = LLM()
     passages = ["Once upon a time there was a little girl named Lily", "The dog was very happy"]
     score = score_lambada(llm, passages)
-    told = [
+    scores = [
         by_hand(llm.model, *encode_pair(llm, *(text.rsplit(" ", 1)[0], " " + text.rsplit(" ", 1)[1])))
         for text in passages
     ]
-    assert score.perplexity == pytest.approx(math.exp(-sum(x for x, _ in told) / 2), rel=1e-4)
-    assert score.accuracy == sum(hit for _, hit in told) / 2
+    assert score.perplexity == pytest.approx(math.exp(-sum(x for x, _ in scores) / 2), rel=1e-4)
+    assert score.accuracy == sum(hit for _, hit in scores) / 2
     with pytest.raises(InputError, match="has only one word"):
         score_lambada(llm, ["Hello"])
 
@@ -167,8 +167,8 @@ def test_a_long_text_is_read_by_the_piece_with_its_state(models, monkeypatch):
     tokens = torch.randint(101, (700,), generator=torch.Generator().manual_seed(1)).tolist()
     expected, _ = by_hand(model, tokens[:1], tokens[1:])
     monkeypatch.setattr(evaluate, "MAX_TOKENS", 64)
-    told, _ = log_likelihoods(model, [(tokens[:1], tokens[1:])])[0]
-    assert told == pytest.approx(expected, abs=1e-7)
+    likelihood, _ = log_likelihoods(model, [(tokens[:1], tokens[1:])])[0]
+    assert likelihood == pytest.approx(expected, abs=1e-7)
     assert log_likelihoods(model, [(tokens[:699], tokens[699:])])[0][0] == pytest.approx(
         by_hand(model, tokens[:699], tokens[699:])[0], abs=1e-9
     )

@@ -61,32 +61,32 @@ def run(monkeypatch, capsys):
 def test_enwik8(run, text, folder):
     """A table of all models, and the same one when nothing is left to do."""
     small = ["--layers", 1, "--width", 64, "--context", 32, "--batch", 2, "--steps", 12, "--seeds", 2]
-    told = run("enwik8.py", text, "--out", folder / "enwik8", *small)
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:]]
+    output = run("enwik8.py", text, "--out", folder / "enwik8", *small)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()[2:]]
     assert [row[0] for row in cells] == ["RWKV-7", "RWKV-4", "LSTM", "GPT"]
     assert all(1 < float(row[2].split()[0]) < 8.1 for row in cells)
     assert [row[4] for row in cells][3] == "has none"
     assert (folder / "enwik8" / "curves.png").stat().st_size > 5000
     again = run("enwik8.py", text, "--out", folder / "enwik8", *small)
     assert [line.rpartition("|")[0].rpartition("|")[0] for line in again.splitlines()] == [
-        line.rpartition("|")[0].rpartition("|")[0] for line in told.splitlines()
+        line.rpartition("|")[0].rpartition("|")[0] for line in output.splitlines()
     ]
 
 
 def test_tinyshakespeare(run, text, folder):
-    told = run("tinyshakespeare.py", text, "--out", folder / "play", "--steps", 3)
-    assert 2 < float(re.search(r"held out: ([\d.]+) nats", told)[1]) < 5.6
+    output = run("tinyshakespeare.py", text, "--out", folder / "play", "--steps", 3)
+    assert 2 < float(re.search(r"held out: ([\d.]+) nats", output)[1]) < 5.6
     assert (folder / "play" / "curve.png").exists()
 
 
 @pytest.mark.slow
 def test_long_document(run, text, folder):
     sizes = ["--tokens", 1000, "--contexts", 32, 128, "--layers", 1, "--width", 64, "--turns", 1]
-    told = run("long_document.py", text, "--out", folder / "long", *sizes)
-    rows = [line.split("|")[1:-1] for line in told.splitlines() if line.startswith("| ")][1:]
+    output = run("long_document.py", text, "--out", folder / "long", *sizes)
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][1:]
     assert [(row[0].strip(), row[1].strip()) for row in rows] == [("1,000", "32"), ("1,000", "128")]
     assert all(100 < float(row[2].replace(",", "")) < 4000 for row in rows)
-    assert re.search(r"rows of 128: [\d,]+ tokens/s", told)
+    assert re.search(r"rows of 128: [\d,]+ tokens/s", output)
 
 
 def test_chat(run, folder):
@@ -94,8 +94,8 @@ def test_chat(run, folder):
     file = folder / "dialogues.jsonl.gz"
     with gzip.open(file, "wt") as lines:
         lines.write("".join(json.dumps({"messages": dialogue * (1 + i % 3)}) + "\n" for i in range(200)))
-    told = run("chat.py", file, "--out", folder / "assistant", "--steps", 2)
-    losses = [float(line.split("|")[4]) for line in told.splitlines() if re.match(r"\| (the|lora|state)", line)]
+    output = run("chat.py", file, "--out", folder / "assistant", "--steps", 2)
+    losses = [float(line.split("|")[4]) for line in output.splitlines() if re.match(r"\| (the|lora|state)", line)]
     assert len(losses) == 3
     assert losses[1] < losses[0]
     assert losses[2] < losses[0]
@@ -103,10 +103,10 @@ def test_chat(run, folder):
 
 def test_scaling(run):
     """The parameters are those of the models, the rest follows from the assumptions written down here again."""
-    told = run("scaling.py")
-    assert "| 0.1B | 191,034,624 |" in told
+    output = run("scaling.py")
+    assert "| 0.1B | 191,034,624 |" in output
     tokens = 989e12 * 0.37 / (6 * 7_173_976_064)  # of the largest that is published, its embedding counted too
-    found = float(re.search(r"\| 7.2B \| [\d.]+ \| ([\d,]+) \|", told)[1].replace(",", ""))
+    found = float(re.search(r"\| 7.2B \| [\d.]+ \| ([\d,]+) \|", output)[1].replace(",", ""))
     assert tokens < found < 1.05 * tokens
 
 
@@ -116,14 +116,14 @@ def test_storyteller(run, folder):
     rows = [{"source": "TinyStories", "text": story} for story in stories] + [{"source": "tales", "text": stories[0]}]
     with gzip.open(folder / "stories.jsonl.gz", "wt") as lines:
         lines.write("".join(json.dumps(row) + "\n" for row in rows))
-    told = run("storyteller.py", "--stories", folder / "stories.jsonl.gz", "--out", folder / "teller", "--passes", 1)
-    assert 1 < float(re.search(r"held out, all 4: ([\d.]+) bits per byte", told)[1]) < 12
+    output = run("storyteller.py", "--stories", folder / "stories.jsonl.gz", "--out", folder / "teller", "--passes", 1)
+    assert 1 < float(re.search(r"held out, all 4: ([\d.]+) bits per byte", output)[1]) < 12
 
 
 def test_segmentation(run, folder):
     small = ["--steps", 2, "--batch", 2, "--layers", 1, "--width", 16, "--channels", 8]
-    told = run("segmentation.py", "--out", folder / "segmentation", *small)
-    shares = re.findall(r"of (\d+ x \d+), held out: mean IoU ([\d.]+)", told)
+    output = run("segmentation.py", "--out", folder / "segmentation", *small)
+    shares = re.findall(r"of (\d+ x \d+), held out: mean IoU ([\d.]+)", output)
     assert [size for size, _ in shares] == ["48 x 48", "61 x 78"]
     assert all(0 <= float(share) < 1 for _, share in shares)
     assert {file.name for file in (folder / "segmentation").iterdir()} == {"segmenter.safetensors", "shapes.png"}
@@ -131,9 +131,9 @@ def test_segmentation(run, folder):
 
 def test_detection(run, folder):
     pytest.importorskip("transformers")
-    told = run("detection.py", "--out", folder / "detection", "--steps", 2, "--batch", 2)
-    assert "step 2 of 2" in told
-    assert 0 <= float(re.search(r"IoU 0.5 ([\d.]+)", told)[1]) < 1
+    output = run("detection.py", "--out", folder / "detection", "--steps", 2, "--batch", 2)
+    assert "step 2 of 2" in output
+    assert 0 <= float(re.search(r"IoU 0.5 ([\d.]+)", output)[1]) < 1
     assert (folder / "detection" / "model.safetensors").exists()
 
 
@@ -157,8 +157,8 @@ def pictures(folder) -> Path:
 
 def test_cifar10(run, folder, pictures):
     small = ["--width", 32, "--layers", 1, "--epochs", 1, "--batch", 20, "--models", "ViT", "VRWKV", "VRWKV, causal"]
-    told = run("cifar10.py", pictures, pictures, "--out", folder / "cifar10", *small, "--set", "vision.workers=0")
-    rows = re.findall(r"^\| (\S.*?) \| ([\d.]+)% \| ([\d.]+) \|", told, re.M)
+    output = run("cifar10.py", pictures, pictures, "--out", folder / "cifar10", *small, "--set", "vision.workers=0")
+    rows = re.findall(r"^\| (\S.*?) \| ([\d.]+)% \| ([\d.]+) \|", output, re.M)
     assert [name for name, _, _ in rows] == ["ViT", "VRWKV", "VRWKV, causal"]
     assert all(0 <= float(right) <= 100 and 1 < float(nats) < 4 for _, right, nats in rows)
     assert (folder / "cifar10" / "cifar10.png").stat().st_size > 5000
@@ -174,8 +174,8 @@ def test_vision_pictures(run, folder, pictures):
 
 def test_captioning(run, folder, pictures):
     small = ["--steps", 2, "--batch", 4, "--captions", 12]
-    told = run("captioning.py", pictures, pictures, "--out", folder / "captioner", *small)
-    assert re.search(r"of 12 held-out captions \d+ have the right class, \d+ name its brightness", told)
+    output = run("captioning.py", pictures, pictures, "--out", folder / "captioner", *small)
+    assert re.search(r"of 12 held-out captions \d+ have the right class, \d+ name its brightness", output)
     names = {file.name for file in (folder / "captioner").iterdir()}
     assert names == {"vision", "projection.safetensors"}
 
@@ -189,9 +189,9 @@ def test_sequence_classification(run, folder):
             rows.append(json.dumps({"title": f"{author}_{title}_1900", "text": words}))
     with gzip.open(folder / "novels.jsonl.gz", "wt", encoding="utf-8") as lines:
         lines.write("\n".join(rows))
-    told = run(
+    output = run(
         "sequence_classification.py", folder / "novels.jsonl.gz", "--out", folder / "author", "--steps", 2, "--texts", 4
     )
-    assert "Who of Ash, Birch?" in told
-    assert len(re.findall(r"^\| \d+ \|( [\d.]+% \|){4}$", told, re.M)) == 3
+    assert "Who of Ash, Birch?" in output
+    assert len(re.findall(r"^\| \d+ \|( [\d.]+% \|){4}$", output, re.M)) == 3
     assert (folder / "author" / "head.safetensors").exists()

@@ -86,17 +86,17 @@ def test_on_the_command_line(cache):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("hf://BlinkDL/rwkv-4-pile-169m/b.pth", "not in the hub's cache, and the hub cannot be reached"),
         ("Nobody/nothing", "not in the hub's cache, and the hub cannot be reached"),
         ("hf://BlinkDL", "give hf://OWNER/REPOSITORY"),
     ],
 )
-def test_without_a_network_in_one_line(name, told, cache):
+def test_without_a_network_in_one_line(name, message, cache):
     code = f"import heronry\ntry: heronry.load({name!r})\nexcept heronry.InputError as error: print(error)"
     done = run(code, cache)
-    assert told in done.stdout, done.stderr
+    assert message in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1
 
 

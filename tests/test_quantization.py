@@ -242,9 +242,9 @@ def test_commands(tmp_path):
     done = run(app, ["quantize", str(BUNDLED), str(folder), "--format", "int4"])
     assert done.exit_code == 0
     assert (folder / "tokenizer.json").is_file()
-    told = run(app, ["info", str(folder)]).stdout
-    assert "int4" in told
-    assert "3,819,456" in told
+    output = run(app, ["info", str(folder)]).stdout
+    assert "int4" in output
+    assert "3,819,456" in output
     text = run(
         app, ["generate", "Once upon a time", "-m", str(folder), "--max-tokens", "12", "--temperature", "0"]
     ).stdout

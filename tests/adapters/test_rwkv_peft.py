@@ -21,13 +21,13 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 def adapter(weights, kind: str = "lora", seed: int = 0) -> dict[str, torch.Tensor]:
     """A and B of rank 5 for some matrices of both layers."""
-    made = {}
+    tensors = {}
     for i in range(2):
         for name in NAMES:
             rows, columns = weights[f"blocks.{i}.{name}.weight"].shape
-            made[f"blocks.{i}.{name}.{kind}_A"] = normal(5, columns, seed=seed + 10 * i)
-            made[f"blocks.{i}.{name}.{kind}_B"] = normal(rows, 5, seed=seed + 10 * i + 1)
-    return made
+            tensors[f"blocks.{i}.{name}.{kind}_A"] = normal(5, columns, seed=seed + 10 * i)
+            tensors[f"blocks.{i}.{name}.{kind}_B"] = normal(rows, 5, seed=seed + 10 * i + 1)
+    return tensors
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])

@@ -169,14 +169,14 @@ def test_notes_and_tokenizer_come_along(tmp_path):
 
 
 def test_a_gguf_holds_its_tokenizer(weights, tmp_path):
-    made = train_bpe(tmp_path / "tokenizer.json", "she had her hat on her hand and his hat in her head")
-    size = made.get_vocab_size()
+    tokenizer = train_bpe(tmp_path / "tokenizer.json", "she had her hat on her hand and his hat in her head")
+    size = tokenizer.get_vocab_size()
     torch.save(weights("7", vocab=size), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "elsewhere" / "a.gguf")
     llm = LLM(tmp_path / "elsewhere" / "a.gguf")
-    assert llm.tokenizer.encode("her hat") == made.encode("her hat").ids
+    assert llm.tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
     convert(tmp_path / "elsewhere" / "a.gguf", tmp_path / "again")
-    assert LLM(tmp_path / "again").tokenizer.encode("her hat") == made.encode("her hat").ids
+    assert LLM(tmp_path / "again").tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
 
 
 def test_shards(weights, tmp_path):
@@ -348,8 +348,8 @@ def test_a_mislabelled_file_is_what_it_is(weights, tmp_path):
 def test_on_the_command_line(weights, tmp_path, capfd):
     torch.save(weights("7"), tmp_path / "a.pth")
     app(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.gguf"), "--dtype", "float16"], standalone_mode=False)
-    assert "gguf, " in (told := capfd.readouterr().err)
-    assert "logits of both: equal" in told
+    assert "gguf, " in (message := capfd.readouterr().err)
+    assert "logits of both: equal" in message
     app(["convert", str(tmp_path / "b.gguf"), str(tmp_path / "b")], standalone_mode=False)
     assert "heronry, " in capfd.readouterr().err
     assert load_file(tmp_path / "b" / "model.safetensors")["emb.weight"].dtype == torch.float16
@@ -358,14 +358,14 @@ def test_on_the_command_line(weights, tmp_path, capfd):
 def test_shapes_must_fit_what_a_file_says(weights, tmp_path):
     torch.save(weights("7"), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
-    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
     for key, value, ours in (
         ("hidden_size", 256, "n_embd"),
         ("num_hidden_layers", 2, "n_layer"),
         ("vocab_size", 100, "vocab_size"),
         ("gate_low_rank_dim", 8, "gate_rank"),
     ):
-        (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {key: value}))
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(InputError, match=rf"says {ours} = {value}, but the tensors say"):
             heronry.load(tmp_path / "hf")
     for change, complaint in (
@@ -375,7 +375,7 @@ def test_shapes_must_fit_what_a_file_says(weights, tmp_path):
         ({"attn": {"layers": [1]}}, "attention in some layers"),
         ({"model_type": "rwkv6"}, "rwkv"),
     ):
-        (tmp_path / "hf" / "config.json").write_text(json.dumps(told | change))
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=complaint):
             heronry.load(tmp_path / "hf")
 
@@ -414,8 +414,8 @@ def test_tied_embeddings(weights, tmp_path):
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(InputError, match=r"head\.weight"):
         heronry.load(tmp_path / "hf")
-    told = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": True}))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert torch.equal(read(tmp_path / "hf"), read(tmp_path / "a.pth"))
 
 

@@ -25,16 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def graphs(random_checkpoint, tmp_path_factory):
     """Model and onnxruntime session of a version; exporting takes seconds, so each is made once."""
-    folder, made = tmp_path_factory.mktemp("onnx"), {}
+    folder, cache = tmp_path_factory.mktemp("onnx"), {}
 
     def graph(version: str, to: str, **options):
         key = f"{version}-{to}-{options}"
-        if key not in made:
+        if key not in cache:
             torch.save(random_checkpoint(version, **SMALL, **options), folder / "a.pth")
-            path = folder / f"{len(made)}.onnx"
+            path = folder / f"{len(cache)}.onnx"
             convert(folder / "a.pth", path, to=to)
-            made[key] = heronry.load(folder / "a.pth"), path
-        return made[key]
+            cache[key] = heronry.load(folder / "a.pth"), path
+        return cache[key]
 
     return graph
 
@@ -58,8 +58,8 @@ def test_sequences_of_any_length_and_number(graphs, version):
         tokens = torch.randint(101, (rows, length), generator=generator)
         _, state = model(torch.randint(101, (rows, 5), generator=generator))
         logits, left = model(tokens, state)
-        for told, expected in zip(run(path, tokens, state), (logits, *stack_layers(left)), strict=True):
-            torch.testing.assert_close(told, expected, rtol=0, atol=1e-4)
+        for output, expected in zip(run(path, tokens, state), (logits, *stack_layers(left)), strict=True):
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("version", ["4", "7"])
@@ -72,9 +72,9 @@ def test_steps(graphs, version):
     state = model.initial_state(3)
     carried = [x.numpy() for x in stack_layers(state)]
     for i in range(20):
-        told, *carried = session.run(None, dict(zip(INPUTS, [tokens[:, i : i + 1].numpy(), *carried], strict=True)))
+        output, *carried = session.run(None, dict(zip(INPUTS, [tokens[:, i : i + 1].numpy(), *carried], strict=True)))
         logits, state = model(tokens[:, i : i + 1], state)
-        torch.testing.assert_close(torch.from_numpy(told), logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(output), logits, rtol=0, atol=1e-4)
 
 
 def test_what_the_file_says_of_itself(graphs):
@@ -105,8 +105,8 @@ def test_packed_by_onnxruntime(graphs, tmp_path, bits):
     tokens = torch.randint(101, (1, 12), generator=torch.Generator().manual_seed(0))
     state = model.initial_state(1)
     exact = model(tokens, state)[0]
-    told = run(packed, tokens, state)[0]
-    assert 0 < (told - exact).abs().mean() < {8: 0.2, 4: 0.6}[bits] * exact.abs().mean()
+    output = run(packed, tokens, state)[0]
+    assert 0 < (output - exact).abs().mean() < {8: 0.2, 4: 0.6}[bits] * exact.abs().mean()
 
 
 def test_torch_export_of_every_version(version, random_checkpoint):
@@ -118,8 +118,8 @@ def test_torch_export_of_every_version(version, random_checkpoint):
         expected, left = model(tokens)
         logits, *state = program(tokens, *stack_layers(model.initial_state(3)))
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-        for told, part in zip(state, stack_layers(left), strict=True):
-            torch.testing.assert_close(told, part, rtol=1e-5, atol=1e-5)
+        for output, part in zip(state, stack_layers(left), strict=True):
+            torch.testing.assert_close(output, part, rtol=1e-5, atol=1e-5)
         again = Graph(model)(tokens, *stack_layers(model.initial_state(3)))[0]
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
 
@@ -162,6 +162,6 @@ def test_weights_beside_the_file(random_checkpoint, tmp_path, monkeypatch):
     size = sum(p.nbytes for p in model.parameters())
     assert (tmp_path / "a.onnx.data").stat().st_size > 0.8 * size
     tokens, state = torch.tensor([[5, 7, 9]]), model.initial_state(1)
-    told = run(tmp_path / "a.onnx", tokens, state)[0]
-    torch.testing.assert_close(told, model(tokens, state)[0], rtol=0, atol=1e-4)
+    output = run(tmp_path / "a.onnx", tokens, state)[0]
+    torch.testing.assert_close(output, model(tokens, state)[0], rtol=0, atol=1e-4)
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "a.onnx", "a.onnx.data"}

@@ -24,8 +24,8 @@ def test_transformers_reads_rwkv4(random_checkpoint, tmp_path):
 
     torch.save(random_checkpoint("4", layers=3), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface", shard=100_000)
-    told = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(told | {"rescale_every": 0}))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rescale_every": 0}))
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]

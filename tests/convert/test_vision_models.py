@@ -23,61 +23,61 @@ KINDS = {
 def model(request, tmp_path_factory):
     """A model, and the folder it is in."""
     torch.manual_seed(0)
-    made = (VRWKV6 if request.param == "vrwkv6" else VRWKV)(KINDS[request.param])
-    made.init_weights()
+    vision = (VRWKV6 if request.param == "vrwkv6" else VRWKV)(KINDS[request.param])
+    vision.init_weights()
     with torch.no_grad():
-        for p in made.parameters():
+        for p in vision.parameters():
             p += 0.2 * torch.randn_like(p)
     folder = tmp_path_factory.mktemp("models") / "model"
-    heronry.save(made.eval(), folder, notes={"labels": list("abcdefg")})
-    return made, folder
+    heronry.save(vision.eval(), folder, notes={"labels": list("abcdefg")})
+    return vision, folder
 
 
 def test_there_and_back(model, tmp_path):
-    made, folder = model
+    vision, folder = model
     x = torch.randn(1, 3, 40, 32)
     with torch.no_grad():
-        expected = made(x)
+        expected = vision(x)
         for name in ("a.pth", "a.safetensors", "a"):
-            told = convert(folder, tmp_path / name)
-            assert told.difference == 0 < told.largest
+            result = convert(folder, tmp_path / name)
+            assert result.difference == 0 < result.largest
             again = heronry.load(tmp_path / name, kind=heronry.VisionModel)
             assert torch.equal(again(x), expected)
-            assert all(torch.equal(p, again.state_dict()[key]) for key, p in made.state_dict().items())
+            assert all(torch.equal(p, again.state_dict()[key]) for key, p in vision.state_dict().items())
     held = torch.load(tmp_path / "a.pth")["state_dict"]
     assert "backbone.layers.0.att.key.weight" in held
     assert held.keys() >= {"head.0.weight", "head.2.bias"} or "head.fc.weight" in held
     assert json.loads((tmp_path / "a" / "config.json").read_text())["labels"] == list("abcdefg")
-    told = convert(tmp_path / "a.pth", tmp_path / "half.safetensors", dtype="bfloat16")
-    assert 0 < told.difference < 0.1 * told.largest
+    result = convert(tmp_path / "a.pth", tmp_path / "half.safetensors", dtype="bfloat16")
+    assert 0 < result.difference < 0.1 * result.largest
     assert heronry.load(tmp_path / "half.safetensors", kind=heronry.VisionModel).pos_embed.dtype == torch.bfloat16
 
 
 def test_onnx(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    made, folder = model
-    told = convert(folder, tmp_path / "a.onnx")
-    assert told.difference < 1e-5 * told.largest
+    vision, folder = model
+    result = convert(folder, tmp_path / "a.onnx")
+    assert result.difference < 1e-5 * result.largest
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        expected = made(x)
+        expected = vision(x)
     found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     about = session.get_modelmeta().custom_metadata_map
-    assert about["model"] == made.name
+    assert about["model"] == vision.name
     assert json.loads(about["image_size"]) == 32
 
 
 def test_what_has_no_place_is_told(model, tmp_path):
     _, folder = model
-    for target, options, told in (
+    for target, options, message in (
         ("a.gguf", {}, "the format gguf does not support picture models"),
         ("a", {"to": "huggingface"}, "the format huggingface does not support picture models"),
         ("a.onnx", {"dtype": "bfloat16"}, "ONNX files are float32"),
         ("a.pth", {"dtype": "int8"}, "dtype int8 is not supported"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             convert(folder, tmp_path / target, **options)
         assert not (tmp_path / target).exists()
     with pytest.raises(InputError, match="is a language model"):
@@ -91,9 +91,9 @@ def test_what_has_no_place_is_told(model, tmp_path):
 def test_what_a_format_cannot_say_is_not_lost_in_silence(tmp_path):
     """A .pth does not tell of the shift: what would be read from it is another model."""
     torch.manual_seed(0)
-    made = VRWKV(VRWKVConfig(24, 1, 60, **SMALL, shift="previous"))
-    made.init_weights()
-    heronry.save(made, tmp_path / "model")
+    vision = VRWKV(VRWKVConfig(24, 1, 60, **SMALL, shift="previous"))
+    vision.init_weights()
+    heronry.save(vision, tmp_path / "model")
     with pytest.raises(InputError, match=r"a.pth: a blinkdl file cannot store shift = 'previous'"):
         convert(tmp_path / "model", tmp_path / "a.pth")
     assert not (tmp_path / "a.pth").exists()

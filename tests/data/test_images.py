@@ -91,14 +91,14 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)).save(whole, "png")
     (tmp_path / "short.png").write_bytes(whole.getvalue()[:5000])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name, told in (
+    for name, message in (
         ("nothing.png", "no such file"),
         ("text.png", "not an image that can be read"),
         ("empty.jpg", "not an image that can be read"),
         ("short.png", r"cannot be read \("),
         (".", r"cannot be read \("),
     ):
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             open_image(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="the image: not an image"):
@@ -113,19 +113,19 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
     with patch("sys.argv", ["heronry", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
         main()
-    told = capsys.readouterr()
-    return ended.value.code, told.out, told.err
+    output = capsys.readouterr()
+    return ended.value.code, output.out, output.err
 
 
 @pytest.fixture
 def model(tmp_path):
     torch.manual_seed(0)
-    made = create("vrwkv_tiny", n_layer=1, n_embd=16, dim_ffn=32, image_size=32, num_classes=3).eval()
+    vision = create("vrwkv_tiny", n_layer=1, n_embd=16, dim_ffn=32, image_size=32, num_classes=3).eval()
     with torch.no_grad():
-        for p in made.parameters():
+        for p in vision.parameters():
             p += 0.2 * torch.randn_like(p)
-    heronry.save(made, tmp_path / "model", notes={"labels": ["a rook", "a boat", "a pond"]})
-    return made
+    heronry.save(vision, tmp_path / "model", notes={"labels": ["a rook", "a boat", "a pond"]})
+    return vision
 
 
 def test_see(model, tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_see_tells_what_is_wrong(model, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("x\n")
     heronry.save(create("vrwkv_tiny", n_layer=1, n_embd=16, dim_ffn=32, num_classes=0), tmp_path / "bare")
     at = ("--model", tmp_path / "model")
-    for arguments, told in (
+    for arguments, message in (
         ((picture, "--model", "heronry/bundled"), "reads text, not pictures"),
         ((tmp_path / "b.png", *at), "b.png: no such file"),
         ((picture, *at, "--labels", tmp_path / "names.txt"), "has 1 names, but the model has 3 classes"),
@@ -172,7 +172,7 @@ def test_see_tells_what_is_wrong(model, tmp_path, capsys):
     ):
         code, out, err = run(capsys, "see", *arguments)
         assert (code, out) == (2, "")
-        assert told in err
+        assert message in err
         assert err.strip().count("\n") == 0
 
 

@@ -73,12 +73,12 @@ def test_lines_folders_and_globs(tmp_path, command):
     with open(folder / "a.jsonl", "a") as file:
         file.write("\n  \n")
     out = tmp_path / "made" / "x"
-    code, printed, told = command("data", folder, "-o", out, "--tokenizer", "bytes")
+    code, printed, message = command("data", folder, "-o", out, "--tokenizer", "bytes")
     assert (code, printed) == (0, "")
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
     tokens = sum(len(text.encode()) for text in written[:21])
-    assert f"21 documents, {tokens:,} tokens of {size:,} bytes" in told
-    assert "tokens/s" in told
+    assert f"21 documents, {tokens:,} tokens of {size:,} bytes" in message
+    assert "tokens/s" in message
     assert decoded(out) == written[:21]
     about = json.loads(out.with_name("x.json").read_text())
     assert (about["tokenizer"], about["vocab_size"], about["end_of_text"]) == ("bytes", 256, None)
@@ -218,11 +218,11 @@ def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
             children = psutil.Process(process.pid).children(recursive=True)
             assert len(children) >= workers or workers == 1
             process.send_signal(sent)
-            told = process.stderr.read().decode()
+            message = process.stderr.read().decode()
         assert not (tmp_path / "x.bin").exists()
         if sent == signal.SIGINT:
             assert process.returncode == 130
-            assert told == "heronry: stopped; the same command continues from here\n"
+            assert message == "heronry: stopped; the same command continues from here\n"
         _, alive = psutil.wait_procs(children, 10)
         assert not alive
         assert standing() > before
@@ -331,8 +331,8 @@ def test_what_is_there_is_kept(tmp_path, command):
     words = ("data", source, "-o", out, "--tokenizer", "bytes")
     assert command(*words)[0] == 0
     before = contents(out)
-    code, _, told = command(*words)
-    assert (code, told) == (2, f"heronry: {out}.bin: already exists; replace it with --restart\n")
+    code, _, message = command(*words)
+    assert (code, message) == (2, f"heronry: {out}.bin: already exists; replace it with --restart\n")
     assert contents(out) == before
     assert command(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
@@ -341,9 +341,9 @@ def test_what_is_there_is_kept(tmp_path, command):
     words = ("data", tmp_path / "b.jsonl", "-o", tmp_path / "y", "--tokenizer", "bytes")
     assert command(*words) == (2, "", f"heronry: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
     for other, named in ((("--holdout", "0.5"), "holdout"), (("--key", "words"), "key")):
-        code, _, told = command(*words, *other)
+        code, _, message = command(*words, *other)
         assert code == 2
-        assert f"y.progress.json: there is an unfinished run with other {named}; start over with --restart" in told
+        assert f"y.progress.json: there is an unfinished run with other {named}; start over with --restart" in message
     write_lines(tmp_path / "b.jsonl", [{"text": "changed"}])
     assert "other sources" in command(*words)[2]
     assert command(*words, "--restart")[0] == 0

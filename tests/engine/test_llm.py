@@ -23,8 +23,8 @@ PROMPTS = ["Once upon a time", "鳥", "x" * 30]
 
 def written(llm: LLM, *given, **options):
     """The text, or the list of texts, that `LLM.generate` writes."""
-    made = llm.generate(*given, **options)
-    return made.text if isinstance(made, Completion) else [completion.text for completion in made]
+    completions = llm.generate(*given, **options)
+    return completions.text if isinstance(completions, Completion) else [completion.text for completion in completions]
 
 
 def streamed(llm: LLM, *given, **options) -> list[str]:

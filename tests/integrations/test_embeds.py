@@ -123,7 +123,7 @@ def test_who_reads_at_the_same_time_reads_its_own(folder):
     expected = model(TOKENS.flip(0)).logits
     seen = []
 
-    def meanwhile(module, given, made):
+    def meanwhile(module, given, output):
         if not seen:
             seen.append(None)
             seen[0] = model(TOKENS.flip(0)).logits

@@ -33,9 +33,9 @@ def model_id(random_checkpoint, tmp_path, monkeypatch) -> str:
     words = train_bpe(Path("tokenizer.json"), text, size=320, special=special, normalizer=normalizers.NFC())
     torch.save(random_checkpoint("4", vocab=words.get_vocab_size(), width=64, ffn=96), "a.pth")
     convert("a.pth", "RWKV/rwkv-4-169m-pile", to="huggingface", tokenizer="tokenizer.json")
-    told = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False}
-    told |= {"bos_token": END, "eos_token": END, "unk_token": END}
-    (tmp_path / "RWKV/rwkv-4-169m-pile/tokenizer_config.json").write_text(json.dumps(told))
+    config = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False}
+    config |= {"bos_token": END, "eos_token": END, "unk_token": END}
+    (tmp_path / "RWKV/rwkv-4-169m-pile/tokenizer_config.json").write_text(json.dumps(config))
     return "RWKV/rwkv-4-169m-pile"
 
 

@@ -268,8 +268,8 @@ def test_bad_input(folder):
         AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
     with pytest.raises(InputError, match="cannot be split over devices"):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"rwkv.emb": "cpu", "rwkv.head": "cpu"})
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(told | {"hidden_size": 128}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
     with pytest.raises(InputError, match="says n_embd = 128, but the tensors say 64"):
         AutoModelForCausalLM.from_pretrained(folder)
 

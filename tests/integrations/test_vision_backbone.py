@@ -205,8 +205,12 @@ def drawn(number: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
             picture[:, y - r : y + r, x - r : x + r] = np.eye(3)[i][:, None, None] * 3
             masks[i, y - r : y + r, x - r : x + r] = 1
             boxes.append([x / 64, y / 64, r / 32, r / 32])
-        told = {"class_labels": torch.arange(2), "boxes": torch.tensor(boxes), "masks": torch.from_numpy(masks).float()}
-        labels.append(told)
+        annotations = {
+            "class_labels": torch.arange(2),
+            "boxes": torch.tensor(boxes),
+            "masks": torch.from_numpy(masks).float(),
+        }
+        labels.append(annotations)
     return torch.from_numpy(pictures).float(), labels
 
 
@@ -260,10 +264,10 @@ def test_detectors(name):
     load_backbone(model, vision)
     pictures, labels = drawn(2)
     if name in HEADS:
-        told = {"mask_labels": [x["masks"] for x in labels], "class_labels": [x["class_labels"] for x in labels]}
+        targets = {"mask_labels": [x["masks"] for x in labels], "class_labels": [x["class_labels"] for x in labels]}
     else:
-        told = {"labels": labels}
-    loss = model.train()(pixel_values=pictures, **told).loss
+        targets = {"labels": labels}
+    loss = model.train()(pixel_values=pictures, **targets).loss
     assert loss.isfinite().all()
     loss.backward()
     (backbone,) = (module for module in model.modules() if isinstance(module, VisionRwkvBackbone))

@@ -29,9 +29,9 @@ LEVELS = build.levels()
 
 def wide(model: Model) -> Model:
     """The same in float64, which the C++ leaves to the plain model."""
-    made = type(model)(model.config).double().eval()
-    made.load_state_dict(model.state_dict())
-    return made
+    copied = type(model)(model.config).double().eval()
+    copied.load_state_dict(model.state_dict())
+    return copied
 
 
 def widened(state: State, model: Model) -> State:
@@ -44,9 +44,9 @@ def step(
 ) -> tuple[Tensor, State]:
     """What the C++ gives, for packs too, which `forward` hands to it in quantized models only."""
     state, cu = model.validate_inputs(text, state, cu_seqlens)
-    made = native_step.NativeStep(model)
-    assert made.is_available()
-    return made(text, state, cu, last_only)
+    native = native_step.NativeStep(model)
+    assert native.is_available()
+    return native(text, state, cu, last_only)
 
 
 def uses() -> list[tuple[Tensor, dict]]:

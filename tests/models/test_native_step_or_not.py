@@ -131,13 +131,13 @@ def test_copies(model, other, taken):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for made in (copy.deepcopy(model), copy.copy(model), torch.load(file, weights_only=False)):
-        assert same(made(text), expected)
-    made = copy.deepcopy(model)
-    made(text)
-    made.load_state_dict(other.state_dict())
+    for copied in (copy.deepcopy(model), copy.copy(model), torch.load(file, weights_only=False)):
+        assert same(copied(text), expected)
+    copied = copy.deepcopy(model)
+    copied(text)
+    copied.load_state_dict(other.state_dict())
     assert same(model(text), expected)
-    assert same(made(text), (other(text)[0], made(text)[1]))
+    assert same(copied(text), (other(text)[0], copied(text)[1]))
 
 
 # ---- where the plain model runs -------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_without_a_compiler(version, random_checkpoint, taken, monkeypatch, tmp_
                 assert farthest(found, plain(model, tokens(2, 3))) < 1e-5
     finally:
         build._library.cache_clear()
-    told = [record.message for record in caplog.records if f"no native {model.name}," in record.message]
-    assert len(told) == 1
-    assert "compiler" in told[0]
+    messages = [record.message for record in caplog.records if f"no native {model.name}," in record.message]
+    assert len(messages) == 1
+    assert "compiler" in messages[0]
     assert not taken

@@ -291,7 +291,7 @@ def test_features_and_heads():
 
 
 @pytest.mark.parametrize(
-    ("x", "told"),
+    ("x", "message"),
     [
         (torch.zeros(3, 32, 32), r"float32 \[3, 32, 32\]"),
         (torch.zeros(1, 1, 32, 32), r"float32 \[1, 1, 32, 32\]"),
@@ -299,13 +299,13 @@ def test_features_and_heads():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"uint8 \[1, 3, 8, 8\]"),
     ],
 )
-def test_what_is_no_picture_is_named(x, told):
-    with pytest.raises(InputError, match=rf"images must be floating point \[B, 3, height, width\], got {told}"):
+def test_what_is_no_picture_is_named(x, message):
+    with pytest.raises(InputError, match=rf"images must be floating point \[B, 3, height, width\], got {message}"):
         made(KINDS["T"], dtype=torch.float32)(x)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"image_size": 30}, "image_size 30 is not made of patches of 16"),
         ({"shift": "w"}, "unknown shift 'w'; choose from q, previous, none"),
@@ -316,8 +316,8 @@ def test_what_is_no_picture_is_named(x, told):
         ({"depth": 3}, "vrwkv_tiny has no setting 'depth'"),
     ],
 )
-def test_settings_that_cannot_be(changes, told):
-    with pytest.raises(InputError, match=told):
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(InputError, match=message):
         create("vrwkv_tiny", **changes)
     with pytest.raises(InputError, match="unknown model 'vit_tiny'; choose from vrwkv_tiny, "):
         create("vit_tiny")
@@ -425,7 +425,7 @@ def test_other_variants_are_told(published, tmp_path):
     with pytest.raises(InputError, match=rf"published.pth: holds a {model.name} of 2 layers and 64 channels, not "):
         create(other, pretrained=path, **{k: v for k, v in small.items() if k != "head_hidden"})
     tensors = torch.load(path)["model" if name == "vrwkv_large" else "state_dict"]
-    for change, told in (
+    for change, message in (
         (lambda t: t.pop("backbone.layers.1.ln2.bias"), r"layers.1.ln2.bias is missing"),
         (lambda t: t.update({"backbone.cls_token": torch.zeros(1)}), r"cls_token is not of this model"),
         (
@@ -437,7 +437,7 @@ def test_other_variants_are_told(published, tmp_path):
         damaged = dict(tensors)
         change(damaged)
         torch.save({"state_dict": damaged}, tmp_path / "damaged.pth")
-        with pytest.raises(InputError, match=rf"damaged.pth: .*{told}"):
+        with pytest.raises(InputError, match=rf"damaged.pth: .*{message}"):
             create(name, pretrained=tmp_path / "damaged.pth", **small)
         with pytest.raises(InputError, match=r"damaged.pth: "):
             heronry.load(tmp_path / "damaged.pth", kind=heronry.VisionModel)

@@ -205,9 +205,9 @@ def finish(process: subprocess.Popen) -> str:
 def test_without_a_compiler_auto_runs_pytorch_and_says_so_once(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     out = finish(start(SAY, tmp_path, PATH=str(tmp_path / "empty")))
-    told = [line for line in out.splitlines() if "no native wkv7" in line]
-    assert len(told) == 1
-    assert "no C++ compiler found" in told[0]
+    lines = [line for line in out.splitlines() if "no native wkv7" in line]
+    assert len(lines) == 1
+    assert "no C++ compiler found" in lines[0]
     assert out.count("wkv7: impl=auto runs the chunked body") == 1
 
 

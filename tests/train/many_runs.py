@@ -65,18 +65,18 @@ def killed() -> None:
 def work(rank: int, processes: int, runs: list[dict]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     together = PartialState(cpu=True)
-    for told in runs:
-        config = read_config(None, told["settings"])
-        for path in map(Path, told.get("from", []) if rank == 0 else []):
+    for options in runs:
+        config = read_config(None, options["settings"])
+        for path in map(Path, options.get("from", []) if rank == 0 else []):
             copy = Path(shutil.copytree(path, Path(config.run.out) / "checkpoints" / path.name))
-            if path == Path(told.get("damage", "")):
+            if path == Path(options.get("damage", "")):
                 flip(sorted(copy.glob("shard-*"))[1])
         together.wait_for_everyone()
-        if rank == 1 and "process 1" in told:
-            {"full disk": full_disk, "killed": killed}[told["process 1"]]()
-        made = Trainer(config)
-        made.generate_sample = most_likely
-        made.train()
+        if rank == 1 and "process 1" in options:
+            {"full disk": full_disk, "killed": killed}[options["process 1"]]()
+        trainer = Trainer(config)
+        trainer.generate_sample = most_likely
+        trainer.train()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 

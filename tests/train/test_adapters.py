@@ -264,8 +264,8 @@ def test_checkpointing_and_autocast(dora, bases):
 
 @pytest.mark.parametrize("generation", MODELS)
 def test_who_decays(generation, bases):
-    made = build_optimizer(adapted(bases(generation), dora=True), OptimSection(lr=1e-3, weight_decay=0.2))
-    lengths, matrices = made.param_groups
+    optimizer = build_optimizer(adapted(bases(generation), dora=True), OptimSection(lr=1e-3, weight_decay=0.2))
+    lengths, matrices = optimizer.param_groups
     assert (lengths["weight_decay"], matrices["weight_decay"]) == (0.0, 0.2)
     assert lengths["lr"] == matrices["lr"] == 1e-3
     assert {p.ndim for p in lengths["params"]} == {1}
@@ -294,10 +294,10 @@ def test_states_know_the_adapter(bases, tmp_path):
 
 def test_generate_and_merge(command, bases, texts, tmp_path):
     base, out, merged = bases("rwkv5"), tmp_path / "out", tmp_path / "merged"
-    code, told, _ = command(
+    code, output, _ = command(
         "train", *TUNE, f"model.path={base}", "model.tune=lora", f"data.train={texts}", f"run.out={out}"
     )
-    assert (code, told) == (0, f"{out}\n")
+    assert (code, output) == (0, f"{out}\n")
     greedy = ("--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 8)
     adapted = command("generate", "\x05", "-m", base, "--adapter", out, *greedy)
     assert adapted[0] == 0

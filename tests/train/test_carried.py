@@ -64,38 +64,38 @@ def test_gradients_go_through_the_cut(generation, tmp_path):
 def test_what_is_carried_counts(tmp_path):
     """A step learns nothing, but its loss is that of the whole document read at once."""
     one = write_binidx(tmp_path / "one", [np.arange(128) * 7 % 50])
-    made = Trainer(
+    trainer = Trainer(
         read_config(None, settings(one, tmp_path / "out", *CARRIED[2:], "data.order=carried", "run.batch=1"))
     )
     text = torch.tensor([[0, *(np.arange(128) * 7 % 50)]])
     with torch.no_grad():
-        for p in made.model.parameters():
+        for p in trainer.model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-        whole = torch.nn.functional.cross_entropy(made.model(text[:, :-1])[0][0], text[0, 1:], reduction="none")
+        whole = torch.nn.functional.cross_entropy(trainer.model(text[:, :-1])[0][0], text[0, 1:], reduction="none")
     found = []
-    for group in made.optimizer.param_groups:
+    for group in trainer.optimizer.param_groups:
         group["base_lr"] = 0.0
     for _ in range(4):
-        found.append(made.train_step()[0])
+        found.append(trainer.train_step()[0])
     assert found == pytest.approx(whole.view(4, 32).mean(1).tolist(), rel=1e-9)
 
 
 def test_what_is_not_finite_is_not_carried(texts, tmp_path):
-    made = Trainer(read_config(None, settings(texts, tmp_path / "out", "data.order=carried", "data.ctx_len=8")))
-    made.train_step()
-    before = made.task.states
-    weight = made.model.head.weight
+    trainer = Trainer(read_config(None, settings(texts, tmp_path / "out", "data.order=carried", "data.ctx_len=8")))
+    trainer.train_step()
+    before = trainer.task.states
+    weight = trainer.model.head.weight
     with torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] = torch.nan
-        made.model.blocks[0].ln1.weight[0] = torch.nan
-    assert np.isnan(made.train_step()[1])
-    assert made.task.states is before
+        trainer.model.blocks[0].ln1.weight[0] = torch.nan
+    assert np.isnan(trainer.train_step()[1])
+    assert trainer.task.states is before
     with torch.no_grad():
         weight[0, 0] = kept
-        made.model.blocks[0].ln1.weight[0] = 1
-    assert np.isfinite(made.train_step()).all()
-    assert all(x.isfinite().all() for state in made.task.states.values() for layer in state.layers for x in layer)
+        trainer.model.blocks[0].ln1.weight[0] = 1
+    assert np.isfinite(trainer.train_step()).all()
+    assert all(x.isfinite().all() for state in trainer.task.states.values() for layer in state.layers for x in layer)
 
 
 def test_stopped_and_gone_on(texts, tmp_path):
@@ -110,8 +110,8 @@ def test_two_processes_are_one(texts, tmp_path):
     """And one goes on where two have stopped, with the states of all lanes."""
     more = ["data.order=carried", "data.ctx_len=8", "data.tbptt_chunks=2"]
     run(texts, tmp_path / "one", *more, "run.steps=6", "run.batch=2", "run.accumulate=2")
-    told = settings(texts, tmp_path / "two", *more, "run.steps=6", "run.batch=1", "run.accumulate=2")
-    assert spread((2, [[*told, "run.save_every=3", "run.keep=9"]])) == []
+    options = settings(texts, tmp_path / "two", *more, "run.steps=6", "run.batch=1", "run.accumulate=2")
+    assert spread((2, [[*options, "run.save_every=3", "run.keep=9"]])) == []
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert a[2] == pytest.approx(b[2], abs=1e-5)

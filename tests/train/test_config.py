@@ -40,23 +40,23 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "told"), WRONG)
-def test_what_is_wrong_is_named(setting, told):
+@pytest.mark.parametrize(("setting", "message"), WRONG)
+def test_what_is_wrong_is_named(setting, message):
     with pytest.raises(InputError) as refusal:
         read_config(None, ["data.train=some", setting])
-    assert str(refusal.value).startswith(told)
+    assert str(refusal.value).startswith(message)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (["run.shard=full", "model.tune=lora", "model.path=x"], "run.shard does not work with model.tune=lora"),
         (["run.shard=gradients", "optim.muon=true"], "optim.muon does not work with run.shard"),
     ],
 )
-def test_what_does_not_go_together_is_named(settings, told):
-    with pytest.raises(InputError, match=told):
+def test_what_does_not_go_together_is_named(settings, message):
+    with pytest.raises(InputError, match=message):
         read_config(None, ["data.train=some", *settings])
 
 
@@ -70,11 +70,11 @@ def test_a_file_and_settings_on_top(tmp_path):
     assert Config().run.batch == 8
 
 
-@pytest.mark.parametrize(("text", "told"), [("[run", "not TOML"), ("run = 1", "unknown section 'run'")])
-def test_a_file_that_cannot_be(text, told, tmp_path):
+@pytest.mark.parametrize(("text", "message"), [("[run", "not TOML"), ("run = 1", "unknown section 'run'")])
+def test_a_file_that_cannot_be(text, message, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(text)
-    for path, line in ((file, told), (tmp_path / "none.toml", "cannot be read")):
+    for path, line in ((file, message), (tmp_path / "none.toml", "cannot be read")):
         with pytest.raises(InputError) as refusal:
             read_config(path)
         assert f"{path}: {line}" in str(refusal.value)
@@ -82,8 +82,8 @@ def test_a_file_that_cannot_be(text, told, tmp_path):
 
 def test_the_published_recipe_of_minipile():
     """What RWKV-LM's script for MiniPile gives: sizes, rates, and the prime that its rows are counted by."""
-    told = read_config(Path(__file__).parents[2] / "examples" / "minipile.toml", ["data.train=minipile"])
-    model, data, optim, steps = told.model, told.data, told.optim, told.run
+    config = read_config(Path(__file__).parents[2] / "examples" / "minipile.toml", ["data.train=minipile"])
+    model, data, optim, steps = config.model, config.data, config.optim, config.run
     assert (model.generation, model.n_layer, model.n_embd, model.vocab_size) == ("rwkv7", 12, 768, 65536)
     assert (data.order, data.ctx_len, steps.batch * steps.accumulate, steps.precision) == (
         "magic_prime",
@@ -97,9 +97,9 @@ def test_the_published_recipe_of_minipile():
     assert 40320 % (steps.log_every * steps.batch) == 0  # lines of the log that add up to a published mean
     assert [magic_prime(1498226207 // length - 1) for length in (512, 2048, 4096)] == [2926181, 731531, 365759]
     with torch.device("meta"):
-        made = RWKV7(RWKV7Config.sized(model.vocab_size, model.n_layer, model.n_embd))
-    assert made.blocks[0].att.w1.shape[1] == made.blocks[0].att.a1.shape[1] == 64
-    assert (made.blocks[1].att.v1.shape[1], made.blocks[0].att.g1.shape[1]) == (32, 128)
+        network = RWKV7(RWKV7Config.sized(model.vocab_size, model.n_layer, model.n_embd))
+    assert network.blocks[0].att.w1.shape[1] == network.blocks[0].att.a1.shape[1] == 64
+    assert (network.blocks[1].att.v1.shape[1], network.blocks[0].att.g1.shape[1]) == (32, 128)
 
 
 def test_the_learning_rate():
@@ -120,9 +120,9 @@ def test_the_learning_rate():
 
 def test_every_group_keeps_its_pace():
     model = RWKV7(RWKV7Config.sized(64, 2, 64))
-    made = build_optimizer(model, OptimSection(lr=1e-3, weight_decay=0.2))
-    set_lr(made, 0.5)
-    found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in made.param_groups}
+    optimizer = build_optimizer(model, OptimSection(lr=1e-3, weight_decay=0.2))
+    set_lr(optimizer, 0.5)
+    found = {(group["lr"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups}
     fast = [name for name, _ in model.named_parameters() if name.endswith("att.w0")]
     matrices = [name for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim == 2]
     everything = len(list(model.parameters()))

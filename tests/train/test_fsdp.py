@@ -45,9 +45,9 @@ LOOKING = ["run.sample_every=2", "run.eval_every=2", "run.eval_rows=7"]
 
 
 def alone(texts: Path, out: Path, *more: str) -> list[tuple]:
-    made = Trainer(read_config(None, settings(texts, out, *more)))
-    made.generate_sample = most_likely
-    made.train()
+    trainer = Trainer(read_config(None, settings(texts, out, *more)))
+    trainer.generate_sample = most_likely
+    trainer.train()
     return curve(out)
 
 
@@ -229,9 +229,9 @@ def test_killed_while_it_writes(folder, texts):
 
 
 def test_a_full_disk_of_one_process(folder):
-    told = (folder / "told").read_text()
+    output = (folder / "told").read_text()
     for step in (2, 3):
-        assert told.count(f"no checkpoint at step {step}: ") == 1
+        assert output.count(f"no checkpoint at step {step}: ") == 1
     out = folder / "two" / "full"
     assert not list((out / "checkpoints").iterdir())
     assert same(out, folder / "two" / "rwkv4")  # whether the weights are put together once or twice is all the same

@@ -52,9 +52,9 @@ def settings(folder, out, *more: str) -> list[str]:
 
 
 def trained(folder, out, *more: str) -> Trainer:
-    made = Trainer(read_config(None, settings(folder, out, *more)), quiet=False)
-    made.train()
-    return made
+    trainer = Trainer(read_config(None, settings(folder, out, *more)), quiet=False)
+    trainer.train()
+    return trainer
 
 
 def losses(out) -> list[float]:
@@ -67,12 +67,12 @@ def test_it_learns(generation, folder, tmp_path):
     more = [f"model.generation={generation}", f"data.eval={folder}", "run.steps=80", "vision.rand_augment=0"]
     if generation == "vrwkv6":
         more.append("model.n_embd=64")
-    made = trained(folder, tmp_path / "out", *more, "run.batch=24", "vision.crop=[0.5, 1.0]", "vision.erasing=0.1")
-    assert made.evaluate()["eval_accuracy"] > 0.9
+    trainer = trained(folder, tmp_path / "out", *more, "run.batch=24", "vision.crop=[0.5, 1.0]", "vision.erasing=0.1")
+    assert trainer.evaluate()["eval_accuracy"] > 0.9
     model = heronry.load(tmp_path / "out", kind=heronry.VisionModel)
     assert model.config.num_classes == 3
-    told = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert told["labels"] == sorted(COLOURS)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["labels"] == sorted(COLOURS)
     row = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()][-1]
     assert row["eval_accuracy"] > 0.9
 
@@ -104,9 +104,9 @@ def test_the_mean_of_the_weights_is_kept(folder, tmp_path):
         seen, take_step = [], run.train_step
 
         def watched(run=run, seen=seen, take_step=take_step):
-            told = take_step()
+            result = take_step()
             seen.append(run.model.pos_embed.detach().clone())
-            return told
+            return result
 
         run.train_step = watched
         run.train()
@@ -132,12 +132,12 @@ def test_fine_tuning_from_another_model(folder, tmp_path):
     base = create("vrwkv_tiny", n_layer=2, n_embd=24, dim_ffn=96, image_size=32, patch_size=4, num_classes=11)
     heronry.save(base, tmp_path / "base")
     more = (f"model.path={tmp_path / 'base'}", "vision.drop_path=0.2", "vision.decay_lr=10.0")
-    made = Trainer(read_config(None, settings(folder, tmp_path / "out", *more)))
-    assert torch.equal(made.model.layers[0].att.key.weight, base.layers[0].att.key.weight)
-    assert made.model.config.num_classes == 3
-    assert made.model.layers[1].drop_path == 0.2
-    assert {group["base_lr"] / made.config.optim.lr for group in made.optimizer.param_groups} == {1.0, 10.0}
-    made.train()
+    trainer = Trainer(read_config(None, settings(folder, tmp_path / "out", *more)))
+    assert torch.equal(trainer.model.layers[0].att.key.weight, base.layers[0].att.key.weight)
+    assert trainer.model.config.num_classes == 3
+    assert trainer.model.layers[1].drop_path == 0.2
+    assert {group["base_lr"] / trainer.config.optim.lr for group in trainer.optimizer.param_groups} == {1.0, 10.0}
+    trainer.train()
     assert heronry.load(tmp_path / "out", kind=heronry.VisionModel).config.image_size == 32
     with pytest.raises(InputError, match="base: is a vrwkv, not a vrwkv6"):
         Trainer(read_config(None, settings(folder, tmp_path / "b", *more, "model.generation=vrwkv6")))
@@ -220,13 +220,13 @@ def test_mixing():
 def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     bad = parquet(tmp_path / "bad.parquet", [(noisy((0, 0, 0), 0), 0)], ("photo", "kind"))
-    for source, told in (
+    for source, message in (
         (tmp_path / "nowhere", "not a folder of images, a .parquet file or an hf:// name"),
         (tmp_path / "nothing.parquet", "no such file"),
         (tmp_path / "empty", "empty: "),
         (bad, "has the columns photo, kind; expected 'image' and 'label'"),
     ):
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             ImageDataset(str(source))
         assert "\n" not in str(caught.value)
     damaged = tmp_path / "damaged"
@@ -246,7 +246,7 @@ def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("vision.patch_size=5", "vision.size is 16, not a multiple of vision.patch_size = 5"),
         ("vision.shift=up", "vision.shift is 'up'"),
@@ -260,8 +260,8 @@ def test_what_is_wrong_with_the_data_is_told(folder, tmp_path):
         ("model.generation=rwkv7", "the section vision is only for vrwkv, vrwkv6, not rwkv7"),
     ],
 )
-def test_settings_that_cannot_be(setting, told):
-    with pytest.raises(InputError, match=told):
+def test_settings_that_cannot_be(setting, message):
+    with pytest.raises(InputError, match=message):
         read_config(None, [*SMALL, "data.train=x", setting])
 
 

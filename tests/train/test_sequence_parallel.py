@@ -97,11 +97,11 @@ def test_pieces_of_a_row(length, starts):
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):
-    told = settings(texts, tmp_path / "out")
-    assert refusal(*told, "run.sequence_parallel=0") == "run.sequence_parallel must be positive, got 0"
-    assert refusal(*told, SHARED) == "run.sequence_parallel = 2 does not divide the number of processes, 1"
-    assert refusal(*told, SHARED, "model.generation=rwkv4").startswith("run.sequence_parallel is not for rwkv4: ")
-    uneven = refusal(*told, "run.sequence_parallel=3")
+    options = settings(texts, tmp_path / "out")
+    assert refusal(*options, "run.sequence_parallel=0") == "run.sequence_parallel must be positive, got 0"
+    assert refusal(*options, SHARED) == "run.sequence_parallel = 2 does not divide the number of processes, 1"
+    assert refusal(*options, SHARED, "model.generation=rwkv4").startswith("run.sequence_parallel is not for rwkv4: ")
+    uneven = refusal(*options, "run.sequence_parallel=3")
     assert uneven == "data.ctx_len is 32, not a multiple of run.sequence_parallel = 3"
-    compiled = refusal(*told, SHARED, "run.compile=true", "data.order=shuffle")
+    compiled = refusal(*options, SHARED, "run.compile=true", "data.order=shuffle")
     assert compiled == "run.compile does not work with run.sequence_parallel"

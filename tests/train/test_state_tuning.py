@@ -49,16 +49,16 @@ def data(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def bases(data, tmp_path_factory):
     """Generation -> the folder of a model that has learned to count both ways, made once."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def base(generation: str, seed: int = 0) -> Path:
         out = tmp_path_factory.getbasetemp() / f"{generation}-{seed}"
-        if out not in made.values():
+        if out not in folders.values():
             sizes = [f"model.generation={generation}", "model.n_layer=2", "model.n_embd=64", "model.vocab_size=256"]
             length = ["optim.lr=5e-3", f"run.seed={seed}", f"run.steps={150 if seed == 0 else 1}"]
             config = read_config(None, [*SMALL, *sizes, *length, f"data.train={data['both']}", f"run.out={out}"])
             Trainer(config, quiet=True).train()
-            made[f"{generation}-{seed}"] = out
+            folders[f"{generation}-{seed}"] = out
         return out
 
     return base

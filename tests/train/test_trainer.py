@@ -33,9 +33,9 @@ def settings(texts: Path, out: Path, *more: str) -> list[str]:
 
 
 def run(texts: Path, out: Path, *more: str) -> Trainer:
-    made = Trainer(read_config(None, settings(texts, out, *more)))
-    made.train()
-    return made
+    trainer = Trainer(read_config(None, settings(texts, out, *more)))
+    trainer.train()
+    return trainer
 
 
 def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
@@ -43,38 +43,38 @@ def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
     is_interrupted(Trainer(read_config(None, settings(texts, out, *more))), step)
 
 
-def is_interrupted(made: Trainer, step: int) -> None:
+def is_interrupted(trainer: Trainer, step: int) -> None:
     """Runs until Ctrl-C ends it while it takes the step after `step`."""
-    take = made.train_step
+    take = trainer.train_step
 
     def interrupted() -> tuple[float, float]:
-        if made.step == step:
+        if trainer.step == step:
             os.kill(os.getpid(), signal.SIGINT)
         return take()
 
-    made.train_step = interrupted
-    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of {made.steps}"):
-        made.train()
+    trainer.train_step = interrupted
+    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of {trainer.steps}"):
+        trainer.train()
 
 
-def fails_at(made: Trainer, step: int) -> None:
+def fails_at(trainer: Trainer, step: int) -> None:
     """Runs until an error ends it while it takes the step after `step`."""
-    take = made.train_step
+    take = trainer.train_step
 
     def breaks() -> tuple[float, float]:
-        if made.step == step:
+        if trainer.step == step:
             raise KeyError
         return take()
 
-    made.train_step = breaks
+    trainer.train_step = breaks
     with pytest.raises(KeyError):
-        made.train()
+        trainer.train()
 
 
-def refusal(*told: str) -> str:
+def refusal(*options: str) -> str:
     """The one line with which a run is refused."""
     with pytest.raises(InputError) as error:
-        Trainer(read_config(None, told))
+        Trainer(read_config(None, options))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -96,14 +96,14 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("generation", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
 def test_it_learns(generation, texts, tmp_path):
-    made = run(texts, tmp_path / "out", f"model.generation={generation}", "run.epochs=6", f"data.eval={texts}")
+    trainer = run(texts, tmp_path / "out", f"model.generation={generation}", "run.epochs=6", f"data.eval={texts}")
     losses = [row[2] for row in curve(tmp_path / "out")]
-    assert len(losses) == made.steps == made.step
+    assert len(losses) == trainer.steps == trainer.step
     assert losses[0] == pytest.approx(math.log(64), abs=0.3)  # nothing is known yet
     assert sum(losses[-5:]) / 5 < 2.7
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < 2.7
-    assert made.units == sum(made.task.sampler.row(i).targets.size for i in range(made.steps * 2))
+    assert trainer.units == sum(trainer.task.sampler.row(i).targets.size for i in range(trainer.steps * 2))
 
 
 MINIPILE = Path(__file__).parents[2] / "examples" / "minipile.toml"
@@ -129,13 +129,13 @@ def test_the_recipe_in_float64(file, generation, order, clip, texts, tmp_path):
     else:
         exact = [setting for setting in exact if not setting.startswith("optim.")] + ["model.vocab_size=64"]
         lr, decay = 6e-4, 0.001
-    made = Trainer(read_config(file, exact))
-    model = type(made.model)(made.model.config).double()
-    model.load_state_dict(made.model.state_dict())
+    trainer = Trainer(read_config(file, exact))
+    model = type(trainer.model)(trainer.model.config).double()
+    model.load_state_dict(trainer.model.state_dict())
     assert model.name == generation
-    assert made.config.data.order == order
-    rows = [made.task.sampler.row(i) for i in range(80)]
-    made.train()
+    assert trainer.config.data.order == order
+    rows = [trainer.task.sampler.row(i) for i in range(80)]
+    trainer.train()
 
     class L2Wrap(torch.autograd.Function):
         @staticmethod
@@ -205,11 +205,11 @@ def test_stopped_and_gone_on(texts, tmp_path):
 
 
 def test_muon_goes_on_too(texts, tmp_path):
-    made = run(texts, tmp_path / "whole", "run.steps=7", "optim.muon=true")
-    muon = made.optimizer.param_groups[-1]["params"]
+    trainer = run(texts, tmp_path / "whole", "run.steps=7", "optim.muon=true")
+    muon = trainer.optimizer.param_groups[-1]["params"]
     assert len(muon) == 2 * (4 + 2)  # of two blocks: r, k, v, output; key, value
-    assert len(muon) + sum(len(g["params"]) for g in made.optimizer.param_groups[:-1]) == len(
-        list(made.model.parameters())
+    assert len(muon) + sum(len(g["params"]) for g in trainer.optimizer.param_groups[:-1]) == len(
+        list(trainer.model.parameters())
     )
     stopped(texts, tmp_path / "parts", 3, "run.steps=7", "optim.muon=true")
     run(texts, tmp_path / "parts", "run.steps=7", "optim.muon=true")
@@ -217,12 +217,16 @@ def test_muon_goes_on_too(texts, tmp_path):
     assert curve(tmp_path / "whole")[-1][2] < curve(tmp_path / "whole")[0][2] - 0.3
 
 
-@pytest.mark.parametrize("made", [GPT(GPTConfig(64, 2, 64, 96)), LSTM(LSTMConfig(64, 2, 32, 64))], ids=["gpt", "lstm"])
-def test_what_rwkv_is_compared_with_learns_by_the_same_loop(made, texts, tmp_path):
+@pytest.mark.parametrize(
+    "baseline", [GPT(GPTConfig(64, 2, 64, 96)), LSTM(LSTMConfig(64, 2, 32, 64))], ids=["gpt", "lstm"]
+)
+def test_what_rwkv_is_compared_with_learns_by_the_same_loop(baseline, texts, tmp_path):
     torch.manual_seed(0)
-    made.init_weights()
-    told = settings(texts, tmp_path / "out", "run.steps=60", "data.order=random", "optim.lr=1e-2", f"data.eval={texts}")
-    Trainer(read_config(None, told), model=made).train()
+    baseline.init_weights()
+    options = settings(
+        texts, tmp_path / "out", "run.steps=60", "data.order=random", "optim.lr=1e-2", f"data.eval={texts}"
+    )
+    Trainer(read_config(None, options), model=baseline).train()
     losses = [row[2] for row in curve(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(64), abs=0.3)
     assert sum(losses[-5:]) / 5 < 3
@@ -249,22 +253,22 @@ def test_killed_again_and_again(texts, tmp_path):
                 seen = len(log.read_text().splitlines()) + 3
                 break
             time.sleep(0.02)
-        told = process.communicate()
+        output = process.communicate()
         if process.returncode != -signal.SIGKILL:
             break
-    assert process.returncode == 0, told
+    assert process.returncode == 0, output
     assert kills == 3
     assert same(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_gradients_that_are_not_finite_move_nothing(texts, tmp_path):
-    made = Trainer(read_config(None, settings(texts, tmp_path / "out", "run.steps=3")))
+    trainer = Trainer(read_config(None, settings(texts, tmp_path / "out", "run.steps=3")))
     with torch.no_grad():
-        made.model.head.weight[0, 0] = math.nan
-    before = {key: x.clone() for key, x in made.model.state_dict().items()}
-    _, norm = made.train_step()
+        trainer.model.head.weight[0, 0] = math.nan
+    before = {key: x.clone() for key, x in trainer.model.state_dict().items()}
+    _, norm = trainer.train_step()
     assert not math.isfinite(norm)
-    assert all(torch.equal(before[key], x) or key == "head.weight" for key, x in made.model.state_dict().items())
+    assert all(torch.equal(before[key], x) or key == "head.weight" for key, x in trainer.model.state_dict().items())
     with pytest.raises(InputError, match="no finite gradients in 20 consecutive steps"):
         Trainer(
             read_config(None, settings(texts, tmp_path / "out", "run.steps=100", "optim.lr=1e30", "optim.clip=0"))
@@ -281,8 +285,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
         sys.argv[0] = "heronry"
         main()
     """
-    told = settings(texts, tmp_path / "out", "run.steps=4", "run.save_every=2")
-    command = [sys.executable, "-c", textwrap.dedent(code), "train", *told]
+    options = settings(texts, tmp_path / "out", "run.steps=4", "run.save_every=2")
+    command = [sys.executable, "-c", textwrap.dedent(code), "train", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     for step in (2, 4):
@@ -297,17 +301,17 @@ def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
 def test_precision_is_what_is_fast_here(texts, tmp_path, monkeypatch):
     for level, expected in (("avx2", "float32"), ("avx512", "bfloat16")):
         monkeypatch.setattr(build, "best_level", lambda level=level: level)
-        made = Trainer(read_config(None, settings(texts, tmp_path / level, "run.precision=auto", "run.steps=1")))
-        assert made.precision == expected
+        trainer = Trainer(read_config(None, settings(texts, tmp_path / level, "run.precision=auto", "run.steps=1")))
+        assert trainer.precision == expected
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):
-    told = settings(texts, tmp_path / "out")
-    assert "has token ids up to 49, but the model's vocabulary ends at 39" in refusal(*told, "model.vocab_size=40")
-    assert "no such file or folder" in refusal(*told, "model.path=nothing")
+    options = settings(texts, tmp_path / "out")
+    assert "has token ids up to 49, but the model's vocabulary ends at 39" in refusal(*options, "model.vocab_size=40")
+    assert "no such file or folder" in refusal(*options, "model.path=nothing")
     run(texts, tmp_path / "out", "run.steps=2")
-    assert "was trained with optim.lr = 0.003, not 0.1; choose another run.out" in refusal(*told, "optim.lr=0.1")
-    assert "was trained with model.n_layer = 2, not 3" in refusal(*told, "model.n_layer=3")
+    assert "was trained with optim.lr = 0.003, not 0.1; choose another run.out" in refusal(*options, "optim.lr=0.1")
+    assert "was trained with model.n_layer = 2, not 3" in refusal(*options, "model.n_layer=3")
     longer = run(texts, tmp_path / "out", "run.steps=4")
     assert [row[0] for row in curve(tmp_path / "out")] == [1, 2, 3, 4]
     assert longer.step == 4
@@ -317,10 +321,10 @@ def test_two_processes_are_one(texts, tmp_path):
     """gloo, each with half of the rows."""
     run(texts, tmp_path / "one", "run.steps=6", "run.batch=4")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "heronry", "train"]
-    told = settings(texts, tmp_path / "two", "run.steps=6")
+    options = settings(texts, tmp_path / "two", "run.steps=6")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *command, *told], capture_output=True, text=True, env=environment, timeout=250
+        [sys.executable, *command, *options], capture_output=True, text=True, env=environment, timeout=250
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")

@@ -205,11 +205,11 @@ def test_class_scores_add_up_to_the_logit(kind):
         logits = model(batch)
     linear = next(m for m in model.head.modules() if isinstance(m, nn.Linear))
     for labels in (None, [4, 0, 4]):
-        scores, classes, told = class_maps(model, batch, labels)
+        scores, classes, class_logits = class_maps(model, batch, labels)
         assert classes == (labels or logits.argmax(1).tolist())
         assert scores.shape == (3, 5, 5)
         wanted = logits[range(3), classes].numpy()
-        np.testing.assert_allclose(told, wanted, rtol=1e-5)
+        np.testing.assert_allclose(class_logits, wanted, rtol=1e-5)
         bias = linear.bias[classes].detach().numpy()
         np.testing.assert_allclose(scores.mean((1, 2), dtype=np.float64) + bias, wanted, rtol=1e-5, atol=1e-5)
         features = feature_map(model, batch).detach()
@@ -299,9 +299,9 @@ def picture(tmp_path) -> Path:
 
 
 def test_the_example_draws_an_untrained_model(run, picture, tmp_path):
-    told = run("vrwkv_tiny", picture, "--out", tmp_path / "drawn")
-    assert "how far vrwkv_tiny sees" in told
-    assert "how far ViT with new weights sees" in told
+    output = run("vrwkv_tiny", picture, "--out", tmp_path / "drawn")
+    assert "how far vrwkv_tiny sees" in output
+    assert "how far ViT with new weights sees" in output
     assert {file.name for file in (tmp_path / "drawn").iterdir()} == WRITES
     assert all((tmp_path / "drawn" / name).stat().st_size > 5000 for name in WRITES)
 
@@ -310,8 +310,8 @@ def test_the_example_draws_models_in_folders_beside_each_other(run, picture, tmp
     ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "drawn"
     save(make("vrwkv6"), ours, notes={"labels": ["a", "b", "c", "d", "e"]})
     save(make("vit"), theirs)
-    told = run(ours, picture, picture, "--out", out, "--beside", theirs)
-    assert re.findall(r"how far (.*) sees", told) == [
+    output = run(ours, picture, picture, "--out", out, "--beside", theirs)
+    assert re.findall(r"how far (.*) sees", output) == [
         str(ours),
         str(theirs),
         "its like with new weights",
@@ -344,7 +344,7 @@ def test_the_example_tells_errors_in_one_line(run, picture, tmp_path, capsys):
         with pytest.raises(SystemExit) as left:
             run(model, file, "--out", tmp_path / "drawn")
         assert left.value.code == 2
-        told = capsys.readouterr().err
-        assert told.startswith("vision_pictures: ")
-        assert what in told
-        assert told.count("\n") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("vision_pictures: ")
+        assert what in message
+        assert message.count("\n") == 1

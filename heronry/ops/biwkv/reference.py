@@ -29,7 +29,7 @@ def reference(log_w: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
 
 
 def add(sums: tuple[Tensor, Tensor, Tensor], log_w: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds a token to the sums (a, b, p) over those farther away, in units of e^p, subtracted first: see wkv4."""
+    """Adds a token to the sums (a, b, p) over those farther away, [B, A]; units are subtracted first, see wkv4."""
     a, b, p = sums
     m = torch.maximum(p + log_w, k).detach()
     old, new = (p - m + log_w).exp(), (k - m).exp()

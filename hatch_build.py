@@ -21,21 +21,23 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles every source at every level of this machine, outside of the source tree."""
         wanted = os.environ.get("HERONRY_PREBUILT", "")
-        if not wanted or version == "editable":
+        if wanted in ("", "0") or version == "editable":
             return
         sys.path.insert(0, self.root)
         from heronry import compiler  # needs nothing but the standard library
 
         machine = compiler.machine()
-        levels = compiler.levels_of(machine) if wanted == "1" else wanted.split(",")
+        known = compiler.levels_of(machine)
+        levels = known if wanted == "1" else [level.strip() for level in wanted.split(",")]
+        if not set(levels) <= set(known):
+            raise ValueError(f"HERONRY_PREBUILT must be 1 or some of {','.join(known)}, got {wanted!r}")
         libraries = {(s, compiler.distinct_level(s, level)) for s in compiler.sources() for level in levels}
         self.folder = tempfile.TemporaryDirectory(prefix="heronry-kernels-")
         strip = ["-s"] if sys.platform == "linux" else []
 
         def build(source: Path, level: str) -> None:
-            to = Path(self.folder.name) / compiler.file_name(source, level)
-            compiler.compile_library(source, level, to, strip)
-            build_data["force_include"][str(to)] = f"heronry/_kernels/{to.name}"
+            library = compiler.compile_library(source, level, Path(self.folder.name), strip)
+            build_data["force_include"][str(library)] = f"heronry/_kernels/{library.name}"
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda library: build(*library), sorted(libraries)))

@@ -14,10 +14,10 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from . import compiler
@@ -70,23 +70,35 @@ def _has_dotprod() -> bool:
 @cache
 def _library(source: Path, level: str) -> ctypes.CDLL | None:
     with _locks.setdefault((source, level), threading.Lock()):
-        prebuilt = PREBUILT / compiler.file_name(source, level)
-        if prebuilt.exists():
+        error: OSError | None = None
+        for get in _ways(source, level):
             try:
-                return _load(prebuilt)
-            except OSError as error:  # made for another libc, perhaps
-                log.info("heronry: %s cannot be loaded, so it is compiled (%s)", prebuilt.name, error)
-        try:
-            file = compiled(source, level)
-            try:
-                return _load(file)
-            except OSError:  # damaged
-                file.unlink()
-                return _load(compiled(source, level))
-        except OSError as error:
-            name = compiler.name_of(source)
-            log.warning("heronry: no native %s, slower Python code runs instead (%s)", name, error)
-            return None
+                if file := get():
+                    return _load(file)
+            except OSError as failure:  # unreadable, made for another libc, on a disk that nothing may run from, ...
+                error = failure
+                log.info("heronry: %s: %s", compiler.name_of(source), error)
+        name = compiler.name_of(source)
+        log.warning("heronry: no native %s, slower Python code runs instead (%s)", name, error)
+        return None
+
+
+def _ways(source: Path, level: str) -> Iterator[Callable[[], Path | None]]:
+    """What may give the library, in the order to be tried: the wheel, the cache folders, compiling into one of them."""
+    folders = cache_folders()
+    for folder in (PREBUILT, *folders):
+        yield partial(compiler.find_library, source, level, folder)
+    for i, folder in enumerate(folders):
+        yield partial(_compile, source, level, folder, announce=i == 0)
+
+
+def _compile(source: Path, level: str, folder: Path, announce: bool) -> Path:
+    """Compiles the library into a cache folder; OSError where that cannot be."""
+    compiler.find_compilers()  # fails before anything is announced
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if announce:
+        log.warning("heronry: compiling %s for this processor; this happens once", compiler.name_of(source))
+    return compiler.compile_library(source, level, folder)
 
 
 def _load(file: Path) -> ctypes.CDLL:
@@ -122,17 +134,15 @@ def openmp_functions(runtime: ctypes.CDLL | None) -> ctypes.Array[ctypes.c_void_
 
 
 def compiled(source: Path, level: str) -> Path:
-    """The library of `source` in the cache, compiled if it is not there yet; OSError where that cannot be."""
-    name = compiler.file_name(source, level)
-    folders = cache_folders()
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    compiler.find()  # fails before anything is announced
-    folder = _writable(folders)
-    log.warning("heronry: compiling %s for this processor; this happens once", compiler.name_of(source))
-    compiler.compile_library(source, level, folder / name)
-    return folder / name
+    """The library of `source`, compiled if it is not there yet; OSError where that cannot be."""
+    error = OSError("there is no folder to compile into")
+    for get in _ways(source, level):
+        try:
+            if file := get():
+                return file
+        except OSError as failure:
+            error = failure
+    raise error
 
 
 def cache_folders() -> list[Path]:
@@ -149,21 +159,9 @@ def cache_folders() -> list[Path]:
     return [*folders, temporary]
 
 
-def _writable(folders: list[Path]) -> Path:
-    """The first of the cache folders that can be written; OSError where none can."""
-    for folder in folders:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise OSError(f"cannot write to {' or '.join(map(str, folders))}")
-
-
 def compile_all(names: Collection[str] = (), at: Collection[str] = ()) -> list[Path]:
     """Compiles the sources with these names (default: all) at these levels (default: the best of this processor), side
-    by side. Returns the libraries in the cache."""
+    by side. Returns the libraries."""
     wanted = {
         (source, compiler.distinct_level(source, level))
         for source in compiler.sources()

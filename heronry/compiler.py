@@ -6,6 +6,7 @@ Needs neither PyTorch nor the rest of the package, so that the build of a wheel 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 HEADERS = PACKAGE / "ops"  # platform.h, simd.h, threads.h, matmul.h, team.h
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+DIGITS = 16  # of digests in file names
 MACHINES = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}  # other names of the same
 
 
@@ -96,12 +98,12 @@ def files_of(file: Path) -> list[Path]:
     return files
 
 
-def file_name(source: Path, level: str) -> str:
-    """Of the library: it changes with the source, its headers and the flags."""
+def library_stem(source: Path, level: str) -> str:
+    """What the name of a library begins with: it changes with the source, its headers and the flags."""
     key = hashlib.sha256(repr(flags(level)).encode())
     for file in files_of(source):
         key.update(file.read_bytes())
-    return f"{name_of(source)}-{level}-{key.hexdigest()[:16]}{SUFFIX}"
+    return f"{name_of(source)}-{level}-{key.hexdigest()[:DIGITS]}"
 
 
 def flags(level: str, system: str = sys.platform) -> list[str]:
@@ -116,23 +118,48 @@ def flags(level: str, system: str = sys.platform) -> list[str]:
     return [*common, *LEVELS[level].flags]
 
 
-def find() -> str:
-    """The compiler's path; OSError without one. GCC for Windows puts wide vectors on a stack that is not aligned for
-    them, and Microsoft's cl has no vectors of this kind: there it must be Clang."""
+def find_compilers() -> list[str]:
+    """The paths of the compilers that there are; OSError without one. GCC for Windows puts wide vectors on a stack that
+    is not aligned for them, and Microsoft's cl has no vectors of this kind: there it must be Clang."""
     names = ("clang++",) if sys.platform == "win32" else ("g++", "clang++", "c++")
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
-    if compiler is None:
+    compilers = [path for name in names if (path := shutil.which(name))]
+    if not compilers:
         raise OSError(f"no C++ compiler found: install {' or '.join(names[:2])}")
-    return compiler
+    return compilers
 
 
-def compile_library(source: Path, level: str, to: Path, more: Iterable[str] = ()) -> None:
-    """Writes the library `to`, whole or not at all; OSError, with the compiler's first error, where that fails."""
-    command = [find(), *flags(level), *more, f"-I{HEADERS}", str(source), "-o"]
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".building-") as folder:
-        unfinished = Path(folder) / to.name
-        done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True)
-        if done.returncode:
+def compile_library(source: Path, level: str, folder: Path, more: Iterable[str] = ()) -> Path:
+    """Writes the library into the folder, whole or not at all, and returns its path: see `find_library`.
+
+    more: flags besides those of the level.
+
+    Raises:
+        OSError: with the first error of the first compiler, if none of them can.
+    """
+    errors = []
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
+        unfinished = Path(temporary) / f"library{SUFFIX}"
+        for compiler in find_compilers():
+            command = [compiler, *flags(level), *more, f"-I{HEADERS}", str(source), "-o", str(unfinished)]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+            if done.returncode == 0:
+                break
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit {done.returncode}"]
-            raise OSError(next((line for line in lines if "error" in line), lines[0])[:200])
-        unfinished.replace(to)  # another process may have been as quick
+            errors.append(next((line for line in lines if "error" in line and "collect2" not in line), lines[0])[:200])
+        else:
+            raise OSError(errors[0])
+        with open(unfinished, "rb+") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:DIGITS]
+            os.fsync(file.fileno())
+        library = folder / f"{library_stem(source, level)}.{digest}{SUFFIX}"
+        unfinished.replace(library)  # another process may have been as quick
+    return library
+
+
+def find_library(source: Path, level: str, folder: Path) -> Path | None:
+    """The library in the folder, if there is one that is whole: its name ends with a digest of its content, for loading
+    a damaged one can end the process. OSError if the folder cannot be read."""
+    for library in sorted(folder.glob(f"{library_stem(source, level)}.*{SUFFIX}")):
+        if hashlib.sha256(library.read_bytes()).hexdigest().startswith(library.name.split(".")[1]):
+            return library
+    return None

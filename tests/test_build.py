@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from heronry import build, compiler
 
 try:
-    compiler.find()
+    compiler.find_compilers()
 except OSError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -120,11 +121,12 @@ exec sleep 600
     assert "answer 42" in out
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a library"])
-def test_a_damaged_library_is_compiled_again(source: Path, damage: bytes):
+@pytest.mark.parametrize("share", [0, 0.5, 0.9, 0.999])
+def test_a_damaged_library_is_compiled_again(source: Path, share: float):
+    """Half a library would end the process when it is loaded, or later."""
     finish(start(source))
     [library] = kept(source)
-    library.write_bytes(damage)
+    os.truncate(library, int(share * library.stat().st_size))
     out = finish(start(source))
     assert "compiling answer" in out
     assert "answer 42" in out
@@ -149,6 +151,19 @@ def test_a_source_that_does_not_compile_is_a_warning(tmp_path: Path, monkeypatch
     assert "missing" in messages[0]
 
 
+def test_a_broken_compiler_is_passed_over(source: Path):
+    tools = source.parent / "tools"
+    tools.mkdir()
+    path = f"{tools}:{os.environ['PATH']}"
+    broken = "#!/bin/sh\nprintf 'error: cannot execute cc1plus \\351\\n' >&2\nexit 1\n"  # not UTF-8
+    for name in ("g++", "clang++", "c++"):
+        (tools / name).write_text(broken)
+        (tools / name).chmod(0o755)
+    assert "instead (error: cannot execute cc1plus \ufffd)" in finish(start(source, PATH=path))
+    (tools / "c++").unlink()
+    assert "answer 42" in finish(start(source, PATH=path))
+
+
 def test_without_a_compiler_there_is_a_warning(source: Path):
     out = finish(start(source, PATH=""))
     assert "no native answer, slower Python code runs instead (no C++ compiler found: install g++ or clang++)" in out
@@ -165,7 +180,7 @@ def test_importing_compiles_nothing(tmp_path: Path):
 # ---- where it is kept ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", ["missing home", "unusable"])
+@pytest.mark.parametrize("cache", ["missing home", "unusable", "full", "noexec"])
 def test_without_a_cache_a_temporary_folder_is_taken(cache: str, source: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     if cache == "missing home":
@@ -175,9 +190,24 @@ def test_without_a_cache_a_temporary_folder_is_taken(cache: str, source: Path, t
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "home", no_home)
-    else:
+    elif cache == "unusable":
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    else:  # as on a disk that is full, or that nothing may run from
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        load, compile_library = build._load, compiler.compile_library
+
+        def refuse(file: Path) -> object:
+            if tmp_path / "home" in file.parents:
+                raise OSError("failed to map segment")
+            return load(file)
+
+        def fill(source: Path, level: str, folder: Path) -> Path:
+            if tmp_path / "home" in folder.parents:
+                raise OSError("No space left on device")
+            return compile_library(source, level, folder)
+
+        monkeypatch.setattr(*((build, "_load", refuse) if cache == "noexec" else (compiler, "compile_library", fill)))
     assert build.library(source).answer() == 42
     [folder] = tmp_path.glob("heronry*")
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -201,8 +231,7 @@ def prebuilt(source: Path, tmp_path: Path, monkeypatch) -> Path:
     """The library of `source` as a wheel holds it, on a machine without a compiler."""
     folder = tmp_path / "_kernels"
     folder.mkdir()
-    library = folder / compiler.file_name(source, "portable")
-    compiler.compile_library(source, "portable", library)
+    library = compiler.compile_library(source, "portable", folder)
     monkeypatch.setattr(build, "PREBUILT", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return library
@@ -216,12 +245,24 @@ def test_a_prebuilt_library_needs_no_compiler(source: Path, prebuilt: Path, tmp_
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_prebuilt_library_that_cannot_be_loaded_is_compiled(source: Path, prebuilt: Path, caplog):
-    prebuilt.write_bytes(b"not a library")
+def test_a_prebuilt_library_that_is_damaged_is_compiled(source: Path, prebuilt: Path, caplog):
+    os.truncate(prebuilt, prebuilt.stat().st_size // 2)
+    assert build.library(source).answer() == 42
+    assert "compiling answer" in caplog.text
+
+
+def test_a_prebuilt_library_of_another_system_is_compiled(source: Path, prebuilt: Path, caplog):
+    digest = hashlib.sha256(b"not a library").hexdigest()[: compiler.DIGITS]
+    prebuilt.with_name(f"{prebuilt.name.split('.')[0]}.{digest}{compiler.SUFFIX}").write_bytes(b"not a library")
+    prebuilt.unlink()
     with caplog.at_level(logging.INFO, "heronry"):
         assert build.library(source).answer() == 42
-    assert f"{prebuilt.name} cannot be loaded" in caplog.text
+    assert f"{digest}{compiler.SUFFIX}" in caplog.text
     assert "compiling answer" in caplog.text
+
+
+def test_what_is_prebuilt_is_not_compiled_ahead(source: Path, prebuilt: Path):
+    assert build.compiled(source, "portable") == prebuilt
 
 
 def test_a_prebuilt_library_of_another_source_is_not_taken(source: Path, prebuilt: Path):

@@ -204,7 +204,7 @@ def _read_parquet(source: Source, key: str, position: Position) -> Iterator[Reco
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading .parquet needs pyarrow: pip install pyarrow") from None
+        raise InputError(f"{source.name}: reading .parquet needs pyarrow: pip install 'heronry[train]'") from None
     try:
         file = parquet.ParquetFile(source.name)
         columns = [name for name in (key, "messages") if name in file.schema_arrow.names]
@@ -269,5 +269,5 @@ def _import_datasets(source: Source) -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading it needs the package datasets: pip install datasets") from None
+        raise InputError(f"{source.name}: reading it needs the package datasets: pip install 'heronry[train]'") from None
     return datasets

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,19 +22,35 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path).resolve()  # a link stays one
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a file that could be replaced")
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with naming(path):
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
+        try:
+            yield part
+            with open(part, "rb+") as written:
+                os.fsync(written.fileno())
+            if path.exists():
+                os.chmod(part, path.stat().st_mode & 0o777)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of the system in the block is an OSError that names the file: that of a write has no name, and
+    safetensors hides it in an error of its own."""
     try:
-        yield part
-        with open(part, "rb+") as written:
-            os.fsync(written.fileno())
-        os.chmod(part, mode)  # mkstemp made it private; give it what open() would
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def check_free_space(size: int, path: Path) -> None:
@@ -42,9 +59,3 @@ def check_free_space(size: int, path: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{path}: needs {size / 1e6:,.0f} MB, but {folder} has only {free / 1e6:,.0f} MB left")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,9 +1,9 @@
-"""Conversations as a tree of kept states: nothing is read twice.
+"""Conversations as a tree of kept states: nothing is read twice, except the message that `retry` answers again.
 
-A turn keeps two states: after the template's "Assistant:", with the logits of the answer's first token (`retry` draws
-from them), and after the answer (the next message continues from there; `undo`, `fork` and `switch` only choose which).
+A turn keeps one state, after its answer: the next message continues from there; `undo`, `fork` and `switch` only choose
+which.
 
-The second state covers exactly the prompt, the answer as the model wrote it without white space at its end, and the
+It covers exactly the prompt, the answer as the model wrote it without white space at its end, and the
 template's separator in front of the next message. An answer often ends inside what the model has read (a stop string,
 white space, half a character), so the states of the last steps are kept until it is certain what they cover. The rule:
 of these, take the longest whose text is a prefix of the conversation; the rest is `owed`, and read in front of the next
@@ -13,6 +13,7 @@ well: at most a part of one token is read again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -80,6 +81,7 @@ class Chat:
             text = chosen.render_history(messages)
             opening, self._history_tokens = llm.state(text), len(llm.encode(text, begins=True))
         self._tree = ConversationTree(chosen, messages, opening)
+        self._lock = threading.Lock()  # held while a piece of an answer is made
 
     @property
     def template(self) -> Template:
@@ -108,8 +110,7 @@ class Chat:
     @property
     def text(self) -> str:
         """All of this branch as the model sees it, up to where the next message begins."""
-        before, owed = self._end(self._tree.heads[self.branch])
-        return (before.texts[0] if before is not None else "") + owed
+        return self._tree.text(self._tree.heads[self.branch])
 
     # fmt: off
     @overload
@@ -131,8 +132,7 @@ class Chat:
             stream: an iterator of its pieces, the last of which has a finish_reason.
             options: see `DecodeOptions`; by default the sampling of the template.
         """
-        message = self.template.clean(message)
-        pieces = self._ask(message, self._decoding(max_tokens, options))
+        pieces = self._answer(self.template.clean(message), self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
     # fmt: off
@@ -149,8 +149,8 @@ class Chat:
     def retry(
         self, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
     ) -> Completion | Generator[Completion, None, None]:
-        """Another answer to the last message, in place of the one it has; see `say`."""
-        self._last()  # raises now, not when the stream is read
+        """Another answer to the last message, in place of the one it has; see `say`. The message is read again."""
+        self._last("to answer again")  # raises now, not when the stream is read
         pieces = self._answer(None, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
@@ -165,7 +165,7 @@ class Chat:
 
     def undo(self) -> str:
         """Takes the last message and its answer back; returns the message."""
-        turn = self._last()
+        turn = self._last("to take back")
         self._tree.heads[self.branch] = turn.before
         return turn.message
 
@@ -184,51 +184,64 @@ class Chat:
             raise unknown_name("branch", name, self._tree.heads)
         self._tree.branch = name
 
-    def _last(self) -> Turn:
+    def _last(self, purpose: str) -> Turn:
         turn = self._tree.heads[self.branch]
         if turn is None:
-            raise InputError("nothing was said yet")
+            raise InputError(f"nothing was said yet, or all of it was taken back: there is no message {purpose}")
         return turn
 
-    def _end(self, turn: Turn | None) -> tuple[State | None, str]:
-        """What goes on after a turn: its state and what is owed to it."""
-        return (turn.state, turn.owed) if turn is not None else (self._tree.opening, "")
+    def _answer(self, message: str | None, decoding: Decoding) -> Generator[Completion, None, None]:
+        """The answer to a message (None: to the last one, again), one thread at a time."""
+        pieces = self._draw(message, decoding)
+        end = object()
+        try:
+            while True:
+                if not self._lock.acquire(blocking=False):
+                    raise InputError("this conversation is in use by another thread; give each thread its own")
+                try:
+                    piece = next(pieces, end)
+                finally:
+                    self._lock.release()
+                if isinstance(piece, Completion):
+                    yield piece
+                else:
+                    return
+        finally:
+            pieces.close()
 
-    def _ask(self, message: str, decoding: Decoding) -> Generator[Completion, None, None]:
-        before = self._tree.heads[self.branch]
-        state, owed = self._end(before)
-        prompt = owed + self.template.turn.replace("{user}", message)
+    def _draw(self, message: str | None, decoding: Decoding) -> Generator[Completion, None, None]:
+        """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
+        branch, old, retried = self.branch, self._tree.heads[self.branch], message is None
+        before = old
+        if message is None:
+            last = self._last("to answer again")
+            before, message = last.before, last.message
+        state = before.state if before is not None else self._tree.opening
+        question = self.template.turn.replace("{user}", message)
+        prompt = (before.owed if before is not None else "") + question
         tokens = self._llm.encode(prompt, begins=state is None)
         logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
         asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
-        turn = Turn(before, message, asked, logits[0], "", asked, self.template.separator)
-        read_tokens = len(tokens) + (self._history_tokens if before is None else 0)
-        yield from self._answer(turn, decoding, read_tokens)
-
-    def _answer(self, turn: Turn | None, decoding: Decoding, read_tokens: int = 0) -> Generator[Completion, None, None]:
-        """Draws the answer of `turn` (None: the last), which takes the end of the branch and grows there."""
-        branch, old, retried = self.branch, self._tree.heads[self.branch], turn is None
-        turn = replace(turn or self._last(), answer="", owed=self.template.separator)
-        turn = replace(turn, state=turn.asked)
-        prompt = self._llm.tokenizer.encode(self.template.turn.replace("{user}", turn.message))
+        read_tokens = len(tokens) + (self._history_tokens if before is None and not retried else 0)
+        turn = Turn(before, message, "", asked, self.template.separator)
         buffer, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
         read = ""  # what the model wrote
         certain = ""  # the beginning of it that is certain to come before a stop string
-        marks = {0: turn.asked}  # characters of `read` -> the state after them
+        marks = {0: asked}  # characters of `read` -> the state after them
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] | None = None if decoding.top_logprobs is None else []
         passed_on = 0  # tokens that a piece was made of
         generation = Generation(
             self._llm.model,
-            turn.logits[None],
-            turn.asked,
+            logits,
+            asked,
             decoding.samplings,
             decoding.max_tokens,
             decoding.stop_ids(self._llm.tokenizer),
             min_tokens=decoding.min_tokens,
             top_logprobs=decoding.top_logprobs,
             masks=decoding.masks,
-            prompts=[prompt],
+            prompts=[self._llm.tokenizer.encode(question)],
         )
         self._tree.heads[branch] = turn  # the options are right
         try:
@@ -249,7 +262,7 @@ class Chat:
                 answer = certain.rstrip()
                 new = answer[len(turn.answer) :] if turn.answer else answer.lstrip()
                 marks = _useful(marks, answer, certain, self.template.separator)
-                turn = _settled(turn, answer + self.template.separator, len(answer), read, marks)
+                turn = _settled(turn, asked.texts[0], answer + self.template.separator, len(answer), read, marks)
                 self._tree.heads[branch] = turn
                 finish_reason: FinishReason | None = "stop" if buffer.stopped else event.finish_reason
                 if new or finish_reason is not None:
@@ -270,11 +283,17 @@ class Chat:
             raise
 
     def save(self, path: str | Path) -> None:
-        """Writes all branches with their states to one safetensors file (atomically)."""
+        """Writes all branches with their states to a file. The one that this conversation was last saved to or loaded
+        from gets what is new appended; any other is written as a whole (atomically).
+
+        Raises:
+            OSError: the disk is full, no permission, ...; the file then is as it was.
+        """
         self._tree.save(path, self._llm.model.fingerprint)
 
     def load(self, path: str | Path) -> None:
-        """Puts a saved conversation, its template included, in place of this one.
+        """Puts a saved conversation, its template included, in place of this one. If a crash cut its last turn off while
+        it was saved, a warning says so and the rest is loaded.
 
         Raises:
             InputError: no such file, not a conversation, of another model, or damaged; this one then stays.
@@ -294,8 +313,9 @@ def _useful(marks: dict[int, State], answer: str, said: str, separator: str) -> 
     return {n: state for n, state in marks.items() if within <= n <= after or n >= len(said)}
 
 
-def _settled(turn: Turn, text: str, answer: int, read: str, marks: dict[int, State]) -> Turn:
-    """The turn as it stands if its answer ends after `answer` characters of `text`, the separator included."""
+def _settled(turn: Turn, asked: str, text: str, answer: int, read: str, marks: dict[int, State]) -> Turn:
+    """The turn as it stands if its answer ends after `answer` characters of `text`, the separator included. asked: the
+    text before the answer."""
     n = max(n for n in marks if text.startswith(read[:n]))
-    state = marks[n].with_texts([turn.asked.texts[0] + read[:n]])
+    state = marks[n].with_texts([asked + read[:n]])
     return replace(turn, answer=text[:answer], state=state, owed=text[n:])

@@ -201,8 +201,9 @@ def prefill(
         raise InputError("there is no prompt")
     for i, prompt in enumerate(prompts):
         if not prompt:
-            which = f"prompt {i} is" if len(prompts) > 1 else "the prompt is"
-            raise InputError(f"{which} empty: give at least one token, a state alone does not say what comes next")
+            which = f"prompt {i} is empty" if len(prompts) > 1 else "the prompt is empty"
+            hint = "" if state is None else ": give at least one token, a state alone does not say what comes next"
+            raise InputError(which + hint)
     if chunk < 1:
         raise InputError(f"chunk must be at least 1, got {chunk}")
     if state is not None and len(state) != len(prompts):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import resource
+import threading
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from heronry.checkpoint import assemble
 from heronry.engine import chat as chat_file
 from heronry.engine.chat import Chat
 from heronry.engine.completion import Completion
+from heronry.engine.conversation import HEADER, MAGIC, lineage
 from heronry.engine.llm import LLM
 from heronry.errors import InputError
 from heronry.models import State
@@ -55,8 +58,8 @@ def test_templates_as_the_models_know_them(scripted):
     ]:
         chat, model = talk(scripted, [" Hi", "."], template=name, system=system)
         assert chat.say("  Hello \n").text == "Hi."
-        assert last(chat).asked.texts == (expected,)
-        assert model.read(last(chat).asked) == expected
+        assert last(chat).state.texts == (expected + " Hi.",)
+        assert model.read(last(chat).state) == expected + " Hi."
         assert chat.text == expected + " Hi.\n\n"
         first = [{"role": "system", "content": system}] if system else []
         assert chat.messages == [
@@ -217,7 +220,7 @@ def test_nothing_is_read_twice(scripted):
     chat.say("b")
     assert reads() == [size("User: b\n\nAssistant:"), 1, 1]  # the separator was read with the stop string
     chat.retry()
-    assert reads() == [1, 1]
+    assert reads() == [size("User: b\n\nAssistant:"), 1, 1]  # the message alone
     chat.undo()
     chat.fork("other")
     chat.switch("main")
@@ -238,9 +241,8 @@ def test_states_are_those_of_the_text_read_at_once(llm):
     for i, message in enumerate(["Hello", "And then?", "鳥?"]):
         chat.say(message, max_tokens=25, seed=i)
         turn = last(chat)
-        for state in (turn.asked, turn.state):
-            if "\ufffd" not in state.texts[0]:
-                assert_same(state, llm.state(state.texts[0]))
+        if "\ufffd" not in turn.state.texts[0]:
+            assert_same(turn.state, llm.state(turn.state.texts[0]))
         assert turn.state.texts[0] + turn.owed == chat.text
 
 
@@ -446,30 +448,36 @@ def test_an_empty_conversation_is_saved_too(llm, tmp_path):
 
 
 def test_files_that_are_refused(llm, tmp_path, random_checkpoint):
-    chat = llm.chat(template="story")
+    chat = llm.chat(template="story", system="Be kind.")
     chat.say("a", max_tokens=5)
     path = tmp_path / "talk"
     chat.save(path)
     before, whole = chat.messages, path.read_bytes()
+    turn = whole.index(b'{"turn"') - HEADER.size  # where the record of the turn begins
 
     def refused(message: str, file=path, chat=chat) -> None:
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as error:
             chat.load(file)
+        assert "\n" not in str(error.value)
         assert chat.messages == before
 
-    for cut in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+    for cut in (0, 5):
         path.write_bytes(whole[:cut])
-        refused("talk: damaged or truncated")
-    for at in (len(whole) - 5, len(whole) // 2, whole.index(b"Assistant")):
+        refused("talk: not a heronry conversation, or one that is damaged at its beginning")
+    for cut in (len(MAGIC), 100, turn - 1):
+        path.write_bytes(whole[:cut])
+        refused("talk: damaged or truncated conversation file")
+    for at in (20, 200, turn - 50, turn + 1, turn + 17, turn + 40, len(whole) - 5 - 32, len(whole) - 5):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        refused("talk: damaged")
+        refused("talk: damaged conversation file")
     path.write_text("hello")
-    refused("damaged or truncated")
+    refused("not a heronry conversation")
     save_file({"x": torch.zeros(1)}, path)
     refused("not a heronry conversation")
     llm.state("a").save(path)
     refused("not a heronry conversation")
     refused("no such conversation file", tmp_path / "none")
+    refused("no such conversation file", tmp_path)
 
     weights = random_checkpoint("7", vocab=256, width=32, heads=2, layers=2, ffn=40, rank=3, seed=1)
     stranger = LLM(assemble(weights)).chat(template="story")
@@ -480,27 +488,153 @@ def test_files_that_are_refused(llm, tmp_path, random_checkpoint):
     assert chat.messages == before
 
 
-def test_a_failed_save_leaves_the_old_file(llm, tmp_path, monkeypatch):
+def state_size(llm: LLM) -> int:
+    return llm.model.initial_state().nbytes
+
+
+def test_a_turn_is_appended_to_its_file(llm, tmp_path):
+    """A state and the new text; what was there before is not written again."""
+    chat, path = llm.chat(template="story", system="Be kind. " * 500), tmp_path / "talk"
+    chat.save(path)
+    size = path.stat().st_size
+    for i in range(5):
+        before, inode = path.read_bytes(), path.stat().st_ino
+        chat.say("Go on, please. " * 20, max_tokens=20, seed=i)
+        chat.save(path)
+        assert path.read_bytes()[: len(before)] == before
+        assert path.stat().st_ino == inode
+        assert path.stat().st_size - size < state_size(llm) + 2000  # names, sizes and a digest; the message twice
+        size = path.stat().st_size
+    for move in (chat.undo, lambda: chat.fork("other"), lambda: chat.switch("main")):
+        move()
+        chat.save(path)
+        assert path.stat().st_size - size < 200  # no state at all
+        size = path.stat().st_size
+    loaded = llm.chat()
+    loaded.load(path)
+    assert (loaded.messages, loaded.text) == (chat.messages, chat.text)
+    assert loaded.branches == ("main", "other")
+    # the turn that was taken back is left out of the file that is written next
+    loaded.save(path)
+    assert size - path.stat().st_size > state_size(llm)
+    small = path.stat().st_size
+    loaded.say("And then?", max_tokens=3)
+    loaded.save(path)
+    assert state_size(llm) < path.stat().st_size - small < state_size(llm) + 2000
+
+
+def test_a_turn_has_one_state(llm):
     chat = llm.chat(template="story")
-    chat.say("a", max_tokens=5)
-    chat.save(tmp_path / "talk")
-    whole = (tmp_path / "talk").read_bytes()
-
-    def full(*args, **options):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("heronry.engine.conversation.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        chat.save(tmp_path / "talk")
-    assert (tmp_path / "talk").read_bytes() == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["talk"]
+    for i in range(3):
+        chat.say("a", max_tokens=4, seed=i)
+    states = [x for turn in lineage(last(chat)) for x in vars(turn).values() if isinstance(x, State | torch.Tensor)]
+    assert len(states) == 3
 
 
-def test_the_file_is_plain_safetensors(llm, tmp_path):
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999, "zeros"])
+def test_a_crash_while_a_turn_is_appended_loses_that_turn_alone(llm, tmp_path, kept, caplog):
+    chat, path = llm.chat(template="story"), tmp_path / "talk"
+    chat.say("a", max_tokens=5, seed=1)
+    chat.save(path)
+    before, whole = chat.messages, path.read_bytes()
+    chat.say("b", max_tokens=5, seed=2)
+    chat.save(path)
+    new = path.read_bytes()[len(whole) :]
+    torn = bytes(len(new)) if kept == "zeros" else new[: round(len(new) * kept)]
+    path.write_bytes(whole + torn)
+    loaded = llm.chat(template="world")
+    loaded.load(path)
+    assert loaded.messages == before
+    warnings = ["talk: its last turn was not written to the end and is left out"] if torn else []
+    assert [record.getMessage().split("/")[-1] for record in caplog.records] == warnings
+    loaded.say("c", max_tokens=5, seed=3)
+    loaded.save(path)  # what was torn is gone
+    again = llm.chat()
+    again.load(path)
+    assert again.messages == loaded.messages
+    assert len(caplog.records) == len(warnings)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 50, 3000])
+def test_a_full_disk_leaves_the_file_as_it_was(llm, tmp_path, limit):
+    chat, path = llm.chat(template="story"), tmp_path / "talk"
+    chat.say("a", max_tokens=5, seed=1)
+    chat.save(path)
+    whole = path.read_bytes()
+    chat.say("b", max_tokens=5, seed=2)
+    for target in (path, tmp_path / "new"):
+        with (
+            file_size_limit(len(whole) * (target == path) + limit),
+            pytest.raises(OSError, match="File too large") as e,
+        ):
+            chat.save(target)
+        assert e.value.filename == str(target)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["talk"]
+    chat.save(path)  # there is space again
+    loaded = llm.chat()
+    loaded.load(path)
+    assert loaded.messages == chat.messages
+
+
+@contextmanager
+def file_size_limit(size: int):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_that_somebody_else_changed_is_written_as_a_whole(llm, tmp_path):
+    chat, path = llm.chat(template="story"), tmp_path / "talk"
+    chat.say("a", max_tokens=5, seed=1)
+    chat.save(path)
+    other = llm.chat()
+    other.load(path)
+    other.say("x", max_tokens=5)
+    other.save(path)
+    chat.say("b", max_tokens=5, seed=2)
+    chat.save(path)
+    path.rename(tmp_path / "moved")
+    chat.save(path)
+    for file in (path, tmp_path / "moved"):
+        other.load(file)
+        assert other.messages == chat.messages
+
+
+def test_retry_after_undo(llm):
     chat = llm.chat(template="story")
-    chat.say("a", max_tokens=3)
-    chat.save(tmp_path / "talk")
-    with safe_open(tmp_path / "talk", "pt") as file:
-        assert file.metadata()["format"] == "heronry.chat"
-        assert file.get_tensor("logits").shape == (1, 256)
-        assert file.get_tensor("blocks.0.wkv").shape == (2, 2, 16, 16)
+    chat.say("a", max_tokens=5, seed=1)
+    chat.undo()
+    with pytest.raises(InputError, match="all of it was taken back: there is no message to answer again"):
+        chat.retry()
+    with pytest.raises(InputError, match="there is no message to take back"):
+        chat.undo()
+
+
+def test_threads_in_one_conversation_get_a_clear_error(llm):
+    chat = llm.chat(template="story")
+    errors: list[Exception] = []
+    begin = threading.Barrier(4)
+
+    def talk() -> None:
+        begin.wait()
+        for _ in range(10):
+            try:
+                chat.say("Hello " * 20, max_tokens=30)
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=talk) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors
+    assert all(isinstance(error, InputError) for error in errors), errors
+    assert {str(error) for error in errors} <= {
+        "this conversation is in use by another thread; give each thread its own",
+        "the conversation moved on while this answer was written",
+    }
+    chat.say("and now?", max_tokens=3)
+    assert len(chat.messages) % 2 == 0

@@ -292,8 +292,8 @@ class Chat:
         self._tree.save(path, self._llm.model.fingerprint)
 
     def load(self, path: str | Path) -> None:
-        """Puts a saved conversation, its template included, in place of this one. If a crash cut its last turn off while
-        it was saved, a warning says so and the rest is loaded.
+        """Puts a saved conversation, its template included, in place of this one. If a crash cut its last turn off
+        while it was saved, a warning says so and the rest is loaded.
 
         Raises:
             InputError: no such file, not a conversation, of another model, or damaged; this one then stays.

@@ -4,7 +4,7 @@ The file is a line MAGIC and then records, each of which adds to those before it
 
 - the first has the template, the history with the state after it, and the fingerprint of the model
 - the others may have a turn with its state, and have all branches as they then are
-- a record is HEADER (bytes of text, bytes of tensors, CRC of both numbers), JSON, a safetensors file, their SHA-256, END
+- a record is HEADER (bytes of JSON, of tensors, CRC of both numbers), JSON, a safetensors file, their SHA-256, END
 
 What ends before its END is the trace of a crash while it was written: it is left out, and said.
 """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from .. import formats, hub
+from .. import catalog, formats, hub
 from ..errors import InputError
 from ..formats.lazy_tensor import LazyTensor, as_lazy
 from ..memory import Arena
@@ -92,12 +92,13 @@ def load_checkpoint(
 
 
 def locate(path: str | Path) -> Path:
-    """The local path of a checkpoint: with ~ expanded, or that of the file downloaded from the hub.
+    """The local path of a checkpoint: that of a short name (see catalog.py), with ~ expanded, or that of the file
+    downloaded from the hub.
 
     The model.safetensors of a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
     config.json may contain what the tensors do not show.
     """
-    path = hub.fetch(path) if hub.is_name(path) else Path(path).expanduser()
+    path = catalog.find(path) or (hub.fetch(path) if hub.is_name(path) else Path(path).expanduser())
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
             config = json.loads((path.parent / "config.json").read_text())

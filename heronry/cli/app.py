@@ -2,12 +2,24 @@
 
 Command files import nothing but typer and the standard library at the top; PyTorch, rich and the rest of the package
 come in when a command runs. `heronry --help` and a misspelt option answer at once because of it.
+
+`main` is the one place where an error becomes a line on standard error and an exit code: 2 for what is wrong outside
+(input, options, disk, permissions, memory), 130 after Ctrl-C, 143 after SIGTERM, 141 and no line where nobody reads the
+output any more. What is left, an error of heronry itself, keeps its traceback.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
+import logging
+import os
+import re
+import signal
 import sys
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
@@ -16,33 +28,163 @@ from .bench import bench
 from .chat import chat
 from .convert import convert
 from .data import data
+from .defaults import read_defaults
 from .eval import eval
+from .faults import describe
 from .generate import generate
 from .info import info
+from .list import list as list_models
 from .merge import merge
+from .pull import pull
 from .quantize import quantize
+from .rm import rm
 from .see import see
 from .train import train
 
+COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, data, train, bench)
 app = typer.Typer(
     help="RWKV, every generation: trained like a Transformer, run like an RNN.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, info, quantize, merge, convert, eval, see, data, train, bench):
-    app.command()(command)
 
 
-def main() -> None:
-    """Run a command; an InputError is printed in one line, with exit code 2."""
-    # input that is not UTF-8 reaches the tokenizer, which reports it; what the terminal cannot show becomes "?"
+class Terminated(SystemExit):
+    """SIGTERM came."""
+
+
+def main() -> NoReturn:
+    """Runs a command and exits; see the top of this file."""
+    _open_standard_streams()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)  # an exit code, where typer ended the command
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.stdout.flush()
+    except BaseException as error:
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    """Says in one line what went wrong, and returns the exit code; an error of heronry's own is raised again."""
+    code, line = 2, ""
+    if isinstance(error, Terminated):
+        code, line = 143, "terminated"
+    elif isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        code, line = 130, "stopped"
+    elif isinstance(error, BrokenPipeError):
+        code = 141  # what a shell shows for a program that SIGPIPE ended
+    elif hasattr(error, "format_message"):  # of typer: a mistake in the options
+        context = getattr(error, "ctx", None)
+        help_of = context.command_path if context is not None else "heronry"
+        line = f"{error.format_message().rstrip('.')}; see {help_of} --help"
+    elif (described := describe(error)) is not None:
+        line = described
+    else:
+        raise error
+    if logging.getLogger("heronry").isEnabledFor(logging.INFO) and not isinstance(error, SystemExit):
+        logging.getLogger("heronry").info("heronry: the error in full:", exc_info=error)
+    if isinstance(error, OSError):
+        _abandon_output()
+    if line:
+        _print_error(line)
+    return code
+
+
+def _print_error(line: str) -> None:
+    try:
+        print("heronry: " + " ".join(line.splitlines()), file=sys.stderr, flush=True)
+    except OSError:  # there is nowhere to say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _abandon_output() -> None:
+    """What is still in the buffer of standard output is not tried again at the exit if it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _open_standard_streams() -> None:
+    """Closed streams become ones on which every access fails: else print() would do nothing, without an error, and the
+    next file that is opened would get their number. Input that is not UTF-8 reaches the tokenizer, which reports it;
+    what a terminal cannot show becomes "?"."""
+    for number, (name, mode) in enumerate((("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_RDONLY))):
+        if getattr(sys, name) is None:
+            file = os.open(os.devnull, mode)
+            if file != number:
+                os.dup2(file, number)
+            raw = io.FileIO(number, "r" if name == "stdin" else "w", closefd=False)
+            buffer = io.BufferedReader(raw) if name == "stdin" else io.BufferedWriter(raw)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding="utf-8", write_through=name == "stderr"))
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    try:
-        app()
-    except InputError as error:
-        print(f"heronry: {error}", file=sys.stderr)
-        sys.exit(2)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated(143)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"heronry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _begin(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    context.default_map = read_defaults()
+
+
+def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options -v and -q; an argument that an error names is named as it is typed."""
+    verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen, and show errors in full.")]
+    quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no notes, only errors.")]
+    arguments = inspect.signature(function).parameters
+
+    @wraps(function)
+    def run(verbose: bool, quiet: bool, **options: Any) -> None:
+        log = logging.getLogger("heronry")
+        log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+        log.handlers = [logging.StreamHandler()]  # on the standard error of now
+        try:
+            function(**options)
+        except InputError as error:
+            raise InputError(_as_typed(str(error), arguments)) from error
+
+    hints = get_type_hints(function, include_extras=True) | {"verbose": verbose, "quiet": quiet}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    extra = [inspect.Parameter(name, keyword, default=False) for name in ("verbose", "quiet")]
+    parameters = [x.replace(annotation=hints[x.name]) for x in (*arguments.values(), *extra)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = hints
+    return run
+
+
+def _as_typed(message: str, arguments: Collection[str]) -> str:
+    """A message of the library in the words of the command line: "--max-tokens must be", "supply one with
+    --tokenizer", and without what only Python can do."""
+    message = re.sub(r"; load it with kind=\w+", "", message)
+    for name in arguments:
+        option = "--" + name.replace("_", "-")
+        message = re.sub(rf"^{name}(?= must | has )|(?<![\w-]){name}=(?![\w/])", option, message)
+    return message.replace("(--tokenizer or --tokenizer)", "(--tokenizer)")
+
+
+for function in COMMANDS:
+    app.command(function.__name__)(_with_verbosity(function))

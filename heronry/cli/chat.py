@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ def chat(
     tokenizer: options.Tokenizer = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
+    threads: options.Threads = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
     template: Annotated[
@@ -44,21 +46,13 @@ def chat(
     ] = None,
     seed: options.Seed = None,
 ) -> None:
-    """Chat with a model. /help lists what can be undone, forked and saved."""
-    from ..engine.llm import LLM
-    from .chat_loop import run_chat_loop
-    from .progress import progress_bar
+    """Chat with a model. /help lists what can be undone, forked and saved.
 
-    with progress_bar("loading") as progress:
-        llm = LLM(
-            model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            adapter=adapter,
-            progress=progress,
-        )
+    Without a terminal every line of standard input is a message; the exit code is 2 if one of them failed.
+    """
+    from .chat_loop import run_chat_loop
+
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
     if state is not None:
         llm.begin_from(state)
     sampling: DecodeOptions = {}
@@ -69,4 +63,5 @@ def chat(
     conversation = llm.chat(template=template, system=system)
     first: DecodeOptions = {**sampling, "seed": seed}
     conversation.check_options(max_tokens, **first)  # fails before the first message
-    run_chat_loop(conversation, session, max_tokens, seed, sampling)
+    if code := run_chat_loop(conversation, session, max_tokens, seed, sampling):
+        sys.exit(code)

@@ -1,12 +1,14 @@
-"""The terminal loop of `heronry chat`: messages, and commands that begin with a slash."""
+"""The loop of `heronry chat`: messages, and commands that begin with a slash."""
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
+from itertools import count
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,132 +16,245 @@ from rich.markup import escape
 from ..engine.chat import Chat
 from ..engine.completion import Completion
 from ..engine.options import DecodeOptions
-from ..errors import InputError
+from ..engine.sampling import UnseededOptions
+from ..errors import InputError, unknown_name
+from .faults import describe
 
-with contextlib.suppress(ImportError):  # Windows has none
-    import readline  # noqa: F401  gives input() a history and line editing
+COMMANDS = {
+    "/undo": "take back the last message and its answer",
+    "/retry": "another answer to the last message",
+    "/fork NAME": "start a branch here; the current one stays as it is",
+    "/switch NAME": "move to another branch; without a name: list them",
+    "/clear": "start a branch with nothing said yet",
+    "/history": "show the conversation so far",
+    "/system TEXT": "start again with this system text; without one: show it",
+    "/set NAME VALUE": "change temperature, top_p, max_tokens, ...; without a name: show what was set",
+    "/save FILE": "save all branches with their states",
+    "/load FILE": "continue a saved conversation",
+    "/help": "show this list",
+    "/quit": "leave (so does Ctrl-D); Ctrl-C only ends an answer early",
+}
+MANY_LINES = '''"""               begins and ends a message of several lines; a pasted one needs none'''
+HELP = "\n".join(f"{name:18}{what}" for name, what in COMMANDS.items()) + "\n" + MANY_LINES
+SETTINGS = {  # what /set changes, and from which type
+    **{name: kind for name, kind in get_type_hints(UnseededOptions).items() if name != "logit_bias"},
+    "max_tokens": int,
+    "seed": int,
+}
+PARSERS: dict[type, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    bool: {"on": True, "off": False}.__getitem__,
+}
 
-HELP = """\
-/undo           take back the last message and its answer
-/retry          another answer to the last message
-/fork NAME      start a branch here; the current one stays as it is
-/switch NAME    move to another branch; without a name: list them
-/save FILE      save all branches with their states
-/load FILE      continue a saved conversation
-/quit           leave (so does Ctrl-D); Ctrl-C only ends an answer early
-\"\"\"             begins and ends a message of several lines"""
+
+def run_chat_loop(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: DecodeOptions) -> int:
+    """Read messages and commands until the end of input; see `Loop`.
+
+    Returns:
+        The exit code: 2 if a line of a pipe gave an error, else 0.
+    """
+    return Loop(chat, session, max_tokens, seed, sampling).run()
 
 
-def run_chat_loop(chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: DecodeOptions) -> None:
-    """Read messages and commands until the end of input.
+class Loop:
+    """A conversation with somebody at a terminal, or with the lines of a pipe.
 
-    Args:
+    Attributes:
+        chat: the conversation.
         session: a file to continue from, if it exists, and to save the conversation in after every change.
         max_tokens: of each answer.
         seed: of the first answer; each further one takes the next.
         sampling: fields of Sampling that override the template's.
+        answers: given so far, since the seed was set.
     """
-    console = Console(highlight=False, emoji=False)
-    terminal = sys.stdin.isatty()
-    if session is not None and session.exists():
-        chat.load(session)
-        _show(console, chat)
-    if terminal:
-        console.print("[dim]/help lists the commands[/dim]")
 
-    answers = 0
-    while (line := _read(chat.branch, terminal)) is not None:
-        if line in ("/quit", "/exit"):
-            return
+    def __init__(self, chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: DecodeOptions):
+        self.chat, self.session = chat, session
+        self.max_tokens, self.seed, self.sampling = max_tokens, seed, sampling
+        self.answers = 0
+        self.console = Console(highlight=False, emoji=False)
+        self.errors = Console(highlight=False, emoji=False, stderr=True, soft_wrap=True)
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def run(self) -> int:
+        """See `run_chat_loop`."""
+        if self.session is not None and self.session.exists():
+            self.chat.load(self.session)
+        read = _read_line
+        if self.terminal:
+            from .prompt import Prompt
+
+            read = Prompt(self.chat_branches).read
+            self._note(f"{self.chat.llm}, template {self._template_name()}; /help lists the commands")
+        if self.chat.messages:
+            self._show()
+        failed = False
+        while (line := read("> " if self.chat.branch == "main" else f"{self.chat.branch} > ")) is not None:
+            if line in ("/quit", "/exit"):
+                break
+            try:
+                self._answer_or_obey(line)
+            except KeyboardInterrupt:  # between the end of an answer and the next message
+                print()
+            except Exception as error:
+                if (told := describe(error)) is None and not isinstance(
+                    error, ValueError
+                ):  # an unclosed quotation mark
+                    raise
+                failed = True
+                self.errors.print(f"[red]{escape(told or str(error))}[/red]")
+        return 2 if failed and not self.terminal else 0
+
+    def chat_branches(self) -> tuple[str, ...]:
+        """Names of the branches, for Tab."""
+        return self.chat.branches
+
+    def _answer_or_obey(self, line: str) -> None:
+        options: DecodeOptions = {**self.sampling}
+        if self.seed is not None:  # another answer to the same message needs another seed
+            options["seed"] = self.seed + self.answers
+        if line.startswith("/") and "\n" not in line:
+            answer = self._command(line, options)
+        else:
+            answer = self.chat.say(line, stream=True, max_tokens=self.max_tokens, **options)
+        if answer is not None:
+            self.answers += 1
+            self._stream(answer)
+        if self.session is not None:
+            self.chat.save(self.session)
+
+    def _command(self, line: str, options: DecodeOptions) -> Generator[Completion, None, None] | None:
+        """Run a command; returns an answer to stream, if it gives one."""
+        chat = self.chat
+        if line.startswith("/system "):  # its text needs no quotation marks
+            words = ["system", line.removeprefix("/system ").strip()]
+        else:
+            words = shlex.split(line[1:])
+        match words:
+            case ["undo"]:
+                self._note(f"took back: {chat.undo()}")
+            case ["retry"]:
+                answer = chat.retry(stream=True, max_tokens=self.max_tokens, **options)
+                if self.terminal:
+                    self._note(f"again: {chat.messages[-2]['content']}")
+                return answer
+            case ["fork", name]:
+                chat.fork(name)
+            case ["switch"]:
+                for name in chat.branches:
+                    self._note(("* " if name == chat.branch else "  ") + name)
+            case ["switch", name]:
+                chat.switch(name)
+                self._show()
+            case ["clear"]:
+                before = chat.branch
+                chat.begin(next(name for n in count(2) if (name := str(n)) not in chat.branches))
+                self._note(f"a new branch, {chat.branch}; /switch {before} goes back")
+            case ["history"]:
+                self._show()
+            case ["system"]:
+                first = chat.messages[:1]
+                self._note(first[0]["content"] if first and first[0]["role"] == "system" else "no system text")
+            case ["system", text]:
+                self._refuse_in_session()
+                self.chat = Chat(chat.llm, chat.template, text)
+            case ["set"]:
+                settings = {"max_tokens": self.max_tokens, "seed": self.seed}
+                for name, value in {**chat.template.sampling, **self.sampling, **settings}.items():
+                    self._note(f"{name} {value}")
+            case ["set", name, value]:
+                self._set(name, value)
+            case ["save", path]:
+                chat.save(path)
+                self._note(f"saved to {path}")
+            case ["load", path]:
+                self._refuse_in_session()
+                chat.load(path)
+                self._show()
+            case ["help"]:
+                self._note(HELP)
+            case _:
+                raise InputError(f"{line} is not a command, or has the wrong arguments; see /help")
+        return None
+
+    def _refuse_in_session(self) -> None:
+        if self.session is not None:  # its file would be overwritten
+            raise InputError(
+                f"this conversation is saved in {self.session}: leave it and start again with --session FILE"
+            )
+
+    def _set(self, name: str, text: str) -> None:
+        """Change an option of the answers from now on."""
+        name = name.replace("-", "_")
+        if name not in SETTINGS:
+            raise unknown_name("setting", name, SETTINGS)
         try:
-            if seed is not None:  # another answer to the same message needs another seed
-                sampling["seed"] = seed + answers
-            if line.startswith("/"):
-                words = shlex.split(line[1:])
-                if session is not None and words[:1] == ["load"]:  # the session file would be overwritten
-                    raise InputError(
-                        f"this conversation is saved in {session}: leave it and start again with --session FILE"
-                    )
-                answer = _command(console, chat, words, max_tokens, sampling)
-            else:
-                answer = chat.say(line, stream=True, max_tokens=max_tokens, **sampling)
-            if answer is not None:
-                answers += 1
-                _stream(answer)
-            if session is not None:
-                chat.save(session)
-        except KeyboardInterrupt:  # between the end of an answer and the next message
-            print()
-        except (OSError, ValueError) as error:  # ValueError: an unclosed quotation mark
-            console.print(f"[red]{escape(str(error))}[/red]")
+            value: Any = PARSERS[SETTINGS[name]](text)
+        except (ValueError, KeyError):
+            what = "on or off" if SETTINGS[name] is bool else "a number"
+            raise InputError(f"{name} must be {what}, got {text!r}") from None
+        max_tokens = value if name == "max_tokens" else self.max_tokens
+        changed: Any = {**self.sampling} if name == "max_tokens" else {**self.sampling, name: value}
+        self.chat.check_options(max_tokens, **changed)
+        self.max_tokens = max_tokens
+        if name == "seed":
+            self.seed, self.answers = value, 0
+        elif name != "max_tokens":
+            self.sampling = changed
+
+    def _stream(self, pieces: Generator[Completion, None, None]) -> None:
+        """Print an answer as it comes. Ctrl-C ends it early; what came so far stays in the conversation."""
+        start, last = time.perf_counter(), None
+
+        def texts() -> Generator[str, None, None]:
+            nonlocal last
+            try:
+                for piece in pieces:
+                    last = piece
+                    yield piece.text
+            except KeyboardInterrupt:
+                pieces.close()
+
+        if self.terminal:
+            from .markdown import print_markdown
+
+            print_markdown(self.console, texts())
+            if last is not None:
+                tokens = last.usage.completion_tokens
+                self._note(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tokens/s")
+        else:
+            for text in texts():
+                print(text, end="", flush=True)
+            print(flush=True)
+
+    def _template_name(self) -> str:
+        from ..text.chat_templates import TEMPLATES
+
+        return next((name for name, template in TEMPLATES.items() if template == self.chat.template), "of its own")
+
+    def _note(self, text: str) -> None:
+        """Print what a command has done, dimmed."""
+        self.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not self.terminal)
+
+    def _show(self) -> None:
+        """Print the conversation so far."""
+        for message in self.chat.messages:
+            self.console.print(
+                f"[dim]{message['role']}:[/dim] {escape(message['content'])}", soft_wrap=not self.terminal
+            )
 
 
-def _command(
-    console: Console, chat: Chat, words: list[str], max_tokens: int, sampling: DecodeOptions
-) -> Generator[Completion, None, None] | None:
-    """Run the command that `words` spell, without the slash; returns an answer to stream, if it gives one."""
-    match words:
-        case ["undo"]:
-            _note(console, f"took back: {chat.undo()}")
-        case ["retry"]:
-            return chat.retry(stream=True, max_tokens=max_tokens, **sampling)
-        case ["fork", name]:
-            chat.fork(name)
-        case ["switch"]:
-            for name in chat.branches:
-                _note(console, ("* " if name == chat.branch else "  ") + name)
-        case ["switch", name]:
-            chat.switch(name)
-            _show(console, chat)
-        case ["save", path]:
-            chat.save(path)
-            _note(console, f"saved to {path}")
-        case ["load", path]:
-            chat.load(path)
-            _show(console, chat)
-        case ["help"]:
-            _note(console, HELP)
-        case _:
-            raise InputError(f"/{' '.join(words)} is not a command, or has the wrong arguments; see /help")
-    return None
-
-
-def _read(branch: str, terminal: bool) -> str | None:
-    """Read the next message or command; None at the end of input."""
-    prompt = "" if not terminal else "> " if branch == "main" else f"{branch} > "
-    while True:
-        try:
-            line = input(prompt).strip()
-            if line == '"""':
-                lines = []
-                while (more := input("")).strip() != '"""':
-                    lines.append(more)
-                line = "\n" + "\n".join(lines)  # a message, even if it begins with a slash
-        except KeyboardInterrupt:  # discards the line, not the conversation
-            print("\n(leave with Ctrl-D or /quit)")
-            continue
-        except EOFError:
-            return None
+def _read_line(prompt: str) -> str | None:
+    """The next message or command of a pipe; None at the end."""
+    while line := sys.stdin.readline():
+        line = line.strip()
+        if line == '"""':
+            lines = []
+            while (more := sys.stdin.readline()) and more.strip() != '"""':
+                lines.append(more.rstrip("\n"))
+            line = "\n" + "\n".join(lines)  # a message, even if it begins with a slash
         if line:
             return line
-
-
-def _stream(pieces: Generator[Completion, None, None]) -> None:
-    """Print an answer as it comes. Ctrl-C ends it early; what came so far stays in the conversation."""
-    try:
-        for piece in pieces:
-            print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()
-    print(flush=True)
-
-
-def _note(console: Console, text: str) -> None:
-    """Print what a command has done, dimmed."""
-    console.print(f"[dim]{escape(text)}[/dim]")
-
-
-def _show(console: Console, chat: Chat) -> None:
-    """Print the conversation so far."""
-    for message in chat.messages:
-        console.print(f"[dim]{message['role']}:[/dim] {escape(message['content'])}")
+    return None

@@ -11,7 +11,7 @@ from . import options
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder of any format.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A file or folder of any format.")],
     target: Annotated[
         Path,
         typer.Argument(metavar="OUT", help="NAME.pth, .safetensors, .st, .gguf, .bin, .onnx, or a new folder."),
@@ -29,28 +29,21 @@ def convert(
     ] = None,
     tokenizer: options.Tokenizer = None,
     shard: Annotated[float, typer.Option(help="The largest file of a folder, in GB.")] = 2.0,
+    force: options.Force = False,
 ) -> None:
     """Convert a model to another format. The logits of both are compared. See docs/conversion.md."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     from ..convert import conversion
+    from .copies import locate_source_and_target, replaced_folder
+    from .progress import progress_bar, stderr
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
+    original, target = locate_source_and_target(source, target, force, "name")
+    with progress_bar("reading", in_bytes=True) as update, replaced_folder(target) as written:
 
         def show_progress(done: int, total: int) -> None:
-            bar.update(task, description="writing", completed=done, total=total)
+            update(done, total, "writing")
 
-        result = conversion.convert(source, target, to, dtype, tokenizer, round(shard * 1e9), show_progress)
+        result = conversion.convert(original, written, to, dtype, tokenizer, round(shard * 1e9), show_progress)
     logits = "equal"
     if result.difference != 0:
         logits = f"differ by at most {result.difference:.2g} (largest logit {result.largest:.3g})"
-    console.print(
-        f"{target}: {result.format}, {result.bytes / 1e6:,.1f} MB; logits of both: {logits}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    stderr().print(f"{target}: {result.format}, {result.bytes / 1e6:,.1f} MB; logits of both: {logits}")

@@ -1,9 +1,11 @@
-"""What `heronry quantize` and `heronry merge` have in common: a changed copy of a model beside the original."""
+"""What `heronry convert`, `quantize` and `merge` have in common: another copy of a model beside the original."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,36 @@ from ..checkpoint import locate, select_notes
 from ..errors import InputError
 from ..models import Model, Network
 from ..text.tokenizers import guess_tokenizer
+from .options import check_target
 
 
-def locate_source_and_target(source: Path, target: Path) -> tuple[Path, Path]:
-    """The local paths of the original and of its copy; InputError if they are the same."""
-    source, target = locate(source), target.expanduser()
-    if target.exists() and source.exists() and target.samefile(source):
-        raise InputError(f"{target}: is the original itself; choose another folder")
-    return source, target
+def locate_source_and_target(source: str, target: Path, force: bool, kind: str = "folder") -> tuple[Path, Path]:
+    """The local paths of the original and of its copy. kind: what the copy is.
+
+    Raises:
+        InputError: they are the same, or the copy exists (see `check_target`).
+    """
+    original, target = locate(source), target.expanduser()
+    if target.exists() and original.exists() and target.samefile(original):
+        raise InputError(f"{target}: is the original itself; choose another {kind}")
+    return original, check_target(target, force)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Where to write instead of `target`: beside it if it is a folder with something in it, which is only replaced at
+    the end of the block; else `target` itself."""
+    if not (target.is_dir() and any(target.iterdir())):
+        yield target
+        return
+    new, old = (target.with_name(f".{target.name}.{which}") for which in ("new", "old"))
+    for left in (new, old):  # by a crash; the target is whole
+        if left.exists():
+            shutil.rmtree(left)
+    yield new
+    target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old)
 
 
 def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -19,6 +19,7 @@ def eval(
     tokenizer: options.Tokenizer = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
+    threads: options.Threads = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
     lambada: Annotated[bool, typer.Option("--lambada", help="Measure only the last word of each text.")] = False,
@@ -26,17 +27,19 @@ def eval(
 ) -> None:
     """Measure bits per byte, perplexity or LAMBADA. See docs/evaluation.md."""
     from rich.console import Console
-    from rich.progress import track
 
     from .. import evaluate
-    from ..engine.llm import LLM
+    from .progress import progress_bar
 
     texts = {file: evaluate.read_texts(file, key) for file in files}
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
-    progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False)
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
+    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-    def show_progress(passes: Iterable[Item], total: int) -> Iterable[Item]:
-        return track(passes, "evaluating", total=total, console=progress, transient=True)
+    def show_progress(passes: Iterable[Item], total: int) -> Iterator[Item]:
+        with progress_bar("evaluating") as update:
+            for done, item in enumerate(passes):
+                update(done, total)
+                yield item
 
     for file, passages in texts.items():
         if lambada:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,17 +11,26 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from . import options
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - reads it from standard input.", show_default=False)
+    ] = None,
     model: options.Model = None,
     tokenizer: options.Tokenizer = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
+    threads: options.Threads = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file, to its last line break.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens only; 0 = all.")] = 0,
@@ -34,45 +45,47 @@ def generate(
     order: Annotated[
         str, typer.Option(help="temperature-first, or top-p-first as in PyPI's rwkv.")
     ] = "temperature-first",
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help=r"Text that ends the output; repeatable. \n is a line break, \t a tab, \\ a backslash."),
+    ] = None,
     seed: options.Seed = None,
     state: Annotated[
         Path | None,
         typer.Option(help="Continue from a saved state, or start from a tuned one (time_state.safetensors, a .pth)."),
     ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Save the state after the text here, to continue from with --state.")
+    ] = None,
+    force: options.Force = False,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt in front of the text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: text, token ids, why it ended, counts.")
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Report tokens/s on standard error.")] = False,
 ) -> None:
     """Continue a prompt. Only the text goes to standard output."""
     start = time.perf_counter()
-    from ..engine.llm import LLM
+    text = _read_prompt(prompt, prompt_file)
+    if save_state is not None:
+        save_state = options.check_target(save_state, force)
+    from ..engine.completion import Pieces
     from ..models import State
     from .progress import progress_bar
 
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    with progress_bar("loading") as progress:
-        llm = LLM(
-            model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            adapter=adapter,
-            progress=progress,
-        )
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
     saved_state = None
     if state is not None and State.is_saved_state(state):
         saved_state = State.load(state, device)
     elif state is not None:
         llm.begin_from(state)
     with progress_bar("reading the prompt") as progress:
-        pieces = llm.generate(
-            prompt,
+        stream = llm.generate(
+            text,
             max_tokens,
             stream=True,
             state=saved_state,
-            stop=stop,
+            stop=None if stop is None else [_unescape(x) for x in stop],
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -85,15 +98,47 @@ def generate(
             seed=seed,
             progress=progress,
         )
-    if echo:
-        print(prompt, end="", flush=True)
-    first_piece, n_tokens = None, 0  # the time when the first piece came
-    for piece in pieces:
-        first_piece = first_piece or time.perf_counter()
-        n_tokens = piece.usage.completion_tokens
-        print(piece.text, end="", flush=True)
+    pieces, first_piece = Pieces(), None  # the time when the first piece came
+    for piece in stream:
+        if first_piece is None:
+            first_piece = time.perf_counter()
+            if echo and not as_json:  # now, so that no message about the first step comes between
+                print(text, end="")
+        pieces.add(piece)
+        if not as_json:
+            print(piece.text, end="", flush=True)
     end = time.perf_counter()
+    if pieces.last is None:
+        return
+    completion = pieces.joined()
+    if as_json:
+        usage = completion.usage
+        counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        about: dict[str, object] = {"prompt": text, "text": completion.text, "token_ids": completion.token_ids}
+        about |= {"finish_reason": completion.finish_reason, "usage": counts | {"total_tokens": usage.total_tokens}}
+        print(json.dumps(about, ensure_ascii=False), end="")
     print(flush=True)
+    if save_state is not None:
+        completion.state.save(save_state)
     if speed and first_piece is not None:
+        n_tokens = completion.usage.completion_tokens
         rate = (n_tokens - 1) / (end - first_piece) if n_tokens > 1 else 0.0
         print(f"[first word after {first_piece - start:.1f} s with loading, then {rate:.0f} tokens/s]", file=sys.stderr)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text to continue: as given, from standard input or from a file."""
+    if (prompt is None) == (file is None):
+        raise InputError("give a PROMPT or --prompt-file" + (", not both" if file else ""))
+    if file is not None:
+        try:
+            return file.expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: byte {error.start} is not UTF-8") from error
+    assert prompt is not None
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _unescape(text: str) -> str:
+    r"""With a line break for \n, as shells pass it on."""
+    return re.sub(r"\\([nrt\\])", lambda found: ESCAPES[found[1]], text)

@@ -12,26 +12,31 @@ from . import options
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that the adapter was trained on.")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="The model that the adapter was trained on.")],
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA or DoRA adapter, or a file of RWKV-PEFT.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    dtype: options.Precision = None,
+    dtype: options.WrittenPrecision = None,
     alpha: Annotated[float | None, typer.Option(help="For a LoRA file of RWKV-PEFT: its --lora_alpha.")] = None,
     pissa_init: Annotated[
         Path | None, typer.Option(help="For a PiSSA file of RWKV-PEFT: the file with its initial matrices.")
     ] = None,
+    force: options.Force = False,
 ) -> None:
     """Merge an adapter into the weights of its model. See docs/adapters.md."""
     from .. import adapters
     from ..adapters.rwkv_peft import merge_rwkv_peft
     from ..checkpoint import load, save
     from .copies import companions, locate_source_and_target
+    from .progress import progress_bar
 
-    source, target = locate_source_and_target(source, target)
-    model = load(source, dtype=dtype)
-    tokenizer, notes = companions(source, model)
+    original, target = locate_source_and_target(source, target, force)
+    if target.is_file():
+        raise InputError(f"{target}: is a file; give the name of a folder")
+    with progress_bar("loading") as progress:
+        model = load(original, dtype=dtype, progress=progress)
+    tokenizer, notes = companions(original, model)
     if adapter.is_file():
         merge_rwkv_peft(model, adapter, alpha, pissa_init)
         save(model, target, tokenizer, notes)

@@ -1,30 +1,49 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what is done with them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..catalog import BUNDLED
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM
+
+
+def _tokenizer(name: str | None) -> str | None:
+    return str(BUNDLED / "tokenizer.json") if name == "bundled" else name
+
+
 Model = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--model",
         "-m",
-        help="A file or folder of any format, or hf://OWNER/REPOSITORY/FILE.",
-        show_default="the bundled model",
+        envvar="HERONRY_MODEL",
+        help="A file or folder of any format, hf://OWNER/REPOSITORY/FILE, a name in `heronry list`, or bundled.",
+        show_default="bundled",
     ),
 ]
 Tokenizer = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
-        help="bytes, world or a tokenizer.json.",
+        callback=_tokenizer,
+        help="bytes, world, bundled or a tokenizer.json.",
         show_default="the one beside the model, else by vocabulary size",
     ),
 ]
 Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", envvar="HERONRY_DTYPE", help="float32, bfloat16 or float16.", show_default="as in the file"
+    ),
+]
+WrittenPrecision = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="as in the file"),
 ]
@@ -36,5 +55,64 @@ Adapter = Annotated[
     Path | None,
     typer.Option("--adapter", help="The folder of a LoRA or DoRA adapter to merge into the weights."),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option("--device", envvar="HERONRY_DEVICE", help="cpu, cuda, cuda:1, ...")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, envvar="HERONRY_THREADS", help="Threads of the CPU.", show_default="one a core"),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists under that name.")]
+
+
+def load_llm(
+    model: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+    quantize: str | None,
+    adapter: Path | None,
+) -> LLM:
+    """The model that these options name; a bar shows how far it is loaded."""
+    from ..engine.llm import LLM
+    from .progress import progress_bar
+
+    use_threads(threads)
+    with progress_bar("loading") as progress:
+        return LLM(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            adapter=adapter,
+            progress=progress,
+        )
+
+
+def use_threads(threads: int | None) -> None:
+    """Computes with so many threads from now on; None = one a core."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_target(target: Path, force: bool) -> Path:
+    """The path to write to, with ~ expanded: the one rule of all commands for what exists.
+
+    Raises:
+        InputError: something is there already, and `force` was not given; or it is a folder without a config.json, and
+            so not a model that could be replaced.
+    """
+    target = target.expanduser()
+    if target.is_dir():
+        if not any(target.iterdir()):
+            return target
+        if not (target / "config.json").exists():
+            raise InputError(f"{target}: is a folder with other files; choose another name")
+    elif not target.exists():
+        return target
+    if not force:
+        raise InputError(f"{target}: already exists; replace it with --force")
+    return target

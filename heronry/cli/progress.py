@@ -1,33 +1,48 @@
-"""Bars for what takes long: loading a model, reading a long prompt."""
+"""What commands show on standard error besides errors: bars for what takes long, and a last line."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PATIENCE = 0.5  # seconds before a bar is shown
 
 
+class Update(Protocol):
+    """Moves a bar."""
+
+    def __call__(self, done: int, total: int | None, description: str | None = None) -> None: ...
+
+
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, in_bytes: bool = False) -> Iterator[Update]:
     """A function to call with (done, in all). On a terminal it shows a bar on standard error once PATIENCE is over, and
-    removes it at the end."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(description)
+    removes it at the end; so a refusal, which comes before, is not preceded by one."""
+    console = stderr()
+    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal or console.quiet)
+    task = bar.add_task(description, total=None)
     start = time.monotonic()
 
-    def update(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if time.monotonic() - start > PATIENCE and done < total:
+    def update(done: int, total: int | None, description: str | None = None) -> None:
+        bar.update(task, completed=done, total=total, description=description)
+        if time.monotonic() - start > PATIENCE and (total is None or done < total):
             bar.start()
 
     try:
         yield update
     finally:
         bar.stop()
+
+
+def stderr() -> Console:
+    """Standard error; silent after --quiet."""
+    quiet = logging.getLogger("heronry").getEffectiveLevel() > logging.WARNING
+    return Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)

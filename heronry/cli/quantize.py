@@ -7,36 +7,32 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from . import options
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A file or folder of any format.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A file or folder of any format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     format: Annotated[str, typer.Option("--format", "-f", help="int8 or int4.")] = "int8",
-    dtype: options.Precision = None,
+    dtype: options.WrittenPrecision = None,
+    force: options.Force = False,
 ) -> None:
     """Quantize a model to 8 or 4 bits per weight. See docs/quantization.md."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
     from .. import quantization
     from ..checkpoint import load, save
     from ..models import Network
     from .copies import companions, locate_source_and_target
+    from .progress import progress_bar, stderr
 
-    source, target = locate_source_and_target(source, target)
-    console = Console(stderr=True)
-    model = load(source, dtype=dtype, kind=Network)
+    original, target = locate_source_and_target(source, target, force)
+    if target.is_file():
+        raise InputError(f"{target}: is a file; give the name of a folder")
+    with progress_bar("loading") as progress:
+        model = load(original, dtype=dtype, kind=Network, progress=progress)
     size_before = sum(p.nbytes for p in model.parameters())
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
-        task = bar.add_task(f"quantizing to {format}", total=None)
-        quantization.quantize(model, format, lambda done, total: bar.update(task, completed=done, total=total))
-    save(model, target, *companions(source, model))
+    with progress_bar(f"quantizing to {format}", in_bytes=True) as progress:
+        quantization.quantize(model, format, progress)
+    save(model, target, *companions(original, model))
     size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    console.print(
-        f"{target}: {size / 2**20:.0f} MiB, {size / size_before:.0%} of the original",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    stderr().print(f"{target}: {size / 2**20:.0f} MiB, {size / size_before:.0%} of the original")

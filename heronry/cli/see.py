@@ -15,7 +15,7 @@ BATCH_SIZE = 16  # pictures
 
 def see(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures of any kind that Pillow opens.")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.")],
     top: Annotated[int, typer.Option(help="How many classes to print, the most likely first.")] = 5,
     labels: Annotated[
         Path | None,
@@ -33,24 +33,32 @@ def see(
     ] = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
+    threads: options.Threads = None,
     quantize: options.Quantize = None,
+    force: options.Force = False,
 ) -> None:
     """Classify pictures, or write their features. See docs/vision.md."""
     import json
 
     import torch
     from rich.console import Console
-    from rich.progress import track
     from safetensors.torch import save_file
 
     from ..checkpoint import load_checkpoint
     from ..data.images import open_image, preprocess
     from ..files import atomic_write
     from ..models import VisionModel
+    from .progress import progress_bar, stderr
 
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
-    network, checkpoint = load_checkpoint(model, dtype, device, quantize=quantize, kind=VisionModel)
+    if features is not None:
+        features = options.check_target(features, force)
+    options.use_threads(threads)
+    with progress_bar("loading") as progress:
+        network, checkpoint = load_checkpoint(
+            model, dtype, device, quantize=quantize, kind=VisionModel, progress=progress
+        )
     side = network.config.image_size if size is None else size
     if side < 1:
         raise InputError(f"size must be at least 1, got {side}")
@@ -58,27 +66,28 @@ def see(
     names = _class_names(labels, checkpoint.config.get("labels"), n_classes)
     if not features and not n_classes:
         raise InputError(f"{model}: has no classification head; write its features with --features")
-    progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     all_features = []
     batches = [pictures[i : i + BATCH_SIZE] for i in range(0, len(pictures), BATCH_SIZE)]
-    for batch in track(batches, "reading pictures", console=progress, transient=True):
-        images = torch.stack([preprocess(open_image(path), side) for path in batch])
-        with torch.inference_mode():
-            tokens = network.forward_features(images.to(device, network.pos_embed.dtype))
-            if features:
-                all_features.append(network.forward_head(tokens, pre_logits=True).float().cpu())
-                continue
-            probabilities = network.forward_head(tokens).float().softmax(1).cpu()
-        for path, row in zip(batch, probabilities, strict=True):
-            best = row.topk(min(top, n_classes))
-            classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            out.print(f"{path}: {', '.join(f'{names[i]} {probability:.1%}' for i, probability in classes)}")
+    with progress_bar("reading pictures") as progress:
+        for done, batch in enumerate(batches):
+            progress(done, len(batches))
+            images = torch.stack([preprocess(open_image(path), side) for path in batch])
+            with torch.inference_mode():
+                tokens = network.forward_features(images.to(device, network.pos_embed.dtype))
+                if features:
+                    all_features.append(network.forward_head(tokens, pre_logits=True).float().cpu())
+                    continue
+                probabilities = network.forward_head(tokens).float().softmax(1).cpu()
+            for path, row in zip(batch, probabilities, strict=True):
+                best = row.topk(min(top, n_classes))
+                classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                out.print(f"{path}: {', '.join(f'{names[i]} {probability:.1%}' for i, probability in classes)}")
     if features:
-        target = features.expanduser()
         metadata = {"pictures": json.dumps([str(path) for path in pictures]), "model": network.fingerprint}
-        with atomic_write(target) as part:
+        with atomic_write(features) as part:
             save_file({"features": torch.cat(all_features)}, part, metadata=metadata)
-        progress.print(f"{target}: features, {len(pictures)} x {network.num_features}", highlight=False, markup=False)
+        stderr().print(f"{features}: features, {len(pictures)} x {network.num_features}")
 
 
 def _class_names(file: Path | None, own: list[str] | None, n_classes: int) -> list[str]:

@@ -84,6 +84,11 @@ class Chat:
         self._lock = threading.Lock()  # held while a piece of an answer is made
 
     @property
+    def llm(self) -> TextModel:
+        """Who answers."""
+        return self._llm
+
+    @property
     def template(self) -> Template:
         """How messages are shown to the model."""
         return self._tree.template
@@ -168,6 +173,11 @@ class Chat:
         turn = self._last("to take back")
         self._tree.heads[self.branch] = turn.before
         return turn.message
+
+    def begin(self, name: str) -> None:
+        """Begins a branch in which nothing was said yet, and goes on in it."""
+        self.fork(name)
+        self._tree.heads[name] = None
 
     def fork(self, name: str) -> None:
         """Begins a branch here and goes on in it; the branch we come from stays as it is."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .. import adapters
+from ..catalog import BUNDLED
 from ..checkpoint import load_checkpoint, locate, select_notes
 from ..errors import InputError, show
 from ..models import Model, State
@@ -34,7 +35,6 @@ from .text_model import TextModel
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-BUNDLED = Path(__file__).parent.parent / "bundled"
 DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usually sampled with
 
 
@@ -54,8 +54,9 @@ class LLM(TextModel):
     ):
         """
         Args:
-            path: a checkpoint (.pth, .safetensors) or a folder; a Model is taken as it is, where it is;
-                None = the small model that comes with the package.
+            path: a file or folder of any format, a name on the Hugging Face hub, or the short name of a downloaded
+                model; a Model is taken as it is, where it is; "bundled" or None = the small model that comes with the
+                package.
             tokenizer: "bytes", "world", a tokenizer.json or a Tokenizer; None = found beside the checkpoint or told
                 from the size of the vocabulary.
             dtype, device: for a model that is loaded; None keeps the file's dtype, the bundled model gets float32.
@@ -80,9 +81,9 @@ class LLM(TextModel):
         else:
             if path is None and not (BUNDLED / "config.json").is_file():
                 raise InputError("this installation has no bundled model: give the path of one")
-            if path is None:  # so small that float32 is the fastest everywhere
-                path, dtype = BUNDLED, dtype or "float32"
-            path = locate(path)
+            path = locate(BUNDLED if path is None else path)
+            if path == BUNDLED and dtype is None:  # so small that float32 is the fastest everywhere
+                dtype = "float32"
             model, checkpoint = load_checkpoint(path, dtype, device, quantize=quantize, progress=progress)
             described = select_notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:

@@ -1,0 +1,36 @@
+"""Errors of the world in a line: what is wrong outside of heronry."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from ..errors import InputError
+
+# torch's, C++'s and the dynamic linker's words for one thing
+NO_MEMORY = re.compile(
+    r"can't allocate|cannot allocate|not enough memory|out of memory|bad_alloc|can't start new thread|"
+    r"failed to map segment",
+    re.IGNORECASE,
+)
+PLAIN = {errno.EBADF: "standard input or output is closed"}  # instead of the system's words
+EXTRA = ("typer", "rich", "prompt_toolkit")  # packages of the extra `cli`
+
+
+def describe(error: BaseException) -> str | None:
+    """One line for what is wrong with input, disk, permissions, memory or the installation; None for an error that is
+    heronry's own."""
+    if isinstance(error, InputError):
+        line = str(error)
+    elif isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        line = "there is not enough memory"
+    elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("heronry"):
+        install = "heronry[cli]" if error.name in EXTRA else error.name
+        line = f"this needs the package {error.name}: pip install '{install}'"
+    elif isinstance(error, OSError) and error.errno is not None:
+        reason = PLAIN.get(error.errno, os.strerror(error.errno))
+        line = f"{error.filename}: {reason}" if error.filename is not None else reason
+    else:
+        return None
+    return " ".join(line.splitlines())

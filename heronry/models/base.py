@@ -238,7 +238,7 @@ class Model(Network):
             raise InputError("this state belongs to another model")
         if state.rows != rows:
             raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
-        if self._step is not None and state is self._step.last_state[0] and tokens.device.type == "cpu":
+        if self._step is not None and state is self._step.last_state[0]() and tokens.device.type == "cpu":
             return state, cu  # the native step itself returned it, and states are never modified
         first = state.layers[0]
         shift = (rows, self.config.n_embd)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_
 from pathlib import Path
@@ -46,6 +47,8 @@ class _Call(ctypes.Structure):  # Call in native_step.h
         ("logits", ctypes.c_void_p),
         ("last_only", ctypes.c_int64),
         ("ln_x_eps", ctypes.c_double),
+        ("memory", ctypes.c_void_p),
+        ("memory_size", ctypes.c_void_p),
     ]
 
 
@@ -71,10 +74,10 @@ class NativeStep:
         self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [m.__dict__ for m in self.modules[1:]]
-        # The state returned last and the addresses of its tensors: as a rule it is passed in next, and looking at a
-        # hundred small tensors takes longer than computing the layers of a small model. One tuple, replaced as a whole,
-        # because threads share the step.
-        self.last_state: tuple[State | None, list[int]] = (None, [])
+        # The state returned last, while somebody holds it, and the addresses of its tensors: as a rule it is passed in
+        # next, and looking at a hundred small tensors takes longer than computing the layers of a small model. One tuple,
+        # replaced as a whole, because threads share the step.
+        self.last_state: tuple[Callable[[], State | None], list[int]] = (lambda: None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
         fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
@@ -85,7 +88,7 @@ class NativeStep:
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.layer_count = config.n_layer
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
-        self.states, self.logits = Pool(), Pool()
+        self.states, self.logits, self.buffers = Pool(), Pool(), Pool()
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
         layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
@@ -136,8 +139,8 @@ class NativeStep:
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
         one = self.shapes(sequences)
-        left, pointers = self.last_state
-        if state is not left:
+        last, pointers = self.last_state
+        if state is not last():
             entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
             if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
                 raise InputError("this state is damaged: its tensors do not fit the model")
@@ -165,13 +168,18 @@ class NativeStep:
             logits.data_ptr(),
             last_only,
             self.ln_x_eps,
+            None,
+            ctypes.addressof(size := ctypes.c_int64()),
         )
         assert self.library is not None
+        self.library.step(ctypes.byref(call))  # without memory it only writes the size of what it needs
+        buffer = self.buffers.allocate(-(-size.value // 4))
+        call.memory = buffer.data_ptr()
         self.library.step(ctypes.byref(call))
         del begin, pointer  # the call has read them
         left = State.from_stacked(leaving, state.fingerprint)
         addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]
-        self.last_state = left, list(chain.from_iterable(zip(*addresses, strict=True)))
+        self.last_state = weakref.ref(left), list(chain.from_iterable(zip(*addresses, strict=True)))
         return logits, left
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:

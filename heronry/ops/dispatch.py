@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
@@ -55,7 +54,7 @@ def source(operator: str) -> Path:
     return Path(__file__).parent / ("wkv6" if operator == "wkv5" else operator) / "cpu.cpp"
 
 
-def native_library(operator: str) -> ctypes.CDLL:
+def native_library(operator: str) -> build.Library:
     """The compiled C++ of an operator for which `has_native_body` is true."""
     library = build.library(source(operator))
     assert library is not None

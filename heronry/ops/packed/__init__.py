@@ -12,12 +12,14 @@ makes a product with many tokens fast.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...memory import Pool
 from ..arguments import DTYPES
 from ..dispatch import has_native_body, native_library
 
@@ -28,6 +30,7 @@ TILE = 16  # output rows that are stored together
 # where outliers set the scale, most weights are close to 0. The levels fit into 7 bits, as some kernels need
 # (matmul.h), which costs no accuracy.
 LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
+_buffers = Pool()  # for the activations of a product
 TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 
@@ -96,8 +99,11 @@ def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor
     y = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
     matrix = (ctypes.c_int64 * 6)(*describe(data, scales, rows))
     dtype, count, threads = map(ctypes.c_int64, (DTYPES.index(x.dtype), len(x), torch.get_num_threads()))
-    where = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
-    native_library("packed").packed_matmul(matrix, next(where), dtype, next(where), count, threads)
+    x_at, y_at = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
+    matmul = partial(native_library("packed").packed_matmul, matrix, x_at, dtype, y_at, count, threads)
+    matmul(None, ctypes.byref(size := ctypes.c_int64()))  # without memory it only writes the size of what it needs
+    buffer = _buffers.allocate(-(-size.value // 4))
+    matmul(ctypes.c_void_p(buffer.data_ptr()), ctypes.byref(size))
     return y.to(x.dtype)
 
 

@@ -4,8 +4,8 @@
 of Python and dispatching, and with every weight read once for all rows. bfloat16 matrices multiply activations rounded
 to bfloat16, packed ones activations rounded to 8 bits (ops/matmul.h); everything else is float32, logits included.
 
-The plain model is the definition: the step replaces it only while the model consists of exactly the modules and tensors
-that the step was built for, none of them with hooks.
+The plain model is the definition: the step replaces it only while the model consists of exactly the modules, settings
+and tensors that the step was built for, none of them with hooks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..errors import InputError
 from ..memory import Pool
 from ..ops import arguments, packed
 from .state import LayerState, State
@@ -63,6 +62,12 @@ def source_path(name: str) -> Path:
     return Path(__file__).parent / f"{name}.cpp"
 
 
+def settings(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module holds besides tensors and modules, as the eps of a norm: numbers that the C++ takes for granted."""
+    own = module.__dict__
+    return {name: own[name] for name in own if name[0] != "_" and name != "training"}
+
+
 class NativeStep:
     """The step of one model: the addresses of its weights, and what must stay the same for them to be valid."""
 
@@ -74,9 +79,12 @@ class NativeStep:
         self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [m.__dict__ for m in self.modules[1:]]
+        self.places = [(m.__dict__, name) for m in self.modules[1:] for name in settings(m)]
+        self.places.append((model.__dict__, "config"))
+        self.settings = [own[name] for own, name in self.places]
         # The state returned last, while somebody holds it, and the addresses of its tensors: as a rule it is passed in
-        # next, and looking at a hundred small tensors takes longer than computing the layers of a small model. One tuple,
-        # replaced as a whole, because threads share the step.
+        # next, and looking at a hundred small tensors takes longer than computing the layers of a small model. One
+        # tuple, replaced as a whole, because threads share the step.
         self.last_state: tuple[Callable[[], State | None], list[int]] = (lambda: None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
@@ -88,6 +96,7 @@ class NativeStep:
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.layer_count = config.n_layer
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
+        self.shapes = model.state_shapes
         self.states, self.logits, self.buffers = Pool(), Pool(), Pool()
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
@@ -114,21 +123,15 @@ class NativeStep:
         return table
 
     def is_current(self) -> bool:
-        """Whether the model still has the modules and tensors that this step was built for."""
+        """Whether the model still has the modules, settings and tensors that this step was built for."""
         objects = chain.from_iterable(map(dict.values, self.parts))
         same = all(map(is_, self.objects, objects)) and next(objects, None) is None
+        same = same and [own.get(name) for own, name in self.places] == self.settings
         return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
     def is_available(self) -> bool:
         """Whether there is C++ for this model, and no hooks or replaced `forward` that it would bypass."""
         return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
-
-    def shapes(self, sequences: int) -> tuple[tuple[int, ...], ...]:
-        """The shapes of a layer's state."""
-        channels, attention, heads, *_ = self.sizes
-        size = attention // heads if heads else 0
-        wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
-        return (sequences, channels), wkv, (sequences, channels)
 
     def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
         """As the model's forward: returns float32 logits and the new state."""
@@ -142,8 +145,6 @@ class NativeStep:
         last, pointers = self.last_state
         if state is not last():
             entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
-            if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
-                raise InputError("this state is damaged: its tensors do not fit the model")
             pointers = [x.data_ptr() for layer in entering for x in layer]
         count = self.layer_count
         sizes = [count * math.prod(shape) for shape in one]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...memory import Pool
 from ..arguments import DTYPES
-from ..dispatch import has_native_body, native_library
+from ..dispatch import check_devices, has_native_body, native_library
 
 GROUP = 32
 INT8, INT4 = 4, 5  # Format in matmul.h
@@ -82,7 +82,13 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     """x [..., in] times the transpose of a tiled matrix [rows, in]: [..., rows] in x's dtype.
 
     Differentiable in x. In C++ where that compiles, for activations of float32, bfloat16 and float16 on a CPU.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the tensors are not all on one device; the message names it.
+        MemoryError: there is no memory for the rounded activations.
     """
+    check_devices("packed_matmul", x, data, scales)
+    _check_tiles(data, scales, rows)
     columns = scales.shape[1] * GROUP
     if x.shape[-1] != columns:
         raise ValueError(f"packed_matmul: x must have {columns} numbers in its last dimension, got {list(x.shape)}")
@@ -90,12 +96,23 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     return y.view(*x.shape[:-1], rows)
 
 
+def _check_tiles(data: Tensor, scales: Tensor, rows: int) -> None:
+    """ValueError unless data and scales are a tiled matrix of `rows` output rows: C++ would read beyond its end."""
+    tiles = -(-rows // TILE)
+    groups = scales.shape[1] if scales.ndim == 3 else 0
+    shapes = [(tiles, groups * GROUP // per_word, TILE, 4) for per_word in (4, 8)]
+    fits = rows > 0 and scales.shape == (tiles, groups, TILE) and data.shape in shapes
+    if not fits or data.dtype != torch.uint8 or scales.dtype != torch.float16:
+        found = " and ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (data, scales))
+        raise ValueError(f"packed_matmul: {found} are not a tiled matrix of {rows} rows")
+
+
 @torch.library.custom_op("heronry::packed_matmul", mutates_args=())
 def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     """x [M, in] -> [M, rows]."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or not has_native_body("packed"):
         return reference(x, data, scales, rows)
-    x = x.contiguous()
+    x, data, scales = x.contiguous(), data.contiguous(), scales.contiguous()
     y = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
     matrix = (ctypes.c_int64 * 6)(*describe(data, scales, rows))
     dtype, count, threads = map(ctypes.c_int64, (DTYPES.index(x.dtype), len(x), torch.get_num_threads()))

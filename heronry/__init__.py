@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .engine.llm import LLM
     from .engine.sampling import Sampling
     from .errors import InputError
+    from .memory import release_memory
     from .models import RWKV4, RWKV5, RWKV6, RWKV7, Model, State, VisionModel
     from .quantization import quantize
 
@@ -31,6 +32,7 @@ __all__ = [
     "initial_state",
     "load",
     "quantize",
+    "release_memory",
     "save",
 ]
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ _MODULES = {
     "initial_state": ".checkpoint",
     "load": ".checkpoint",
     "quantize": ".quantization",
+    "release_memory": ".memory",
     "save": ".checkpoint",
 }
 _SUBMODULES = {"adapters", "checkpoint", "convert", "data", "engine", "evaluate", "formats", "integrations", "models"}

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from . import compiler
 
@@ -38,7 +39,7 @@ level: str | None = None  # one of compiler.LEVELS instead of the best that this
 _locks: dict[tuple[Path, str], threading.Lock] = {}
 
 
-def library(source: Path) -> ctypes.CDLL | None:
+def library(source: Path) -> Library | None:
     """The compiled `source`; None, with one warning, where there is no way to get it."""
     if not compiler.uses_vectors(source):
         return _library(source, "portable")
@@ -68,7 +69,7 @@ def _has_dotprod() -> bool:
 
 
 @cache
-def _library(source: Path, level: str) -> ctypes.CDLL | None:
+def _library(source: Path, level: str) -> Library | None:
     with _locks.setdefault((source, level), threading.Lock()):
         error: OSError | None = None
         for get in _ways(source, level):
@@ -101,8 +102,23 @@ def _compile(source: Path, level: str, folder: Path, announce: bool) -> Path:
     return compiler.compile_library(source, level, folder)
 
 
-def _load(file: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(file))
+class Library(ctypes.CDLL):
+    """A compiled library. Its functions raise MemoryError where they return -1 (EXPORT in ops/platform.h)."""
+
+    def __getitem__(self, name: str) -> Any:  # every first access to a function comes here
+        function = super().__getitem__(name)
+        function.errcheck = _check_status
+        return function
+
+
+def _check_status(result: Any, function: Any, _: object) -> Any:
+    if result == -1:
+        raise MemoryError(f"not enough memory for {function.__name__}")
+    return result
+
+
+def _load(file: Path) -> Library:
+    loaded = Library(str(file))
     if hasattr(loaded, "use_openmp"):
         loaded.use_openmp(torch_openmp())
     return loaded

@@ -1,16 +1,17 @@
 """Huge pages for large tensors, and a pool of memory for short-lived ones.
 
 Decoding reads all weights and writes a new state for every token. Huge pages save address translations, and the pool
-saves the kernel from allocating and clearing the pages of a state at every step.
+saves the kernel from allocating and clearing the pages of a state at every step. `release_memory` empties the pools.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import sys
-import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -50,42 +51,73 @@ class Arena:
 
 
 def _block(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise _not_enough(size) from error
     with contextlib.suppress(OSError):  # the kernel has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
-class Pool:
-    """Memory for short-lived tensors: a block is reused once no tensor refers to it any more.
+def _not_enough(size: int) -> MemoryError:
+    return MemoryError(f"not enough memory: {size / 1e6:.1f} MB more cannot be had")
 
-    A tensor, or any view of it, keeps its block in use. The pool keeps the SPARE largest blocks, used or not.
+
+class Pool:
+    """Memory for short-lived tensors: a block is used again once no tensor refers to it any more.
+
+    A tensor, or any view of it, keeps its block in use. Of the blocks that are not in use the pool keeps the SPARE
+    largest. Threads may share it.
     """
 
     SPARE = 2
 
     def __init__(self) -> None:
-        self.blocks: list[mmap.mmap] = []
-        self.lock = threading.Lock()
+        self.spare: list[mmap.mmap] = []
+        _pools.add(self)
 
     def allocate(self, count: int) -> Tensor:
-        """An uninitialised float32 tensor [count] on the CPU."""
+        """An uninitialised float32 tensor [count] on the CPU, aligned to 64 bytes."""
         size = 4 * count
         if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(count, dtype=torch.float32, device="cpu")
-        with self.lock:
-            for place in range(len(self.blocks)):
-                if sys.getrefcount(self.blocks[place]) == ALONE and len(self.blocks[place]) >= size:
-                    return torch.frombuffer(self.blocks[place], dtype=torch.float32, count=count)
-            memory = _block(size)
-            self.blocks = sorted([*self.blocks, memory], key=len)[-self.SPARE :]
-            return torch.frombuffer(memory, dtype=torch.float32, count=count)
+            try:
+                return torch.empty(count, dtype=torch.float32, device="cpu")
+            except RuntimeError as error:
+                raise _not_enough(size) from error
+        block = self._take(size) or _block(size)
+        view = memoryview(block)  # the tensor's own: it goes when the last tensor on this memory goes
+        weakref.finalize(view, self._give_back, block)
+        return torch.frombuffer(view, dtype=torch.float32, count=count)
+
+    def _take(self, size: int) -> mmap.mmap | None:
+        """A spare block of at least this size; whoever removes one from the list has it."""
+        for block in sorted(self.spare, key=len):
+            if len(block) >= size:
+                with contextlib.suppress(ValueError):  # another thread has taken it
+                    self.spare.remove(block)
+                    return block
+        return None
+
+    def _give_back(self, block: mmap.mmap) -> None:
+        # without a lock: this runs wherever a tensor goes, in the middle of any other method too
+        self.spare.append(block)
+        while len(self.spare) > self.SPARE:
+            with contextlib.suppress(ValueError):  # another thread has taken it
+                self.spare.remove(min(self.spare, key=len))
+
+    def release(self) -> None:
+        """Frees the spare blocks."""
+        self.spare.clear()
 
 
-def _alone() -> int:
-    """The sys.getrefcount of a block that only a list refers to; it differs between versions of Python."""
-    blocks = [mmap.mmap(-1, 4096)]
-    return sys.getrefcount(blocks[0])
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
-ALONE = _alone()
+def release_memory() -> None:
+    """Gives the memory that heronry and the C library keep for the next call back to the system, as after a large
+    batch. What models, states and other tensors hold stays; the next step takes a little longer."""
+    for pool in list(_pools):
+        pool.release()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)

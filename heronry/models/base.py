@@ -18,7 +18,7 @@ from . import native_step
 from .fingerprint import compute_fingerprint, sample_all
 from .layers import Linear, PackedLinear
 from .sequence_parallel import Boundaries, SequenceShard
-from .state import LayerState, State
+from .state import LayerShapes, LayerState, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +52,11 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def check_device(self, what: str, x: Tensor) -> None:
+        """InputError unless `x`, called `what` in the message, is where the weights are."""
+        if x.device != self.device:
+            raise InputError(f"{what} on {x.device}, but the model is on {self.device}: move one of them with .to()")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,6 +144,15 @@ class Model(Network):
         super().__init__(config)
         self._step: native_step.NativeStep | None = None
 
+    def state_shapes(self, rows: int) -> LayerShapes:
+        """The shapes of a layer's state of `rows` sequences, in the order of LayerState."""
+        c = self.config
+        if size := getattr(c, "head_size", 0):
+            wkv: tuple[int, ...] = (rows, c.dim_att // size, size, size)
+        else:
+            wkv = (rows, 3, c.dim_att)
+        return (rows, c.n_embd), wkv, (rows, c.n_embd)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: everything but the native step, which holds addresses of this model's weights."""
         return self.__dict__ | {"_step": None}
@@ -196,15 +210,14 @@ class Model(Network):
         return self._step if self._step.is_available() else None
 
     def is_unmodified(self) -> bool:
-        """Whether it consists of the modules that its class creates, packed matrices apart: no adapters, no surgery."""
+        """Whether it is what its class makes of its configuration, packed matrices apart: the same modules with the
+        same settings, parameters of the same shapes. No adapters, no surgery."""
         with torch.device("meta"):
             fresh = type(self)(self.config)
-        expected = {
-            name: (Linear, PackedLinear) if type(m) is Linear else (type(m),) for name, m in fresh.named_modules()
-        }
         modules = dict(self.named_modules())
-        return expected.keys() == modules.keys() and all(
-            type(modules[name]) in types for name, types in expected.items()
+        expected = dict(fresh.named_modules())
+        return modules.keys() == expected.keys() and all(
+            _is_same_module(modules[name], module) for name, module in expected.items() if name
         )
 
     def validate_inputs(
@@ -216,6 +229,7 @@ class Model(Network):
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
             what = f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}"
             raise InputError(f"tokens must be integers (int64 or int32) [B, T] with T >= 1, got {what}")
+        self.check_device("tokens", tokens)
         if not torch.compiler.is_compiling() and not tokens.is_meta:
             ids = tokens.flatten().tolist()
             low, high = min(ids), max(ids)
@@ -238,16 +252,24 @@ class Model(Network):
             raise InputError("this state belongs to another model")
         if state.rows != rows:
             raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
-        if self._step is not None and state is self._step.last_state[0] and tokens.device.type == "cpu":
+        if self._step is not None and state is self._step.last_state[0]() and tokens.device.type == "cpu":
             return state, cu  # the native step itself returned it, and states are never modified
-        first = state.layers[0]
-        shift = (rows, self.config.n_embd)
-        fits = len(state.layers) == self.config.n_layer and first.att_shift.shape == first.ffn_shift.shape == shift
-        if not fits or not first.wkv.is_floating_point():
+        expected = self.state_shapes(rows) * self.config.n_layer
+        tensors = [x for layer in state.layers for x in layer]
+        if tuple(x.shape for x in tensors) != expected or not all(x.is_floating_point() for x in tensors):
             raise InputError("this state is damaged: its tensors do not fit the model")
-        if first.wkv.device != tokens.device:
-            raise InputError(f"the state is on {first.wkv.device}, the tokens on {tokens.device}: move it with .to()")
+        for x in tensors:
+            self.check_device("state", x)
         return state, cu
+
+
+def _is_same_module(module: nn.Module, fresh: nn.Module) -> bool:
+    """Whether a module has the type, the settings and the shapes of a new one, or is that matrix in 8 or 4 bits."""
+    if type(fresh) is not Linear or type(module) is not PackedLinear:
+        shapes = [{name: p is None or p.shape for name, p in m._parameters.items()} for m in (module, fresh)]
+        if type(module) is not type(fresh) or shapes[0] != shapes[1]:
+            return False
+    return native_step.settings(module) == native_step.settings(fresh)
 
 
 def replace_embeddings(model: Model, tokens: Tensor, vectors: Tensor) -> RemovableHandle:
@@ -255,6 +277,6 @@ def replace_embeddings(model: Model, tokens: Tensor, vectors: Tensor) -> Removab
 
     The C++ step does not run for a model that has hooks.
     """
-    vectors = vectors.to(model.emb.weight.dtype)
+    vectors = vectors.to(model.emb.weight)
     # only for this very tensor: another thread may be running the model on its own tokens
     return model.emb.register_forward_hook(lambda _, inputs, output: vectors if inputs[0] is tokens else output)

@@ -18,6 +18,8 @@ struct Call {
     float* logits;                       // [rows, vocabulary]; with last_only [sequences, vocabulary]
     int64_t last_only;
     double ln_x_eps;
+    char* memory;          // see with_memory
+    int64_t* memory_size;
 };
 
 // ---- vectors -------------------------------------------------------------------------------------------------------

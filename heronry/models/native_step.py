@@ -4,15 +4,16 @@
 of Python and dispatching, and with every weight read once for all rows. bfloat16 matrices multiply activations rounded
 to bfloat16, packed ones activations rounded to 8 bits (ops/matmul.h); everything else is float32, logits included.
 
-The plain model is the definition: the step replaces it only while the model consists of exactly the modules and tensors
-that the step was built for, none of them with hooks.
+The plain model is the definition: the step replaces it only while the model consists of exactly the modules, settings
+and tensors that the step was built for, none of them with hooks.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..errors import InputError
 from ..memory import Pool
 from ..ops import arguments, packed
 from .state import LayerState, State
@@ -46,6 +46,8 @@ class _Call(ctypes.Structure):  # Call in native_step.h
         ("logits", ctypes.c_void_p),
         ("last_only", ctypes.c_int64),
         ("ln_x_eps", ctypes.c_double),
+        ("memory", ctypes.c_void_p),
+        ("memory_size", ctypes.c_void_p),
     ]
 
 
@@ -60,6 +62,12 @@ def source_path(name: str) -> Path:
     return Path(__file__).parent / f"{name}.cpp"
 
 
+def settings(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module holds besides tensors and modules, as the eps of a norm: numbers that the C++ takes for granted."""
+    own = module.__dict__
+    return {name: own[name] for name in own if name[0] != "_" and name != "training"}
+
+
 class NativeStep:
     """The step of one model: the addresses of its weights, and what must stay the same for them to be valid."""
 
@@ -71,10 +79,13 @@ class NativeStep:
         self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [m.__dict__ for m in self.modules[1:]]
-        # The state returned last and the addresses of its tensors: as a rule it is passed in next, and looking at a
-        # hundred small tensors takes longer than computing the layers of a small model. One tuple, replaced as a whole,
-        # because threads share the step.
-        self.last_state: tuple[State | None, list[int]] = (None, [])
+        self.places = [(m.__dict__, name) for m in self.modules[1:] for name in settings(m)]
+        self.places.append((model.__dict__, "config"))
+        self.settings = [own[name] for own, name in self.places]
+        # The state returned last, while somebody holds it, and the addresses of its tensors: as a rule it is passed in
+        # next, and looking at a hundred small tensors takes longer than computing the layers of a small model. One
+        # tuple, replaced as a whole, because threads share the step.
+        self.last_state: tuple[Callable[[], State | None], list[int]] = (lambda: None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
         fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
@@ -85,7 +96,8 @@ class NativeStep:
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.layer_count = config.n_layer
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
-        self.states, self.logits = Pool(), Pool()
+        self.shapes = model.state_shapes
+        self.states, self.logits, self.buffers = Pool(), Pool(), Pool()
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
         layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
@@ -111,21 +123,15 @@ class NativeStep:
         return table
 
     def is_current(self) -> bool:
-        """Whether the model still has the modules and tensors that this step was built for."""
+        """Whether the model still has the modules, settings and tensors that this step was built for."""
         objects = chain.from_iterable(map(dict.values, self.parts))
         same = all(map(is_, self.objects, objects)) and next(objects, None) is None
+        same = same and [own.get(name) for own, name in self.places] == self.settings
         return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
 
     def is_available(self) -> bool:
         """Whether there is C++ for this model, and no hooks or replaced `forward` that it would bypass."""
         return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
-
-    def shapes(self, sequences: int) -> tuple[tuple[int, ...], ...]:
-        """The shapes of a layer's state."""
-        channels, attention, heads, *_ = self.sizes
-        size = attention // heads if heads else 0
-        wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
-        return (sequences, channels), wkv, (sequences, channels)
 
     def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
         """As the model's forward: returns float32 logits and the new state."""
@@ -136,11 +142,9 @@ class NativeStep:
         starts = cu or range(0, batch * length + 1, length)
         sequences = len(starts) - 1
         one = self.shapes(sequences)
-        left, pointers = self.last_state
-        if state is not left:
+        last, pointers = self.last_state
+        if state is not last():
             entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
-            if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
-                raise InputError("this state is damaged: its tensors do not fit the model")
             pointers = [x.data_ptr() for layer in entering for x in layer]
         count = self.layer_count
         sizes = [count * math.prod(shape) for shape in one]
@@ -165,13 +169,18 @@ class NativeStep:
             logits.data_ptr(),
             last_only,
             self.ln_x_eps,
+            None,
+            ctypes.addressof(size := ctypes.c_int64()),
         )
         assert self.library is not None
+        self.library.step(ctypes.byref(call))  # without memory it only writes the size of what it needs
+        buffer = self.buffers.allocate(-(-size.value // 4))
+        call.memory = buffer.data_ptr()
         self.library.step(ctypes.byref(call))
         del begin, pointer  # the call has read them
         left = State.from_stacked(leaving, state.fingerprint)
         addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]
-        self.last_state = left, list(chain.from_iterable(zip(*addresses, strict=True)))
+        self.last_state = weakref.ref(left), list(chain.from_iterable(zip(*addresses, strict=True)))
         return logits, left
 
     def _in_pieces(self, tokens: Tensor, state: State, last_only: bool) -> tuple[Tensor, State]:

@@ -47,14 +47,14 @@ void run_head(const Call& c, const Layer& layer, int64_t h, int64_t s, const Hea
     head_with_bonus<SIZE>(c, h, s, from, bonus, decay, entering, state, out);
 }
 
-EXPORT void step(const Call* call) {
+EXPORT int step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;
     const int64_t M = c.rows, C = c.channels, A = c.attention, size = A / c.heads;
     const int64_t kept_shift = c.sequences * C, kept_wkv = c.sequences * A * size;  // numbers of a layer's state
 
-    with_memory([&](Arena& memory) {
+    with_memory(c.memory, c.memory_size, [&](Arena& memory) {
         const Rows x = memory.rows(M, C), out = memory.rows(c.last_only ? c.sequences : M, C);
         const Rows xk = memory.rows(M, C), xv = memory.rows(M, C), xr = memory.rows(M, C), xg = memory.rows(M, C);
         const Rows y = memory.rows(M, A), hidden = memory.rows(M, c.hidden);
@@ -126,4 +126,5 @@ EXPORT void step(const Call* call) {
             read_out(me, c, x, model.ln_out_weight, model.ln_out_bias, model.head, out);
         });
     });
+    return 0;
 }

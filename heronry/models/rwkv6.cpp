@@ -44,7 +44,7 @@ void run_head(const Call& c, const Layer& layer, int64_t h, int64_t s, const Hea
     head_with_bonus<SIZE>(c, h, s, from, bonus, decay, entering, state, out);
 }
 
-EXPORT void step(const Call* call) {
+EXPORT int step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;
@@ -52,7 +52,7 @@ EXPORT void step(const Call* call) {
     const int64_t kept_shift = c.sequences * C, kept_wkv = c.sequences * A * size;  // numbers of a layer's state
     const int64_t mix_rank = layers->maa_w1.columns / 5, decay_rank = layers->time_decay_w1.columns;
 
-    with_memory([&](Arena& memory) {
+    with_memory(c.memory, c.memory_size, [&](Arena& memory) {
         const Rows x = memory.rows(M, C), out = memory.rows(c.last_only ? c.sequences : M, C), xx = memory.rows(M, C);
         const Rows xw = memory.rows(M, C), xk = memory.rows(M, C), xv = memory.rows(M, C);
         const Rows xr = memory.rows(M, C), xg = memory.rows(M, C);
@@ -154,4 +154,5 @@ EXPORT void step(const Call* call) {
             read_out(me, c, x, model.ln_out_weight, model.ln_out_bias, model.head, out);
         });
     });
+    return 0;
 }

@@ -115,7 +115,7 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
     }
 }
 
-EXPORT void step(const Call* call) {
+EXPORT int step(const Call* call) {
     const Call& c = *call;
     const Model& model = *(const Model*)c.model;
     const Layer* layers = (const Layer*)c.layers;
@@ -125,7 +125,7 @@ EXPORT void step(const Call* call) {
     for (const Tensor* w : {&layers->w1, &layers->a1, &layers->g1, &layers[c.layer_count - 1].v1})
         rank = w->columns > rank ? w->columns : rank;
 
-    with_memory([&](Arena& memory) {
+    with_memory(c.memory, c.memory_size, [&](Arena& memory) {
         const Rows x = memory.rows(M, C), out = memory.rows(c.last_only ? c.sequences : M, C);
         const Rows xr = memory.rows(M, C), xw = memory.rows(M, C), xk = memory.rows(M, C);
         const Rows xv = memory.rows(M, C), xa = memory.rows(M, C), xg = memory.rows(M, C);
@@ -219,4 +219,5 @@ EXPORT void step(const Call* call) {
             read_out(me, c, x, model.ln_out_weight, model.ln_out_bias, model.head, out);
         });
     });
+    return 0;
 }

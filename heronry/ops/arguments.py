@@ -19,7 +19,7 @@ def array(x: torch.Tensor) -> tuple[int, int, int, int, int]:
 
 def call(function: Any, tensors: Iterable[torch.Tensor], cu: Sequence[int] | None, *numbers: int) -> None:
     """Calls function(Arrays of the tensors, boundaries of packed sequences or null, numbers ..., threads)."""
-    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    dense = [(x if x.stride(-1) == 1 else x.contiguous()).resolve_neg() for x in tensors]
     arrays = [number for x in dense for number in array(x)]
     function(
         (ctypes.c_int64 * len(arrays))(*arrays),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
@@ -46,7 +45,7 @@ def select_body(
         raise ValueError(f"{operator}: the body 'cpu' cannot run on {device}")
     if impl == "cpu" and not has_native_body(operator):
         raise ValueError(f"{operator}: the body 'cpu' needs a C++ compiler (g++ or clang++)")
-    return partial(_in_full_precision, bodies[impl])
+    return partial(_run_body, operator, bodies[impl])
 
 
 @cache
@@ -55,7 +54,7 @@ def source(operator: str) -> Path:
     return Path(__file__).parent / ("wkv6" if operator == "wkv5" else operator) / "cpu.cpp"
 
 
-def native_library(operator: str) -> ctypes.CDLL:
+def native_library(operator: str) -> build.Library:
     """The compiled C++ of an operator for which `has_native_body` is true."""
     library = build.library(source(operator))
     assert library is not None
@@ -82,8 +81,13 @@ def select_entry_point(
     return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
 
 
-def _in_full_precision(body: Callable[..., Output], *args: Any) -> Output:
-    """body(*args) without autocast, which would round the state and, in float16, overflow the factors of chunks."""
+def _run_body(operator: str, body: Callable[..., Output], *args: Any) -> Output:
+    """body(*args) without autocast, which would round the state and, in float16, overflow the factors of chunks.
+
+    Raises:
+        ValueError: the tensors are not all on one device.
+    """
+    check_devices(operator, *(x for x in args if isinstance(x, Tensor)))
     device = args[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return body(*args)
@@ -100,6 +104,14 @@ def longest_sequence(tokens: int, cu: tuple[int, ...] | None) -> int:
     """The length of the longest sequence. Packed ones count as long: the body that reads a sequence, and with it the
     last bits of its state, must not depend on the other sequences in the pack."""
     return tokens if cu is None else max(tokens, MAX_LOOP_TOKENS + 1)
+
+
+def check_devices(operator: str, *tensors: Tensor) -> None:
+    """ValueError unless all tensors are on one device."""
+    device = tensors[0].device
+    for x in tensors:
+        if x.device != device:
+            raise ValueError(f"{operator}: all tensors must be on one device, got {device} and {x.device}")
 
 
 def check_sizes(operator: str, name: str, x: Tensor, letters: str) -> tuple[int, ...]:

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <memory>
-#include <new>
 #include <thread>
 
 #include "matmul.h"
@@ -28,13 +26,13 @@ struct Member {
 
 template <class F> void team(int threads, const F& work) {
     std::atomic<int64_t> met{0};
-    on_threads(threads, [&](int index, int count) { work(Member{index, count, &met}); });
+    on_threads(threads, [&](int index, int count) noexcept { work(Member{index, count, &met}); });  // others would wait
 }
 
-// All buffers of a step, carved out of one block that the calling thread keeps for the next step.
+// All buffers of a step, carved out of one block that Python lends for the call, aligned to 64 bytes.
 struct Arena {
     char* block;
-    size_t used = 0, size;
+    size_t used = 0;
 
     template <class T> T* take(int64_t n) {
         T* taken = (T*)(block + used);
@@ -54,23 +52,10 @@ struct Arena {
     }
 };
 
-constexpr std::align_val_t ALIGNED{64};
-
-// Runs `work` twice: first with a null block, to measure how much memory it takes (it must do nothing else then), and
-// again with a block of that size, which is null too if it cannot be allocated.
-template <class F> void with_memory(const F& work) {
-    struct Free {
-        void operator()(char* block) const { ::operator delete(block, ALIGNED); }
-    };
-    static thread_local std::unique_ptr<char, Free> kept;
-    static thread_local size_t size = 0;
-    Arena counting{nullptr};
-    work(counting);
-    if (counting.used > size) {
-        kept.reset();
-        kept.reset((char*)::operator new(counting.used, ALIGNED, std::nothrow));
-        size = kept ? counting.used : 0;
-    }
-    Arena memory{kept.get()};
+// Runs `work` with the memory at `block`. Without a block it must do nothing but take what it needs: that many bytes are
+// then written to `size`.
+template <class F> void with_memory(char* block, int64_t* size, const F& work) {
+    Arena memory{block};
     work(memory);
+    *size = int64_t(memory.used);
 }

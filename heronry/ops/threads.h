@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <new>
 
 #include "platform.h"
 
@@ -20,20 +21,27 @@ struct OpenMP {
 };
 static OpenMP openmp{};
 
-EXPORT void use_openmp(const OpenMP* functions) { openmp = *functions; }
+EXPORT int use_openmp(const OpenMP* functions) {
+    openmp = *functions;
+    return 0;
+}
 
 struct Region {
     void (*run)(const void* work, int index, int count);
     const void* work;
+    std::atomic<bool> failed{false};
 };
 static void run_in_team(void* data) {
-    const Region* region = (const Region*)data;
-    region->run(region->work, openmp.thread_index(), openmp.thread_count());
+    Region* region = (Region*)data;
+    try {
+        region->run(region->work, openmp.thread_index(), openmp.thread_count());
+    } catch (...) {  // an exception that leaves a thread of the runtime ends the process
+        region->failed = true;
+    }
 }
 static void run_in_llvm_team(int32_t*, int32_t*, void* data) { run_in_team(data); }
 
-static void run_region(Region region, int threads) {
-    if (threads <= 1 || !openmp.thread_index) return region.run(region.work, 0, 1);
+static void start_team(Region& region, int threads) {
     if (openmp.gnu_parallel) return openmp.gnu_parallel(run_in_team, &region, unsigned(threads), 0);
     static struct {  // ident_t of LLVM's runtime: the source location of a region
         int32_t reserved = 0, flags = 2, more[2] = {0, 0};
@@ -43,9 +51,17 @@ static void run_region(Region region, int threads) {
     openmp.llvm_fork(&location, 1, run_in_llvm_team, &region);
 }
 
-// calls work(index, count) once on every thread of a team of at most `threads`; all run at the same time
+static void run_region(Region& region, int threads) {
+    if (threads <= 1 || !openmp.thread_index) return region.run(region.work, 0, 1);
+    start_team(region, threads);
+    if (region.failed) throw std::bad_alloc();
+}
+
+// Calls work(index, count) once on every thread of a team of at most `threads`; all run at the same time. Throws if one
+// of them did.
 template <class F> INLINE void on_threads(int threads, const F& work) {
-    run_region({[](const void* f, int index, int count) { (*(const F*)f)(index, count); }, &work}, threads);
+    Region region{[](const void* f, int index, int count) { (*(const F*)f)(index, count); }, &work};
+    run_region(region, threads);
 }
 
 // calls work(unit) for every unit below `units`, on up to `threads` threads

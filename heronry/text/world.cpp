@@ -4,7 +4,6 @@
 // n as its parent. A node is identified by the index of its slot, the root is 0. Python owns the array.
 #include <algorithm>
 #include <cstdint>
-#include <new>
 #include <vector>
 
 #include "platform.h"
@@ -109,7 +108,7 @@ EXPORT int world_build(uint64_t* array, int64_t slots, const uint8_t* bytes, con
         for (const Node& node : trie.nodes)
             array[node.slot] = uint64_t(trie.nodes[node.parent].slot) << 40 | uint64_t(node.base) << 16 | node.token;
         return 1;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
         return -1;
     }
 }

@@ -78,8 +78,8 @@ class NativeEncoder:
         self._trie = (ctypes.c_uint64 * SLOTS)()
         build_trie = library.world_build
         build_trie.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
-        if build_trie(self._trie, SLOTS, joined, lengths, len(lengths)) != 1:
-            raise MemoryError("not enough memory for the vocabulary of World")
+        if not build_trie(self._trie, SLOTS, joined, lengths, len(lengths)):
+            raise ValueError(f"the vocabulary does not fit into {SLOTS} slots")
         self._encode = library.world_encode
         self._encode.restype = ctypes.c_int64
         self._encode.argtypes = [

@@ -68,11 +68,12 @@ def test_packed_matrices(format: str, rows: int, emulator: Emulator, monkeypatch
     data, scales = packed.tile(*FORMATS[format](torch.randn(33, 96, generator=generator)))
     x = torch.randn(rows, 96, generator=generator)
 
-    def product(matrix, x_at, dtype, y_at, count, threads) -> None:
-        address, size = ctypes.addressof(matrix), ctypes.sizeof(matrix)
-        memory = [(address, size), span(data), span(scales), (ctypes.addressof(packed.TABLE), 16)]
-        memory += [(x_at.value, rows * 96 * 4), (y_at.value, rows * 33 * 4)]
-        values = [address, x_at.value, dtype.value, y_at.value, count.value, 1]
+    def product(matrix, x_at, dtype, y_at, count, threads, block, size) -> None:
+        address, size_at = ctypes.addressof(matrix), ctypes.addressof(size._obj)
+        memory = [(address, ctypes.sizeof(matrix)), span(data), span(scales), (ctypes.addressof(packed.TABLE), 16)]
+        memory += [(x_at.value, rows * 96 * 4), (y_at.value, rows * 33 * 4), (size_at, 8)]
+        memory += [(block.value, size._obj.value)] if block else []
+        values = [address, x_at.value, dtype.value, y_at.value, count.value, 1, block.value if block else 0, size_at]
         emulator.call(dispatch.source("packed"), "packed_matmul", values, memory)
 
     monkeypatch.setattr(packed, "native_library", lambda operator: SimpleNamespace(packed_matmul=product))
@@ -103,13 +104,15 @@ def test_steps_of_models(version: str, weights: str, emulator: Emulator, random_
         ]
         sizes = [step.layer_count * math.prod(shape) * 4 for shape in step.shapes(call.sequences)]
         memory += zip((call.att_shift, call.wkv, call.ffn_shift), sizes, strict=True)
-        memory += [(call.logits, call.rows * call.vocabulary * 4)]
+        memory += [(call.logits, call.rows * call.vocabulary * 4), (call.memory_size, 8)]
+        if call.memory:
+            memory += [(call.memory, ctypes.c_int64.from_address(call.memory_size).value)]
         emulator.call(native_step.source_path(model.name), "step", [ctypes.addressof(call)], memory)
 
     expected = plain(model, text)
     native = step(text, state, cu, False)
     pointers = [x.data_ptr() for x in entering]
-    step.last_state = state, pointers
+    step.last_state = (lambda: state), pointers
     step.library = SimpleNamespace(step=call)
     actual = step(text, state, cu, False)
     # sums in another order may round an activation to the next bfloat16 or the next of 255 integers

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from heronry import RWKV4, InputError, State
 from heronry.checkpoint import assemble
@@ -234,6 +235,34 @@ def test_foreign_states_are_refused(model, version, random_checkpoint):
     model(tokens(1, 3), other.initial_state())
     with pytest.raises(InputError, match="belongs to another model"):
         model(tokens(1, 3), wider.initial_state())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_every_tensor_must_be_where_the_model_is(model, gradients):
+    """On meta a result is made up, or in C++ the process ends."""
+    text = torch.randint(101, (2, 3), generator=torch.Generator().manual_seed(0))
+    state = model(text)[1].detach()
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(
+            InputError, match=r"^tokens on meta, but the model is on cpu: move one of them with \.to\(\)$"
+        ):
+            model(text.to("meta"))
+        for i, name in ((0, "wkv"), (1, "att_shift"), (1, "ffn_shift")):
+            layers = list(state.layers)
+            layers[i] = layers[i]._replace(**{name: getattr(layers[i], name).to("meta")})
+            with pytest.raises(InputError, match=r"^state on meta, but the model is on cpu"):
+                model(text, State(layers, state.fingerprint))
+
+
+def test_every_tensor_of_a_state_must_fit(model):
+    text = torch.randint(101, (2, 3), generator=torch.Generator().manual_seed(0))
+    state = model(text)[1].detach()
+    for i, name in ((0, "ffn_shift"), (1, "att_shift"), (1, "wkv")):
+        for damage in (lambda x: x[:1], lambda x: x[..., :-1], Tensor.long):
+            layers = list(state.layers)
+            layers[i] = layers[i]._replace(**{name: damage(getattr(layers[i], name))})
+            with pytest.raises(InputError, match=r"^this state (is damaged|of 1 sequences)"), torch.no_grad():
+                model(text, State(layers, state.fingerprint))
 
 
 def test_counts_its_parameters_and_knows_device_and_dtype(model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import shutil
@@ -172,6 +174,57 @@ def test_changed_modules(change, model, taken):
     found, expected = model(text), plain(model, text)
     assert farthest(found, expected) < 1e-5
     assert distance(found[0], before.double()) > 1e-4
+
+
+def norms(model: Model) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+
+
+@torch.no_grad()
+def test_the_eps_of_every_norm_is_seen(model, taken):
+    text = tokens(2, 3)
+    first, _ = model(text)
+    for name in norms(model):
+        norm = model.get_submodule(name)
+        eps, norm.eps = norm.eps, 0.3
+        found = model(text)
+        assert farthest(found, plain(model, text)) < 1e-5, name
+        assert distance(found[0], first.double()) > 1e-4, name
+        norm.eps = eps
+    assert len(taken) == 1
+    assert torch.equal(model(text)[0], first)
+    assert len(taken) == 2
+
+
+@torch.no_grad()
+def test_every_setting_is_seen(model, taken):
+    """Whatever number a module or the configuration holds: once changed, the plain model runs, or refuses."""
+    text = tokens(2, 3)
+    expected = model(text)
+    for name, module in [("", model), *model.named_modules()]:
+        for setting, value in native_step.settings(module).items() if name else ():
+            if isinstance(value, int | float):
+                setattr(module, setting, not value if isinstance(value, bool) else 2 * value + 1)
+                taken.clear()
+                with contextlib.suppress(RuntimeError, AttributeError, ValueError, TypeError):
+                    model(text)
+                assert not taken, f"{name}.{setting}"
+                setattr(module, setting, value)
+    config = model.config
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("time_state", "version", "log_bonus", "deep_rank"):
+            changed = copy.copy(config)
+            object.__setattr__(changed, field.name, 2 * value)
+            model.config = changed
+            model.invalidate_fingerprint()
+            taken.clear()
+            with contextlib.suppress(RuntimeError, ValueError):
+                model(text)
+            assert not taken, field.name
+    model.config = config
+    model.invalidate_fingerprint()
+    assert same(model(text), expected)
 
 
 @torch.no_grad()

@@ -426,3 +426,11 @@ def test_without_a_compiler_the_plain_loop_runs_on_a_cpu(monkeypatch):
     monkeypatch.setattr("heronry.ops.dispatch.has_native_body", lambda operator: False)
     arguments = draw(2, 40, 8)
     assert torch.equal(biwkv(**arguments), biwkv(**arguments, impl="reference"))
+
+
+@pytest.mark.parametrize("impl", ["auto", *BODIES])
+def test_tensors_on_several_devices_are_refused(impl: str):
+    arguments = draw(2, 6, 5)
+    for name, x in arguments.items():
+        with pytest.raises(ValueError, match=r"^biwkv: (all tensors must be on one device|the body 'cpu' cannot run)"):
+            biwkv(**arguments | {name: x.to("meta")}, impl=impl)

@@ -180,3 +180,11 @@ def test_no_tokens_and_unknown_bodies_are_refused():
         ValueError, match="biwkv6 has no body 'fast'; choose one of auto, reference, chunked, cpu, recurrent"
     ):
         biwkv6(**arguments, impl="fast")
+
+
+@pytest.mark.parametrize("impl", ["auto", *BODIES])
+def test_tensors_on_several_devices_are_refused(impl: str):
+    arguments = draw(2, 6, 3, 5)
+    for name, x in arguments.items():
+        with pytest.raises(ValueError, match=r"^biwkv6: all tensors must be on one device"):
+            biwkv6(**arguments | {name: x.to("meta")}, impl=impl)

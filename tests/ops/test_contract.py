@@ -216,3 +216,24 @@ def test_autocast_does_not_reach_inside(operator: Operator, impl: str, dtype: to
         autocast_y, autocast_state = operator.call(**arguments, impl=impl)
     assert torch.equal(autocast_y, y)
     assert torch.equal(autocast_state, state)
+
+
+@pytest.mark.parametrize(("operator", "impl"), BODIES)
+def test_tensors_on_several_devices_are_refused(operator: Operator, impl: str):
+    """In C++ the address of a tensor without memory ends the process."""
+    arguments = to(draw(operator, 1, 5, 1, 4), torch.float32)
+    for name, x in arguments.items():
+        mixed = arguments | {name: x.to("meta")}
+        with pytest.raises(ValueError, match=rf"^{operator.name}: (all tensors must be on one device|the body 'cpu')"):
+            operator.call(**mixed, impl=impl)
+    with pytest.raises(ValueError, match=rf"^{operator.name}: all tensors must be on one device, got cpu and meta$"):
+        operator.call(**arguments | {"v": arguments["v"].to("meta")}, impl=impl)
+
+
+@pytest.mark.parametrize(("operator", "impl"), BODIES)
+def test_a_view_that_negates_is_read_as_what_it_is(operator: Operator, impl: str):
+    arguments = to(draw(operator, 1, 5, 1, 4), torch.float32)
+    expected, _ = operator.call(**arguments, impl=impl)
+    v = torch.complex(torch.zeros_like(arguments["v"]), -arguments["v"]).conj().imag
+    assert v.is_neg()
+    assert torch.equal(operator.call(**arguments | {"v": v}, impl=impl)[0], expected)

@@ -131,3 +131,37 @@ def test_levels_rise_through_zero_and_fit_a_byte():
     assert list(LEVELS) == sorted(set(LEVELS))
     assert 0 in LEVELS
     assert all(-64 <= level < 64 for level in LEVELS)
+
+
+def test_a_matrix_that_is_none_is_refused():
+    """C++ would read beyond its end."""
+    data, scales = tile(*FORMATS["int8"](matrix(30, 64)))
+    x = matrix(5, 64)
+    assert packed_matmul(x, data, scales, 30).shape == (5, 30)
+    wrong = [
+        (data, scales, 33),
+        (data, scales, 16),
+        (data, scales, 0),
+        (data[:1], scales, 30),
+        (data, scales[:, :1], 30),
+        (data.float(), scales, 30),
+        (data, scales.float(), 30),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match=r"^packed_matmul: .* are not a tiled matrix of \d+ rows$"):
+            packed_matmul(x, *arguments)
+    rows, columns = (
+        data.transpose(1, 2).contiguous().transpose(1, 2),
+        scales.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert torch.equal(packed_matmul(x, rows, columns, 30), packed_matmul(x, data, scales, 30))
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_tensors_on_several_devices_are_refused(place: int):
+    tensors = [matrix(5, 64), *tile(*FORMATS["int8"](matrix(30, 64)))]
+    tensors[place] = tensors[place].to("meta")
+    with pytest.raises(
+        ValueError, match=r"^packed_matmul: all tensors must be on one device, got (cpu and meta|meta and cpu)$"
+    ):
+        packed_matmul(*tensors, 30)

@@ -233,6 +233,7 @@ class VisionModel(Network):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
             what = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             raise InputError(f"images must be floating point [B, 3, height, width], got {what}")
+        self.check_device("images", images)
         x, grid = self.patch_embed(images)
         return self.layers[0].ln0(x + self.positions(grid)), grid
 

@@ -362,22 +362,26 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 }  // namespace
 
 // x: log_w, k, v, u, y, kept [sequences * chunks, 3, A]: the future after every chunk. Sequences cannot be packed.
-EXPORT void biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
-                          int64_t chunk, int64_t threads) {
-    const Call call(x, 6, tokens, channels, chunk);
-    if (x[5].dtype == FLOAT64)
-        each(call, sequences, threads, [&](const Unit& unit) { forward<double>(call, unit); });
-    else
-        each(call, sequences, threads, [&](const Unit& unit) { forward<float>(call, unit); });
+EXPORT int biwkv_forward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
+                         int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call(x, 6, tokens, channels, chunk);
+        if (x[5].dtype == FLOAT64)
+            each(call, sequences, threads, [&](const Unit& unit) { forward<double>(call, unit); });
+        else
+            each(call, sequences, threads, [&](const Unit& unit) { forward<float>(call, unit); });
+    });
 }
 
 // x: log_w, k, v, u, kept, dy, scratch for notes [sequences * chunks, 6, A], then the gradients of log_w, k, v, u.
 // Those of log_w and u have one row per sequence.
-EXPORT void biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
-                           int64_t chunk, int64_t threads) {
-    const Call call(x, 11, tokens, channels, chunk);
-    if (x[4].dtype == FLOAT64)
-        each(call, sequences, threads, [&](const Unit& unit) { backward<double>(call, unit); });
-    else
-        each(call, sequences, threads, [&](const Unit& unit) { backward<float>(call, unit); });
+EXPORT int biwkv_backward(const Array* x, const int64_t*, int64_t sequences, int64_t tokens, int64_t channels,
+                          int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call(x, 11, tokens, channels, chunk);
+        if (x[4].dtype == FLOAT64)
+            each(call, sequences, threads, [&](const Unit& unit) { backward<double>(call, unit); });
+        else
+            each(call, sequences, threads, [&](const Unit& unit) { backward<float>(call, unit); });
+    });
 }

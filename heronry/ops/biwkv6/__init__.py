@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import check_shape, check_sizes, state_dtype
+from ..dispatch import check_devices, check_shape, check_sizes, state_dtype
 from ..wkv6 import BODIES as WKV6_BODIES
 from ..wkv6 import wkv6
 from . import recurrent
@@ -39,6 +39,7 @@ def biwkv6(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor, *, impl: s
     for name, x in (("log_w", log_w), ("k", k), ("v", v)):
         check_shape("biwkv6", name, x, shape)
     check_shape("biwkv6", "u", u, shape[2:])
+    check_devices("biwkv6", r, log_w, k, v, u)
     if impl != "auto" and impl not in BODIES:
         raise ValueError(f"biwkv6 has no body {impl!r}; choose one of auto, {', '.join(BODIES)}")
     if impl == "recurrent":

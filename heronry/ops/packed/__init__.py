@@ -12,14 +12,16 @@ makes a product with many tokens fast.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...memory import Pool
 from ..arguments import DTYPES
-from ..dispatch import has_native_body, native_library
+from ..dispatch import check_devices, has_native_body, native_library
 
 GROUP = 32
 INT8, INT4 = 4, 5  # Format in matmul.h
@@ -28,6 +30,7 @@ TILE = 16  # output rows that are stored together
 # where outliers set the scale, most weights are close to 0. The levels fit into 7 bits, as some kernels need
 # (matmul.h), which costs no accuracy.
 LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
+_buffers = Pool()  # for the activations of a product
 TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 
@@ -79,7 +82,13 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     """x [..., in] times the transpose of a tiled matrix [rows, in]: [..., rows] in x's dtype.
 
     Differentiable in x. In C++ where that compiles, for activations of float32, bfloat16 and float16 on a CPU.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the tensors are not all on one device; the message names it.
+        MemoryError: there is no memory for the rounded activations.
     """
+    check_devices("packed_matmul", x, data, scales)
+    _check_tiles(data, scales, rows)
     columns = scales.shape[1] * GROUP
     if x.shape[-1] != columns:
         raise ValueError(f"packed_matmul: x must have {columns} numbers in its last dimension, got {list(x.shape)}")
@@ -87,17 +96,31 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     return y.view(*x.shape[:-1], rows)
 
 
+def _check_tiles(data: Tensor, scales: Tensor, rows: int) -> None:
+    """ValueError unless data and scales are a tiled matrix of `rows` output rows: C++ would read beyond its end."""
+    tiles = -(-rows // TILE)
+    groups = scales.shape[1] if scales.ndim == 3 else 0
+    shapes = [(tiles, groups * GROUP // per_word, TILE, 4) for per_word in (4, 8)]
+    fits = rows > 0 and scales.shape == (tiles, groups, TILE) and data.shape in shapes
+    if not fits or data.dtype != torch.uint8 or scales.dtype != torch.float16:
+        found = " and ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (data, scales))
+        raise ValueError(f"packed_matmul: {found} are not a tiled matrix of {rows} rows")
+
+
 @torch.library.custom_op("heronry::packed_matmul", mutates_args=())
 def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     """x [M, in] -> [M, rows]."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or not has_native_body("packed"):
         return reference(x, data, scales, rows)
-    x = x.contiguous()
+    x, data, scales = x.contiguous(), data.contiguous(), scales.contiguous()
     y = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
     matrix = (ctypes.c_int64 * 6)(*describe(data, scales, rows))
     dtype, count, threads = map(ctypes.c_int64, (DTYPES.index(x.dtype), len(x), torch.get_num_threads()))
-    where = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
-    native_library("packed").packed_matmul(matrix, next(where), dtype, next(where), count, threads)
+    x_at, y_at = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
+    matmul = partial(native_library("packed").packed_matmul, matrix, x_at, dtype, y_at, count, threads)
+    matmul(None, ctypes.byref(size := ctypes.c_int64()))  # without memory it only writes the size of what it needs
+    buffer = _buffers.allocate(-(-size.value // 4))
+    matmul(ctypes.c_void_p(buffer.data_ptr()), ctypes.byref(size))
     return y.to(x.dtype)
 
 

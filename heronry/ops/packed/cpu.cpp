@@ -2,9 +2,11 @@
 
 #include "team.h"
 
-EXPORT void packed_matmul(const Tensor* w, const void* x, int64_t dtype, float* y, int64_t rows, int64_t threads) {
+// block, size: as for with_memory
+EXPORT int packed_matmul(const Tensor* w, const void* x, int64_t dtype, float* y, int64_t rows, int64_t threads,
+                         char* block, int64_t* size) {
     const int64_t in = w->columns, out = w->rows;
-    with_memory([&](Arena& memory) {
+    with_memory(block, size, [&](Arena& memory) {
         const Rows all = memory.rows(rows, in);
         if (!memory.block) return;
         team(int(threads), [&](Member me) {
@@ -16,4 +18,5 @@ EXPORT void packed_matmul(const Tensor* w, const void* x, int64_t dtype, float* 
             matmul(*w, all, y, out, me.part(out));
         });
     });
+    return 0;
 }

@@ -180,22 +180,26 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, c
 }  // namespace
 
 // x: log_w, k, v, u, state, y, final state, kept states (null data: none are kept)
-EXPORT void wkv4_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
-                         int64_t chunk, int64_t threads) {
-    const Call call(x, 8, cu, tokens, channels, chunk);
-    if (x[4].dtype == FLOAT64)
-        each(call, sequences, threads, [&](int64_t s, int64_t channel) { forward<double>(call, s, channel); });
-    else
-        each(call, sequences, threads, [&](int64_t s, int64_t channel) { forward<float>(call, s, channel); });
+EXPORT int wkv4_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
+                        int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call(x, 8, cu, tokens, channels, chunk);
+        if (x[4].dtype == FLOAT64)
+            each(call, sequences, threads, [&](int64_t s, int64_t channel) { forward<double>(call, s, channel); });
+        else
+            each(call, sequences, threads, [&](int64_t s, int64_t channel) { forward<float>(call, s, channel); });
+    });
 }
 
 // x: log_w, k, v, u, kept states, dy, gradient of the final state, then the gradients of log_w, k, v, u and of the
 // initial state. Those of log_w and u have one row per sequence.
-EXPORT void wkv4_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
-                          int64_t chunk, int64_t threads) {
-    const Call call(x, 12, cu, tokens, channels, chunk);
-    if (x[4].dtype == FLOAT64)
-        each(call, sequences, threads, [&](int64_t s, int64_t channel) { backward<double>(call, s, channel); });
-    else
-        each(call, sequences, threads, [&](int64_t s, int64_t channel) { backward<float>(call, s, channel); });
+EXPORT int wkv4_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t channels,
+                         int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call(x, 12, cu, tokens, channels, chunk);
+        if (x[4].dtype == FLOAT64)
+            each(call, sequences, threads, [&](int64_t s, int64_t channel) { backward<double>(call, s, channel); });
+        else
+            each(call, sequences, threads, [&](int64_t s, int64_t channel) { backward<float>(call, s, channel); });
+    });
 }

@@ -287,20 +287,24 @@ template <class F> void each(const Call& call, int64_t sequences, int threads, b
 }  // namespace
 
 // x: r, log_w, k, v, u, state, y, final state, kept states (null data: none are kept)
-EXPORT void wkv6_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                         int64_t size, int64_t chunk, int64_t threads) {
-    const Call call{x, cu, tokens, heads, int(size), int(chunk)};
-    each(call, sequences, threads, x[5].dtype == FLOAT64, [&](auto number, auto vectors, int64_t s, int64_t h) {
-        forward<decltype(number), vectors()>(call, s, h);
+EXPORT int wkv6_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                        int64_t size, int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call{x, cu, tokens, heads, int(size), int(chunk)};
+        each(call, sequences, threads, x[5].dtype == FLOAT64, [&](auto number, auto vectors, int64_t s, int64_t h) {
+            forward<decltype(number), vectors()>(call, s, h);
+        });
     });
 }
 
 // x: r, log_w, k, v, u, kept states, dy, gradient of the final state, then the gradients of r, log_w, k, v, u and of
 // the initial state. That of u, and of log_w where it is constant, has one row per sequence.
-EXPORT void wkv6_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                          int64_t size, int64_t chunk, int64_t constant_decay, int64_t threads) {
-    const Call call{x, cu, tokens, heads, int(size), int(chunk)};
-    each(call, sequences, threads, x[5].dtype == FLOAT64, [&](auto number, auto vectors, int64_t s, int64_t h) {
-        backward<decltype(number), vectors()>(call, s, h, constant_decay);
+EXPORT int wkv6_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                         int64_t size, int64_t chunk, int64_t constant_decay, int64_t threads) {
+    return status([&] {
+        const Call call{x, cu, tokens, heads, int(size), int(chunk)};
+        each(call, sequences, threads, x[5].dtype == FLOAT64, [&](auto number, auto vectors, int64_t s, int64_t h) {
+            backward<decltype(number), vectors()>(call, s, h, constant_decay);
+        });
     });
 }

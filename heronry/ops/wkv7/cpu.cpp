@@ -358,16 +358,20 @@ template <class R> void any_backward(const Call& call, const Array* x, int64_t t
 }  // namespace
 
 // x: r, log_w, k, v, a, b, state, y, final state, kept states (null data: none are kept)
-EXPORT void wkv7_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                         int64_t size, int64_t chunk, int64_t threads) {
-    const Call call{cu, sequences, tokens, heads, chunk, int(size)};
-    x[6].dtype == FLOAT64 ? any_forward<double>(call, x, threads) : any_forward<float>(call, x, threads);
+EXPORT int wkv7_forward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                        int64_t size, int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call{cu, sequences, tokens, heads, chunk, int(size)};
+        x[6].dtype == FLOAT64 ? any_forward<double>(call, x, threads) : any_forward<float>(call, x, threads);
+    });
 }
 
 // x: r, log_w, k, v, a, b, kept states, dy, gradient of the final state; then the gradients of r, log_w, k, v, a, b
 // and of the initial state
-EXPORT void wkv7_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
-                          int64_t size, int64_t chunk, int64_t threads) {
-    const Call call{cu, sequences, tokens, heads, chunk, int(size)};
-    x[6].dtype == FLOAT64 ? any_backward<double>(call, x, threads) : any_backward<float>(call, x, threads);
+EXPORT int wkv7_backward(const Array* x, const int64_t* cu, int64_t sequences, int64_t tokens, int64_t heads,
+                         int64_t size, int64_t chunk, int64_t threads) {
+    return status([&] {
+        const Call call{cu, sequences, tokens, heads, chunk, int(size)};
+        x[6].dtype == FLOAT64 ? any_backward<double>(call, x, threads) : any_backward<float>(call, x, threads);
+    });
 }

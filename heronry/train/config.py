@@ -113,7 +113,7 @@ class VisionSection:
     mixup: float = 0.0  # alpha of Beta(alpha, alpha); with cutmix as well, each batch gets one of the two
     cutmix: float = 0.0
     label_smoothing: float = 0.1
-    workers: int = -1  # processes that read images; -1: as many as there are cores to spare, up to 8
+    workers: int = -1  # threads that read images; -1: as many as there are cores to spare, up to 8
 
     def check(self) -> None:
         _positive("vision", self, "size", "patch_size", "decay_lr")

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -79,7 +80,7 @@ class Trainer:
         views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # otherwise gradients are stored twice
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[views])
         self.precision = build.resolve_precision(config, self.accelerator.device)
-        set_seed(config.run.seed)
+        torch.manual_seed(config.run.seed)  # of new weights, which are the same in every process
         self.model, self.task = self._build_vision(model) if config.model.is_vision else self._build_language(model)
         self.steps = config.run.steps or math.ceil(
             config.run.epochs * self.task.rows_per_epoch / self.task.rows_per_step
@@ -259,12 +260,12 @@ class Trainer:
                 raise InputError(f"{self.out}: cannot be written ({error}); the same command tries again") from error
         return model.eval() if self.ema is not None else self.model.eval()
 
-    def train_step(self) -> tuple[float, float]:
+    def train_step(self) -> tuple[float | None, float]:
         """Updates the weights once.
 
         Returns:
             The mean loss in nats per token (or image) that counts, and the norm of the gradients before clipping. If
-            the norm is not finite, the weights have not changed.
+            no token counts (the loss is None) or the norm is not finite, nothing has changed but the carried states.
         """
         config, device = self.config, self.accelerator.device
         passes = list(self.task.batches(self.step))
@@ -273,32 +274,41 @@ class Trainer:
         )
         n_counted, n_targets = self._sum_over_processes(counts.sum(0)).tolist()
         set_lr(self.optimizer, lr_factor(self.step, self.steps, config.optim))
+        l2wrap = config.optim.l2wrap / n_targets if n_counted else 0.0
         total_nats = torch.zeros((), dtype=torch.float64)
         for i, batches in enumerate(passes):
             # gradients are exchanged once, after the last pass; if sharded, no process could hold them until then
             accumulates = i < len(passes) - 1 and not self.model.sharded
             with self.accelerator.no_sync(self.wrapped_model) if accumulates else contextlib.nullcontext():
                 loss = torch.zeros((), device=device)
-                for batch in batches:
+                for j, batch in enumerate(batches):
+                    self._seed_pass(i, j)
                     nats, squares = self.task.compute_loss(self.wrapped_model, batch, self._autocast())
-                    l2wrap = config.optim.l2wrap / n_targets * squares
                     # the gradients of the processes are averaged, but have to be summed
-                    loss = loss + (nats / max(1.0, n_counted) + l2wrap) * self.accelerator.num_processes
+                    loss = loss + (nats / max(1.0, n_counted) + l2wrap * squares) * self.accelerator.num_processes
                     total_nats += nats.detach().double().cpu()
                 self.accelerator.backward(loss)
         if self.model.sharded:
             fsdp.average_unsharded_gradients(self.model)
         grad_norm = self._clip_gradients()
-        applied = math.isfinite(grad_norm)
-        if applied:
+        finite = math.isfinite(grad_norm)
+        if finite and n_counted:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
-        self.task.finish_step(applied)
+        self.task.finish_step(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.units += int(n_targets)
-        return (self._sum_over_processes(total_nats) / max(1.0, n_counted)).item(), grad_norm
+        total_nats = self._sum_over_processes(total_nats)
+        return total_nats.item() / n_counted if n_counted else None, grad_norm
+
+    def _seed_pass(self, *numbers: int) -> None:
+        """Seeds dropout, drop path and augmentation: every forward pass of every process draws its own numbers, which
+        depend on nothing else, so that a run that is resumed draws the same."""
+        key = (self.step, *numbers, self.accelerator.process_index)
+        seed = np.random.SeedSequence(self.config.run.seed, spawn_key=key).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
 
     def _clip_gradients(self) -> float:
         """Clips the gradients of all processes together; returns their norm before that."""

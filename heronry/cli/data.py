@@ -23,7 +23,7 @@ def data(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PREFIX", help="The token file, without its endings.")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="bytes, world, a tokenizer.json, or a model's folder.")
+        str, typer.Option("--tokenizer", help="bytes, world, bundled, a tokenizer.json, or a model's folder.")
     ] = "world",
     template: Annotated[
         str | None,
@@ -87,12 +87,13 @@ def data(
 
 def _tokenizer_spec(name: str) -> str:
     """What load_tokenizer takes: "bytes", "world" or the path of a tokenizer.json; `name` may also be the folder of a
-    model, which holds that file or whose vocabulary size decides."""
+    model, which holds that file or whose vocabulary size decides, or "bundled"."""
     import json
 
+    from ..engine.llm import BUNDLED
     from ..text.tokenizers import guess_tokenizer
 
-    path = Path(name).expanduser()
+    path = BUNDLED if name == "bundled" else Path(name).expanduser()
     if name in ("bytes", "world"):
         return name
     if not path.is_dir():

@@ -14,6 +14,11 @@ class InputError(ValueError):
     """
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def show(value: object) -> str:
     """A value for a message of one line: itself if it is short, else its type."""
     text = repr(value)

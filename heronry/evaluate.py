@@ -7,34 +7,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .data.sources import describe, find_sources, read_records
 from .engine.llm import LLM
 from .errors import InputError
 from .models import Model, State
+from .progress import Progress
 
 MAX_TOKENS = 4096  # of a pass through the model
 MAX_ROWS = 64  # texts of a pass, each of which has a state
 Item = TypeVar("Item")
-
-
-class Track(Protocol):
-    """Passes items on and shows how many of `total` are done."""
-
-    def __call__(self, items: Iterable[Item], total: int, /) -> Iterable[Item]: ...
-
-
-def track_silently(items: Iterable[Item], total: int) -> Iterable[Item]:
-    return items
+Report = Callable[[int], None]  # called with the number of tokens just read or predicted
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ class LambadaScore:
     accuracy: float
 
 
-def score_texts(llm: LLM, texts: Sequence[str], track: Track = track_silently) -> TextScore:
+def score_texts(llm: LLM, texts: Sequence[str], progress: Progress | None = None) -> TextScore:
     """Bits per byte and perplexity of texts, each read from an empty state.
 
     The first token of a text is predicted too if the model has tokens that every text starts after (see
@@ -84,7 +76,7 @@ def score_texts(llm: LLM, texts: Sequence[str], track: Track = track_silently) -
     n_tokens = sum(len(continuation) for _, continuation in pairs)
     if n_tokens == 0:
         raise InputError("there is no text to measure")
-    nats = -sum(total for total, _ in log_likelihoods(llm.model, pairs, track))
+    nats = -sum(total for total, _ in log_likelihoods(llm.model, pairs, progress))
     n_bytes = sum(len(text.encode()) for text in texts)
     if not opening:
         vocabulary = getattr(llm.tokenizer, "vocabulary", None)  # a token may be part of a character, no text by itself
@@ -93,22 +85,24 @@ def score_texts(llm: LLM, texts: Sequence[str], track: Track = track_silently) -
     return TextScore(nats, n_tokens, n_bytes)
 
 
-def score_lambada(llm: LLM, passages: Sequence[str], track: Track = track_silently) -> LambadaScore:
+def score_lambada(llm: LLM, passages: Sequence[str], progress: Progress | None = None) -> LambadaScore:
     """LAMBADA: the last word of each passage, predicted from the words before it."""
+    if not passages:
+        raise InputError("there is no passage to measure")
     pairs = []
     for passage in passages:
         context, space, word = passage.rpartition(" ")
         if not space:
             raise InputError(f"a passage has only one word: {passage[:60]!r}")
         pairs.append(encode_pair(llm, context, " " + word))
-    results = log_likelihoods(llm.model, pairs, track)
+    results = log_likelihoods(llm.model, pairs, progress)
     nats = -sum(total for total, _ in results) / len(results)
     return LambadaScore(math.exp(nats), sum(greedy for _, greedy in results) / len(results))
 
 
 def opening_tokens(llm: LLM) -> list[int]:
-    """The token ids in front of a text that starts from an empty state: the model's own, else the tokenizer's end of
-    text, else none."""
+    """The token ids in front of all that is read from an empty state, whole texts and contexts alike: the model's own,
+    else the tokenizer's end of text (0 in World), else none. BlinkDL's figures have it too."""
     return list(llm.opening) or sorted(llm.tokenizer.stop_ids)[:1]
 
 
@@ -119,24 +113,24 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
     """
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
-    if not context:
-        ids = llm.tokenizer.encode(continuation)
-        opening = opening_tokens(llm)
-        return (opening, ids) if opening else (ids[:1], ids[1:])
     context_ids = llm.tokenizer.encode(context)
-    return [*llm.opening, *context_ids], llm.tokenizer.encode(context + continuation)[len(context_ids) :]
+    ids = llm.tokenizer.encode(context + continuation)
+    opening = opening_tokens(llm)
+    if not opening and not context_ids:
+        return ids[:1], ids[1:]
+    return [*opening, *context_ids], ids[len(context_ids) :]
 
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], track: Track = track_silently
+    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress | None = None
 ) -> list[tuple[float, bool]]:
     """How likely each continuation is after its context.
 
     Args:
         pairs: (context, continuation) in token ids, neither of them empty. A context that several pairs share is read
             once.
-        track: shows the progress over the passes through the model.
+        progress: called with the tokens read, and in all.
 
     Returns:
         For each pair log p(continuation | context) in nats, and whether each token is the most likely one.
@@ -150,13 +144,21 @@ def log_likelihoods(
             raise InputError(f"pair {i} has an empty {'continuation' if context else 'context'}")
         groups.setdefault(tuple(context), []).append(i)
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-    passes = list(_split_into_passes(sorted(groups, key=len, reverse=True), len))
-    for contexts in track(passes, len(passes)):
-        logits, state = _read_contexts(model, contexts)
+    done, total = 0, sum(map(len, groups)) + sum(len(continuation) for _, continuation in pairs)
+
+    def report(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        if progress is not None:
+            progress(done, total)
+
+    for contexts in _split_into_passes(sorted(groups, key=len, reverse=True), len):
+        logits, state = _read_contexts(model, contexts, report)
         members = [(row, i) for row, context in enumerate(contexts) for i in groups[context]]
         for part in _split_into_passes(members, lambda member: len(pairs[member[1]][1])):
             rows = [row for row, _ in part]
-            scores = _score_continuations(model, logits[rows], state[rows], [pairs[i][1] for _, i in part])
+            continuations = [pairs[i][1] for _, i in part]
+            scores = _score_continuations(model, logits[rows], state[rows], continuations, report)
             for (_, i), score in zip(part, scores, strict=True):
                 results[i] = score
     return results
@@ -177,7 +179,7 @@ def _split_into_passes(items: Sequence[Item], size: Callable[[Item], int]) -> It
         yield batch
 
 
-def _read_contexts(model: Model, contexts: Sequence[Sequence[int]]) -> tuple[Tensor, State]:
+def _read_contexts(model: Model, contexts: Sequence[Sequence[int]], report: Report) -> tuple[Tensor, State]:
     """The logits after each of S contexts, [S, V], and the S states there. A single one may have any length."""
     device = model.device
     if len(contexts) > 1:
@@ -186,15 +188,17 @@ def _read_contexts(model: Model, contexts: Sequence[Sequence[int]]) -> tuple[Ten
             ends.append(ends[-1] + len(context))
         tokens = torch.tensor([[token for context in contexts for token in context]], device=device)
         logits, state = model(tokens, cu_seqlens=ends, last_only=True)
+        report(tokens.numel())
         return logits[0], state
     state = model.initial_state()
     for piece in torch.split(torch.tensor([list(contexts[0])], device=device), MAX_TOKENS, dim=1):
         logits, state = model(piece, state, last_only=True)
+        report(piece.numel())
     return logits[:, -1], state
 
 
 def _score_continuations(
-    model: Model, logits: Tensor, state: State, continuations: Sequence[Sequence[int]]
+    model: Model, logits: Tensor, state: State, continuations: Sequence[Sequence[int]], report: Report
 ) -> list[tuple[float, bool]]:
     """The log-likelihood of each of S continuations, in nats, and whether all of its tokens are the most likely ones.
 
@@ -213,6 +217,7 @@ def _score_continuations(
         for row, loss, hit in zip(rows, losses, hits, strict=True):
             sums[row] -= loss
             greedy[row] &= hit
+        report(len(rows))
 
     add(logits, torch.tensor([ids[0] for ids in continuations], device=device), range(len(continuations)))
     if len(continuations) == 1:
@@ -236,26 +241,21 @@ def _score_continuations(
     return list(zip(sums, greedy, strict=True))
 
 
-def read_texts(path: Path, key: str = "text") -> list[str]:
-    """The texts of a .jsonl, one object a line with its text under `key`, or the whole of any other file.
+def read_texts(path: str | Path, key: str = "text") -> list[str]:
+    """The texts of a file: one a line of a .jsonl or a row of a .parquet, under `key`, else the whole of it. Files may
+    be compressed; a folder has the texts of all its files.
 
     Raises:
         InputError: the file cannot be read, or a line holds no text.
     """
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
-    if path.suffix != ".jsonl":
-        return [text]
-    texts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            texts.append(json.loads(line)[key])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a JSON object with the key {key!r}") from error
-        if not isinstance(texts[-1], str):
-            raise InputError(f"{path}, line {number}: {key!r} is not a string")
+    path = Path(path).expanduser()
+    texts: list[str] = []
+    pieces: list[str] = []
+    for record in read_records([describe(path)] if path.is_file() else find_sources([str(path)]), key):
+        if not isinstance(record.content, str):
+            raise InputError(f"{record.location}: is a conversation, not a text")
+        pieces.append(record.content)
+        if record.ends_document:
+            texts.append("".join(pieces))
+            pieces = []
     return texts

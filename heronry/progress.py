@@ -1,10 +1,10 @@
-"""How far a long piece of work is: loading, quantizing, converting, reading a prompt."""
+"""How far a long piece of work is: loading, quantizing, converting, reading a prompt or texts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], object]  # called with the bytes (of a prompt, the tokens) done, and in all
+Progress = Callable[[int, int], object]  # called with the bytes (of texts, the tokens) done, and in all
 
 
 class ByteCounter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from heronry import LLM, InputError, evaluate
 from heronry.checkpoint import assemble
 from heronry.cli.app import app
-from heronry.evaluate import encode_pair, log_likelihoods, read_texts, score_lambada, score_texts
+from heronry.evaluate import encode_pair, log_likelihoods, opening_tokens, read_texts, score_lambada, score_texts
 
 IDS = st.lists(st.integers(0, 100), min_size=1, max_size=7)
 
@@ -128,6 +129,28 @@ def test_lambada(models):
         score_lambada(llm, ["Hello"])
 
 
+def test_world_models_read_the_end_of_text_in_front_of_a_context(random_checkpoint):
+    """As they read it in front of a whole text, and as the published figures were measured."""
+    llm = LLM(assemble(random_checkpoint("7", width=64, heads=1, ffn=64, rank=3, vocab=65536)))
+    ids = llm.tokenizer.encode("The cat sat on the mat")
+    assert opening_tokens(llm) == [0]
+    assert encode_pair(llm, "The cat sat on the", " mat") == ([0, *ids[:-1]], ids[-1:])
+    expected, _ = by_hand(llm.model, [0, *ids[:-1]], ids[-1:])
+    assert score_lambada(llm, ["The cat sat on the mat"]).perplexity == pytest.approx(math.exp(-expected), rel=1e-4)
+
+
+def test_progress_counts_tokens_within_a_text(models):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "MAX_TOKENS", 64)
+        pairs = [([1], [2] * 300), ([1], [3, 4]), ([5] * 130, [6])]
+        log_likelihoods(models("7"), pairs, lambda done, total: calls.append((done, total)))
+    assert {total for _, total in calls} == {1 + 300 + 2 + 130 + 1}
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1][0] == 434
+    assert max(b - a for (a, _), (b, _) in pairwise(calls)) <= 64
+
+
 def test_pairs_are_cut_as_the_harness_does():
     llm = LLM()
     whole = llm.tokenizer.encode("The cat sat")
@@ -143,6 +166,7 @@ def test_on_the_command_line(tmp_path, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'a.txt'}: ")
     assert "(34 bytes" in lines[0]
+    assert "1 text)" in lines[0]
     assert "2 texts)" in lines[1]
     app(["eval", "--lambada", str(tmp_path / "b.jsonl")], standalone_mode=False)
     assert "2 passages, perplexity " in capfd.readouterr().out
@@ -150,16 +174,21 @@ def test_on_the_command_line(tmp_path, capfd):
 
 def test_bad_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"story": "y"}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: not a JSON object with the key 'text'"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: has neither 'text' nor 'messages'"):
         read_texts(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(InputError, match=r"line 1: 'text' is not a string"):
+    with pytest.raises(InputError, match=r"line 1: 'text' is neither a string nor a list of messages"):
         read_texts(tmp_path / "b.jsonl")
     (tmp_path / "c.txt").write_bytes(b"ab\xff")
-    with pytest.raises(InputError, match=r"not UTF-8 at byte 2"):
+    with pytest.raises(InputError, match=r"c.txt, line 1: is not UTF-8 \(byte 0xff at position 2\)"):
         read_texts(tmp_path / "c.txt")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file or folder"):
         read_texts(tmp_path / "none.txt")
+    (tmp_path / "d.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    with pytest.raises(InputError, match=r"d.jsonl, line 1: is a conversation, not a text"):
+        read_texts(tmp_path / "d.jsonl")
+    with pytest.raises(InputError, match="there is no passage to measure"):
+        score_lambada(LLM(), [])
 
 
 def test_a_long_text_is_read_by_the_piece_with_its_state(models, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, count
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
 
@@ -17,11 +17,13 @@ MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads 
 def data(
     sources: Annotated[
         list[str],
-        typer.Argument(help=".txt, .jsonl, .jsonl.gz, .parquet, folders, globs, or hf://NAME[:SPLIT]."),
+        typer.Argument(
+            help=".txt, .jsonl (also .gz, .bz2, .xz, .zst), .parquet, folders, globs, or hf://NAME[:SPLIT]."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PREFIX", help="The token file, without its endings.")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="bytes, world, a tokenizer.json, or a model's folder.")
+        str, typer.Option("--tokenizer", help="bytes, world, bundled, a tokenizer.json, or a model's folder.")
     ] = "world",
     template: Annotated[
         str | None,
@@ -40,6 +42,10 @@ def data(
 
     from ..data import tokenize_corpus as corpus
     from ..data.sources import find_sources
+    from ..data.token_file import strip_suffix
+
+    def describe(documents: int, tokens: int) -> str:
+        return f"{count(documents, 'document')}, {count(tokens, 'token')}"
 
     tokenizer_spec = _tokenizer_spec(tokenizer)
     sizes = [source.size for source in find_sources(sources)]
@@ -54,7 +60,7 @@ def data(
         def show_progress(n_bytes: int, done: corpus.Progress) -> None:
             nonlocal first, bytes_read
             first, bytes_read = first or done, n_bytes
-            progress.update(bar, completed=n_bytes, description=f"{done.documents:,} documents, {done.tokens:,} tokens")
+            progress.update(bar, completed=n_bytes, description=describe(done.documents, done.tokens))
 
         try:
             result = corpus.tokenize_corpus(
@@ -73,20 +79,21 @@ def data(
             print("heronry: stopped; the same command continues from here", file=sys.stderr)
             sys.exit(130)
     speed = (result.tokens - (first or result).tokens) / (time.monotonic() - start)
-    line = f"{result.documents:,} documents, {result.tokens:,} tokens of {bytes_read:,} bytes, {speed:,.0f} tokens/s"
+    line = f"{describe(result.documents, result.tokens)} of {count(bytes_read, 'byte')}, {speed:,.0f} tokens/s"
     if holdout:
-        line += f"; {result.held_out.documents:,} documents, {result.held_out.tokens:,} tokens held out"
-    console.print(f"{out}: {line}", highlight=False, markup=False, soft_wrap=True)
+        line += f"; {describe(result.held_out.documents, result.held_out.tokens)} held out"
+    console.print(f"{strip_suffix(out)}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tokenizer_spec(name: str) -> str:
     """What load_tokenizer takes: "bytes", "world" or the path of a tokenizer.json; `name` may also be the folder of a
-    model, which holds that file or whose vocabulary size decides."""
+    model, which holds that file or whose vocabulary size decides, or "bundled"."""
     import json
 
+    from ..engine.llm import BUNDLED
     from ..text.tokenizers import guess_tokenizer
 
-    path = Path(name).expanduser()
+    path = BUNDLED if name == "bundled" else Path(name).expanduser()
     if name in ("bytes", "world"):
         return name
     if not path.is_dir():

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from . import options
 
-Item = TypeVar("Item")
-
 
 def eval(
-    files: Annotated[list[Path], typer.Argument(help="Texts, or .jsonl with one text a line.")],
+    files: Annotated[list[Path], typer.Argument(help="Texts, or .jsonl with one text a line, .parquet, folders.")],
     model: options.Model = None,
     tokenizer: options.Tokenizer = None,
     dtype: options.Precision = None,
@@ -29,27 +26,22 @@ def eval(
     from rich.console import Console
 
     from .. import evaluate
+    from ..errors import count
     from .progress import progress_bar
 
     texts = {file: evaluate.read_texts(file, key) for file in files}
     llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-    def show_progress(passes: Iterable[Item], total: int) -> Iterator[Item]:
-        with progress_bar("evaluating") as update:
-            for done, item in enumerate(passes):
-                update(done, total)
-                yield item
-
     for file, passages in texts.items():
-        if lambada:
-            words = evaluate.score_lambada(llm, passages, show_progress)
-            out.print(
-                f"{file}: {len(passages):,} passages, perplexity {words.perplexity:.2f}, accuracy {words.accuracy:.2%}"
-            )
-        else:
-            result = evaluate.score_texts(llm, passages, show_progress)
-            out.print(
-                f"{file}: {result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.2f} per token "
-                f"({result.bytes:,} bytes, {result.tokens:,} tokens, {len(passages):,} texts)"
-            )
+        with progress_bar(str(file)) as progress:
+            if lambada:
+                words = evaluate.score_lambada(llm, passages, progress)
+                line = f"{count(len(passages), 'passage')}, perplexity {words.perplexity:.2f}"
+                line += f", accuracy {words.accuracy:.2%}"
+            else:
+                score = evaluate.score_texts(llm, passages, progress)
+                line = f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f} per token "
+                line += (
+                    f"({count(score.bytes, 'byte')}, {count(score.tokens, 'token')}, {count(len(passages), 'text')})"
+                )
+        out.print(f"{file}: {line}")

@@ -94,10 +94,9 @@ def _class_names(file: Path | None, own: list[str] | None, n_classes: int) -> li
     """The names of the classes: from a file with one a line, else the model's own, else "class 0", "class 1", ..."""
     if file is None:
         return own if own and len(own) == n_classes else [f"class {i}" for i in range(n_classes)]
-    try:
-        names = file.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
+    from ..data.text_files import read_text
+
+    names = [line.rstrip("\r") for line in read_text(file).rstrip("\n").split("\n")]
     if len(names) != n_classes:
         raise InputError(f"{file}: has {len(names)} names, but the model has {n_classes} classes")
     return names

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
+from ..train.config import describe_settings, parse_arguments
 
 if TYPE_CHECKING:
     from ..models import Network
@@ -25,14 +25,11 @@ def train(
         ),
     ],
 ) -> None:
-    """Train a model. If interrupted, the same command continues from the last checkpoint. See docs/training.md."""
     from ..engine.llm import LLM
     from ..models import Model
     from ..text.tokenizers import load_tokenizer
-    from ..train.config import read_config
 
-    file = Path(settings[0]) if settings and "=" not in settings[0] else None
-    config = read_config(file, settings if file is None else settings[1:])
+    config = parse_arguments(settings)
     try:
         from ..train.language_modeling import LanguageModeling
         from ..train.trainer import Interrupted, Trainer
@@ -55,6 +52,16 @@ def train(
     except Interrupted as stopped:
         if trainer.accelerator.is_main_process:
             print(f"heronry: {stopped}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped.signal)
     if trainer.accelerator.is_main_process:
         print(trainer.out)
+
+
+# each paragraph that begins with \b keeps its lines
+train.__doc__ = "\n\n".join(
+    [
+        "Train a model. If interrupted, the same command continues from the last checkpoint. See docs/training.md.",
+        "The settings, with their defaults:",
+        *("\b\n" + paragraph for paragraph in describe_settings().split("\n\n")),
+    ]
+)

@@ -56,7 +56,9 @@ class ImageDataset:
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         except Exception as error:  # the library raises many kinds, depending on what is wrong with the data
-            raise InputError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from error
+            raise InputError(
+                f"{source}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+            ) from error
         names = getattr(rows.features[self._label_column], "names", None)
         n_classes = 0 if names else 1 + max(rows[self._label_column])
         self.class_names: list[str] = list(names) if names else [str(i) for i in range(n_classes)]

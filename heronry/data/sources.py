@@ -3,26 +3,30 @@
 - a record is a text, a conversation, or a piece of a text that is too long to be read at once
 - every record holds the position after it, from which reading can resume
 - nothing is kept: memory use is that of the largest record, or of one row group of a .parquet file
+- .txt and .jsonl may be compressed, see text_files.py
 """
 
 from __future__ import annotations
 
 import codecs
 import glob
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from .text_files import TextFile, decode, describe_bad_byte, kind, named_errors
 
 PIECE_SIZE = 1 << 20  # bytes; longer texts are read and encoded in pieces
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+KINDS = (".txt", ".jsonl", ".parquet")
 HUB = "hf://"
 Messages = list[dict[str, Any]]  # {"role", "content"}
+
+
+class TemporaryError(InputError):
+    """Nothing is wrong with the texts, but they cannot be read just now; the same command may succeed."""
 
 
 class Position(NamedTuple):
@@ -30,7 +34,8 @@ class Position(NamedTuple):
 
     source: int = 0  # index of the current one
     record: int = 0  # lines or rows of it that have been read
-    byte: int = 0  # bytes of its file that have been read; where a .txt or .jsonl resumes
+    byte: int = 0  # bytes of its file that have been read, for those who wait
+    offset: int = 0  # bytes of its text that have been read, not compressed; where a .txt or .jsonl resumes
 
 
 START = Position()
@@ -72,7 +77,7 @@ def find_sources(names: list[str]) -> list[Source]:
             raise InputError(f"{name}: no such file or folder")
         files = [file for path in paths for file in _expand(path)]
         if not files:
-            raise InputError(f"{name}: contains no {', '.join(SUFFIXES)} file")
+            raise InputError(f"{name}: contains no {', '.join(KINDS)} file")
         sources += files
     return sources
 
@@ -81,13 +86,18 @@ def _expand(path: Path) -> Iterator[Source]:
     """The sources in a folder, or the file or dataset at `path`."""
     if path.is_dir() and not _is_dataset(path):
         for file in sorted(path.iterdir()):
-            if file.is_dir() or file.name.endswith(SUFFIXES):
+            if file.is_dir() or kind(file.name) in KINDS:
                 yield from _expand(file)
         return
-    if path.is_file() and not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: unsupported kind of file; expected {', '.join(SUFFIXES)} or a dataset folder")
+    if path.is_file() and kind(path.name) not in KINDS:
+        raise InputError(f"{path}: unsupported kind of file; expected {', '.join(KINDS)} or a dataset folder")
+    yield describe(path)
+
+
+def describe(path: Path) -> Source:
+    """The source that is this file or dataset."""
     stats = [file.stat() for file in (sorted(path.rglob("*.arrow")) if path.is_dir() else [path])]
-    yield Source(str(path), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
+    return Source(str(path), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
 
 
 def _is_dataset(path: Path) -> bool:
@@ -107,39 +117,45 @@ def read_records(sources: list[Source], key: str = "text", start: Position = STA
     for number in range(start.source, len(sources)):
         source = sources[number]
         position = start if number == start.source else Position(number)
-        try:
-            for record in _reader(source)(source, key, position):
-                if record.content or source.name.endswith(".txt"):  # the last piece of a .txt may be empty
+        read = _reader(source)
+        with named_errors(source.name):
+            for record in read(source, key, position):
+                if record.content or read is _read_text:  # the last piece of a text may be empty
                     yield record
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{source.name}: cannot be read to the end ({error})") from error
 
 
 def _reader(source: Source) -> Callable[[Source, str, Position], Iterator[Record]]:
     """The function that reads this kind of source from a position on."""
     if source.name.startswith(HUB):
         return _read_hub
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_gzipped_jsonl, ".parquet": _read_parquet}
-    return next((readers[suffix] for suffix in SUFFIXES if source.name.endswith(suffix)), _read_dataset)
+    if not Path(source.name).is_file():
+        return _read_dataset
+    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(kind(source.name), _read_text)
 
 
 def _read_text(source: Source, key: str, position: Position) -> Iterator[Record]:
     """One document, in pieces. The end of a piece depends only on its beginning, not on where reading started."""
-    offset = position.byte
-    with open(source.name, "rb") as file:
-        ended = position.record == 1 or not source.size
+    if position.record == 1:
+        return
+    with TextFile(source.name, position.offset) as file:
+        offset, rest, ended = file.offset, b"", False
         while not ended:
-            file.seek(offset)
-            block = file.read(PIECE_SIZE)
+            block = rest + file.read(PIECE_SIZE - len(rest))
             ended = len(block) < PIECE_SIZE
+            if not block and not position.offset:
+                return  # an empty file
             try:  # a character that is cut off at the end of the block is left for the next one
                 text = codecs.getincrementaldecoder("utf-8")().decode(block, final=ended)
             except UnicodeDecodeError as error:
-                raise InputError(f"{source.name}: is not UTF-8 at byte {offset + error.start}") from error
+                line = file.line_number(offset + error.start)
+                bad = describe_bad_byte(error, offset)
+                raise InputError(f"{source.name}, line {line}: is not UTF-8 ({bad})") from error
             if not ended:
                 text = text[: split_point(text)]
-            offset += len(text.encode())
-            yield Record(text, ended, Position(position.source, int(ended), offset), source.name)
+            size = len(text.encode())
+            offset, rest = offset + size, block[size:]
+            position = Position(position.source, int(ended), min(offset, file.bytes_on_disk), offset)
+            yield Record(text, ended, position, source.name)
 
 
 def split_point(text: str) -> int:
@@ -157,33 +173,22 @@ def split_point(text: str) -> int:
 
 
 def _read_jsonl(source: Source, key: str, position: Position) -> Iterator[Record]:
-    with open(source.name, "rb") as file:
-        file.seek(position.byte)
-        byte = position.byte
-        for number, line in enumerate(file, position.record + 1):
-            byte += len(line)
-            yield from _parse_line(source, key, line, Position(position.source, number, byte))
-
-
-def _read_gzipped_jsonl(source: Source, key: str, position: Position) -> Iterator[Record]:
-    with open(source.name, "rb") as file, gzip.open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if number > position.record:  # earlier lines have to be decompressed again, but not parsed
-                yield from _parse_line(source, key, line, Position(position.source, number, file.tell()))
-
-
-def _parse_line(source: Source, key: str, line: bytes, position: Position) -> Iterator[Record]:
-    """The record in a line of JSON, or nothing for a blank line. position: after the line."""
-    if not line.strip():
-        return
-    location = f"{source.name}, line {position.record}"
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{location}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{location}: not a JSON object")
-    yield Record(_content(row, key, location), True, position, location)
+    with TextFile(source.name, position.offset) as file:
+        for number, line in enumerate(file.lines(), position.record + 1):
+            if not line.strip():
+                continue
+            location = f"{source.name}, line {number}"
+            try:
+                row = json.loads(decode(line, location))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{location}: not JSON ({error.msg} at character {error.pos + 1})") from error
+            except RecursionError as error:
+                raise InputError(f"{location}: not JSON (nested too deep)") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{location}: not a JSON object")
+            byte = min(file.offset, file.bytes_on_disk)  # of a plain file, more has been read ahead
+            after = Position(position.source, number, byte, file.offset)
+            yield Record(_content(row, key, location), True, after, location)
 
 
 def _content(row: dict[str, Any], key: str, location: str) -> str | Messages:
@@ -261,7 +266,7 @@ def _read_hub(source: Source, key: str, position: Position) -> Iterator[Record]:
     except InputError:
         raise
     except Exception as error:  # many kinds: network, name, split, files
-        raise InputError(f"{source.name}: {' '.join(str(error).split())}") from error
+        raise TemporaryError(f"{source.name}: {' '.join(str(error).split())}") from error
 
 
 def _import_datasets(source: Source) -> Any:
@@ -269,5 +274,5 @@ def _import_datasets(source: Source) -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading it needs the package datasets: pip install datasets") from None
+        raise InputError(f"{source.name}: reading it needs datasets: pip install datasets") from None
     return datasets

@@ -57,9 +57,16 @@ class TokenFile:
         """
         self.prefix = strip_suffix(prefix)
         data, index = prefix_file(self.prefix, ".bin"), prefix_file(self.prefix, ".idx")
+        if not data.is_file() and not index.is_file():
+            path = Path(prefix).expanduser()
+            if path.exists():
+                raise InputError(
+                    f"{path}: is not a token file; `heronry data {path} -o {path.stem}-tokens` makes one of texts"
+                )
+            raise InputError(f"{data}: no such file; `heronry data` makes token files of texts")
         for path, other in ((data, index), (index, data)):
             if not path.is_file():
-                raise InputError(f"{path}: no such file" + f", although {other.name} exists" * other.is_file())
+                raise InputError(f"{path}: no such file, although {other.name} exists")
         dtype, self.offsets = _read_index(index)
         count = int(self.offsets[-1])
         size = data.stat().st_size
@@ -73,7 +80,7 @@ class TokenFile:
         self.metadata = self._read_metadata(count)
         self.end_of_text: int = self.metadata.get("end_of_text") or 0
         name = self.metadata.get("tokenizer")
-        self.tokenizer: str | Path | None = name if name in ("bytes", "world", None) else self.prefix.parent / name
+        self.tokenizer: str | Path | None = name if name in ("bytes", "world", None) else self._find_tokenizer(name)
         # in training every document follows this id (see batching.py), so inference should start with it too
         self.notes: dict[str, Any] = {"opening_tokens": [self.end_of_text]}
         if self.metadata.get("template"):
@@ -97,6 +104,19 @@ class TokenFile:
     def document(self, d: int) -> NDArray[Any]:
         """The ids of document d, including the end of text; a view."""
         return self.tokens[self.offsets[d] : self.offsets[d + 1]]
+
+    def _find_tokenizer(self, name: str) -> Path:
+        """The file of this name beside the token file. It will be copied into the folder of a model, so no other place
+        is searched: who sends a token file shall not choose which file of this machine gets published."""
+        file = self.prefix.parent / name
+        description = prefix_file(self.prefix, ".json")
+        if "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise InputError(
+                f"{description}: tokenizer must be bytes, world or the name of a file beside it, got {name!r}"
+            )
+        if not file.is_file():
+            raise InputError(f"{description}: its tokenizer {name} is not beside it")
+        return file
 
     def _read_mask(self, count: int) -> NDArray[Any] | None:
         path = prefix_file(self.prefix, ".mask")
@@ -150,13 +170,14 @@ class TokenWriter:
     def __init__(self, prefix: str | Path, dtype: str, written: Written | None = None):
         """
         Args:
+            prefix: its path, with or without .bin or .idx.
             dtype: of the ids: "uint16", "int32", or another of DTYPES.
             written: the result of an earlier `flush`, to resume from there; anything after it is cut off.
 
         Raises:
             InputError: the .part files are shorter than that.
         """
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
+        self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype).newbyteorder("<")
         self.written = written or Written()
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._ids = self._open(".bin", self.written.tokens * self.dtype.itemsize)
@@ -269,6 +290,8 @@ def discard_parts(prefix: Path) -> None:
 def strip_suffix(path: str | Path) -> Path:
     """PREFIX, given PREFIX, PREFIX.bin or PREFIX.idx."""
     path = Path(path).expanduser()
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: is a folder; give the name of a token file")
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 

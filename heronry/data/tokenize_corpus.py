@@ -3,6 +3,7 @@
 - the files are the same for any number of workers, and whether or not the run was interrupted
 - only a few pieces of text per worker are in memory, however large the sources are
 - PREFIX.progress.json is written every second; what was written after it is cut off and encoded again
+- a run that its input has ended begins anew once the input or the options are corrected
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, unknown_name
+from ..errors import InputError, count, unknown_name
 from ..files import atomic_write
 from ..text.chat_templates import TEMPLATES
 from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
 from ..text.tokenizers import load_tokenizer
-from .sources import PIECE_SIZE, START, Messages, Position, Record, find_sources, read_records, split_point
-from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts
+from .sources import (
+    PIECE_SIZE,
+    START,
+    Messages,
+    Position,
+    Record,
+    TemporaryError,
+    find_sources,
+    read_records,
+    split_point,
+)
+from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts, strip_suffix
 
 SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
 CHUNK = 1 << 17  # characters that a worker gets at once
@@ -82,7 +94,7 @@ def tokenize_corpus(
 
     Args:
         sources: files, folders, globs and hf:// names, see sources.py.
-        out: PREFIX of the token file.
+        out: PREFIX of the token file, with or without .bin or .idx.
         tokenizer: "bytes", "world", or the path of a tokenizer.json, which is copied to PREFIX.tokenizer.json.
         key: the field of the text in rows that have several fields.
         template: the name of the chat template for conversations, which are refused without one. It is recorded for
@@ -96,14 +108,33 @@ def tokenize_corpus(
         The final progress, with the numbers of documents and tokens.
 
     Raises:
-        InputError: unreadable sources, an unknown template, files that already exist, or an unfinished run with other
-            options.
+        InputError: unreadable sources, an unknown template, files that already exist or cannot be written, or an
+            unfinished run with other options.
     """
+    prefix = strip_suffix(out)
+    try:
+        return _tokenize(sources, prefix, tokenizer, key, template, holdout, workers, restart, on_progress)
+    except OSError as error:
+        raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
+
+
+def _tokenize(
+    sources: list[str],
+    prefix: Path,
+    tokenizer: str | Path,
+    key: str,
+    template: str | None,
+    holdout: float,
+    workers: int,
+    restart: bool,
+    on_progress: OnProgress,
+) -> Progress:
+    """See `tokenize_corpus`; OSError if something cannot be written."""
     if holdout and not 0 < holdout <= 0.5:
         raise InputError(f"the fraction to hold out must be above 0 and at most 0.5, got {holdout}")
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
-    source_list, prefix = find_sources(sources), Path(out).expanduser()
+    source_list = find_sources(sources)
     tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
     encoder = Encoder(str(tokenizer), template)
     options = {
@@ -132,11 +163,11 @@ def tokenize_corpus(
         train_writer = TokenWriter(prefix, encoder.dtype, progress.written)
         eval_writer = TokenWriter(eval_prefix, encoder.dtype, progress.held_out) if eval_every else None
 
-        def save(progress: Progress) -> None:
+        def save(progress: Progress, refused: bool = False) -> None:
             train_writer.flush()
             if eval_writer is not None:
                 eval_writer.flush()
-            _save_progress(progress_file, options, progress)
+            _save_progress(progress_file, options, progress, refused)
 
         def report(progress: Progress) -> None:
             on_progress(bytes_before[progress.position.source] + progress.position.byte, progress)
@@ -171,10 +202,11 @@ def tokenize_corpus(
                     writer.seal(metadata)
                 progress = replace(progress, sealed=True)
                 _save_progress(progress_file, options, progress)
-        except OSError as error:
-            raise InputError(f"{prefix}: cannot be written ({error})") from error
-        except BaseException:  # Ctrl-C, or a malformed line
-            save(progress)
+        except OSError:  # the files are as the last note says, or longer
+            raise
+        except BaseException as error:  # Ctrl-C, or a malformed line
+            with suppress(OSError):
+                save(progress, isinstance(error, InputError) and not isinstance(error, TemporaryError))
             raise
         finally:
             for writer in filter(None, (train_writer, eval_writer)):
@@ -183,7 +215,7 @@ def tokenize_corpus(
             for path in prefixes:
                 discard_parts(path)
             progress_file.unlink()
-            raise InputError(f"{empty[0]}: would be empty, as the sources have {progress.documents} documents")
+            raise InputError(f"{empty[0]}: would be empty, as the sources have {count(progress.documents, 'document')}")
     if tokenizer_file is not None:
         with atomic_write(prefix_file(prefix, ".tokenizer.json")) as copy:
             shutil.copyfile(tokenizer_file, copy)
@@ -194,29 +226,34 @@ def tokenize_corpus(
 
 
 def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], restart: bool) -> Progress:
-    """Where to start: the progress in `file`, or the beginning, for which old .part files are deleted."""
+    """Where to start: the progress in `file`, or the beginning, for which old .part files are deleted. A run that its
+    input has ended does not stand in the way of one with other options or sources."""
     if restart:
         file.unlink(missing_ok=True)
     elif file.is_file():
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             saved_options, fields = saved["options"], saved["progress"]
+            source, record, byte, offset = fields["position"]
             progress = Progress(
-                Position(*fields["position"]),
+                Position(source, record, byte, offset),
                 fields["documents"],
                 Written(**fields["written"]),
                 Written(**fields["held_out"]),
                 fields["sealed"],
             )
+            refused = bool(saved["refused"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}: damaged; start over with --restart") from error
         changed = [name for name in options if saved_options.get(name) != options[name]]
-        if changed:
+        if not changed:
+            return progress
+        if not refused:
             raise InputError(
                 f"{file}: there is an unfinished run with other {' and '.join(changed)}; start over with --restart"
             )
-        return progress
-    else:
+        file.unlink()
+    if not restart:
         for path in (prefix_file(prefix, suffix) for prefix in prefixes for suffix in (".bin", ".idx")):
             if path.exists():
                 raise InputError(f"{path}: already exists; replace it with --restart")
@@ -225,9 +262,11 @@ def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], re
     return Progress()
 
 
-def _save_progress(file: Path, options: dict[str, Any], progress: Progress) -> None:
+def _save_progress(file: Path, options: dict[str, Any], progress: Progress, refused: bool = False) -> None:
+    """refused: the run has ended because of its input."""
+    content = {"options": options, "progress": asdict(progress), "refused": refused}
     with atomic_write(file) as part:
-        part.write_text(json.dumps({"options": options, "progress": asdict(progress)}), encoding="utf-8")
+        part.write_text(json.dumps(content), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -311,7 +350,7 @@ def _encode_chunks(records: Iterator[Record], encoder: Encoder, workers: int) ->
         for done, future in pending:
             yield done, future.result()
     except BrokenProcessPool as error:
-        raise InputError("a worker was killed, perhaps for lack of memory; the same command resumes") from error
+        raise TemporaryError("a worker was killed, perhaps for lack of memory; the same command resumes") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -8,7 +8,8 @@ device, tokenizer, quantize, adapter as for LLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from ..engine.llm import LLM
 from ..errors import InputError
 from ..evaluate import log_likelihoods, opening_tokens
+from ..progress import Progress
 
 BATCH_SIZE = 32  # texts generated together
 
@@ -59,17 +61,22 @@ class HeronryLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [(self._with_opening(context), continuation) for _, context, continuation in requests]
-        return log_likelihoods(self.llm.model, pairs, _bar(disable_tqdm))
+        with _bar(disable_tqdm) as progress:
+            return log_likelihoods(self.llm.model, pairs, progress)
 
     def _with_opening(self, context: list[int]) -> list[int]:
-        """The tokens after the opening tokens of this model's texts."""
-        opening = list(self.llm.opening)
+        """The tokens after the opening tokens of this model's texts; the harness writes the first of these alone where
+        there is no context."""
+        opening = opening_tokens(self.llm)
+        if context == opening[:1]:
+            return opening
         return context if context[: len(opening)] == opening else [*opening, *context]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        context = [self.eot_token_id]
+        context = self._with_opening([self.eot_token_id])
         pairs = [(context, self.tok_encode(request.args[0])) for request in requests]
-        return [total for total, _ in log_likelihoods(self.llm.model, pairs, _bar(disable_tqdm))]
+        with _bar(disable_tqdm) as progress:
+            return [total for total, _ in log_likelihoods(self.llm.model, pairs, progress)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generates for prompts with the same options in batches."""
@@ -94,16 +101,21 @@ class HeronryLM(TemplateLM):
         if gen_kwargs.get("do_sample") and gen_kwargs.get("temperature", 1.0) > 0:
             options = {"temperature": gen_kwargs.get("temperature", 1.0), "top_p": gen_kwargs.get("top_p", 1.0)}
         max_tokens = int(gen_kwargs.get("max_gen_toks") or self.max_gen_toks)
-        completions = self.llm.generate(prompts, max_tokens, stop=stop or None, **options)
+        tokens = [self._with_opening(self.tok_encode(prompt)) for prompt in prompts]
+        completions = self.llm.generate(tokens, max_tokens, stop=stop or None, **options)
         return [completion.text for completion in completions]
 
 
-def _bar(disable: bool) -> Any:
-    def track(items: Iterable[Any], total: int) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(items, disable=disable, desc="batches")
-        return bar
+@contextmanager
+def _bar(disable: bool) -> Iterator[Progress]:
+    """Shows how many tokens have been read."""
+    with tqdm(disable=disable, desc="reading", unit="token", unit_scale=True) as bar:
 
-    return track
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
 
 
 def register() -> None:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from ..errors import InputError
+from ..errors import InputError, count
 
 
 def encode_utf8(text: str) -> bytes:
-    """The bytes of `text`; InputError for a lone surrogate, which UTF-8 cannot express."""
+    """The bytes of `text`; InputError for a lone surrogate, which UTF-8 cannot express.
+
+    U+DC80 to U+DCFF is how Python passes bytes of standard input and of arguments on that are not UTF-8.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            raise InputError(
+                f"the text is not UTF-8: byte 0x{code - 0xDC00:02x} after {count(error.start, 'character')}"
+            ) from error
         raise InputError(f"the text has a lone surrogate at character {error.start}; expected valid Unicode") from error
 
 

@@ -3,17 +3,82 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
 from ..checkpoint import load
 from ..errors import InputError
-from ..models import MODELS, VISION_MODELS, Model, VisionModel
+from ..models import MODELS, VISION_MODELS, Model, Network, VisionModel
 from ..models.native_step import has_fast_matmul
 from . import fsdp
 from .config import Config
+
+
+def uses_cuda(device: str) -> bool:
+    """Whether run.device is a GPU here; one with a number becomes the current one.
+
+    Raises:
+        InputError: there is no such GPU.
+    """
+    if not device.startswith("cuda"):
+        return device == "auto" and torch.cuda.is_available()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise InputError(f"run.device={device}, but PyTorch sees {count or 'no'} GPU{'' if count == 1 else 's'} here")
+    if ":" in device:
+        torch.cuda.set_device(index)
+    return True
+
+
+def check_model_memory(config: Config, n_outputs: int, device: torch.device) -> None:
+    """InputError if a new model of the configured sizes cannot be trained in the memory of the device: weights,
+    gradients and the two moments of Adam take 16 bytes per weight, of which sharding leaves 4 on the main process."""
+    section = config.model
+    if section.path:
+        return
+    # matrices of the blocks in every generation, at least; embedding and head
+    n_weights = 12 * section.n_layer * section.n_embd**2 + 2 * (section.vocab_size or n_outputs) * section.n_embd
+    size = (16 if config.run.shard == "none" else 4) * n_weights
+    available = _memory_of(device)
+    if size > available:
+        raise InputError(
+            f"model.n_layer={section.n_layer} and model.n_embd={section.n_embd} make {n_weights / 1e9:,.1f} billion "
+            f"weights; training them takes at least {size / 1e9:,.0f} GB, and {device} has {available / 1e9:,.0f} GB"
+        )
+
+
+def check_pass_memory(
+    model: Network, n_tokens: int, itemsize: int, checkpointing: bool, device: torch.device, what: str, advice: str
+) -> None:
+    """InputError if a forward and backward pass over so many tokens (or patches) cannot fit in the memory of the
+    device: its logits and ten vectors per token and block (one with checkpointing), which is less than any model keeps.
+
+    Args:
+        itemsize: bytes of an activation.
+        what: the size of the pass, for the message, and advice: what to change.
+    """
+    config = model.config
+    vectors = (1 if checkpointing else 10) * getattr(config, "n_layer", 0) * getattr(config, "n_embd", 0)
+    size = n_tokens * (vectors + getattr(config, "vocab_size", 0)) * itemsize
+    available = _memory_of(device)
+    if size > available:
+        needed, there = (f"{x / 1e9:,.0f} GB" for x in (size, available))
+        raise InputError(f"a pass of {what} takes at least {needed}, and {device} has {there}; {advice}")
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes of memory that a process can have there at most."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:

@@ -1,201 +1,233 @@
 """The configuration of a run: a TOML file with five sections, in which every value has a default that works.
 
 Unknown keys, values of the wrong type and impossible values are refused, in one line, before anything else happens.
+What `heronry train --help` says of a setting stands beside it here, so this module imports no PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, unknown_name
-from ..models import MODELS, VISION_MODELS
-from ..models.vision import SHIFTS
-from ..quantization import FORMATS
+from ..errors import InputError, show, unknown_name
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-TUNED = ("all", "state", "lora", "dora")
-PRECISIONS = ("auto", "bfloat16", "float32", "float64")
-SHARDS = ("none", "gradients", "full")
+GENERATIONS = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
+VISION_GENERATIONS = ("vrwkv", "vrwkv6")
 ORDERS = ("documents", "carried", "shuffle", "magic_prime", "random", "sequential")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which numbers a setting may be: text for "must ...", and the same as a function."""
+
+    text: str
+    allow: Callable[[float], bool]
+
+
+POSITIVE = Limits("be positive", lambda x: x > 0)
+NOT_NEGATIVE = Limits("not be negative", lambda x: x >= 0)
+FRACTION = Limits("be in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def setting(default: Any, help: str, limits: Limits | None = None, known: Sequence[str] = ()) -> Any:
+    """A field of a section.
+
+    Args:
+        help: a few words for `heronry train --help`.
+        limits: of the number, or of each number of several.
+        known: the names that it can be, besides its default.
+    """
+    return field(default=default, metadata={"help": help, "limits": limits, "known": known})
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """The model."""
 
-    path: str = ""  # a checkpoint to start from; without it, a new model of the sizes below
-    # what is trained: all weights, or for a frozen model at `path` only its initial state ("state") or adapters beside
-    # its matrices ("lora", "dora")
-    tune: str = "all"
-    rank: int = 16  # of adapters
-    alpha: int = 32  # the output of an adapter is scaled by alpha / rank
-    dropout: float = 0.0  # of the input of adapters
-    targets: tuple[str, ...] = ()  # matrices that get adapters, like ["att.key", "value"]; default: all but the head
-    quantize: str = ""  # with "lora": packs the frozen matrices, int8 or int4
-    generation: str = "rwkv7"
-    n_layer: int = 12
-    n_embd: int = 768
-    vocab_size: int = 0  # 0: the data's vocabulary, up to the next multiple of 64
+    path: str = setting("", "a checkpoint to start from, or bundled; without it a new model of the sizes below")
+    tune: str = setting(
+        "all",
+        "what is trained: all weights; or, for a frozen model at `path`, its initial state (state) or adapters beside "
+        "its matrices (lora, dora)",
+        known=("all", "state", "lora", "dora"),
+    )
+    rank: int = setting(16, "of adapters", POSITIVE)
+    alpha: int = setting(32, "the output of an adapter is scaled by alpha / rank", POSITIVE)
+    dropout: float = setting(0.0, "of the input of adapters", FRACTION)
+    targets: tuple[str, ...] = setting(
+        (), 'matrices that get adapters, like ["att.key", "value"]; without it all but the head'
+    )
+    quantize: str = setting("", "with tune=lora: packs the frozen matrices, int8 or int4", known=("int8", "int4"))
+    generation: str = setting(
+        "rwkv7", "rwkv4 to rwkv7; vrwkv and vrwkv6 classify images", known=(*GENERATIONS, *VISION_GENERATIONS)
+    )
+    n_layer: int = setting(12, "blocks", POSITIVE)
+    n_embd: int = setting(768, "channels", POSITIVE)
+    vocab_size: int = setting(0, "0: that of the data, up to the next multiple of 64", NOT_NEGATIVE)
 
     @property
     def is_vision(self) -> bool:
         """Whether it classifies images."""
-        return self.generation in VISION_MODELS
+        return self.generation in VISION_GENERATIONS
 
     def check(self) -> None:
-        if self.generation not in (known := [*MODELS, *VISION_MODELS]):
-            raise InputError(f"model.generation is {self.generation!r}; known: {', '.join(known)}")
         if self.is_vision and (self.tune != "all" or self.quantize):
             raise InputError(f"model.tune={self.tune} and model.quantize do not work with {self.generation}")
-        if self.tune not in TUNED:
-            raise InputError(f"model.tune is {self.tune!r}; known: {', '.join(TUNED)}")
         if self.tune != "all" and not self.path:
             raise InputError(f"model.tune={self.tune} needs model.path, the model to tune")
         if self.quantize and self.tune != "lora":
             raise InputError(f"model.quantize needs model.tune=lora, got {self.tune}")
-        if self.quantize and self.quantize not in FORMATS:
-            raise InputError(f"model.quantize is {self.quantize!r}; known: {', '.join(FORMATS)}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"model.dropout must be in [0, 1), got {self.dropout}")
-        _positive("model", self, "n_layer", "n_embd", "rank", "alpha")
 
 
 @dataclass(frozen=True)
 class DataSection:
     """The data and how they are read."""
 
-    train: str = ""  # a token file from `heronry data`, or a binidx pair
-    eval: str = ""  # another one, for evaluation
-    # "documents": shuffled, isolated from each other; "carried": the same, with the state carried from row to row; or
-    # windows over everything: "shuffle", "magic_prime", "random", "sequential"
-    order: str = "documents"
-    ctx_len: int = 1024  # tokens per row
-    tbptt_chunks: int = 1  # with "carried": consecutive rows of a lane per step, with gradients through their states
+    train: str = setting(
+        "", "a token file from `heronry data` or a binidx pair; for images a folder, .parquet or hf://NAME[:SPLIT]"
+    )
+    eval: str = setting("", "another one, for evaluation")
+    order: str = setting(
+        "documents",
+        "documents: shuffled, isolated from each other; carried: the same, with the state carried from row to row; or "
+        "windows over everything: shuffle, magic_prime, random, sequential",
+        known=ORDERS,
+    )
+    ctx_len: int = setting(1024, "tokens per row", POSITIVE)
+    tbptt_chunks: int = setting(
+        1, "with carried: consecutive rows of a lane per step, with gradients through their states", POSITIVE
+    )
 
     def check(self) -> None:
         if not self.train:
             raise InputError("data.train is missing: a token file (see `heronry data --help`), or a folder of images")
-        if self.order not in ORDERS:
-            raise InputError(f"data.order is {self.order!r}; known: {', '.join(ORDERS)}")
-        _positive("data", self, "ctx_len", "tbptt_chunks")
         if self.tbptt_chunks > 1 and self.order != "carried":
             raise InputError(f"data.tbptt_chunks needs data.order=carried, got {self.order}")
-
-
-@dataclass(frozen=True)
-class VisionSection:
-    """For image classification. data.train and data.eval are then folders with one folder per class, .parquet files or
-    hf://NAME[:SPLIT]."""
-
-    size: int = 224  # of the images, in pixels
-    patch_size: int = 16
-    post_norm: bool = False
-    init_values: float = 0.0  # of the layer scale; 0: none
-    drop_path: float = 0.0  # in the last layer; the first has 0
-    decay_lr: float = 1.0  # learning rate of the decays, as a multiple of optim.lr; short runs need a higher one
-    shift: str = "q"
-    causal: bool = False
-    crop: tuple[float, float] = (0.08, 1.0)  # smallest and largest fraction of the area to crop; 1.0, 1.0: no crop
-    flip: bool = True
-    rand_augment: int = 9  # magnitude, from 0 to 30, of two random augmentations per image; 0: none
-    erasing: float = 0.25  # probability that a rectangle of an image is erased
-    mixup: float = 0.0  # alpha of Beta(alpha, alpha); with cutmix as well, each batch gets one of the two
-    cutmix: float = 0.0
-    label_smoothing: float = 0.1
-    workers: int = -1  # processes that read images; -1: as many as there are cores to spare, up to 8
-
-    def check(self) -> None:
-        _positive("vision", self, "size", "patch_size", "decay_lr")
-        if self.size % self.patch_size:
-            raise InputError(f"vision.size is {self.size}, not a multiple of vision.patch_size = {self.patch_size}")
-        if self.shift not in SHIFTS:
-            raise InputError(f"vision.shift is {self.shift!r}; known: {', '.join(SHIFTS)}")
-        for name in ("drop_path", "erasing", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"vision.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("init_values", "mixup", "cutmix", "rand_augment"):
-            if getattr(self, name) < 0:
-                raise InputError(f"vision.{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise InputError(f"vision.crop must be two ascending fractions in (0, 1], got {list(self.crop)}")
 
 
 @dataclass(frozen=True)
 class OptimSection:
     """The optimizer and the learning rate."""
 
-    lr: float = 6e-4  # after the warm-up
-    lr_final: float = 6e-5  # at the end of the run, after half a cosine
-    warmup: int = 10  # steps
-    muon: bool = False  # train the matrices inside the blocks by Muon instead of AdamW, at the same learning rate
-    weight_decay: float = 0.1  # of matrices; see param_groups in the model's file
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-18
-    clip: float = 1.0  # maximum norm of the gradients; 0: no clipping
-    l2wrap: float = 1e-4  # pulls the largest logit of every position towards 0
+    lr: float = setting(6e-4, "learning rate after the warm-up", POSITIVE)
+    lr_final: float = setting(6e-5, "at the end of the run, after half a cosine", NOT_NEGATIVE)
+    warmup: int = setting(10, "steps", NOT_NEGATIVE)
+    muon: bool = setting(
+        False, "train the matrices inside the blocks by Muon instead of AdamW, at the same learning rate"
+    )
+    weight_decay: float = setting(0.1, "of matrices; see param_groups in the model's file", NOT_NEGATIVE)
+    betas: tuple[float, float] = setting((0.9, 0.99), "of Adam", FRACTION)
+    eps: float = setting(1e-18, "of Adam", POSITIVE)
+    clip: float = setting(1.0, "maximum norm of the gradients; 0: no clipping", NOT_NEGATIVE)
+    l2wrap: float = setting(1e-4, "pulls the largest logit of every position towards 0", NOT_NEGATIVE)
 
     def check(self) -> None:
-        _positive("optim", self, "lr", "eps")
-        for name in ("lr_final", "warmup", "weight_decay", "clip", "l2wrap"):
-            if getattr(self, name) < 0:
-                raise InputError(f"optim.{name} must not be negative, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optim.betas must be in [0, 1), got {list(self.betas)}")
+        """Nothing here depends on anything else."""
 
 
 @dataclass(frozen=True)
 class RunSection:
     """How long and where to train, and what is saved and logged."""
 
-    out: str = "out"  # the folder for the model, its checkpoints and the log
-    batch: int = 8  # rows per forward pass of a process (or of a group of them: see sequence_parallel)
-    accumulate: int = 1  # such passes per step
-    sequence_parallel: int = 1  # this many processes share each row, a piece of its tokens each
-    steps: int = 0  # length of the run; 0: see epochs
-    epochs: float = 1.0  # passes over the data, if steps is 0
-    # of the activations: bfloat16 (autocast), float32, float64 (for tests), or auto: bfloat16 where it is fast
-    precision: str = "auto"
-    checkpointing: bool = False  # store only the activations between blocks and recompute the others
-    compile: bool = False  # torch.compile the model
-    # what is sharded over several processes: nothing; gradients, optimizer state and, between passes, the weights
-    # ("gradients"); or the weights during a pass too, except for the current block ("full")
-    shard: str = "none"
-    seed: int = 0
-    log_every: int = 10  # steps
-    eval_every: int = 500  # steps; 0: only at the end
-    eval_rows: int = 0  # rows to evaluate; 0: 64 rows of tokens, or all images
-    ema: float = 0.0  # decay per step of an average of the weights, which is evaluated and saved; 0: none
-    sample_every: int = 500  # steps; 0: never
-    sample_prompt: str = "\n"
-    save_minutes: float = 5.0  # between checkpoints
-    save_every: int = 0  # also save a checkpoint every so many steps; 0: no
-    keep: int = 2  # number of checkpoints to keep
-    wandb: str = ""  # a project to log to; needs the package wandb
+    out: str = setting("out", "the folder for the model, its checkpoints and the log")
+    device: str = setting("auto", "cpu, cuda or cuda:1; auto: a GPU if there is one")
+    batch: int = setting(
+        8, "rows per forward pass of a process (or of a group of them: see sequence_parallel)", POSITIVE
+    )
+    accumulate: int = setting(1, "such passes per step", POSITIVE)
+    sequence_parallel: int = setting(1, "this many processes share each row, a piece of its tokens each", POSITIVE)
+    steps: int = setting(0, "length of the run; 0: see epochs", NOT_NEGATIVE)
+    epochs: float = setting(1.0, "passes over the data, if steps is 0", NOT_NEGATIVE)
+    precision: str = setting(
+        "auto",
+        "of the activations: bfloat16 (autocast), float32, float64 (for tests); auto: bfloat16 where it is fast",
+        known=("auto", "bfloat16", "float32", "float64"),
+    )
+    checkpointing: bool = setting(False, "store only the activations between blocks and recompute the others")
+    compile: bool = setting(False, "torch.compile the model")
+    shard: str = setting(
+        "none",
+        "what is sharded over several processes: none; gradients: these, the optimizer state and, between passes, the "
+        "weights; full: the weights during a pass too, except for the current block",
+        known=("none", "gradients", "full"),
+    )
+    seed: int = setting(0, "of all random numbers", Limits("be from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64))
+    log_every: int = setting(10, "steps", POSITIVE)
+    eval_every: int = setting(500, "steps; 0: only at the end", NOT_NEGATIVE)
+    eval_rows: int = setting(0, "rows to evaluate; 0: 64 rows of tokens, or all images", NOT_NEGATIVE)
+    ema: float = setting(
+        0.0, "decay per step of an average of the weights, which is evaluated and saved; 0: none", FRACTION
+    )
+    sample_every: int = setting(500, "steps; 0: never", NOT_NEGATIVE)
+    sample_prompt: str = setting("\n", "what samples go on from")
+    save_minutes: float = setting(5.0, "between checkpoints", POSITIVE)
+    save_every: int = setting(0, "also save a checkpoint every so many steps; 0: no", NOT_NEGATIVE)
+    keep: int = setting(2, "number of checkpoints to keep", POSITIVE)
+    wandb: str = setting("", "a project to log to; needs the package wandb")
 
     def check(self) -> None:
-        _positive("run", self, "batch", "accumulate", "sequence_parallel", "log_every", "keep", "save_minutes")
-        for name in ("steps", "epochs", "eval_every", "sample_every", "save_every", "eval_rows"):
-            if getattr(self, name) < 0:
-                raise InputError(f"run.{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"run.ema must be in [0, 1), got {self.ema}")
-        if self.seed < 0:
-            raise InputError(f"run.seed must not be negative, got {self.seed}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"run.precision is {self.precision!r}; known: {', '.join(PRECISIONS)}")
-        if self.shard not in SHARDS:
-            raise InputError(f"run.shard is {self.shard!r}; known: {', '.join(SHARDS)}")
+        if not self.steps and not self.epochs:
+            raise InputError("run.steps and run.epochs are both 0, so there is nothing to do")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"run.device is {self.device!r}; known: auto, cpu, cuda, cuda:0, cuda:1, ...")
+
+
+@dataclass(frozen=True)
+class VisionSection:
+    """For image classification."""
+
+    size: int = setting(224, "of the images, in pixels", POSITIVE)
+    patch_size: int = setting(16, "in pixels", POSITIVE)
+    post_norm: bool = setting(False, "norms behind attention and MLP, as in the large models")
+    init_values: float = setting(0.0, "of the layer scale; 0: none", NOT_NEGATIVE)
+    drop_path: float = setting(0.0, "in the last layer; the first has 0", FRACTION)
+    decay_lr: float = setting(
+        1.0, "learning rate of the decays, as a multiple of optim.lr; short runs need a higher one", POSITIVE
+    )
+    shift: str = setting("q", "how patches see their neighbours", known=("q", "previous", "none"))
+    causal: bool = setting(False, "with vrwkv: attention to earlier patches only")
+    crop: tuple[float, float] = setting(
+        (0.08, 1.0), "smallest and largest fraction of the area to crop; [1.0, 1.0]: no crop"
+    )
+    flip: bool = setting(True, "half of the images")
+    rand_augment: int = setting(
+        9,
+        "magnitude, from 0 to 30, of two random augmentations per image; 0: none",
+        Limits("be from 0 to 30", lambda x: 0 <= x <= 30),
+    )
+    erasing: float = setting(0.25, "probability that a rectangle of an image is erased", FRACTION)
+    mixup: float = setting(
+        0.0, "alpha of Beta(alpha, alpha); with cutmix as well, each batch gets one of the two", NOT_NEGATIVE
+    )
+    cutmix: float = setting(0.0, "as mixup", NOT_NEGATIVE)
+    label_smoothing: float = setting(0.1, "probability that is spread over all classes", FRACTION)
+    workers: int = setting(
+        -1,
+        "threads that read images; -1: as many as there are cores to spare, up to 8",
+        Limits("be -1 or more", lambda x: x >= -1),
+    )
+
+    def check(self) -> None:
+        if self.size % self.patch_size:
+            raise InputError(f"vision.size is {self.size}, not a multiple of vision.patch_size = {self.patch_size}")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise InputError(f"vision.crop must be two ascending fractions in (0, 1], got {list(self.crop)}")
 
 
 @dataclass(frozen=True)
@@ -211,14 +243,19 @@ class Config:
     def check(self) -> Config:
         """Returns the configuration itself; InputError if a value is impossible or does not fit another."""
         for section in dataclasses.fields(self):
-            getattr(self, section.name).check()
+            values = getattr(self, section.name)
+            for key in dataclasses.fields(values):
+                _check_value(f"{section.name}.{key.name}", getattr(values, key.name), key)
+            values.check()
         pieces, length = self.run.sequence_parallel, self.data.ctx_len
         if length % pieces:
             raise InputError(f"data.ctx_len is {length}, not a multiple of run.sequence_parallel = {pieces}")
         if self.model.is_vision and (pieces > 1 or self.run.shard != "none"):
             raise InputError(f"run.sequence_parallel and run.shard do not work with {self.model.generation}")
         if not self.model.is_vision and self.vision != VisionSection():
-            raise InputError(f"the section vision is only for {', '.join(VISION_MODELS)}, not {self.model.generation}")
+            raise InputError(
+                f"the section vision is only for {', '.join(VISION_GENERATIONS)}, not {self.model.generation}"
+            )
         if self.run.ema and (self.run.shard != "none" or self.model.tune != "all"):
             raise InputError("run.ema does not work with run.shard or model.tune")
         if self.run.shard != "none" and self.model.tune in ("lora", "dora"):
@@ -250,21 +287,63 @@ def read_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     if file is not None:
         path = Path(file).expanduser()
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark in front
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from error
-        except tomllib.TOMLDecodeError as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path}: cannot be read ({reason})") from error
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{path}: not TOML ({error})") from error
+    strings = {name for name, kind in _setting_types().items() if kind is str}
     for override in overrides:
         name, equals, value = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
             raise InputError(f"{override!r} is not a setting; write section.key=value, like optim.lr=1e-3")
-        values.setdefault(section, {})[key] = _parse_value(value.strip())
+        settings = values.setdefault(section, {})
+        if isinstance(settings, dict):  # what is no section is refused below
+            settings[key] = _parse_value(value.strip(), name.strip() in strings)
     try:
         return from_dict(values).check()
     except InputError as error:
         raise InputError(f"{file}: {error}" if file is not None else str(error)) from None
+
+
+def parse_arguments(arguments: Sequence[str]) -> Config:
+    """`read_config` of the words of a command line: [FILE] [SECTION.KEY=VALUE]...
+
+    Raises:
+        InputError: see `read_config`.
+    """
+    first = arguments[0] if arguments else ""
+    if Path(first).expanduser().is_file():
+        return read_config(first, arguments[1:])
+    if not first or "=" in first:
+        return read_config(None, arguments)
+    names = _setting_types()
+    if first in names:
+        raise InputError(f"{first} has no value; write {first}=VALUE")
+    close = get_close_matches(first, names, n=1)
+    hint = f"; a setting is written {close[0]}=VALUE" if close else ""
+    raise InputError(f"{first}: no such file{hint}")
+
+
+def describe_settings() -> str:
+    """Every setting with its default and what it means, a paragraph a section."""
+    paragraphs = []
+    for name, cls in typing.get_type_hints(Config).items():
+        lines = [f"[{name}] {cls.__doc__}"]
+        for key in dataclasses.fields(cls):
+            default = list(key.default) if isinstance(key.default, tuple) else key.default
+            start = f"  {key.name} = {json.dumps(default)}"
+            lines += textwrap.wrap(f"{start:30}  {key.metadata['help']}", 100, subsequent_indent=" " * 32)
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def _setting_types() -> dict[str, Any]:
+    """The type of each setting, by "section.key"."""
+    sections = typing.get_type_hints(Config)
+    return {f"{name}.{key}": kind for name, cls in sections.items() for key, kind in typing.get_type_hints(cls).items()}
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -272,8 +351,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     section_types = typing.get_type_hints(Config)
     sections = {}
     for name, settings in values.items():
-        if name not in section_types or not isinstance(settings, Mapping):
+        if name not in section_types:
             raise unknown_name("section", name, section_types)
+        if not isinstance(settings, Mapping):
+            raise InputError(
+                f"{name} is a section, not a value: write [{name}] and its settings below, or {name}.KEY = ..."
+            )
         types_by_key = typing.get_type_hints(section_types[name])
         for key in settings:
             if key not in types_by_key:
@@ -295,23 +378,31 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
             raise InputError(f"{name} must be {len(parts)} numbers, got {value!r}")
         return tuple(_convert(name, part, x) for part, x in zip(parts, value, strict=True))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not kind:
         expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
-        raise InputError(f"{name} must be {expected}, got {value!r}")
+        raise InputError(f"{name} must be {expected}, got {show(value)}")
     return value
 
 
-def _parse_value(text: str) -> Any:
-    """A TOML value; anything else is a string, for which quotes are optional here."""
+def _check_value(name: str, value: Any, key: dataclasses.Field[Any]) -> None:
+    """InputError for a value that the metadata of its field do not allow; nan and inf are never allowed."""
+    known, limits = key.metadata["known"], key.metadata["limits"]
+    if known and value not in known and value != key.default:
+        raise InputError(f"{name} is {show(value)}; known: {', '.join(known)}")
+    for number in value if isinstance(value, tuple) else (value,):
+        shown = list(value) if isinstance(value, tuple) else value
+        if isinstance(number, float) and not math.isfinite(number):
+            raise InputError(f"{name} must be finite, got {shown}")
+        if limits is not None and not limits.allow(number):
+            raise InputError(f"{name} must {limits.text}, got {shown}")
+
+
+def _parse_value(text: str, is_string: bool) -> Any:
+    """A TOML value; anything else is a string, for which quotes are optional here, and so is everything without them
+    where a string is wanted: a file may be called 1984."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
-
-
-def _positive(name: str, section: Any, *keys: str) -> None:
-    """InputError unless the values of these keys are positive."""
-    for key in keys:
-        if not getattr(section, key) > 0:
-            raise InputError(f"{name}.{key} must be positive, got {getattr(section, key)}")
+    return text if is_string and not isinstance(value, str) else value

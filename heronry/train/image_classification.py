@@ -1,15 +1,18 @@
 """Image classification: batches of images, cropped, flipped, augmented and mixed.
 
 Images are found by number, like rows of tokens: which image it is and how it is cropped depend only on the seed and
-that number, and the augmentation of a batch only on the seed and its first number. So a run that is resumed sees the
-same images as one that was never stopped. Worker processes read ahead while the model computes.
+that number. The trainer seeds the augmentation of every pass. So a run that is resumed sees the same images as one that
+was never stopped. Threads read ahead while the model computes.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,6 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from ..data.batching import generator_for
 from ..data.image_dataset import ImageDataset
@@ -28,44 +30,42 @@ from ..models import Network
 from .config import Config, VisionSection
 from .tasks import Autocast, Reduce
 
-Loaded = tuple[Tensor, Tensor]  # pixels [B, 3, S, S] and classes int64 [B]
+LoadImage = Callable[[int], tuple[Tensor, int]]  # the pixels [3, S, S] of the image of this number, and its class
 
 
 class ImageBatch(NamedTuple):
-    """Images before augmentation."""
+    """Images side by side: for training uint8, before augmentation; for evaluation normalized float32."""
 
-    first: int  # the step's first number plus the index of the backward pass: the seed of the augmentation
-    pixels: Tensor  # uint8 [B, 3, S, S]
+    pixels: Tensor  # [B, 3, S, S]
     classes: Tensor  # int64 [B]
 
 
-class _TrainingImages(Dataset[tuple[Tensor, int]]):
+class _TrainingImages:
     """Image i, counted through all epochs: cropped and flipped uint8 [3, S, S], and its class."""
 
     def __init__(self, data: ImageDataset, config: VisionSection, seed: int):
         self.data, self.config, self.seed = data, config, seed
+        self._last_order: tuple[int, NDArray[Any]] | None = None
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __call__(self, i: int) -> tuple[Tensor, int]:
         epoch, position = divmod(i, len(self.data))
-        image, label = self.data[int(_epoch_order(self.seed, epoch, len(self.data))[position])]
+        image, label = self.data[int(self._order(epoch)[position])]
         random, size = generator_for(self.seed, i), self.config.size
         if self.config.crop != (1.0, 1.0):
             image = random_resized_crop(image, size, self.config.crop, random)
         elif image.size != (size, size):
             image = resize(image, (size, size))
         pixels = to_tensor(image)
-        return pixels.flip(2) if self.config.flip and random.random() < 0.5 else pixels, label
+        if self.config.flip and random.random() < 0.5:  # by NumPy, as PyTorch would start threads in each thread here
+            pixels = torch.from_numpy(pixels.numpy()[:, :, ::-1].copy())
+        return pixels, label
 
-
-_last_order: tuple[tuple[int, int, int], NDArray[Any]] | None = None
-
-
-def _epoch_order(seed: int, epoch: int, n_images: int) -> NDArray[Any]:
-    """The order of the images in an epoch, int64 [n_images]; the last one is cached."""
-    global _last_order
-    if _last_order is None or _last_order[0] != (seed, epoch, n_images):
-        _last_order = (seed, epoch, n_images), generator_for(seed, epoch).permutation(n_images)
-    return _last_order[1]
+    def _order(self, epoch: int) -> NDArray[Any]:
+        """The order of the images in an epoch, int64 [images]."""
+        last = self._last_order  # read once: another thread may store the next epoch meanwhile
+        if last is None or last[0] != epoch:
+            last = self._last_order = epoch, generator_for(self.seed, epoch).permutation(len(self.data))
+        return last[1]
 
 
 class ImageClassification:
@@ -94,7 +94,8 @@ class ImageClassification:
         self.rows_per_epoch = len(data)
         self.rows_per_step = config.run.batch * config.run.accumulate * accelerator.num_processes
         self._augment = _build_augmentation(config.vision)
-        self._reader: tuple[int, Iterator[Loaded]] | None = None  # the step it is at, and its batches from there on
+        self._load = _TrainingImages(data, config.vision, config.run.seed)
+        self._reader: tuple[int, Iterator[ImageBatch]] | None = None  # the step it is at, and its batches from there on
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -115,17 +116,18 @@ class ImageClassification:
 
     def batches(self, step: int) -> Iterator[list[ImageBatch]]:
         if self._reader is None or self._reader[0] != step:
-            images = _TrainingImages(self.data, self.config.vision, self.config.run.seed)
-            workers = _worker_count(self.config.vision.workers)
-            loader = DataLoader(
-                images, batch_sampler=_BatchNumbers(self, step), num_workers=workers, persistent_workers=workers > 0
-            )
-            self._reader = step, iter(loader)
+            self._reader = step, read_batches(self._load, self._image_numbers(step), self.config.vision.workers)
         reader = self._reader[1]
-        for i in range(self.config.run.accumulate):
-            pixels, classes = _next_batch(reader)
-            yield [ImageBatch(step * self.rows_per_step + i, pixels, classes)]
+        yield from ([batch] for batch in islice(reader, self.config.run.accumulate))
         self._reader = step + 1, reader
+
+    def _image_numbers(self, step: int) -> Iterator[range]:
+        """The numbers of the images in this process's batches, from a step on, without end."""
+        size, processes = self.config.run.batch, self.accelerator.num_processes
+        batch = step * self.config.run.accumulate * processes + self.accelerator.process_index
+        while True:
+            yield range(batch * size, (batch + 1) * size)
+            batch += processes
 
     def count_targets(self, batch: ImageBatch) -> tuple[int, int]:
         return len(batch.classes), len(batch.classes)
@@ -133,8 +135,6 @@ class ImageClassification:
     def compute_loss(self, model: nn.Module, batch: ImageBatch, autocast: Autocast) -> tuple[Tensor, Tensor]:
         """The cross entropy with label smoothing; L2Wrap is not used."""
         vision, device = self.config.vision, self.accelerator.device
-        # of everything below, drop path included
-        torch.manual_seed(int(generator_for(self.config.run.seed, batch.first).integers(2**62)))
         images = batch.pixels.to(device).float() / 255
         targets = F.one_hot(batch.classes.to(device), len(self.data.class_names)).float()
         if self._augment is not None:
@@ -155,20 +155,22 @@ class ImageClassification:
         run, device = self.config.run, self.accelerator.device
         n_images = min(run.eval_rows or len(self.eval_data), len(self.eval_data))
         own_images = range(self.accelerator.process_index, n_images, self.accelerator.num_processes)
-        images = _EvalImages(self.eval_data, self.config.vision.size)
-        workers = _worker_count(self.config.vision.workers)
-        loader = DataLoader(images, run.batch, sampler=own_images, num_workers=workers)
+        numbers = (own_images[start : start + run.batch] for start in range(0, len(own_images), run.batch))
         sums = torch.zeros(3, dtype=torch.float64)
         with autocast:
-            reader = iter(loader)
-            for _ in range(len(loader)):
-                pixels, classes = _next_batch(reader)
+            for pixels, classes in read_batches(self._load_for_evaluation, numbers, self.config.vision.workers):
                 logits = model(pixels.to(device)).float().cpu()
                 nats = F.cross_entropy(logits, classes, reduction="sum")
                 correct = (logits.argmax(1) == classes).sum()
                 sums += torch.tensor([nats.item(), correct.item(), len(classes)], dtype=torch.float64)
         total_nats, total_correct, count = reduce(sums).tolist()
-        return {"eval_loss": total_nats / max(1.0, count), "eval_accuracy": total_correct / max(1.0, count)}
+        return {"eval_loss": total_nats / count, "eval_accuracy": total_correct / count}
+
+    def _load_for_evaluation(self, i: int) -> tuple[Tensor, int]:
+        """The center of evaluation image i, normalized float32 [3, size, size], and its class."""
+        assert self.eval_data is not None
+        image, label = self.eval_data[i]
+        return preprocess(image, self.config.vision.size), label
 
     def carried_states(self) -> None:
         return None
@@ -177,32 +179,33 @@ class ImageClassification:
         raise InputError(f"{file}: states of a language model, but images are trained on")
 
 
-class _EvalImages(Dataset[tuple[Tensor, int]]):
-    """The center of image i, normalized float32 [3, size, size], and its class."""
+def read_batches(load: LoadImage, numbers: Iterable[Sequence[int]], workers: int) -> Iterator[ImageBatch]:
+    """The batches of these numbers, in order.
 
-    def __init__(self, data: ImageDataset, size: int):
-        self.data, self.size = data, size
+    Args:
+        workers: threads that read ahead (decoding and resizing release the GIL); 0: none; -1: as many as there are
+            cores to spare, up to 8. Processes would have to be forked beside PyTorch's threads, or import it anew.
+    """
+    workers = workers if workers >= 0 else min(8, max(0, (os.cpu_count() or 1) - 2))
+    if not workers:
+        yield from (_collate(map(load, batch)) for batch in numbers)
+        return
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[list[Future[tuple[Tensor, int]]]] = deque()
+    try:
+        for batch in numbers:
+            pending.append([pool.submit(load, i) for i in batch])
+            if len(pending) > 2:  # two batches ahead
+                yield _collate(future.result() for future in pending.popleft())
+        while pending:
+            yield _collate(future.result() for future in pending.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image, label = self.data[i]
-        return preprocess(image, self.size), label
 
-
-class _BatchNumbers:
-    """The numbers of the images in a process's batches, from a step on, without end."""
-
-    def __init__(self, task: ImageClassification, step: int):
-        run, accelerator = task.config.run, task.accelerator
-        self.rows_per_step, self.batch, self.accumulate = task.rows_per_step, run.batch, run.accumulate
-        self.processes, self.process, self.step = accelerator.num_processes, accelerator.process_index, step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.step
-        while True:
-            for i in range(self.accumulate):
-                first = step * self.rows_per_step + (i * self.processes + self.process) * self.batch
-                yield list(range(first, first + self.batch))
-            step += 1
+def _collate(images: Iterable[tuple[Tensor, int]]) -> ImageBatch:
+    pixels, classes = zip(*images, strict=True)
+    return ImageBatch(torch.stack(pixels), torch.tensor(classes))
 
 
 def mix_images(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -254,16 +257,3 @@ def _build_augmentation(config: VisionSection) -> Callable[[Tensor], Tensor] | N
         return images.clamp(0, 1)
 
     return augment
-
-
-def _next_batch(reader: Iterator[Loaded]) -> Loaded:
-    """The next batch. An InputError of a worker process arrives with its traceback and is reduced to its last line."""
-    try:
-        return next(reader)
-    except InputError as error:
-        raise InputError(str(error).strip().splitlines()[-1].rpartition("InputError: ")[2]) from None
-
-
-def _worker_count(workers: int) -> int:
-    """vision.workers, of which -1 is as many as there are cores to spare."""
-    return workers if workers >= 0 else min(8, max(0, (os.cpu_count() or 1) - 2))

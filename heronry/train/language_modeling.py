@@ -144,7 +144,7 @@ class LanguageModeling:
             logits, state = model(tensors.inputs.to(device), self._initial_states(rows), cu_seqlens=tensors.cu_seqlens)
         logits = self._keep_final_states(rows, tensors, logits, state)
         mask = None if tensors.mask is None else tensors.mask.to(device)
-        return sum_losses(logits, tensors.targets.to(device), mask)
+        return sum_losses(logits, tensors.targets.to(device), mask, overwrite=True)
 
     def finish_step(self, applied: bool) -> None:
         """Keeps the states without their gradients, or goes back to those before a step that was skipped."""
@@ -154,7 +154,7 @@ class LanguageModeling:
             self.states = self._states_before
 
     def evaluate(self, model: Network, autocast: Autocast, reduce: Reduce) -> dict[str, float]:
-        """The mean loss of the first rows of the evaluation data, in nats per token that counts."""
+        """The mean loss of the first rows of the evaluation data, in nats per token that counts; nan if none does."""
         assert self.eval_data is not None
         run, device, n_processes = self.config.run, self.accelerator.device, self.accelerator.num_processes
         sampler = build_sampler(self.config, self.eval_data)
@@ -171,7 +171,7 @@ class LanguageModeling:
                 if indices:
                     nats += sum_losses(logits, batch.targets.to(device), mask)[0].cpu()
                     n_counted += count_in_loss(batch)
-        return {"eval_loss": (reduce(nats) / reduce(n_counted).clamp_min(1)).item()}
+        return {"eval_loss": (reduce(nats) / reduce(n_counted)).item()}
 
     def _initial_states(self, rows: dict[int, Row]) -> State | None:
         """The states at which the documents in these rows start; None: all start at the model's initial state."""

@@ -8,14 +8,26 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import secrets
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..errors import InputError
 from ..files import atomic_write
@@ -47,6 +59,65 @@ class Progression:
     seconds: float = 0.0  # spent in steps
 
 
+class Sink(Protocol):
+    """Where rows of metrics go. A row has "step", numbers, and perhaps the text "sample"."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """A `Sink`: files for TensorBoard."""
+
+    def __init__(self, info: RunInfo, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        self._writer = SummaryWriter(str(info.out / "tensorboard"), purge_step=step + 1)
+        self._previous_hook, threading.excepthook = threading.excepthook, self._skip_own_threads
+
+    def write(self, row: dict[str, Any]) -> None:
+        for key, x in _numbers(row).items():
+            self._writer.add_scalar(key, x, row["step"])
+        if "sample" in row:
+            self._writer.add_text("sample", row["sample"], row["step"])
+
+    def close(self) -> None:
+        threading.excepthook = self._previous_hook
+        self._writer.close()
+
+    def _skip_own_threads(self, args: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of TensorBoard's thread, whose error the next call raises anyway."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            self._previous_hook(args)
+
+
+class Wandb:
+    """A `Sink`: a run of wandb, which a resumed run continues."""
+
+    def __init__(self, info: RunInfo, step: int):
+        import wandb  # an optional package
+
+        file = info.out / "wandb_id"  # not made of names of folders, which other runs may have too
+        if not step or not file.is_file():
+            with atomic_write(file) as part:
+                part.write_text(secrets.token_hex(8))
+        try:
+            self._run = wandb.init(project=info.wandb, dir=info.out, resume="allow", id=file.read_text())
+        except Exception as error:  # no key, no network
+            raise InputError(f"run.wandb: {' '.join(str(error).split())}") from error
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._run.log(_numbers(row), step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, int | float]:
+    return {key: x for key, x in row.items() if isinstance(x, int | float) and key != "step"}
+
+
 class MetricsLogger:
     """Logs one run; used as a context manager.
 
@@ -71,9 +142,9 @@ class MetricsLogger:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
+        self._status = self._evaluation = ""  # what the bar says of the last line and the last evaluation
         self._peak_flops = math.inf  # of one process, per second
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._sinks: dict[str, Sink] = {}  # where rows go besides the file
         if info.wandb and importlib.util.find_spec("wandb") is None:
             raise InputError("run.wandb is set, but wandb is not installed: pip install wandb")
 
@@ -81,21 +152,22 @@ class MetricsLogger:
         if self.quiet:
             return self
         info, step = self.info, self.start.step
-        self._drop_later_lines()
+        try:
+            self._drop_later_lines()
+        except OSError as error:
+            raise InputError(f"{info.out}: cannot be written ({error.strerror})") from error
         if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-            self._tensorboard = SummaryWriter(str(info.out / "tensorboard"), purge_step=step + 1)
+            self._guard("TensorBoard", lambda: self._sinks.update(TensorBoard=TensorBoard(info, step)))
         if info.wandb:
-            import wandb  # an optional package
-
-            run_id = "-".join(info.out.resolve().parts[-2:])
-            self._wandb = wandb.init(project=info.wandb, dir=info.out, resume="allow", id=run_id)
+            self._sinks["wandb"] = Wandb(info, step)
         self.print(info.description)
         if step:
             self.print(f"resuming from step {step}")
         self._peak_flops = peak_matmul_flops(info.device, info.precision)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            *(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")),
+            *(TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        )
         self._bar = Progress(*columns, console=self._console)
         self._bar_task = self._bar.add_task("", total=info.steps, completed=step)
         self._bar.start()
@@ -104,26 +176,26 @@ class MetricsLogger:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        for name, sink in list(self._sinks.items()):
+            self._guard(name, sink.close)
 
-    def log_step(self, progress: Progression, loss: float, grad_norm: float, lr: float) -> None:
+    def log_step(self, progress: Progression, loss: float | None, grad_norm: float, lr: float) -> None:
         """Call this after every step; writes a line every `log_every` steps and after the last one.
 
         Args:
             progress: after the step.
-            loss: of the step, in nats. A step without a finite loss and finite gradients is reported at once, and its
-                loss is left out of the mean.
+            loss: of the step, in nats; None if none of its tokens counts. A step without a finite loss and finite
+                gradients is reported at once. Neither kind is part of the mean.
             grad_norm: before clipping.
             lr: the learning rate of the step.
         """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.unlogged_losses.append(loss)
+        if math.isfinite(0.0 if loss is None else loss) and math.isfinite(grad_norm):
+            self.unlogged_losses += [] if loss is None else [loss]
         else:
             self.print(f"step {progress.step}: loss {loss}, gradient norm {grad_norm}: step skipped")
-        if progress.step % self.info.log_every and progress.step != self.info.steps:
+        logs = progress.step % self.info.log_every == 0 or progress.step == self.info.steps
+        if not logs:
+            self._update_bar(progress.step)
             return
         unit = self.info.unit
         speed = (progress.units - self._last.units) / (progress.seconds - self._last.seconds)
@@ -134,18 +206,20 @@ class MetricsLogger:
             share = speed * self.info.flops_per_unit / (self._peak_flops * self.info.processes)
             row["flops_share"] = round(share, 4)
             loss_text = "none" if loss_mean is None else f"{loss_mean:.4f}"
-            text = f"loss {loss_text}  {speed:,.0f} {unit}s/s  {share:.0%} of peak"
-            self._bar.update(self._bar_task, completed=progress.step, description=text)
+            self._status = f"loss {loss_text}, {speed:,.0f} {unit}s/s, {share:.0%} of peak"
+            self._update_bar(progress.step)
         self._last = progress
         self.unlogged_losses.clear()
         self._write(row)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """metrics: "eval_loss" in nats, and for images "eval_accuracy"."""
-        text = f"step {step}: {metrics['eval_loss']:.4f} nats per {self.info.unit}"
+        """metrics: "eval_loss" in nats (nan: no token counts), and for images "eval_accuracy"."""
+        text = f"{metrics['eval_loss']:.4f} nats per {self.info.unit}"
         if "eval_accuracy" in metrics:
             text += f", accuracy {metrics['eval_accuracy']:.2%}"
-        self.print(f"{text} on {self.info.eval_data}")
+        self.print(f"step {step}: {text} on {self.info.eval_data}")
+        self._evaluation = f", evaluation {metrics['eval_loss']:.4f}"
+        self._update_bar(step)
         self._write({"step": step, **metrics})
 
     def log_sample(self, step: int, text: str) -> None:
@@ -158,22 +232,30 @@ class MetricsLogger:
         if not self.quiet:
             self._console.print(line, highlight=False, markup=False)
 
+    def _update_bar(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=step, description=self._status + self._evaluation)
+
     def _write(self, row: dict[str, Any]) -> None:
         if self.quiet:
             return
+        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         try:
             with open(self._file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
         except OSError as error:  # the disk is full; the run continues
             self.print(f"step {row['step']} could not be logged: {error}")
-        numbers = {key: x for key, x in row.items() if isinstance(x, int | float) and key != "step"}
-        if self._tensorboard:
-            for key, x in numbers.items():
-                self._tensorboard.add_scalar(key, x, row["step"])
-            if "sample" in row:
-                self._tensorboard.add_text("sample", row["sample"], row["step"])
-        if self._wandb:
-            self._wandb.log(numbers, step=row["step"])
+        for name, sink in list(self._sinks.items()):
+            self._guard(name, partial(sink.write, row))
+
+    def _guard(self, name: str, call: Callable[[], object]) -> None:
+        """Calls into a package that logs. If that fails, the run prints a line and goes on without it; what they raise
+        is of many kinds: the disk is full, the network is gone."""
+        try:
+            call()
+        except Exception as error:
+            self._sinks.pop(name, None)
+            self.print(f"{name} gets no more lines: {' '.join(str(error).split()) or type(error).__name__}")
 
     def _drop_later_lines(self) -> None:
         """Deletes the lines of steps after the checkpoint, which will be repeated."""

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -38,11 +39,21 @@ from .schedule import lr_factor, set_lr
 from .tasks import Autocast, Task
 
 GenerateSample = Callable[[Network, str], str]  # continues a prompt with a model
+# signals after which a run saves a checkpoint and ends; Windows has no SIGHUP
+STOPPING = [int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 MAX_BAD_STEPS = 20  # in a row without finite gradients, after which the run gives up
 
 
 class Interrupted(Exception):
-    """Ctrl-C; a checkpoint has been saved."""
+    """A signal has ended the run; a checkpoint has been saved.
+
+    Attributes:
+        signal: its number: that of SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
 
 
 class Trainer:
@@ -73,13 +84,13 @@ class Trainer:
         Raises:
             InputError: files that cannot be read, settings that do not fit them, or a `run.out` of another run.
         """
-        self.config = config
+        self.config = config.check()
         self.generate_sample: GenerateSample | None = None
         self.out = Path(config.run.out).expanduser()
         views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # otherwise gradients are stored twice
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[views])
+        self.accelerator = Accelerator(cpu=not build.uses_cuda(config.run.device), kwargs_handlers=[views])
         self.precision = build.resolve_precision(config, self.accelerator.device)
-        set_seed(config.run.seed)
+        torch.manual_seed(config.run.seed)  # of new weights, which are the same in every process
         self.model, self.task = self._build_vision(model) if config.model.is_vision else self._build_language(model)
         self.steps = config.run.steps or math.ceil(
             config.run.epochs * self.task.rows_per_epoch / self.task.rows_per_step
@@ -104,6 +115,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         data = TokenFile(config.data.train)
         if model is None:
+            build.check_model_memory(config, data.vocab_size, accelerator.device)
             built = build.build_on_devices(config, data.vocab_size, self.precision, accelerator)
         elif config.run.shard != "none":
             raise InputError("run.shard only works for models named by config.model")
@@ -112,6 +124,10 @@ class Trainer:
         else:
             built = build.prepare_model(model, config, data.vocab_size, self.precision)
         built = built.to(accelerator.device).train()
+        row = min(config.data.ctx_len, len(data.tokens)) // config.run.sequence_parallel
+        n_tokens = config.run.batch * row * config.data.tbptt_chunks
+        what = f"{config.run.batch:,} x {config.data.tbptt_chunks * row:,} tokens"
+        self._check_memory(built, n_tokens, what, "lower data.ctx_len or run.batch")
         return built, LanguageModeling(config, data, built, accelerator)
 
     def _build_vision(self, model: Network | None) -> tuple[Network, Task[Any]]:
@@ -119,10 +135,20 @@ class Trainer:
         from ..data.image_dataset import ImageDataset  # needs optional packages
         from .image_classification import ImageClassification
 
-        images = ImageDataset(self.config.data.train)
+        config, device = self.config, self.accelerator.device
+        images = ImageDataset(config.data.train)
         if model is None:
-            model = build.build_vision_model(self.config, len(images.class_names), self.precision)
-        return model.to(self.accelerator.device).train(), ImageClassification(self.config, images, self.accelerator)
+            build.check_model_memory(config, len(images.class_names), device)
+            model = build.build_vision_model(config, len(images.class_names), self.precision)
+        n_patches = config.run.batch * (config.vision.size // model.config.patch_size) ** 2
+        what = f"{config.run.batch:,} x {config.vision.size:,} x {config.vision.size:,} pixels"
+        self._check_memory(model, n_patches, what, "lower run.batch or vision.size")
+        return model.to(self.accelerator.device).train(), ImageClassification(config, images, self.accelerator)
+
+    def _check_memory(self, model: Network, n_tokens: int, what: str, advice: str) -> None:
+        itemsize = getattr(torch, self.precision).itemsize
+        checkpointing = self.config.run.checkpointing
+        build.check_pass_memory(model, n_tokens, itemsize, checkpointing, self.accelerator.device, what, advice)
 
     def _run_info(self) -> RunInfo:
         config = self.config
@@ -216,18 +242,18 @@ class Trainer:
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train(self) -> Network:
-        """Trains to the end, or until Ctrl-C, and saves the model in `run.out`.
+        """Trains to the end, or until Ctrl-C, SIGTERM or SIGHUP, and saves the model in `run.out`.
 
         Returns:
             The trained model, in eval mode.
 
         Raises:
-            Interrupted: Ctrl-C was pressed; a checkpoint has been saved.
+            Interrupted: a signal came; a checkpoint has been saved.
             InputError: the gradients are not finite any more, or the model cannot be saved.
         """
         run = self.config.run
         last_checkpoint, bad_steps = time.monotonic(), 0
-        with catch_interrupt() as interrupt, self.logger:
+        with catch_signals() as signals, self.logger:
             while self.step < self.steps:
                 start = time.perf_counter()
                 loss, grad_norm = self.train_step()
@@ -242,14 +268,15 @@ class Trainer:
                 if self.generate_sample and run.sample_every and (ends or self.step % run.sample_every == 0):
                     self.logger.log_sample(self.step, self.sample())
                 due = run.save_every and self.step % run.save_every == 0
-                late = self._any_process(time.monotonic() - last_checkpoint > 60 * run.save_minutes)
-                interrupted = self._any_process(interrupt.is_set())
-                if due or late or ends or interrupted:
+                late = time.monotonic() - last_checkpoint > 60 * run.save_minutes
+                late, *stopping = self._any_process(late, *(number in signals for number in STOPPING))
+                if due or late or ends or any(stopping):
                     self.save_checkpoint()
                     last_checkpoint = time.monotonic()
-                if interrupted:
+                if any(stopping):
                     raise Interrupted(
-                        f"stopped at step {self.step} of {self.steps}; the same command resumes from there"
+                        f"stopped at step {self.step} of {self.steps}; the same command resumes from there",
+                        STOPPING[stopping.index(True)],
                     )
         model = self._full_model()
         if self.accelerator.is_main_process:
@@ -259,12 +286,12 @@ class Trainer:
                 raise InputError(f"{self.out}: cannot be written ({error}); the same command tries again") from error
         return model.eval() if self.ema is not None else self.model.eval()
 
-    def train_step(self) -> tuple[float, float]:
+    def train_step(self) -> tuple[float | None, float]:
         """Updates the weights once.
 
         Returns:
             The mean loss in nats per token (or image) that counts, and the norm of the gradients before clipping. If
-            the norm is not finite, the weights have not changed.
+            no token counts (the loss is None) or the norm is not finite, nothing has changed but the carried states.
         """
         config, device = self.config, self.accelerator.device
         passes = list(self.task.batches(self.step))
@@ -273,32 +300,41 @@ class Trainer:
         )
         n_counted, n_targets = self._sum_over_processes(counts.sum(0)).tolist()
         set_lr(self.optimizer, lr_factor(self.step, self.steps, config.optim))
+        l2wrap = config.optim.l2wrap / n_targets if n_counted else 0.0
         total_nats = torch.zeros((), dtype=torch.float64)
         for i, batches in enumerate(passes):
             # gradients are exchanged once, after the last pass; if sharded, no process could hold them until then
             accumulates = i < len(passes) - 1 and not self.model.sharded
             with self.accelerator.no_sync(self.wrapped_model) if accumulates else contextlib.nullcontext():
                 loss = torch.zeros((), device=device)
-                for batch in batches:
+                for j, batch in enumerate(batches):
+                    self._seed_pass(i, j)
                     nats, squares = self.task.compute_loss(self.wrapped_model, batch, self._autocast())
-                    l2wrap = config.optim.l2wrap / n_targets * squares
                     # the gradients of the processes are averaged, but have to be summed
-                    loss = loss + (nats / max(1.0, n_counted) + l2wrap) * self.accelerator.num_processes
+                    loss = loss + (nats / max(1.0, n_counted) + l2wrap * squares) * self.accelerator.num_processes
                     total_nats += nats.detach().double().cpu()
                 self.accelerator.backward(loss)
         if self.model.sharded:
             fsdp.average_unsharded_gradients(self.model)
         grad_norm = self._clip_gradients()
-        applied = math.isfinite(grad_norm)
-        if applied:
+        finite = math.isfinite(grad_norm)
+        if finite and n_counted:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
-        self.task.finish_step(applied)
+        self.task.finish_step(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.units += int(n_targets)
-        return (self._sum_over_processes(total_nats) / max(1.0, n_counted)).item(), grad_norm
+        total_nats = self._sum_over_processes(total_nats)
+        return total_nats.item() / n_counted if n_counted else None, grad_norm
+
+    def _seed_pass(self, *numbers: int) -> None:
+        """Seeds dropout, drop path and augmentation: every forward pass of every process draws its own numbers, which
+        depend on nothing else, so that a run that is resumed draws the same."""
+        key = (self.step, *numbers, self.accelerator.process_index)
+        seed = np.random.SeedSequence(self.config.run.seed, spawn_key=key).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
 
     def _clip_gradients(self) -> float:
         """Clips the gradients of all processes together; returns their norm before that."""
@@ -315,9 +351,10 @@ class Trainer:
         total: Tensor = self.accelerator.reduce(x.to(self.accelerator.device), "sum")
         return total.cpu()
 
-    def _any_process(self, condition: bool) -> bool:
-        """Whether the condition holds in any of the processes."""
-        return bool(self._sum_over_processes(torch.tensor(float(condition))).item())
+    def _any_process(self, *conditions: bool) -> list[bool]:
+        """Which of the conditions hold in any of the processes."""
+        counts: list[float] = self._sum_over_processes(torch.tensor(conditions, dtype=torch.float32)).tolist()
+        return [count > 0 for count in counts]
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -370,20 +407,25 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def catch_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that the current step is completed; the second one interrupts at once."""
-    event = threading.Event()
+def catch_signals() -> Iterator[set[int]]:
+    """The numbers of the signals in STOPPING that have come: the first of a kind only adds its number, so that the
+    current step is completed; the second one acts as it would have before."""
+    received: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield received
         return
-    previous_handler = signal.getsignal(signal.SIGINT)
+    # nohup lets processes ignore that their terminal is gone
+    numbers = [number for number in STOPPING if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.getsignal(number) for number in numbers}
 
     def handle_first(number: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous_handler)
+        received.add(number)
+        signal.signal(number, previous[number])
 
-    signal.signal(signal.SIGINT, handle_first)
+    for number in numbers:
+        signal.signal(number, handle_first)
     try:
-        yield event
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous_handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

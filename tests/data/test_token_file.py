@@ -101,6 +101,7 @@ def test_the_mask_begins_where_something_is_masked(tmp_path, monkeypatch):
     writer.write(np.arange(5), np.ones(5, bool))
     writer.write(np.arange(3), np.array([True, False, True]))
     writer.write(np.arange(2))
+    (tmp_path / "x.tokenizer.json").write_text("{}")
     writer.finish({"vocab_size": 7, "tokenizer": "x.tokenizer.json", "template": "g1", "end_of_text": 3})
     file = TokenFile(tmp_path / "x")
     assert file.mask.tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 1, 1]
@@ -149,6 +150,34 @@ def test_names_appear_at_the_end_and_publishing_can_be_repeated(tmp_path):
         token_file.publish_parts(prefix, masked=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.mask"]
         assert TokenFile(prefix).mask.tolist() == [1, 0, 1, 1]
+
+
+def test_a_name_may_have_its_ending(tmp_path):
+    for name in ("x.bin", "x.idx", "x"):
+        writer = TokenWriter(tmp_path / name, "uint16")
+        writer.write(np.arange(4))
+        writer.finish({})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
+
+
+def test_only_a_tokenizer_beside_it_is_taken(tmp_path):
+    """It is copied into the folder of a model, which may be published."""
+    (tmp_path / "secret.json").write_text("{}")
+    folder = tmp_path / "tokens"
+    for name, problem in (
+        ("../secret.json", "tokenizer must be bytes, world or the name of a file beside it, got '../secret.json'"),
+        (str(tmp_path / "secret.json"), "or the name of a file beside it"),
+        ("..\\secret.json", "or the name of a file beside it"),
+        ("..", "or the name of a file beside it"),
+        ("", "or the name of a file beside it"),
+        ("none.json", "x.json: its tokenizer none.json is not beside it"),
+    ):
+        writer = TokenWriter(folder / "x", "uint16")
+        writer.write(np.arange(4))
+        writer.finish({"tokenizer": name})
+        with pytest.raises(InputError) as error:
+            TokenFile(folder / "x")
+        assert problem in str(error.value)
 
 
 def test_damaged_files_are_named_in_one_line(tmp_path):
@@ -200,8 +229,16 @@ def test_damaged_files_are_named_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
         path.write_bytes(whole[ending])
     assert TokenFile(prefix).vocab_size == 10
-    with pytest.raises(InputError, match=r"nothing.bin: no such file$"):
+    with pytest.raises(InputError, match=r"nothing.bin: no such file; `heronry data` makes token files of texts$"):
         TokenFile(tmp_path / "nothing")
+    (tmp_path / "my.txt").write_text("A rook.")
+    with pytest.raises(
+        InputError, match=r"my.txt: is not a token file; `heronry data \S+my.txt -o my-tokens` makes one"
+    ):
+        TokenFile(tmp_path / "my.txt")
+    for folder in (".", "..", "/"):
+        with pytest.raises(InputError, match="is a folder; give the name of a token file"):
+            TokenFile(folder)
     write_pair(tmp_path / "empty", [[[]]], 8)
     with pytest.raises(InputError, match="contains no tokens"):
         TokenFile(tmp_path / "empty")

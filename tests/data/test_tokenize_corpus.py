@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import random
 import signal
 import subprocess
@@ -125,9 +126,9 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
         list(sources.read_records(sources.find_sources(names[:1]), key="words"))
     with pytest.raises(InputError, match=r"^hf://.*nowhere"):
         list(sources.read_records(sources.find_sources([f"hf://{tmp_path}/nowhere"])))
-    for module, name, package in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
+    for module, name, advice in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(InputError, match=f"pip install {package}"):
+        with pytest.raises(InputError, match=f"needs {module}: pip install {advice}"):
             list(sources.read_records(sources.find_sources([name])))
 
 
@@ -158,7 +159,8 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
     (tmp_path / "b.txt").write_text("x" * 1200)  # pieces end exactly where it does
     write_lines(tmp_path / "c.jsonl", [{"text": text} for text in texts(30)])
     write_lines(tmp_path / "d.jsonl.gz", [{"messages": TALK}, *({"text": text} for text in texts(30, seed=1))])
-    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl.gz")]
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl.gz", "e.txt.xz")]
+    (tmp_path / "e.txt.xz").write_bytes(lzma.compress(b"\xef\xbb\xbf" + "\n".join(texts(9, seed=2)).encode()))
     options = {"template": "world", "holdout": 0.2}
     tokenize_corpus(paths, tmp_path / "once" / "x", "bytes", **options)
 
@@ -191,7 +193,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
         assert not list(out.parent.glob("*progress*"))
     assert stops > 20
     kept, held = (TokenFile(tmp_path / "once" / name) for name in ("x", "x-eval"))
-    assert (len(kept), len(held)) == (51, 12)  # 63 documents, every fifth
+    assert (len(kept), len(held)) == (52, 12)  # 64 documents, every fifth
     assert held.document(0).tobytes() == np.frombuffer(texts(30)[2].encode(), np.uint8).astype(np.uint16).tobytes()
 
 
@@ -337,9 +339,15 @@ def test_what_is_there_is_kept(tmp_path, command):
     assert command(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
     # an unfinished run goes on with the options that it began with, or not at all
-    write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)] + [{"words": "x"}])
-    words = ("data", tmp_path / "b.jsonl", "-o", tmp_path / "y", "--tokenizer", "bytes")
-    assert command(*words) == (2, "", f"heronry: {tmp_path}/b.jsonl, line 21: has neither 'text' nor 'messages'\n")
+    source = write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)])
+
+    def stop(n_bytes, progress):
+        if n_bytes:
+            raise KeyboardInterrupt
+
+    words = ("data", source, "-o", tmp_path / "y", "--tokenizer", "bytes")
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus([str(source)], tmp_path / "y", "bytes", on_progress=stop)
     for other, named in ((("--holdout", "0.5"), "holdout"), (("--key", "words"), "key")):
         code, _, message = command(*words, *other)
         assert code == 2
@@ -350,6 +358,39 @@ def test_what_is_there_is_kept(tmp_path, command):
     assert decoded(tmp_path / "y") == ["changed"]
     (tmp_path / "z.progress.json").write_text("{")
     assert "z.progress.json: damaged" in command(*words[:3], tmp_path / "z", *words[4:])[2]
+
+
+def test_what_the_message_advises_is_not_refused(tmp_path, command):
+    """After an error in its input a run stands in nobody's way: not in that of the option that its message names, nor
+    in that of the corrected file."""
+    talk = write_lines(tmp_path / "talk.jsonl", [{"messages": TALK}])
+    words = ("data", talk, "-o", tmp_path / "x", "--tokenizer", "bytes")
+    assert "choose a chat template with --template" in command(*words)[2]
+    assert command(*words, "--template", "g1")[0] == 0
+    lines = write_lines(tmp_path / "lines.jsonl", [{"text": text} for text in texts(20)] + [{"words": "x"}])
+    words = ("data", lines, "-o", tmp_path / "y", "--tokenizer", "bytes")
+    for _ in range(2):
+        assert command(*words) == (2, "", f"heronry: {lines}, line 21: has neither 'text' nor 'messages'\n")
+    write_lines(tmp_path / "lines.jsonl", [{"text": "corrected"}])
+    assert command(*words)[0] == 0
+    assert decoded(tmp_path / "y") == ["corrected"]
+    # and yet it replaces nothing that was there
+    write_lines(tmp_path / "lines.jsonl", [{"words": "x"}])
+    assert command(*words, "--restart")[0] == 2
+    write_lines(tmp_path / "lines.jsonl", [{"text": "again"}])
+    assert command(*words)[2] == f"heronry: {tmp_path}/y.bin: already exists; replace it with --restart\n"
+    assert decoded(tmp_path / "y") == ["corrected"]
+
+
+def test_the_name_may_have_its_ending(tmp_path, command):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(4)])
+    code, _, message = command("data", source, "-o", tmp_path / "t.bin", "--tokenizer", "bytes", "--holdout", "0.5")
+    assert code == 0
+    assert message.startswith(f"{tmp_path / 't'}: 4 documents, ")
+    names = {path.name for path in tmp_path.iterdir()} - {"a.jsonl"}
+    assert names == {f"{prefix}{ending}" for prefix in ("t", "t-eval") for ending in (".bin", ".idx", ".json")}
+    assert decoded(tmp_path / "t.bin") == texts(4)[::2]
+    assert "is a folder; give the name" in command("data", source, "-o", ".", "--tokenizer", "bytes")[2]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command):
@@ -363,23 +404,26 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command):
     good = file("good.jsonl", b'{"text": "a"}\n')
     for words, said in [
         ([tmp_path / "missing"], "missing: no such file or folder"),
-        ([tmp_path / "nothing"], "nothing: contains no .txt, .jsonl, .jsonl.gz, .parquet file"),
+        ([tmp_path / "nothing"], "nothing: contains no .txt, .jsonl, .parquet file"),
         ([file("a.pdf", b"x")], "a.pdf: unsupported kind of file; expected .txt"),
         ([file("a.jsonl", b'{"text": "a"}\n{"text": \n')], "a.jsonl, line 2: not JSON"),
         ([file("b.jsonl", b'{"text": "a"}\n\n[1]\n')], "b.jsonl, line 3: not a JSON object"),
         ([file("c.jsonl", b'{"text": 3}\n')], "c.jsonl, line 1: 'text' is neither a string nor a list of messages"),
-        ([file("d.jsonl", b'{"text": "\xff"}\n')], "d.jsonl, line 1: not JSON"),
+        ([file("d.jsonl", b'{"text": "\xff"}\n')], "d.jsonl, line 1: is not UTF-8 (byte 0xff at position 10)"),
         ([file("e.jsonl", b'{"text": "\\ud800"}\n')], "e.jsonl, line 1: the text has a lone surrogate at character 0"),
         (
             [file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')],
             "f.jsonl, line 1: this is a conversation: choose a chat template",
         ),
         ([tmp_path / "f.jsonl", "--template", "g1"], "f.jsonl, line 1: a message has no role or no content"),
-        ([file("a.txt", b"abc\xff")], "a.txt: is not UTF-8 at byte 3"),
-        ([file("a.jsonl.gz", b"abc")], "a.jsonl.gz: cannot be read to the end"),
-        ([file("b.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 9)[:-20])], "b.jsonl.gz: cannot be read to the end"),
+        ([file("a.txt", b"abc\xff")], "a.txt, line 1: is not UTF-8 (byte 0xff at position 3)"),
+        ([file("a.jsonl.gz", b"abc")], "a.jsonl.gz: cannot be read (Not a gzipped file"),
+        (
+            [file("b.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 9)[:-20])],
+            "b.jsonl.gz: cannot be read (Compressed file ended",
+        ),
         ([file("empty.txt", b"")], "out: would be empty, as the sources have 0 documents"),
-        ([good, "--holdout", "0.5"], "out-eval: would be empty, as the sources have 1 documents"),
+        ([good, "--holdout", "0.5"], "out-eval: would be empty, as the sources have 1 document\n"),
         ([good, "--holdout", "0.6"], "must be above 0 and at most 0.5, got 0.6"),
         ([good, "--workers", "0"], "workers must be at least 1, got 0"),
         ([good, "--template", "klingon"], "chat template 'klingon'"),

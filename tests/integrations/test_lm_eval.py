@@ -16,7 +16,8 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import heronry  # noqa: E402
-from heronry.evaluate import score_lambada  # noqa: E402
+from heronry.checkpoint import assemble  # noqa: E402
+from heronry.evaluate import log_likelihoods, score_lambada  # noqa: E402
 from heronry.integrations.lm_eval import HeronryLM, register  # noqa: E402
 
 PASSAGES = ["Once upon a time there was a little girl", "The dog was very happy", "Tom and Lily went to the park"]
@@ -105,7 +106,7 @@ def test_the_same_as_the_harness_own_class(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tokenizer=tokenizer, batch_size=2, device="cpu"
     )
     mine = HeronryLM(dtype="float32")
-    mine.llm.opening = []  # theirs puts nothing in front of a text
+    end = mine.eot_token_id  # which theirs puts in front of a text only where it has no context
     pairs = [
         ("The cat", " sat on the mat."),
         ("The cat", " ran"),
@@ -115,7 +116,10 @@ def test_the_same_as_the_harness_own_class(tmp_path):
     ]
     for (a, hit), (b, right) in zip(
         mine.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True),
-        theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True),
+        theirs._loglikelihood_tokens(
+            [(pair, *with_end(theirs, pair, end)) for pair in pairs],
+            disable_tqdm=True,
+        ),
         strict=True,
     ):
         assert a == pytest.approx(b, abs=1e-3)
@@ -129,8 +133,31 @@ def test_the_same_as_the_harness_own_class(tmp_path):
         ("The dog", {"until": ["\n"], "max_gen_toks": 8}),
     ]
     a = mine.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    asked = [("<|endoftext|>" + prompt, options) for prompt, options in asked]
     b = theirs.generate_until(instances("generate_until", asked), disable_tqdm=True)
     assert a == b
+
+
+def with_end(theirs: HFLM, pair: tuple[str, str], end: int) -> tuple[list[int], list[int]]:
+    before, after = theirs._encode_pair(*pair) if pair[0] else ([], theirs.tok_encode(pair[1]))
+    return [end, *before], after
+
+
+def test_world_models_read_the_end_of_text_in_front_of_everything(random_checkpoint):
+    """As the models were trained, and as the published figures were measured."""
+    llm = heronry.LLM(assemble(random_checkpoint("7", width=64, heads=1, ffn=64, rank=3, vocab=65536)))
+    assert llm.opening == []
+    mine = HeronryLM(llm)
+    text = "The cat sat on the mat."
+    ids = llm.tokenizer.encode(text)
+    expected = log_likelihoods(llm.model, [([0], ids), ([0, *ids[:-2]], ids[-2:])])
+    before, after = llm.tokenizer.decode(ids[:-2]), llm.tokenizer.decode(ids[-2:])
+    assert mine.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)])) == [expected[0][0]]
+    assert mine.loglikelihood(instances("loglikelihood", [("", text), (before, after)])) == expected
+    llm.opening = [7, 0]  # two tokens, of which the harness knows the first
+    expected = log_likelihoods(llm.model, [([7, 0], ids)])
+    assert mine.loglikelihood(instances("loglikelihood", [("", text)])) == expected
+    assert mine.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)])) == [expected[0][0]]
 
 
 def test_a_vocabulary_without_an_end(random_checkpoint, tmp_path):

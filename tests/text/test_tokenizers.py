@@ -169,3 +169,11 @@ def test_guess_tokenizer(tmp_path, tokenizer_json):
     assert guess_tokenizer(50277, tmp_path) == pile
     assert guess_tokenizer(65536, tmp_path) == "world"  # a Pile tokenizer may lie beside World models
     assert guess_tokenizer(400, tokenizer_json.parent) == tokenizer_json
+
+
+@pytest.mark.parametrize("name", ["bytes", "world"])
+def test_bytes_that_are_not_utf_8_are_called_that(name):
+    """Standard input and arguments bring them as lone surrogates."""
+    text = b"ab\xffc".decode(errors="surrogateescape")
+    with pytest.raises(InputError, match=r"^the text is not UTF-8: byte 0xff after 2 characters$"):
+        load_tokenizer(name).encode(text)

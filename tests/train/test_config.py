@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,20 @@ import torch
 
 from heronry.data.batching import magic_prime
 from heronry.errors import InputError
-from heronry.models import RWKV7, RWKV7Config
-from heronry.train.config import Config, OptimSection, from_dict, read_config
+from heronry.models import MODELS, RWKV7, VISION_MODELS, RWKV7Config
+from heronry.models.vision import SHIFTS
+from heronry.quantization import FORMATS
+from heronry.train.config import (
+    GENERATIONS,
+    VISION_GENERATIONS,
+    Config,
+    ModelSection,
+    OptimSection,
+    VisionSection,
+    from_dict,
+    parse_arguments,
+    read_config,
+)
 from heronry.train.optim import build_optimizer
 from heronry.train.schedule import lr_factor, set_lr
 
@@ -35,6 +49,21 @@ WRONG = [
         "data.order is 'sorted'; known: documents, carried, shuffle, magic_prime, random, sequential",
     ),
     ("data.train=", "data.train is missing"),
+    ("data.ctx_len=0", "data.ctx_len must be positive, got 0"),
+    ("optim.lr=nan", "optim.lr must be finite, got nan"),
+    ("optim.clip=inf", "optim.clip must be finite, got inf"),
+    ("optim.betas=[nan, 0.9]", "optim.betas must be finite, got [nan, 0.9]"),
+    ("optim.eps=1" + "0" * 400, "optim.eps must be finite, got inf"),
+    ("run.seed=-1", "run.seed must be from 0 to 2^64 - 1, got -1"),
+    ("run.seed=18446744073709551616", "run.seed must be from 0 to 2^64 - 1, got 18446744073709551616"),
+    ("run.ema=1", "run.ema must be in [0, 1), got 1.0"),
+    ("run.device=tpu", "run.device is 'tpu'; known: auto, cpu, cuda, cuda:0, cuda:1"),
+    ("run.device=cuda:x", "run.device is 'cuda:x'"),
+    ("run.epochs=0", "run.steps and run.epochs are both 0, so there is nothing to do"),
+    ("model.vocab_size=-1", "model.vocab_size must not be negative, got -1"),
+    ("model.targets=key", "model.targets must be a list of strings, got 'key'"),
+    ("vision.workers=-2", "vision.workers must be -1 or more, got -2"),
+    ("vision.rand_augment=31", "vision.rand_augment must be from 0 to 30, got 31"),
     ("lr", "'lr' is not a setting; write section.key=value"),
     ("lr=1", "'lr=1' is not a setting"),
 ]
@@ -70,7 +99,66 @@ def test_a_file_and_settings_on_top(tmp_path):
     assert Config().run.batch == 8
 
 
-@pytest.mark.parametrize(("text", "message"), [("[run", "not TOML"), ("run = 1", "unknown section 'run'")])
+def test_what_a_string_may_be_without_quotes():
+    config = read_config(None, ["data.train=1984", "run.out=1e3", "run.wandb=true", 'run.sample_prompt="\\t"'])
+    run = config.run
+    assert (config.data.train, run.out, run.wandb, run.sample_prompt) == ("1984", "1e3", "true", "\t")
+
+
+def test_arguments(tmp_path, monkeypatch):
+    """A file or a setting comes first, and what is neither is told."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_bytes(b'\xef\xbb\xbf[data]\ntrain = "texts"\n')  # with the mark that Notepad writes
+    Path("a=b.toml").write_text('[data]\ntrain = "others"\n')
+    assert parse_arguments(["run.toml", "run.batch=2"]).run.batch == 2
+    assert parse_arguments(["a=b.toml"]).data.train == "others"
+    assert parse_arguments(["data.train=c"]).data.train == "c"
+    for arguments, message in (
+        (["data.train"], "data.train has no value; write data.train=VALUE"),
+        (["data.trein"], "data.trein: no such file; a setting is written data.train=VALUE"),
+        (["none.toml"], "none.toml: no such file"),
+        (["run.toml", "data.train"], "'data.train' is not a setting; write section.key=value, like optim.lr=1e-3"),
+        ([], "data.train is missing: "),
+    ):
+        with pytest.raises(InputError) as refusal:
+            parse_arguments(arguments)
+        assert str(refusal.value).startswith(message)
+
+
+def test_the_help_has_every_setting_with_its_default(command):
+    code, out, _ = command("train", "--help")
+    assert code == 0
+    found = {}
+    for line in out.splitlines():
+        if header := re.match(r"  \[(\w+)\] ", line):
+            section = found[header[1]] = {}
+        elif line.startswith("    ") and (entry := re.match(r"    (\w+) = (.*?)  +\S", line)):
+            section[entry[1]] = json.loads(entry[2])
+    assert found == json.loads(json.dumps(asdict(Config())))
+    help_of = [key.metadata["help"] for section in fields(Config) for key in fields(section.default_factory)]
+    assert all(help_of)
+    assert max(map(len, out.splitlines())) <= 104
+
+
+def test_the_names_here_are_those_of_the_models():
+    assert (*MODELS,) == GENERATIONS
+    assert (*VISION_MODELS,) == VISION_GENERATIONS
+    known = {key.name: key.metadata["known"] for section in (ModelSection, VisionSection) for key in fields(section)}
+    assert known["shift"] == SHIFTS
+    assert known["quantize"] == (*FORMATS,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run", "not TOML"),
+        ("run = 1", "run is a section, not a value: write [run] and its settings below, or run.KEY = ..."),
+        ("[[optim]]\nlr = 1", "optim is a section, not a value"),
+        ("[optim.lr]\na = 1", "optim.lr must be a number, got {'a': 1}"),
+        ("[optim]\nlr = 2020-01-01", "optim.lr must be a number, got datetime.date(2020, 1, 1)"),
+        ("lr = 1", "unknown section 'lr'"),
+    ],
+)
 def test_a_file_that_cannot_be(text, message, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(text)

@@ -186,7 +186,7 @@ def test_every_picture_is_seen_once_an_epoch(folder, tmp_path):
         [
             x.numpy().tobytes()
             for step in range(4 * epoch, 4 * epoch + 4)
-            for ((_, x8, _),) in run.task.batches(step)
+            for ((x8, _),) in run.task.batches(step)
             for x in x8
         ]
         for epoch in range(2)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from heronry import build
 from heronry.checkpoint import load
+from heronry.data.token_file import TokenFile
 from heronry.errors import InputError
 from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
 from heronry.train.config import read_config
@@ -43,18 +45,19 @@ def stopped(texts: Path, out: Path, step: int, *more: str) -> None:
     is_interrupted(Trainer(read_config(None, settings(texts, out, *more))), step)
 
 
-def is_interrupted(trainer: Trainer, step: int) -> None:
-    """Runs until Ctrl-C ends it while it takes the step after `step`."""
+def is_interrupted(trainer: Trainer, step: int, number: int = signal.SIGINT) -> None:
+    """Runs until Ctrl-C, or another signal, ends it while it takes the step after `step`."""
     take = trainer.train_step
 
     def interrupted() -> tuple[float, float]:
         if trainer.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return take()
 
     trainer.train_step = interrupted
-    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of {trainer.steps}"):
+    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of {trainer.steps}") as stopped:
         trainer.train()
+    assert stopped.value.signal == number
 
 
 def fails_at(trainer: Trainer, step: int) -> None:
@@ -204,6 +207,32 @@ def test_stopped_and_gone_on(texts, tmp_path):
     assert all(torch.equal(x[key], y[key]) for key in x)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_schedulers_and_closed_terminals_send_loses_nothing(number, texts, tmp_path):
+    run(texts, tmp_path / "whole", "run.steps=4")
+    handler = signal.getsignal(number)
+    trainer = Trainer(read_config(None, settings(texts, tmp_path / "parts", "run.steps=4", "run.save_minutes=100")))
+    is_interrupted(trainer, 1, number)
+    assert signal.getsignal(number) == handler
+    run(texts, tmp_path / "parts", "run.steps=4")
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_command_ends_with_the_number_of_the_signal(texts, tmp_path):
+    options = settings(texts, tmp_path / "out", "run.steps=100000", "run.save_minutes=100")
+    command = [sys.executable, "-m", "heronry", "train", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        log = tmp_path / "out" / "log.jsonl"
+        while not (log.exists() and log.read_text()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "of 100000; the same command resumes from there" in errors.splitlines()[-1]
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 1
+
+
 def test_muon_goes_on_too(texts, tmp_path):
     trainer = run(texts, tmp_path / "whole", "run.steps=7", "optim.muon=true")
     muon = trainer.optimizer.param_groups[-1]["params"]
@@ -303,6 +332,29 @@ def test_precision_is_what_is_fast_here(texts, tmp_path, monkeypatch):
         monkeypatch.setattr(build, "best_level", lambda level=level: level)
         trainer = Trainer(read_config(None, settings(texts, tmp_path / level, "run.precision=auto", "run.steps=1")))
         assert trainer.precision == expected
+
+
+def test_what_does_not_fit_in_memory_is_refused(texts, tmp_path):
+    options = settings(texts, tmp_path / "out")
+    long = refusal(*options, "run.batch=1000000", "data.ctx_len=1000000000")
+    tokens = len(TokenFile(texts).tokens)
+    assert re.match(
+        rf"a pass of 1,000,000 x {tokens:,} tokens takes at least [\d,]+ GB, and cpu has \d+ GB; lower data.ctx_len",
+        long,
+    )
+    large = refusal(*options, "model.n_layer=1000000000", "model.n_embd=1024")
+    assert "make 12,582,912.0 billion weights; training them takes at least 201,326,5" in large
+    options = settings(texts, tmp_path / "fits", "run.steps=1", "data.ctx_len=1000000000", "run.batch=1")
+    Trainer(read_config(None, options)).train()  # a row is never longer than the data
+
+
+def test_a_gpu_that_is_not_there_is_told(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:3"):
+        message = f"run.device={device}, but PyTorch sees no GPUs here"
+        assert message in refusal(*settings(texts, tmp_path / "out", f"run.device={device}"))
+    options = settings(texts, tmp_path / "out", "run.device=cpu")
+    assert Trainer(read_config(None, options)).accelerator.device.type == "cpu"
 
 
 def test_what_cannot_be_is_told_first(texts, tmp_path):

@@ -7,15 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import locate, select_notes
+from ..checkpoint import check_folder_name, locate, select_notes
 from ..errors import InputError
 from ..models import Model, Network
 from ..text.tokenizers import guess_tokenizer
 
 
 def locate_source_and_target(source: Path, target: Path) -> tuple[Path, Path]:
-    """The local paths of the original and of its copy; InputError if they are the same."""
+    """The local paths of the original and of the folder of its copy; InputError if they are the same."""
     source, target = locate(source), target.expanduser()
+    check_folder_name(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the original itself; choose another folder")
     return source, target

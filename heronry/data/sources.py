@@ -269,5 +269,7 @@ def _import_datasets(source: Source) -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading it needs the package datasets: pip install 'heronry[train]'") from None
+        raise InputError(
+            f"{source.name}: reading it needs the package datasets: pip install 'heronry[train]'"
+        ) from None
     return datasets

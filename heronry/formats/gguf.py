@@ -16,13 +16,14 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..progress import ByteCounter
 from .ggml_types import dequantize, import_gguf, quantize
 from .lazy_tensor import LazyTensor, Tensors, nth, squeezed, times, transposed
@@ -109,21 +110,35 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise InputError(f"damaged or truncated GGUF file ({str(error)[:120] or type(error).__name__})") from error
     kind = fields.get("general.architecture")
-    if kind not in MIXES:
-        raise InputError(f"a GGUF file of the architecture {kind!r}; supported are {', '.join(MIXES)}")
-    epsilon = fields.get(f"{kind}.attention.layer_norm_epsilon", 1e-5)
-    if abs(epsilon - 1e-5) > 1e-9:
+    if not isinstance(kind, str) or kind not in MIXES:
+        raise InputError(f"a GGUF file of the architecture {show(kind)}; supported are {', '.join(MIXES)}")
+
+    def number(key: str, kinds: type | UnionType, default: Any = None) -> Any:
+        value = fields.get(f"{kind}.{key}", default)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise InputError(f"its metadata say {kind}.{key} = {show(value)}; expected a number")
+        return value
+
+    epsilon = number("attention.layer_norm_epsilon", int | float, 1e-5)
+    if not abs(epsilon - 1e-5) <= 1e-9:
         raise InputError(f"its layer norms have epsilon {epsilon}; all RWKV models have 1e-5")
     config: dict[str, Any] = {"model": kind}
     for key, ours in SIZES.items():
-        if f"{kind}.{key}" in fields:
-            config[ours] = int(fields[f"{kind}.{key}"])
-    rescale_every = int(fields.get(f"{kind}.rescale_every_n_layers", 0))
+        if (size := number(key, int)) is not None:
+            config[ours] = size
+    rescale_every = number("rescale_every_n_layers", int, 0)
+    notes, tokenizer = fields.get("heronry.notes", "{}"), fields.get(TOKENIZER)
+    try:
+        config |= {**json.loads(notes)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"its metadata say heronry.notes = {show(notes)}; expected a JSON object") from error
+    if not isinstance(tokenizer, str | None):
+        raise InputError(f"its metadata say {TOKENIZER} = {show(tokenizer)}; expected a text")
     tensors = {x.name: _as_lazy(x) for x in file.tensors}
     tensors = _to_blinkdl(tensors, kind, config.get("head_size", 64), rescale_every)
     if config.get("n_layer") == 1:
         config.pop("value_rank", None)  # the rank of a tensor that nothing reads
-    return tensors, config | json.loads(fields.get("heronry.notes", "{}")), fields.get(TOKENIZER)
+    return tensors, config, tokenizer
 
 
 def _as_lazy(tensor: Any) -> LazyTensor:

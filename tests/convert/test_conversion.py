@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import heronry
 from heronry import LLM, InputError, formats
 from heronry.cli.app import app
-from heronry.convert import FOLDERS, SUFFIXES, convert
+from heronry.convert import FOLDERS, SUFFIXES, convert, language_models
 from heronry.convert.streamed_logits import compute_logits
 from heronry.formats import safetensors_file
 
@@ -112,6 +113,73 @@ def test_dtypes(dtype, weights, tmp_path):
     kept = convert(tmp_path / "a.pth", tmp_path / "same.pth")
     assert kept.difference == 0
     assert torch.load(tmp_path / "same.pth", weights_only=True)["emb.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7"])
+def test_one_head(version, weights, tmp_path):
+    """Where a dimension of size 1 could be taken for another."""
+    torch.save(weights(version, width=64, heads=1), tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    for format in ALL:
+        if (version, format) not in REFUSED:
+            convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
+            torch.testing.assert_close(read(name_of(format, tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+def test_square_low_rank_matrices(weights, tmp_path):
+    """RWKV-7 in web-rwkv's layout is told by the shapes of its low-rank matrices: one that is not square is enough."""
+    random = weights("7", width=32, heads=1, rank=29)  # ranks 29, 30, 31 and 32
+    torch.save(random, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.st")
+    assert formats.read(tmp_path / "a.st").format == "webrwkv"
+    torch.testing.assert_close(read(tmp_path / "a.st"), read(tmp_path / "a.pth"), rtol=0, atol=1e-5)
+    for name, x in random.items():
+        if name[:-1].endswith(("att.w", "att.a", "att.v", "att.g")) and name[-1] in "12":
+            random[name] = torch.randn(32, 32, generator=torch.Generator().manual_seed(len(name))).half().float()
+            assert x.shape != (32, 32) or ".g" in name
+    torch.save(random, tmp_path / "a.pth")
+    assert "BlinkDL's layout or web-rwkv's" in refusal(tmp_path / "a.pth", tmp_path / "b.st")
+    assert "BlinkDL's layout or web-rwkv's" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors", dtype="float16")
+    convert(tmp_path / "a.pth", tmp_path / "c.safetensors", dtype="bfloat16")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "a.st", "c.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0"])
+@pytest.mark.parametrize("format", ALL)
+def test_a_wrong_file_is_not_left(format, dtype, weights, tmp_path, monkeypatch):
+    """A matrix that is written transposed, or a vector a little off, is found whatever the format rounds."""
+    allowed = {
+        "gguf": ("float32", "bfloat16", "float16", "q8_0"),
+        "ggml": ("float32", "float16"),
+        "webrwkv": ("float16",),
+    }
+    if dtype not in allowed.get(format, ("float32", "bfloat16", "float16")):
+        pytest.skip("not a dtype of this format")
+    torch.save({name: x + 1e-4 for name, x in weights("7").items()}, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", name_of(format, tmp_path, "right"), to=format, dtype=dtype)
+    left = {path.name for path in tmp_path.iterdir()}
+    cast = language_models._cast
+    for part, change in (("1.att.key.weight", lambda x: x.T), ("1.att.x_k", lambda x: x * 1.01)):
+
+        def wrong(tensors, *rest, part=part, change=change):
+            tensors = cast(tensors, *rest)
+            return tensors | {f"blocks.{part}": tensors[f"blocks.{part}"].map(change)}
+
+        monkeypatch.setattr(language_models, "_cast", wrong)
+        assert "not written: read again it is another model" in refusal(
+            tmp_path / "a.pth", name_of(format, tmp_path), to=format, dtype=dtype
+        )
+        assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_what_rwkv_cpp_multiplies_elementwise_is_float32(weights, tmp_path):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.bin", dtype="float16")
+    kinds = {name: x.dtype for name, x in formats.read(tmp_path / "a.bin").tensors.items()}
+    half = {re.sub(r"^blocks\.\d+\.", "", name) for name, dtype in kinds.items() if dtype == torch.float16}
+    low_rank = {f"att.{name}{i}" for name in "wavg" for i in (1, 2)}
+    matrices = {f"att.{name}.weight" for name in ("receptance", "key", "value", "output")}
+    assert half == low_rank | matrices | {"ffn.key.weight", "ffn.value.weight", "emb.weight", "head.weight"}
 
 
 def test_q8_0_is_near(tmp_path):
@@ -299,6 +367,10 @@ def test_bad_input(weights, tmp_path, monkeypatch):
 
     monkeypatch.setattr("heronry.formats.safetensors_file.write", full)
     assert "cannot be written (No space left on device)" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    for to in FOLDERS:
+        assert "a model is saved as a folder; give a name without .pth" in refusal(
+            tmp_path / "a.pth", tmp_path / "b.pth", to=to
+        )
     left = {"a.pth", "full", "packed", "huge.pth"}
     assert {path.name for path in tmp_path.iterdir()} == left
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import heronry
 from heronry import InputError
+from heronry.adapters import adaptable_matrices
 from heronry.convert import convert
 
 transformers = pytest.importorskip("transformers")
@@ -232,6 +233,38 @@ def test_peft(folder, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(merged(tokens).logits, expected, rtol=0, atol=1e-4)
     assert again.generate(input_ids=tokens, max_new_tokens=3, eos_token_id=None).shape == (1, 11)
+
+
+def test_what_peft_trains_with_its_defaults_is_merged(folder, tmp_path, command):
+    """All large matrices are adapted, and the adapter fits the model that the folder was made from."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    adapted = {
+        name.split(".lora_")[0].split("blocks.0.")[1]
+        for name, _ in model.named_parameters()
+        if "s.0." in name and "lora_" in name
+    }
+    matrices = {
+        name.removeprefix("blocks.0.")
+        for name in adaptable_matrices(model.base_model.model.rwkv)
+        if "blocks.0." in name
+    }
+    assert adapted == matrices
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.tensor([list(b"the rook")])
+    with torch.inference_mode():
+        expected = model.eval()(tokens).logits
+    for base in (folder, tmp_path / "a.pth"):
+        code, _, err = command("merge", base, tmp_path / "adapter", tmp_path / f"merged-{base.name}")
+        assert code == 0, err
+        with torch.inference_mode():
+            found = heronry.load(tmp_path / f"merged-{base.name}")(tokens)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_pipeline_with_the_bundled_model(tmp_path):

@@ -72,10 +72,12 @@ def convert_language_model(
             ggml.write(tensors, part, DTYPES[matrix_dtype], counter)
         elif to == "gguf":
             vocabulary, text = tokenizer_files.vocabulary(), tokenizer_files.json_text()
-            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, notes, counter)
+            end = tokenizer_files.end_of_text()
+            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, end, notes, counter)
         else:
             if to == "huggingface":
                 config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype])
+                config_json |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer_files.end_of_text())
                 folder.write(huggingface.from_blinkdl(tensors), part, counter, shard)
             else:
                 config_json = {"model": cls.name, **asdict(config), **notes}

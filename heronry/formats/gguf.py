@@ -200,6 +200,7 @@ def write(
     kind: str,
     vocabulary: Sequence[bytes] | None,
     tokenizer: str | None,
+    end_of_text: int,
     notes: dict[str, Any],
     counter: ByteCounter,
 ) -> None:
@@ -211,6 +212,7 @@ def write(
         kind: the type of the large matrices, a key of TYPES.
         vocabulary: the bytes of each token id; None if unknown.
         tokenizer: the text of a tokenizer.json.
+        end_of_text: the id of the token that ends a text.
         notes: see `heronry.save`.
 
     Raises:
@@ -241,7 +243,7 @@ def write(
     files = gguf.LlamaFileType
     types = {"F32": files.ALL_F32, "F16": files.MOSTLY_F16, "BF16": files.MOSTLY_BF16, "Q8_0": files.MOSTLY_Q8_0}
     writer.add_file_type(types[TYPES[kind]])
-    _write_tokenizer(gguf, writer, config.vocab_size, vocabulary, tokenizer)
+    _write_tokenizer(gguf, writer, config.vocab_size, vocabulary, tokenizer, end_of_text)
     if notes:
         writer.add_string("heronry.notes", json.dumps(notes))
     outputs = [(theirs, x, _choose_type(theirs, x, kind)) for theirs, x in _from_blinkdl(tensors, name).items()]
@@ -271,7 +273,12 @@ def check_supported(tensors: Tensors, config: Any) -> None:
 
 
 def _write_tokenizer(
-    gguf: Any, writer: Any, vocab_size: int, vocabulary: Sequence[bytes] | None, tokenizer: str | None
+    gguf: Any,
+    writer: Any,
+    vocab_size: int,
+    vocabulary: Sequence[bytes] | None,
+    tokenizer: str | None,
+    end_of_text: int,
 ) -> None:
     """The vocabulary as llama.cpp reads it, a byte-level BPE or bytes by id, and the tokenizer.json as it is."""
     bpe = None if tokenizer is None else _read_bpe(json.loads(tokenizer))
@@ -281,20 +288,27 @@ def _write_tokenizer(
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges(merges)
         pieces = {token: name.encode() for name, token in names.items()}
+        empty_line = "ĊĊ".encode()
     else:
         special = {0}
         writer.add_tokenizer_model("rwkv")
         pieces = {token: repr(piece)[2:-1].encode() for token, piece in enumerate(vocabulary or ()) if piece}
         if not pieces.get(0):
             pieces[0] = b"<s>"
+        empty_line = rb"\n\n"
     control = {token for token in special if token in pieces}
     writer.add_token_list([pieces.get(token, b"[PAD%d]" % token) for token in range(vocab_size)])
     kinds = gguf.TokenType
     writer.add_token_types(
         [kinds.CONTROL if i in control else kinds.NORMAL if i in pieces else kinds.UNUSED for i in range(vocab_size)]
     )
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(end_of_text)
+    writer.add_eos_token_id(end_of_text)
+    # as llama.cpp's own converter does: its template of this name needs a token that ends an answer
+    end_of_turn = next((token for token, piece in pieces.items() if piece == empty_line), None)
+    if end_of_turn is not None:
+        writer.add_chat_template("rwkv-world")
+        writer.add_eot_token_id(end_of_turn)
     if tokenizer is not None:
         writer.add_string(TOKENIZER, tokenizer)
 

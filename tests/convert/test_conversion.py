@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from heronry.cli.app import app
 from heronry.convert import FOLDERS, SUFFIXES, convert, language_models
 from heronry.convert.streamed_logits import compute_logits
 from heronry.formats import safetensors_file
+from heronry.text.pack_world_vocabulary import pack
+from heronry.text.world import FILE
 
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65, 35, 8]])
 ALL = (*SUFFIXES.values(), *FOLDERS)
@@ -245,6 +248,66 @@ def test_a_gguf_holds_its_tokenizer(weights, tmp_path):
     assert llm.tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
     convert(tmp_path / "elsewhere" / "a.gguf", tmp_path / "again")
     assert LLM(tmp_path / "again").tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
+
+
+def test_a_gguf_says_how_to_chat(weights, tmp_path):
+    """As llama.cpp's own converter: its template for World, in which two newlines end a turn."""
+    import gguf
+
+    torch.save(weights("7", vocab=65536), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.gguf")
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
+    assert fields["tokenizer.chat_template"] == "rwkv-world"
+    assert fields["tokenizer.ggml.eot_token_id"] == 261
+    assert fields["tokenizer.ggml.tokens"][261] == r"\n\n"
+    assert fields["tokenizer.ggml.eos_token_id"] == 0
+
+
+def test_gguf_metadata_of_wrong_types(weights, tmp_path, monkeypatch):
+    import gguf
+
+    torch.save(weights("7"), tmp_path / "a.pth")
+
+    def told(method: str, *arguments) -> str:
+        write = gguf.GGUFWriter.write_header_to_file
+
+        def add_more(self, *rest):
+            self.kv_data[0].pop(arguments[0], None)
+            getattr(self, method)(*arguments)
+            write(self, *rest)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", add_more)
+        message = refusal(tmp_path / "a.pth", tmp_path / "a.gguf")
+        monkeypatch.undo()
+        return message
+
+    assert "rwkv7.block_count = 'two'; expected a number" in told("add_string", "rwkv7.block_count", "two")
+    assert "rwkv7.wkv.head_size = [64]; expected a number" in told("add_array", "rwkv7.wkv.head_size", [64])
+    assert "rwkv7.embedding_length = 1.5; expected a number" in told("add_float32", "rwkv7.embedding_length", 1.5)
+    key = "rwkv7.attention.layer_norm_epsilon"
+    assert f"{key} = 'small'; expected a number" in told("add_string", key, "small")
+    assert "have epsilon nan" in told("add_float32", key, float("nan"))
+    assert "a tensor of the shape [128] is in the place" in told("add_uint32", "rwkv7.wkv.head_size", 7)
+    for notes in ("[1]", "{", "3"):
+        assert f"heronry.notes = '{notes}'; expected a JSON object" in told("add_string", "heronry.notes", notes)
+    assert "heronry.notes = 5; expected a JSON object" in told("add_uint32", "heronry.notes", 5)
+    assert "huggingface.json = 5; expected a text" in told("add_uint32", "tokenizer.huggingface.json", 5)
+    assert "the note opening_tokens is 'a'" in told("add_string", "heronry.notes", '{"opening_tokens": "a"}')
+    assert "a GGUF file of the architecture 5" in told("add_uint32", "general.architecture", 5)
+
+
+def test_world_folders_have_the_vocabulary_as_llama_cpp_wants_it(weights, tmp_path):
+    torch.save(weights("7", vocab=65536), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    text = (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_text(encoding="utf-8")
+    assert zlib.decompress(pack(text)) == zlib.decompress(FILE.read_bytes())
+    lines = text.splitlines()
+    assert lines[0] == "1 '\\x00' 1"
+    assert lines[260] == "261 '\\n\\n' 2"
+    assert "129 b'\\x80' 1" in lines
+    torch.save(weights("7"), tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", tmp_path / "other", to="huggingface")
+    assert not (tmp_path / "other" / "rwkv_vocab_v20230424.txt").exists()
 
 
 def test_shards(weights, tmp_path):

@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -209,11 +210,19 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(weights, tmp_path):
     evil = {**weights, "x": Payload(tmp_path / "it ran")}
     torch.save(evil, tmp_path / "zip.pth")
     torch.save(evil, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    for name in ("zip.pth", "legacy.pth"):
-        assert re.match("refused: the file would run .*mkdir, so it holds more than tensors", refusal(tmp_path / name))
-    with open(tmp_path / "bare.pth", "wb") as file:
-        pickle.dump(evil["x"], file, protocol=2)
-    refusal(tmp_path / "bare.pth")
+    with zipfile.ZipFile(tmp_path / "cut.pth", "w") as archive:  # no storages: torch could not read it anyway
+        archive.writestr("a/data.pkl", pickle.dumps(evil["x"]))
+    names = ["zip.pth", "legacy.pth", "cut.pth"]
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):  # torch reads no protocol above 2
+        torch.save(evil, tmp_path / f"zip{protocol}.pth", pickle_protocol=protocol)
+        (tmp_path / f"bare{protocol}.pth").write_bytes(pickle.dumps(evil["x"], protocol))
+        names += [f"zip{protocol}.pth", f"bare{protocol}.pth"]
+    for name in names:
+        assert re.match(r"would run (posix|nt)\.mkdir; refused, because", refusal(tmp_path / name)), name
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    assert refusal(tmp_path / "module.pth").startswith("would run torch.nn.modules.linear.Linear; refused")
+    torch.save(weights, tmp_path / "four.pth", pickle_protocol=4)
+    assert refusal(tmp_path / "four.pth").startswith("written with pickle's protocol 4; save it with torch.save")
     assert not (tmp_path / "it ran").exists()
     torch.load(tmp_path / "zip.pth", weights_only=False)
     assert (tmp_path / "it ran").exists(), "the payload would not have run anyway"

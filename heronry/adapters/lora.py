@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import check_note
-from ..errors import InputError
+from ..checkpoint import read_notes
+from ..errors import InputError, show
 from ..files import atomic_write
-from ..formats import safetensors_file
+from ..formats import huggingface, safetensors_file
 from ..models import Model
 from ..models.layers import widen
 from .matrices import adaptable_matrices
@@ -158,11 +158,9 @@ def read_adapter(folder: str | Path, model: Model) -> Adapter:
         if header.get("fingerprint", base) != base:
             base_name = settings.get("base_model_name_or_path")
             raise InputError("this adapter was trained on another model" + (f", {base_name}" if base_name else ""))
-        tensors = {name.removeprefix(PREFIX): x.read() for name, x in safetensors_file.read(folder / WEIGHTS).items()}
+        tensors = _read_tensors(folder / WEIGHTS)
         matrices = _check_tensors(tensors, settings, model)
-        notes = json.loads(header.get("notes", "{}"))
-        for key, value in notes.items():
-            check_note(key, value)
+        notes = read_notes(header)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     rank, alpha = settings["r"], settings["lora_alpha"]
@@ -170,25 +168,41 @@ def read_adapter(folder: str | Path, model: Model) -> Adapter:
     return Adapter(matrices, tensors, rank, scale, bool(settings.get("use_dora")), notes)
 
 
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter as "{matrix}.{A, B or MAGNITUDE}", under BlinkDL's names of the matrices, whichever
+    class of the model the adapter was trained in."""
+    tensors: dict[str, Tensor] = {}
+    for name, x in safetensors_file.read(file).items():
+        matrix, dot, part = name.partition(".lora_")
+        key = next(iter(huggingface.to_blinkdl({f"{matrix}.weight": x}))).removesuffix(".weight") + dot + part
+        if key in tensors:
+            raise InputError(f"{file.name}: {key} occurs twice, also as {name}")
+        tensors[key] = x.read()
+    return tensors
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     """The content of an adapter_config.json; InputError unless it describes a LoRA or DoRA adapter."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file.name} cannot be read ({error})") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
-        raise InputError(f"{file.name}: unsupported peft_type {kind!r}; only 'LORA' is supported")
+        raise InputError(f"{file.name}: unsupported peft_type {show(kind)}; only 'LORA' is supported")
     rank, alpha, initial = settings.get("r"), settings.get("lora_alpha"), settings.get("init_lora_weights", True)
     if type(rank) is not int or rank < 1:
-        raise InputError(f"{file.name}: r must be a positive whole number, got {rank!r}")
+        raise InputError(f"{file.name}: r must be a positive whole number, got {show(rank)}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise InputError(f"{file.name}: lora_alpha must be a number, got {alpha!r}")
+        raise InputError(f"{file.name}: lora_alpha must be a number, got {show(alpha)}")
     if initial not in INITIALISATIONS:
-        raise InputError(f"{file.name}: unsupported init_lora_weights {initial!r}, which changes the base matrices")
+        raise InputError(f"{file.name}: unsupported init_lora_weights {show(initial)}, which changes the base matrices")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(settings.get(key), bool | None):
+            raise InputError(f"{file.name}: {key} must be true or false, got {show(settings[key])}")
     for key, value in settings.items():
         if key not in (*READ_KEYS, *IGNORED_KEYS) and value and value != "none":
-            raise InputError(f"{file.name}: {key} = {value!r} is not supported")
+            raise InputError(f"{file.name}: {key} = {show(value)} is not supported")
     return settings
 
 

@@ -2,20 +2,21 @@
 
 from .identification import QUANTIZATION_KEYS, identify
 from .loading import DTYPES, assemble, load, load_checkpoint, locate
-from .notes import check_note, select_notes
-from .saving import save
+from .notes import read_notes, select_notes
+from .saving import check_folder_name, save
 from .time_state import initial_state, read_time_state, save_time_state
 
 __all__ = [
     "DTYPES",
     "QUANTIZATION_KEYS",
     "assemble",
-    "check_note",
+    "check_folder_name",
     "identify",
     "initial_state",
     "load",
     "load_checkpoint",
     "locate",
+    "read_notes",
     "read_time_state",
     "save",
     "save_time_state",

@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 from ..errors import InputError
 from ..formats.lazy_tensor import Tensors
+from ..formats.prefixes import strip_prefixes
 from ..models import MODELS, VISION_MODELS, Network, detect
 from .notes import NOTES, check_note
 from .packed_layout import logical_shapes
@@ -42,11 +43,9 @@ def identify(
     config = config or {}
     if config and config.get("model") not in NAMES:
         raise InputError(f'config.json: "model" must be one of {", ".join(NAMES)}')
-    for key in list(tensors):
-        plain = key.removeprefix("_forward_module.").removeprefix("_orig_mod.")  # of DeepSpeed, of torch.compile
-        if plain != key and plain in tensors:
-            raise InputError(f"{plain} occurs twice, also as {key}")
-        tensors[plain] = tensors.pop(key)
+    plain = strip_prefixes(tensors)
+    tensors.clear()
+    tensors.update(plain)
     cls = detect({key: x.shape for key, x in tensors.items()})
     for key in cls.ignored_keys:
         tensors.pop(key, None)

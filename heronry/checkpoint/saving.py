@@ -18,6 +18,19 @@ from ..models.layers import PackedLinear
 from .notes import NOTES
 from .packed_layout import rows_and_scales
 
+FILE_SUFFIXES = (".pth", ".safetensors", ".st", ".gguf", ".bin", ".onnx")
+
+
+def check_folder_name(folder: Path) -> None:
+    """InputError where a model's folder cannot be: at a file, or under the name of one."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give the name of a folder")
+    if folder.suffix in FILE_SUFFIXES and not folder.exists():
+        raise InputError(
+            f"{folder}: a model is saved as a folder; give a name without {folder.suffix}, and `heronry convert` makes "
+            "a file of it"
+        )
+
 
 def save(
     model: Network,
@@ -37,7 +50,7 @@ def save(
             every text in training); for pictures "labels" (the names of the classes).
 
     Raises:
-        InputError: an unknown note, a model with adapters, a folder or tokenizer that is none.
+        InputError: an unknown note, a model with adapters, a folder or tokenizer that is none, the name of a file.
     """
     unknown = [key for key in notes or {} if key not in NOTES]
     if unknown:
@@ -47,8 +60,7 @@ def save(
             "this model has adapters beside its matrices: save_adapter saves them, `heronry merge` merges them"
         )
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; give the name of a folder")
+    check_folder_name(folder)
     tokenizer = None if tokenizer_file is None else Path(tokenizer_file).expanduser()
     if tokenizer is not None and not tokenizer.is_file():
         raise InputError(f"{tokenizer}: tokenizer file not found")

@@ -1,6 +1,7 @@
 """Tuned initial states in files: `blocks.i.att.time_state` of every layer and nothing else.
 
-Either BlinkDL's .pth, or a .safetensors of `save_time_state`, whose metadata also hold the model's fingerprint.
+Either BlinkDL's .pth, web-rwkv's and Ai00's .st, or a .safetensors of `save_time_state`, whose metadata also hold the
+model's fingerprint.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..errors import InputError
 from ..files import atomic_write
 from ..formats.safetensors_file import read_metadata
 from ..models import Model, State
-from .notes import check_note
+from .notes import read_notes
 
 FORMAT = "heronry.time_state"  # "format" in the metadata
 
@@ -41,7 +42,7 @@ def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | N
 def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A tuned initial state for this model, and the notes saved with it.
 
-    path: a file of `save_time_state`, or a .pth or .safetensors of BlinkDL's, of which only the shapes are checked.
+    path: a file of `save_time_state`, or one of BlinkDL's or web-rwkv's, of which only the shapes are checked.
 
     Returns:
         tensors by name, [H, N_v, N_k] (RWKV-4: [2, A]), float32 (float64 for a float64 model), on the model's device;
@@ -67,14 +68,16 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
         metadata = read_metadata(path)
         if metadata.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise InputError("this state was tuned on another model")
-        notes = json.loads(metadata.get("notes", "{}"))
-        for key, value in notes.items():
-            check_note(key, value)
+        notes = read_notes(metadata)
+        numbers = {name: x.read() for name, x in tensors.items()}
+        for name, values in numbers.items():
+            if not values.isfinite().all():
+                raise InputError(f"{name} contains NaN or infinity")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     weight = model.emb.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return {name: x.read().to(weight.device, dtype) for name, x in tensors.items()}, notes
+    return {name: values.to(weight.device, dtype) for name, values in numbers.items()}, notes
 
 
 def initial_state(path: str | Path, model: Model) -> State:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import locate, select_notes
+from ..checkpoint import check_folder_name, locate, select_notes
 from ..errors import InputError
 from ..models import Model, Network
 from ..text.tokenizers import guess_tokenizer
@@ -23,6 +23,8 @@ def locate_source_and_target(source: str, target: Path, force: bool, kind: str =
         InputError: they are the same, or the copy exists (see `check_target`).
     """
     original, target = locate(source), target.expanduser()
+    if kind == "folder":
+        check_folder_name(target)
     if target.exists() and original.exists() and target.samefile(original):
         raise InputError(f"{target}: is the original itself; choose another {kind}")
     return original, check_target(target, force)

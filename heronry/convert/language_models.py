@@ -1,7 +1,9 @@
 """Language models in another format.
 
 Reads one tensor at a time and writes it, so that a model is never in memory as a whole. The target takes its place only
-after the logits of both files for the same tokens, in float32 and matrix by matrix, were compared.
+after its logits were compared with those of the source, for the same tokens, in float32 and matrix by matrix. How far
+rounding moves them depends on the model, so the source's numbers are rounded like the file's before the comparison that
+decides.
 """
 
 from __future__ import annotations
@@ -14,23 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import formats
 from ..checkpoint import DTYPES, assemble, identify, select_notes
 from ..errors import InputError
 from ..files import atomic_write, check_free_space
 from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, webrwkv
-from ..formats.lazy_tensor import Tensors
+from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models import Model
 from ..progress import ByteCounter, Progress
 from . import onnx
 from .new_folder import new_folder
 from .result import Converted
 from .streamed_logits import compute_logits, sample_tokens
-from .target_formats import FOLDERS, SUFFIXES
+from .target_formats import SUFFIXES
 from .tokenizer_files import TokenizerFiles
 
-LOSSLESS = ("blinkdl", "safetensors", *FOLDERS)  # formats that can hold every dtype
+LIMIT = 1e-4  # of the largest logit; what is left are the decays that rwkv.cpp stores exponentiated
+Q8_0_STEP = 1 / 127  # of the largest number of a matrix: as far as rounding to Q8_0 moves any of them
 
 
 def convert_language_model(
@@ -68,10 +72,12 @@ def convert_language_model(
             ggml.write(tensors, part, DTYPES[matrix_dtype], counter)
         elif to == "gguf":
             vocabulary, text = tokenizer_files.vocabulary(), tokenizer_files.json_text()
-            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, notes, counter)
+            end = tokenizer_files.end_of_text()
+            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, end, notes, counter)
         else:
             if to == "huggingface":
                 config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype])
+                config_json |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer_files.end_of_text())
                 folder.write(huggingface.from_blinkdl(tensors), part, counter, shard)
             else:
                 config_json = {"model": cls.name, **asdict(config), **notes}
@@ -88,17 +94,35 @@ def convert_language_model(
             write(part)
         except OSError as error:
             raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
-        written = formats.read(part)
-        logits = compute_logits(cls, identify(written.tensors, written.config)[1], written.tensors)
-        result = Converted.compare(to, part, expected, logits)
-        if not math.isfinite(result.difference):
-            raise InputError(
-                f"{target}: not written: logits contain NaN or infinity, {matrix_dtype} is too small for these weights"
-            )
-        same_dtypes = all(x.dtype == checkpoint.tensors[name].dtype for name, x in tensors.items())
-        if to in LOSSLESS and same_dtypes and result.difference > 1e-5 * result.largest:
-            raise InputError(f"{target}: not written: its logits differ from those of {source}")
+        try:
+            written = formats.read(part)
+            logits = compute_logits(cls, identify(written.tensors, written.config)[1], written.tensors)
+            result = Converted.compare(to, part, expected, logits)
+            if not math.isfinite(result.difference):
+                raise InputError(f"logits contain NaN or infinity, {matrix_dtype} is too small for these weights")
+            rounded = _round_like(checkpoint.tensors, written.tensors, matrix_dtype)
+            if rounded != checkpoint.tensors:
+                expected = compute_logits(cls, config, rounded)
+            difference = (logits - expected).abs().max().item()
+            if not difference <= LIMIT * result.largest:
+                raise InputError(f"read again it is another model, its logits are off by {difference:.2g}")
+        except InputError as error:
+            raise InputError(f"{target}: not written: {error}") from error
     return result
+
+
+def _round_like(source: Tensors, written: Tensors, dtype: str) -> Tensors:
+    """The tensors of the source, rounded as in a file whose matrices have this dtype and that was read as `written`."""
+    if dtype == "q8_0":
+        near = {name: x for name, x in written.items() if x.numel() == source[name].numel()}
+        return source | {name: LazyTensor.computed(_take_near, source[name], x) for name, x in near.items()}
+    return {name: x.to(written[name].dtype) if name in written else x for name, x in source.items()}
+
+
+def _take_near(x: Tensor, quantized: Tensor) -> Tensor:
+    """The numbers of `quantized` that can come from those of x, and x where they cannot."""
+    quantized = quantized.reshape(x.shape)
+    return quantized.where((quantized - x.float()).abs() <= Q8_0_STEP * x.abs().max(), x.float())
 
 
 def convert_to_onnx(checkpoint: formats.Checkpoint, target: Path, to: str, dtype: str | None) -> Converted:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checkpoint import check_folder_name
 from ..errors import InputError
 
 
 def check_new(target: Path) -> None:
-    """InputError unless there is nothing at `target`, or an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """InputError unless there is nothing at `target`, which is no file's name, or an empty folder."""
+    check_folder_name(target)
+    if target.exists() and any(target.iterdir()):
         raise InputError(f"{target}: already exists; give the name of a new folder")
 
 

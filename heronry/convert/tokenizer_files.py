@@ -6,9 +6,14 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
-from ..text.tokenizers import ByteTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
+from ..text.pack_world_vocabulary import vocabulary_text
+from ..text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
+from ..text.world import read_vocabulary
+
+VOCABULARY = "rwkv_vocab_v20230424.txt"
 
 
 class TokenizerFiles:
@@ -37,6 +42,11 @@ class TokenizerFiles:
         path = Path(self.name or "")
         return (path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8")
 
+    def end_of_text(self) -> int:
+        """The id of the token that ends a text: 0 in World, and wherever no tokenizer.json says otherwise."""
+        text = self.json_text()
+        return 0 if text is None else HFTokenizer("tokenizer.json", text).end_of_text_id
+
     def vocabulary(self) -> Sequence[bytes] | None:
         """The bytes of each token id; None unless it is "bytes" or "world"."""
         if self.name not in ("bytes", "world"):
@@ -46,12 +56,21 @@ class TokenizerFiles:
         return tokenizer.vocabulary
 
     def write(self, folder: Path, *, for_transformers: bool) -> None:
-        """Writes tokenizer.json, and for transformers tokenizer_config.json, which names the class."""
+        """Writes tokenizer.json; for transformers also tokenizer_config.json, which names the class and the special
+        tokens, and for World the vocabulary as a text, which llama.cpp's conversion script reads."""
         text = self.json_text()
         if text is not None:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        if for_transformers and (text is not None or self.name is not None):
-            config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-            if text is None:
-                config = {"tokenizer_class": "RwkvTokenizer", "vocabulary": str(self.name)}
-            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if not for_transformers or (text is None and self.name is None):
+            return
+        config: dict[str, Any] = {"tokenizer_class": "RwkvTokenizer", "vocabulary": str(self.name)}
+        if text is not None:
+            end = HFTokenizer("tokenizer.json", text).end_of_text
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_input_names": ["input_ids", "attention_mask"],
+            }
+            config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self.name == "world":
+            (folder / VOCABULARY).write_text(vocabulary_text(read_vocabulary()), encoding="utf-8", newline="\n")

@@ -71,14 +71,24 @@ def preprocess(image: Image, size: int | None = 224) -> Tensor:
     not resized. With size=None the whole image is returned, [3, height, width].
     """
     if size is not None and image.size != (size, size):
-        side = round(size / CROP_FRACTION)
-        width, height = image.size
-        scale = side / min(width, height)
-        width, height = max(side, round(width * scale)), max(side, round(height * scale))
-        image = resize(image, (width, height))
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+        image = resize(image, (size, size), _center(image.size, size))
     return normalize(to_tensor(image).float() / 255)
+
+
+def _center(image_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """The part of an image that becomes the center crop, in its own pixels: left, top, right, bottom.
+
+    Only this part is resized: a long and narrow image would grow to many times its memory.
+    """
+    side = round(size / CROP_FRACTION)
+    scale = side / min(image_size)
+    spans = []
+    for length in image_size:
+        resized = max(side, round(length * scale))
+        begin = (resized - size) // 2
+        spans.append((begin * length / resized, (begin + size) * length / resized))
+    (left, right), (top, bottom) = spans
+    return left, top, right, bottom
 
 
 def random_resized_crop(image: Image, size: int, scale: tuple[float, float], random: np.random.Generator) -> Image:

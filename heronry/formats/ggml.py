@@ -30,6 +30,7 @@ NUMBERS = {0: torch.float32, 1: torch.float16}
 QUANTIZED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}  # in blocks of 32 weights
 HEADER, TENSOR = struct.Struct("<6i"), struct.Struct("<3i")
 MIXES = [f"att.x_{name}" for name in "rwkvag"]
+FLOAT32 = ("att.x_rwkvag", "att.r_k")  # multiplied elementwise, which rwkv.cpp does in float32 only
 TRANSPOSED = (
     *("att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2"),
     *(f"att.{name}{i}" for name in "wavg" for i in (1, 2)),
@@ -133,8 +134,8 @@ def _invert(y: Tensor, function: Callable[[Tensor], Tensor], inverse: Callable[[
 
 
 def write(tensors: Tensors, path: Path, dtype: torch.dtype, counter: ByteCounter) -> None:
-    """Writes an rwkv.cpp file of tensors under BlinkDL's names: matrices in `dtype` (float32 or float16), the rest in
-    float32.
+    """Writes an rwkv.cpp file of tensors under BlinkDL's names: the matrices of products in `dtype` (float32 or
+    float16), the rest in float32.
 
     Raises:
         InputError: the format has no place for something in the model.
@@ -153,7 +154,7 @@ def write(tensors: Tensors, path: Path, dtype: torch.dtype, counter: ByteCounter
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, 101, vocab, width, layers, kind))
         for name, x in _from_blinkdl(tensors).items():
-            is_float32 = len(x.shape) == 1 or ".time_" in name or dtype == torch.float32
+            is_float32 = len(x.shape) == 1 or ".time_" in name or name.endswith(FLOAT32) or dtype == torch.float32
             x = x.to(torch.float32 if is_float32 else dtype)
             file.write(TENSOR.pack(len(x.shape), len(name.encode()), 0 if is_float32 else 1))
             file.write(struct.pack(f"<{len(x.shape)}i", *x.shape[::-1]) + name.encode())
@@ -163,6 +164,8 @@ def write(tensors: Tensors, path: Path, dtype: torch.dtype, counter: ByteCounter
 def _from_blinkdl(tensors: Tensors) -> Tensors:
     is_v4 = "blocks.0.att.ln_x.weight" not in tensors
     is_v5 = not is_v4 and "blocks.0.att.time_mix_k" in tensors
+    per_head = tensors.get("blocks.0.att.time_faaaa") or tensors.get("blocks.0.att.time_first")
+    heads = per_head.shape[0] if per_head else 0
     renamed: Tensors = {}
     for name, x in tensors.items():
         prefix, _, part = name.partition(".att.")
@@ -178,21 +181,13 @@ def _from_blinkdl(tensors: Tensors) -> Tensors:
         elif name.endswith("att.time_decay") and is_v4:
             x = x.map(lambda x: -x.float().exp())
         elif name.endswith("att.time_decay") and is_v5:
-            x = x.map(lambda x: _column((-x.float().exp()).exp()))
-        elif name.endswith("att.time_decay"):
-            heads = tensors["blocks.0.att.time_faaaa"].shape[0]
+            x = x.map(lambda x: (-x.float().exp()).exp()).map(partial(_per_head, heads))
+        elif name.endswith(("att.time_decay", "att.time_faaaa")):
             x = x.map(partial(_per_head, heads))
         elif name.endswith("att.time_first") and is_v5:
-            x = x.map(lambda x: _column(x.float().exp()))
-        elif name.endswith("att.time_faaaa"):
-            x = x.map(_column)
+            x = x.map(lambda x: x.float().exp()).map(partial(_per_head, heads))
         renamed[name] = x
     return renamed
-
-
-def _column(x: Tensor) -> Tensor:
-    """[H] -> [H, 1, 1], [H, N] -> [H, N, 1]."""
-    return x[..., None] if x.ndim == 2 else x.reshape(-1, 1, 1)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -201,7 +196,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _per_head(heads: int, x: Tensor) -> Tensor:
-    """[C] -> [H, N, 1]."""
+    """[H] -> [H, 1, 1], [H, N] or [C] -> [H, N, 1]."""
     return x.reshape(heads, -1, 1)
 
 

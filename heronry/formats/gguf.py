@@ -16,13 +16,14 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..progress import ByteCounter
 from .ggml_types import dequantize, import_gguf, quantize
 from .lazy_tensor import LazyTensor, Tensors, nth, squeezed, times, transposed
@@ -109,21 +110,35 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise InputError(f"damaged or truncated GGUF file ({str(error)[:120] or type(error).__name__})") from error
     kind = fields.get("general.architecture")
-    if kind not in MIXES:
-        raise InputError(f"a GGUF file of the architecture {kind!r}; supported are {', '.join(MIXES)}")
-    epsilon = fields.get(f"{kind}.attention.layer_norm_epsilon", 1e-5)
-    if abs(epsilon - 1e-5) > 1e-9:
+    if not isinstance(kind, str) or kind not in MIXES:
+        raise InputError(f"a GGUF file of the architecture {show(kind)}; supported are {', '.join(MIXES)}")
+
+    def number(key: str, kinds: type | UnionType, default: Any = None) -> Any:
+        value = fields.get(f"{kind}.{key}", default)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise InputError(f"its metadata say {kind}.{key} = {show(value)}; expected a number")
+        return value
+
+    epsilon = number("attention.layer_norm_epsilon", int | float, 1e-5)
+    if not abs(epsilon - 1e-5) <= 1e-9:
         raise InputError(f"its layer norms have epsilon {epsilon}; all RWKV models have 1e-5")
     config: dict[str, Any] = {"model": kind}
     for key, ours in SIZES.items():
-        if f"{kind}.{key}" in fields:
-            config[ours] = int(fields[f"{kind}.{key}"])
-    rescale_every = int(fields.get(f"{kind}.rescale_every_n_layers", 0))
+        if (size := number(key, int)) is not None:
+            config[ours] = size
+    rescale_every = number("rescale_every_n_layers", int, 0)
+    notes, tokenizer = fields.get("heronry.notes", "{}"), fields.get(TOKENIZER)
+    try:
+        config |= {**json.loads(notes)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"its metadata say heronry.notes = {show(notes)}; expected a JSON object") from error
+    if not isinstance(tokenizer, str | None):
+        raise InputError(f"its metadata say {TOKENIZER} = {show(tokenizer)}; expected a text")
     tensors = {x.name: _as_lazy(x) for x in file.tensors}
     tensors = _to_blinkdl(tensors, kind, config.get("head_size", 64), rescale_every)
     if config.get("n_layer") == 1:
         config.pop("value_rank", None)  # the rank of a tensor that nothing reads
-    return tensors, config | json.loads(fields.get("heronry.notes", "{}")), fields.get(TOKENIZER)
+    return tensors, config, tokenizer
 
 
 def _as_lazy(tensor: Any) -> LazyTensor:
@@ -185,6 +200,7 @@ def write(
     kind: str,
     vocabulary: Sequence[bytes] | None,
     tokenizer: str | None,
+    end_of_text: int,
     notes: dict[str, Any],
     counter: ByteCounter,
 ) -> None:
@@ -196,6 +212,7 @@ def write(
         kind: the type of the large matrices, a key of TYPES.
         vocabulary: the bytes of each token id; None if unknown.
         tokenizer: the text of a tokenizer.json.
+        end_of_text: the id of the token that ends a text.
         notes: see `heronry.save`.
 
     Raises:
@@ -226,7 +243,7 @@ def write(
     files = gguf.LlamaFileType
     types = {"F32": files.ALL_F32, "F16": files.MOSTLY_F16, "BF16": files.MOSTLY_BF16, "Q8_0": files.MOSTLY_Q8_0}
     writer.add_file_type(types[TYPES[kind]])
-    _write_tokenizer(gguf, writer, config.vocab_size, vocabulary, tokenizer)
+    _write_tokenizer(gguf, writer, config.vocab_size, vocabulary, tokenizer, end_of_text)
     if notes:
         writer.add_string("heronry.notes", json.dumps(notes))
     outputs = [(theirs, x, _choose_type(theirs, x, kind)) for theirs, x in _from_blinkdl(tensors, name).items()]
@@ -256,7 +273,12 @@ def check_supported(tensors: Tensors, config: Any) -> None:
 
 
 def _write_tokenizer(
-    gguf: Any, writer: Any, vocab_size: int, vocabulary: Sequence[bytes] | None, tokenizer: str | None
+    gguf: Any,
+    writer: Any,
+    vocab_size: int,
+    vocabulary: Sequence[bytes] | None,
+    tokenizer: str | None,
+    end_of_text: int,
 ) -> None:
     """The vocabulary as llama.cpp reads it, a byte-level BPE or bytes by id, and the tokenizer.json as it is."""
     bpe = None if tokenizer is None else _read_bpe(json.loads(tokenizer))
@@ -266,20 +288,27 @@ def _write_tokenizer(
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges(merges)
         pieces = {token: name.encode() for name, token in names.items()}
+        empty_line = "ĊĊ".encode()
     else:
         special = {0}
         writer.add_tokenizer_model("rwkv")
         pieces = {token: repr(piece)[2:-1].encode() for token, piece in enumerate(vocabulary or ()) if piece}
         if not pieces.get(0):
             pieces[0] = b"<s>"
+        empty_line = rb"\n\n"
     control = {token for token in special if token in pieces}
     writer.add_token_list([pieces.get(token, b"[PAD%d]" % token) for token in range(vocab_size)])
     kinds = gguf.TokenType
     writer.add_token_types(
         [kinds.CONTROL if i in control else kinds.NORMAL if i in pieces else kinds.UNUSED for i in range(vocab_size)]
     )
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(end_of_text)
+    writer.add_eos_token_id(end_of_text)
+    # as llama.cpp's own converter does: its template of this name needs a token that ends an answer
+    end_of_turn = next((token for token, piece in pieces.items() if piece == empty_line), None)
+    if end_of_turn is not None:
+        writer.add_chat_template("rwkv-world")
+        writer.add_eot_token_id(end_of_turn)
     if tokenizer is not None:
         writer.add_string(TOKENIZER, tokenizer)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .lazy_tensor import Tensors, nth, transposed
+from .prefixes import strip_prefixes
 
 # model_type -> the class in transformers or in the repository
 ARCHITECTURES = {
@@ -30,11 +31,9 @@ ARCHITECTURES = {
 }
 MODEL_TYPES = {"rwkv4": "rwkv", "rwkv5": "rwkv5", "rwkv6": "rwkv6", "rwkv7": "rwkv7"}
 
-# RWKV-4 to 6: the words of a name, BlinkDL's and Hugging Face's
+# RWKV-4 to 6: the words of a name, BlinkDL's and Hugging Face's; "rwkv." is in front of all but the head
 WORDS = {
-    "emb": "rwkv.embeddings",
-    "blocks": "rwkv.blocks",
-    "ln_out": "rwkv.ln_out",
+    "emb": "embeddings",
     "ln0": "pre_ln",
     "att": "attention",
     "ffn": "feed_forward",
@@ -44,14 +43,14 @@ WORDS = {
     "time_mix_g": "time_mix_gate",
 }
 
-# RWKV-7, outside the layers
+# RWKV-7, outside the layers; "model." is in front of all but the head
 FLA = {
-    "emb.weight": "model.embeddings.weight",
-    "ln_out.weight": "model.norm.weight",
-    "ln_out.bias": "model.norm.bias",
+    "emb.weight": "embeddings.weight",
+    "ln_out.weight": "norm.weight",
+    "ln_out.bias": "norm.bias",
     "head.weight": "lm_head.weight",
 }
-# within a layer, "blocks.i." and "model.layers.i."
+# within a layer, "blocks.i." and "layers.i."
 FLA_LAYER = {
     "ln0.weight": "pre_norm.weight",
     "ln0.bias": "pre_norm.bias",
@@ -85,11 +84,12 @@ FLA_TRANSPOSED = {
 def from_blinkdl(tensors: Tensors) -> Tensors:
     """The same tensors under Hugging Face's names."""
     if "blocks.0.att.r_k" not in tensors:
-        return {".".join(WORDS.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
+        words = {name: ".".join(WORDS.get(word, word) for word in name.split(".")) for name in tensors}
+        return {("" if name == "head.weight" else "rwkv.") + words[name]: x for name, x in tensors.items()}
     renamed: Tensors = {}
     for name, x in tensors.items():
         if name in FLA:
-            renamed[FLA[name]] = x
+            renamed[("" if name == "head.weight" else "model.") + FLA[name]] = x
             continue
         _, layer, part = name.split(".", 2)
         prefix = f"model.layers.{layer}."
@@ -103,24 +103,16 @@ def from_blinkdl(tensors: Tensors) -> Tensors:
 
 
 def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
-    """The same tensors under BlinkDL's names; unknown names are kept.
+    """The same tensors under BlinkDL's names; unknown names are kept, without their prefixes.
 
     tied: the head shares the embedding's weights and may be missing.
     """
-    if "embeddings.weight" in tensors:  # a base model, saved without the prefix that it has in a model with a head
-        prefix = "model" if "layers.0.attn.r_k" in tensors else "rwkv"
-        tensors = {f"{prefix}.{name}": x for name, x in tensors.items()}
-    if "model.layers.0.attn.r_k" in tensors:
+    tensors = strip_prefixes(tensors)
+    if any(name.startswith("layers.") for name in tensors):
         renamed = _from_fla(tensors)
     else:
-        renamed = {}
         words = {theirs: ours for ours, theirs in WORDS.items()}
-        for name, x in tensors.items():
-            head, _, rest = name.partition(".")
-            if head == "rwkv":
-                first, _, rest = rest.partition(".")
-                head = f"rwkv.{first}"
-            renamed[".".join(words.get(word, word) for word in (head, *rest.split(".")))] = x
+        renamed = {".".join(words.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
     if tied and "emb.weight" in renamed:
         renamed.setdefault("head.weight", renamed["emb.weight"])
     return renamed
@@ -133,7 +125,7 @@ def _from_fla(tensors: Tensors) -> Tensors:
     transposes = {theirs: ours for ours, theirs in FLA_TRANSPOSED.items()}
     renamed: Tensors = {}
     for name, x in tensors.items():
-        layer, _, part = name.removeprefix("model.layers.").partition(".")
+        layer, _, part = name.removeprefix("layers.").partition(".")
         prefix = f"blocks.{layer}."
         if name in outside:
             renamed[outside[name]] = x

@@ -25,8 +25,12 @@ class LazyTensor:
 
     @classmethod
     def computed(cls, function: Callable[..., Tensor], *inputs: LazyTensor) -> LazyTensor:
-        """function(*inputs), recomputed each time it is read."""
-        result = function(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs))
+        """function(*inputs), recomputed each time it is read; InputError where their shapes do not allow it."""
+        try:
+            result = function(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs))
+        except (RuntimeError, IndexError, ValueError) as error:
+            shapes = " and ".join(str(list(x.shape)) for x in inputs)
+            raise InputError(f"a tensor of the shape {shapes} is in the place of one of another shape") from error
         return cls(result.shape, result.dtype, lambda: function(*(x.read() for x in inputs)))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LazyTensor:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import pickletools
 import re
 import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -24,15 +30,11 @@ def read(path: Path) -> Tensors:
     with open(path, "rb") as file:
         mapped = file.read(2) == b"PK"
     try:
-        tensors = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # `_explain` says it
+            tensors = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except Exception as error:  # a damaged pickle can raise anything
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise InputError(
-                f"refused: the file would run {code[1]}, so it holds more than tensors; save its state_dict() instead"
-            ) from None
-        first = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise InputError(f"damaged or truncated .pth file ({first[:120]})") from None
+        raise InputError(_explain(path, error)) from None
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise InputError(f"holds a {type(tensors).__name__}, not a dictionary of named tensors")
     for key in ("state_dict", "model"):  # image classification codebases store the weights under one of these
@@ -43,6 +45,47 @@ def read(path: Path) -> Tensors:
         keys = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
         raise InputError(f"not an RWKV checkpoint (it holds {keys or 'nothing'})")
     return as_lazy(tensors)
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Why torch does not read a file, in one line."""
+    names, protocol = [], 0
+    with suppress(Exception):  # what comes before the damage counts
+        for opcode, argument in _opcodes(path):
+            if opcode == "PROTO":
+                protocol = max(protocol, argument)
+            elif opcode in ("GLOBAL", "INST"):
+                names.append(argument.replace(" ", "."))
+            elif opcode == "STACK_GLOBAL":
+                names.append(".".join(argument))
+    named = re.search(r"GLOBAL (\S+)", str(error))  # by torch, which knows what is safe
+    code = (
+        named[1] if named else next((name for name in names if not name.startswith(("torch.", "collections."))), None)
+    )
+    if code is not None:
+        return f"would run {code}; refused, because a checkpoint holds tensors and no code (save its state_dict())"
+    if protocol > 2 and "Unsupported operand" in str(error):
+        return f"written with pickle's protocol {protocol}; save it with torch.save and its default protocol"
+    lines = [line.strip() for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines()]
+    return f"damaged or truncated .pth file ({next(filter(None, lines), type(error).__name__)})"
+
+
+def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:
+    """The instructions of the pickles in a file and their arguments, none of which is run. That of STACK_GLOBAL, which
+    takes them from the stack, is the last two strings."""
+    with open(path, "rb") as file:
+        pickles: list[IO[bytes]] = [file]
+        is_zip = file.read(2) == b"PK"
+        file.seek(0)
+        if is_zip:
+            archive = zipfile.ZipFile(file)
+            pickles = [archive.open(name) for name in archive.namelist() if name.endswith(".pkl")]
+        for pickled in pickles:
+            strings: list[str] = []
+            for opcode, argument, _ in pickletools.genops(pickled):
+                if isinstance(argument, str):
+                    strings.append(argument)
+                yield opcode.name, strings[-2:] if opcode.name == "STACK_GLOBAL" else argument
 
 
 def write(tensors: Tensors, path: Path, counter: ByteCounter) -> None:

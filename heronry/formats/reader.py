@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import InputError
 from . import folder, ggml, gguf, huggingface, pth, safetensors_file, vision_rwkv, webrwkv
 from .lazy_tensor import Tensors
+from .prefixes import strip_prefixes
 
 
 @dataclass
@@ -54,7 +55,7 @@ def read(path: Path) -> Checkpoint:
     if ggml.is_ggml(head):
         return Checkpoint("ggml", ggml.read(path), {})
     if safetensors_file.is_safetensors(head):  # before .pth: the length in front may have any bytes
-        return _recognise_names("safetensors", safetensors_file.read(path))
+        return _recognise_names("safetensors", safetensors_file.read(path), safetensors_file.read_metadata(path))
     if pth.is_pth(head):
         return _recognise_names("blinkdl", pth.read(path))
     if path.suffix in (".safetensors", ".st"):
@@ -62,11 +63,15 @@ def read(path: Path) -> Checkpoint:
     raise InputError("not a .pth, .safetensors, GGUF or rwkv.cpp file")
 
 
-def _recognise_names(format: str, tensors: Tensors) -> Checkpoint:
-    """The checkpoint of a file that holds nothing but tensors: their names show the format."""
-    if "rwkv.embeddings.weight" in tensors or "model.embeddings.weight" in tensors:
+def _recognise_names(format: str, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Checkpoint:
+    """The checkpoint of a file that holds nothing but tensors: their names show the format.
+
+    metadata: of a safetensors file.
+    """
+    tensors = strip_prefixes(tensors)
+    if "embeddings.weight" in tensors:
         return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {})
-    if webrwkv.is_webrwkv(tensors):
+    if metadata is not None and webrwkv.is_webrwkv(tensors, metadata):
         return Checkpoint("webrwkv", webrwkv.to_blinkdl(tensors), {})
     if vision_rwkv.is_vision_rwkv(tensors):
         return Checkpoint("vision_rwkv", vision_rwkv.to_heronry(tensors), {})
@@ -87,4 +92,4 @@ def _read_folder(path: Path) -> Checkpoint:
     if "model_type" in config:
         tensors = huggingface.to_blinkdl(folder.read(path), bool(config.get("tie_word_embeddings")))
         return Checkpoint("huggingface", tensors, huggingface.read_config(config))
-    return Checkpoint("heronry", folder.read(path), config)
+    return Checkpoint("heronry", strip_prefixes(folder.read(path)), config)

@@ -6,8 +6,11 @@ Source: convert_safetensors.py of web-rwkv.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -39,15 +42,28 @@ def from_blinkdl(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def is_webrwkv(tensors: Tensors) -> bool:
-    """Whether a file with BlinkDL's main names is one of web-rwkv's."""
+def is_webrwkv(tensors: Tensors, metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with BlinkDL's main names is one of web-rwkv's.
+
+    Raises:
+        InputError: it may be either, and the two would be read as different models.
+    """
+    is_half = all(x.dtype == torch.float16 for x in tensors.values())
+    if all(name.endswith(".att.time_state") for name in tensors):
+        # a tuned state, with the names and shapes of BlinkDL's: other tuners do not use float16, nor this format
+        return is_half and not metadata.get("format", "").startswith("heronry.")
     if "blocks.0.att.time_mix_x" in tensors:  # RWKV-6
         return True
     if "blocks.0.att.gate.weight" in tensors:  # RWKV-5: BlinkDL has time_first in 5.0 only, which has no gate
         return "blocks.0.att.time_first" in tensors
     if "blocks.0.att.w1" in tensors and "blocks.0.ln1.weight" in tensors:  # RWKV-7
-        shape, width = tensors["blocks.0.att.w1"].shape, tensors["blocks.0.ln1.weight"].numel()
-        return len(shape) == 2 and shape[0] != width == shape[1]
+        width = tensors["blocks.0.ln1.weight"].numel()
+        shapes = [x.shape for name, x in tensors.items() if re.search(r"\.att\.[wavg]1$", name)]
+        if is_half and all(shape == (width, width) for shape in shapes):
+            raise InputError(
+                "its low-rank matrices are square, so nothing shows whether this is BlinkDL's layout or web-rwkv's"
+            )
+        return any(shape[0] != width and shape[-1] == width for shape in shapes)
     return False
 
 

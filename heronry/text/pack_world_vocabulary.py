@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from .world import COUNT, FILE
@@ -29,6 +30,18 @@ def pack(text: str) -> bytes:
         tokens[int(number)] = token
     in_order = [tokens[number] for number in range(1, COUNT + 1)]
     return zlib.compress(bytes(map(len, in_order)) + b"".join(in_order), 9)
+
+
+def vocabulary_text(vocabulary: Sequence[bytes]) -> str:
+    """The content of BlinkDL's file for a vocabulary, in which id 0 has no bytes."""
+    lines = []
+    for number, token in enumerate(vocabulary[1:], 1):
+        try:
+            literal = repr(token.decode())
+        except UnicodeDecodeError:
+            literal = repr(token)
+        lines.append(f"{number} {literal} {len(token)}\n")
+    return "".join(lines)
 
 
 if __name__ == "__main__":

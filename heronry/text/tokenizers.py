@@ -107,6 +107,9 @@ class HFTokenizer:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         self.stop_ids = frozenset(vocabulary[name] for name in END_OF_TEXT if name in vocabulary)
+        # what ends a text, by one of the usual names; else id 0, as RWKV has it
+        self.end_of_text_id = next((vocabulary[name] for name in END_OF_TEXT if name in vocabulary), 0)
+        self.end_of_text = self._backend.id_to_token(self.end_of_text_id)
 
     def encode(self, text: str) -> list[int]:
         encode_utf8(text)  # raises for lone surrogates

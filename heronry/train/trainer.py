@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..adapters import WEIGHTS
+from ..checkpoint import check_folder_name
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import Model, Network
@@ -87,6 +88,7 @@ class Trainer:
         self.config = config.check()
         self.generate_sample: GenerateSample | None = None
         self.out = Path(config.run.out).expanduser()
+        check_folder_name(self.out)
         views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # otherwise gradients are stored twice
         self.accelerator = Accelerator(cpu=not build.uses_cuda(config.run.device), kwargs_handlers=[views])
         self.precision = build.resolve_precision(config, self.accelerator.device)

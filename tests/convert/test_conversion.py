@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from safetensors.torch import load_file, save_file
 import heronry
 from heronry import LLM, InputError, formats
 from heronry.cli.app import app
-from heronry.convert import FOLDERS, SUFFIXES, convert
+from heronry.convert import FOLDERS, SUFFIXES, convert, language_models
 from heronry.convert.streamed_logits import compute_logits
 from heronry.formats import safetensors_file
+from heronry.text.pack_world_vocabulary import pack
+from heronry.text.world import FILE
 
 TEXT = torch.tensor([[3, 1, 4, 1, 5, 92, 65, 35, 8]])
 ALL = (*SUFFIXES.values(), *FOLDERS)
@@ -114,6 +118,73 @@ def test_dtypes(dtype, weights, tmp_path):
     assert torch.load(tmp_path / "same.pth", weights_only=True)["emb.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7"])
+def test_one_head(version, weights, tmp_path):
+    """Where a dimension of size 1 could be taken for another."""
+    torch.save(weights(version, width=64, heads=1), tmp_path / "a.pth")
+    expected = read(tmp_path / "a.pth")
+    for format in ALL:
+        if (version, format) not in REFUSED:
+            convert(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
+            torch.testing.assert_close(read(name_of(format, tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+def test_square_low_rank_matrices(weights, tmp_path):
+    """RWKV-7 in web-rwkv's layout is told by the shapes of its low-rank matrices: one that is not square is enough."""
+    random = weights("7", width=32, heads=1, rank=29)  # ranks 29, 30, 31 and 32
+    torch.save(random, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.st")
+    assert formats.read(tmp_path / "a.st").format == "webrwkv"
+    torch.testing.assert_close(read(tmp_path / "a.st"), read(tmp_path / "a.pth"), rtol=0, atol=1e-5)
+    for name, x in random.items():
+        if name[:-1].endswith(("att.w", "att.a", "att.v", "att.g")) and name[-1] in "12":
+            random[name] = torch.randn(32, 32, generator=torch.Generator().manual_seed(len(name))).half().float()
+            assert x.shape != (32, 32) or ".g" in name
+    torch.save(random, tmp_path / "a.pth")
+    assert "BlinkDL's layout or web-rwkv's" in refusal(tmp_path / "a.pth", tmp_path / "b.st")
+    assert "BlinkDL's layout or web-rwkv's" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors", dtype="float16")
+    convert(tmp_path / "a.pth", tmp_path / "c.safetensors", dtype="bfloat16")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "a.st", "c.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0"])
+@pytest.mark.parametrize("format", ALL)
+def test_a_wrong_file_is_not_left(format, dtype, weights, tmp_path, monkeypatch):
+    """A matrix that is written transposed, or a vector a little off, is found whatever the format rounds."""
+    allowed = {
+        "gguf": ("float32", "bfloat16", "float16", "q8_0"),
+        "ggml": ("float32", "float16"),
+        "webrwkv": ("float16",),
+    }
+    if dtype not in allowed.get(format, ("float32", "bfloat16", "float16")):
+        pytest.skip("not a dtype of this format")
+    torch.save({name: x + 1e-4 for name, x in weights("7").items()}, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", name_of(format, tmp_path, "right"), to=format, dtype=dtype)
+    left = {path.name for path in tmp_path.iterdir()}
+    cast = language_models._cast
+    for part, change in (("1.att.key.weight", lambda x: x.T), ("1.att.x_k", lambda x: x * 1.01)):
+
+        def wrong(tensors, *rest, part=part, change=change):
+            tensors = cast(tensors, *rest)
+            return tensors | {f"blocks.{part}": tensors[f"blocks.{part}"].map(change)}
+
+        monkeypatch.setattr(language_models, "_cast", wrong)
+        assert "not written: read again it is another model" in refusal(
+            tmp_path / "a.pth", name_of(format, tmp_path), to=format, dtype=dtype
+        )
+        assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_what_rwkv_cpp_multiplies_elementwise_is_float32(weights, tmp_path):
+    torch.save(weights("7"), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.bin", dtype="float16")
+    kinds = {name: x.dtype for name, x in formats.read(tmp_path / "a.bin").tensors.items()}
+    half = {re.sub(r"^blocks\.\d+\.", "", name) for name, dtype in kinds.items() if dtype == torch.float16}
+    low_rank = {f"att.{name}{i}" for name in "wavg" for i in (1, 2)}
+    matrices = {f"att.{name}.weight" for name in ("receptance", "key", "value", "output")}
+    assert half == low_rank | matrices | {"ffn.key.weight", "ffn.value.weight", "emb.weight", "head.weight"}
+
+
 def test_q8_0_is_near(tmp_path):
     bundled = Path(heronry.__file__).parent / "bundled"
     done = convert(bundled, tmp_path / "a.gguf", dtype="q8_0")
@@ -177,6 +248,66 @@ def test_a_gguf_holds_its_tokenizer(weights, tmp_path):
     assert llm.tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
     convert(tmp_path / "elsewhere" / "a.gguf", tmp_path / "again")
     assert LLM(tmp_path / "again").tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
+
+
+def test_a_gguf_says_how_to_chat(weights, tmp_path):
+    """As llama.cpp's own converter: its template for World, in which two newlines end a turn."""
+    import gguf
+
+    torch.save(weights("7", vocab=65536), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.gguf")
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
+    assert fields["tokenizer.chat_template"] == "rwkv-world"
+    assert fields["tokenizer.ggml.eot_token_id"] == 261
+    assert fields["tokenizer.ggml.tokens"][261] == r"\n\n"
+    assert fields["tokenizer.ggml.eos_token_id"] == 0
+
+
+def test_gguf_metadata_of_wrong_types(weights, tmp_path, monkeypatch):
+    import gguf
+
+    torch.save(weights("7"), tmp_path / "a.pth")
+
+    def told(method: str, *arguments) -> str:
+        write = gguf.GGUFWriter.write_header_to_file
+
+        def add_more(self, *rest):
+            self.kv_data[0].pop(arguments[0], None)
+            getattr(self, method)(*arguments)
+            write(self, *rest)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", add_more)
+        message = refusal(tmp_path / "a.pth", tmp_path / "a.gguf")
+        monkeypatch.undo()
+        return message
+
+    assert "rwkv7.block_count = 'two'; expected a number" in told("add_string", "rwkv7.block_count", "two")
+    assert "rwkv7.wkv.head_size = [64]; expected a number" in told("add_array", "rwkv7.wkv.head_size", [64])
+    assert "rwkv7.embedding_length = 1.5; expected a number" in told("add_float32", "rwkv7.embedding_length", 1.5)
+    key = "rwkv7.attention.layer_norm_epsilon"
+    assert f"{key} = 'small'; expected a number" in told("add_string", key, "small")
+    assert "have epsilon nan" in told("add_float32", key, float("nan"))
+    assert "a tensor of the shape [128] is in the place" in told("add_uint32", "rwkv7.wkv.head_size", 7)
+    for notes in ("[1]", "{", "3"):
+        assert f"heronry.notes = '{notes}'; expected a JSON object" in told("add_string", "heronry.notes", notes)
+    assert "heronry.notes = 5; expected a JSON object" in told("add_uint32", "heronry.notes", 5)
+    assert "huggingface.json = 5; expected a text" in told("add_uint32", "tokenizer.huggingface.json", 5)
+    assert "the note opening_tokens is 'a'" in told("add_string", "heronry.notes", '{"opening_tokens": "a"}')
+    assert "a GGUF file of the architecture 5" in told("add_uint32", "general.architecture", 5)
+
+
+def test_world_folders_have_the_vocabulary_as_llama_cpp_wants_it(weights, tmp_path):
+    torch.save(weights("7", vocab=65536), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "hf", to="huggingface")
+    text = (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_text(encoding="utf-8")
+    assert zlib.decompress(pack(text)) == zlib.decompress(FILE.read_bytes())
+    lines = text.splitlines()
+    assert lines[0] == "1 '\\x00' 1"
+    assert lines[260] == "261 '\\n\\n' 2"
+    assert "129 b'\\x80' 1" in lines
+    torch.save(weights("7"), tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", tmp_path / "other", to="huggingface")
+    assert not (tmp_path / "other" / "rwkv_vocab_v20230424.txt").exists()
 
 
 def test_shards(weights, tmp_path):
@@ -299,6 +430,10 @@ def test_bad_input(weights, tmp_path, monkeypatch):
 
     monkeypatch.setattr("heronry.formats.safetensors_file.write", full)
     assert "cannot be written (No space left on device)" in refusal(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    for to in FOLDERS:
+        assert "a model is saved as a folder; give a name without .pth" in refusal(
+            tmp_path / "a.pth", tmp_path / "b.pth", to=to
+        )
     left = {"a.pth", "full", "packed", "huge.pth"}
     assert {path.name for path in tmp_path.iterdir()} == left
 

@@ -49,6 +49,36 @@ def test_modes(tmp_path):
     assert found[..., 0].flatten().tolist() == [0, 51, 102, 153, 204, 255]
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (41, 97), (300, 7), (256, 256)])
+def test_only_the_center_is_resized(shape):
+    """As if the whole image were resized and then cropped, to within the rounding of a pixel."""
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    waves = [128 + 100 * np.sin(0.11 * i * x + 0.07 * y) for i in (1, 2, 3)]
+    image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
+    size, side = 28, 32
+    width, height = (max(side, round(length * side / min(image.size))) for length in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    whole = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    expected = torch.from_numpy(np.array(whole)).permute(2, 0, 1) / 255
+    found = preprocess(image, size) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    assert (found - expected).abs().max() < 1.5 / 255
+
+
+def test_a_long_and_narrow_image_takes_no_more_memory(monkeypatch):
+    """6000 x 1 pixels, of which a square of 224 is kept, not the 1,536,000 x 256 that they would be resized to."""
+    made = []
+    resize = Image.Image.resize
+
+    def count(image, size, *arguments, **options):
+        made.append(size)
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", count)
+    for size in ((6000, 1), (1, 6000)):
+        assert preprocess(Image.new("RGB", size, (255, 0, 0))).shape == (3, 224, 224)
+    assert made == [(224, 224), (224, 224)]
+
+
 def test_cameras_say_how_they_were_held(tmp_path):
     upright = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 10
     turned = Image.fromarray(np.rot90(upright).copy())  # 90 degrees to the left, which 6 says to undo

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import heronry
 from heronry import InputError
+from heronry.adapters import adaptable_matrices
 from heronry.convert import convert
 
 transformers = pytest.importorskip("transformers")
@@ -236,6 +237,38 @@ def test_peft(folder, tmp_path):
     assert again.generate(input_ids=tokens, max_new_tokens=3, eos_token_id=None).shape == (1, 11)
 
 
+def test_what_peft_trains_with_its_defaults_is_merged(folder, tmp_path, command):
+    """All large matrices are adapted, and the adapter fits the model that the folder was made from."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    adapted = {
+        name.split(".lora_")[0].split("blocks.0.")[1]
+        for name, _ in model.named_parameters()
+        if "s.0." in name and "lora_" in name
+    }
+    matrices = {
+        name.removeprefix("blocks.0.")
+        for name in adaptable_matrices(model.base_model.model.rwkv)
+        if "blocks.0." in name
+    }
+    assert adapted == matrices
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.tensor([list(b"the rook")])
+    with torch.inference_mode():
+        expected = model.eval()(tokens).logits
+    for base in (folder, tmp_path / "a.pth"):
+        code, _, err = command("merge", base, tmp_path / "adapter", tmp_path / f"merged-{base.stem}")
+        assert code == 0, err
+        with torch.inference_mode():
+            found = heronry.load(tmp_path / f"merged-{base.stem}")(tokens)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_pipeline_with_the_bundled_model(tmp_path):
     convert(Path(heronry.__file__).parent / "bundled", tmp_path / "hf", to="huggingface")
     generator = pipeline("text-generation", model=str(tmp_path / "hf"), dtype="float32")
@@ -286,6 +319,63 @@ def test_world_as_a_tokenizer():
     assert words.decode([*ours.encode("end"), 0], skip_special_tokens=True) == "end"
     assert words("a<|endoftext|>b").input_ids == [98, 0, 99]
     assert words.eos_token_id == 0
+
+
+@pytest.mark.parametrize("vocabulary", ["world", "bytes"])
+def test_added_tokens(vocabulary, tmp_path):
+    """They are read, and decode to themselves, whatever characters they are made of."""
+    words = RwkvTokenizer(vocabulary)
+    words.add_tokens(["<tool>", "我们说", "é!"])
+    words.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    text = "a <tool> 我们说 é! b é <|im_end|>我"
+    ids = words(text).input_ids
+    assert [words.vocab_size + i for i in range(4)] == [i for i in ids if i >= words.vocab_size]
+    assert words.decode(ids) == text
+    assert words.decode(ids, skip_special_tokens=True) == text.replace("<|im_end|>", "")
+    words.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(text).input_ids == ids
+    assert again.decode(ids) == text
+
+
+def test_special_tokens_and_padding(tmp_path):
+    """Folders with a tokenizer.json name their end of text, by the name that its id has there."""
+    convert(Path(heronry.__file__).parent / "bundled", tmp_path / "story", to="huggingface")
+    words = AutoTokenizer.from_pretrained(tmp_path / "story")
+    assert words.eos_token == words.bos_token == words.pad_token == "<|endoftext|>"
+    batch = words(["One day", "One"], padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch.attention_mask.sum(1).tolist()[0] > batch.attention_mask.sum(1).tolist()[1]
+    tokenizer = json.loads((tmp_path / "story" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary |= {"</s>": vocabulary.pop(last), "zero": vocabulary.pop("<|endoftext|>")}
+    tokenizer["model"]["merges"].pop()
+    tokenizer["added_tokens"] = [tokenizer["added_tokens"][0] | {"id": vocabulary["</s>"], "content": "</s>"}]
+    (tmp_path / "story" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    convert(tmp_path / "story", tmp_path / "other", to="huggingface")
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").eos_token_id == vocabulary["</s>"]
+    assert AutoConfig.from_pretrained(tmp_path / "other").eos_token_id == vocabulary["</s>"]
+
+
+@pytest.mark.slow
+def test_the_harness_own_way_to_models(tmp_path):
+    """lm-evaluation-harness's `--model hf` over a folder, with its padding and its rolling likelihoods."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    convert(Path(heronry.__file__).parent / "bundled", tmp_path / "story", to="huggingface")
+    model = HFLM(str(tmp_path / "story"), dtype="float32", device="cpu", batch_size=2)
+    pairs = [Instance("loglikelihood", {}, ("One day", f" {word}"), i) for i, word in enumerate(("a", "they went"))]
+    for value, _ in model.loglikelihood(pairs):
+        assert -30 < value < 0
+    texts = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("One day.", "The end"))]
+    for value in model.loglikelihood_rolling(texts):
+        assert -60 < value < 0
+    until = {"until": ["."], "max_gen_toks": 5}
+    requests = [Instance("generate_until", {}, (text, until), i) for i, text in enumerate(("One", "Once upon"))]
+    assert all(model.generate_until(requests))
 
 
 PARTS = [*" \r\n\tab<>{}'\"\\:é", "\n\n", "User:", "<think>", "{user}"]

@@ -142,6 +142,41 @@ def test_what_peft_writes_is_read(generation, bases, tmp_path):
     assert not torch.allclose(logits(load(bases(generation))), logits(ours), atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("", {}),
+        ("base_model.model.", {}),
+        ("base_model.model.model.", {}),
+        ("base_model.model.rwkv.", {}),
+        ("module.base_model.model.rwkv7.", {}),
+        ("_orig_mod.module.", {}),
+        ("base_model.model.rwkv.", {"att.": "attention.", "ffn.": "feed_forward."}),
+        (
+            "base_model.model.model.",
+            {"blocks.": "layers.", "att.receptance": "attn.r_proj", "att.key": "attn.k_proj", "att.": "attn."},
+        ),
+    ],
+)
+def test_names_of_other_classes(prefix, words, bases, tmp_path):
+    """The same adapter as wrappers, transformers' classes and flash-linear-attention name its tensors."""
+    base = bases("rwkv7")
+    model = adapted(base, targets=["att.receptance", "att.key", "ffn.key"])
+    save_adapter(model, tmp_path)
+    tensors = {}
+    for name, x in load_file(tmp_path / FILES[1]).items():
+        name = name.removeprefix("base_model.model.")
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        tensors[prefix + name] = x
+    save_file(tensors, tmp_path / FILES[1])
+    tokens = torch.arange(1, 9)[None]
+    merged = load(base)
+    apply_adapter(merged, tmp_path)
+    with torch.inference_mode():
+        torch.testing.assert_close(merged(tokens)[0], model.eval()(tokens)[0], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_gradients_beside_a_packed_matrix(format, dtype, bases, tmp_path):
@@ -346,6 +381,9 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert "has no blocks.0.att.key.lora_A.weight" in told(tensors={k: x for k, x in good.items() if k != a})
     assert "lora_magnitude_vector" in told(tensors=good, use_dora=True)
     assert "contains NaN or infinity" in told(tensors=good | {a: good[a] * torch.inf})
+    assert "blocks.0.att.key.lora_A.weight occurs twice" in told(
+        tensors=good | {a.replace("blocks", "rwkv.blocks"): good[a].clone()}
+    )
     assert "unexpected tensor head.bias, which is not part" in told(tensors=good | {"head.bias": torch.ones(3)})
     assert "adapter_model.safetensors is empty" in told(tensors={})
     for wrong in (0, -1, 2.0, True, None):
@@ -354,7 +392,18 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
         assert f"lora_alpha must be a number, got {wrong!r}" in told(lora_alpha=wrong)
     assert "unsupported peft_type 'IA3'; only 'LORA' is supported" in told(peft_type="IA3")
     assert "unsupported init_lora_weights 'pissa'" in told(init_lora_weights="pissa")
+    assert "use_dora must be true or false, got 'no'" in told(use_dora="no")
+    assert "use_rslora must be true or false, got 1" in told(use_rslora=1)
+    assert "peft_type ['LORA']; only" in told(peft_type=["LORA"])
     assert "rank_pattern = {'key': 2} is not supported" in told(rank_pattern={"key": 2})
+    for text, complaint in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "must be a JSON object, got [1]"),
+        ('{"opening_tokens": "a"}', "the note opening_tokens is 'a'; expected a list of token ids"),
+        ('{"chat_template": ["a"]}', "the note chat_template is ['a']; expected the name of a template"),
+    ):
+        assert complaint in told(lambda at: save_file(good, at / FILES[1], metadata={"notes": text}))  # noqa: B023
     assert "bias = 'all' is not supported" in told(bias="all")
     assert "has no adapter_model.safetensors" in told(lambda at: (at / FILES[1]).unlink())
     assert "has no adapter_config.json" in told(lambda at: (at / FILES[0]).unlink())

@@ -180,7 +180,7 @@ def test_gradient_of_rwkv4_against_differences(start, random_checkpoint):
 
 
 @pytest.mark.parametrize("version", ["5.2", "6", "7"])
-@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("ending", ["pth", "wrapped.pth", "safetensors", "st"])
 def test_blinkdl_file_is_read_value_by_key(version, ending, random_checkpoint, tmp_path):
     """[H, N, N] with values down and keys across: what is stored under a key comes back when the key asks."""
     model = assemble(random_checkpoint(version))  # 3 heads of 32
@@ -191,6 +191,10 @@ def test_blinkdl_file_is_read_value_by_key(version, ending, random_checkpoint, t
     file = tmp_path / f"state.{ending}"
     if ending == "pth":
         torch.save(tensors, file)
+    elif ending == "wrapped.pth":
+        torch.save({f"module.model.{name}": x for name, x in tensors.items()}, file)
+    elif ending == "st":  # of web-rwkv's converter: float16 and the other way round
+        save_file({name: x.half().mT.contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
     else:
         save_file(tensors, file)
     state = initial_state(file, model)
@@ -234,7 +238,13 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, random_checkpoint):
     (tmp_path / "cut").write_bytes(file.read_bytes()[:-5])
     assert "damaged or truncated" in refusal(tmp_path / "cut", model)
     torch.save({"blocks.0.att.time_state": print}, tmp_path / "code.pth")
-    assert "refused: the file would run" in refusal(tmp_path / "code.pth", model)
+    assert "would run print; refused" in refusal(tmp_path / "code.pth", model)
+    tensors = load_file(file)
+    save_file({name: x * torch.nan for name, x in tensors.items()}, tmp_path / "nan.safetensors")
+    assert "blocks.0.att.time_state contains NaN or infinity" in refusal(tmp_path / "nan.safetensors", model)
+    for notes in ("[1]", "{", '{"opening_tokens": 1}'):
+        save_file(tensors, tmp_path / "notes.safetensors", metadata={"notes": notes})
+        assert "note" in refusal(tmp_path / "notes.safetensors", model)
     with pytest.raises(InputError, match="no tuned initial state"):
         save_time_state(model, file)
 

@@ -27,7 +27,9 @@ class RwkvTokenizer(PreTrainedTokenizer):
         self._names = [token.decode("latin-1") for token in tokenizer.vocabulary]
         if isinstance(tokenizer, WorldTokenizer):
             self._names[0] = END
-            options = {"eos_token": END, "bos_token": END, "unk_token": END, "pad_token": END} | options
+            options.setdefault("unk_token", END)
+        # id 0 is what config.json says of either; padding needs one, and lm-evaluation-harness all three
+        options = dict.fromkeys(("eos_token", "bos_token", "pad_token"), self._names[0]) | options
         self._ids = {name: token for token, name in enumerate(self._names) if name}
         options.setdefault("clean_up_tokenization_spaces", False)
         options.setdefault("chat_template", chat_template("world"))
@@ -50,7 +52,11 @@ class RwkvTokenizer(PreTrainedTokenizer):
         return self._names[index] if index < len(self._names) else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens).encode("latin-1", errors="ignore").decode(errors="replace")
+        vocabulary = self._heronry_tokenizer.vocabulary
+        # the name of an added token, or of the end of text, is its text
+        known = (vocabulary[self._ids[token]] if token in self._ids else b"" for token in tokens)
+        pieces = (piece or token.encode() for piece, token in zip(known, tokens, strict=True))
+        return b"".join(pieces).decode(errors="replace")
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         return ()  # the name in tokenizer_config.json is enough

@@ -90,7 +90,7 @@ def _tokenizer_spec(name: str) -> str:
     model, which holds that file or whose vocabulary size decides, or "bundled"."""
     import json
 
-    from ..engine.llm import BUNDLED
+    from ..catalog import BUNDLED
     from ..text.tokenizers import guess_tokenizer
 
     path = BUNDLED if name == "bundled" else Path(name).expanduser()

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..catalog import BUNDLED
 from ..errors import InputError
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
@@ -21,7 +22,7 @@ def data(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PREFIX", help="The token file, without its endings.")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="bytes, world, a tokenizer.json, or a model's folder.")
+        str, typer.Option("--tokenizer", help="bytes, world, bundled, a tokenizer.json, or a model's folder.")
     ] = "world",
     template: Annotated[
         str | None,
@@ -35,28 +36,25 @@ def data(
     """Turn texts into a token file to train on. If interrupted, the same command continues. See docs/data.md."""
     import time
 
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..data import tokenize_corpus as corpus
     from ..data.sources import find_sources
+    from ..files import naming
+    from .progress import progress_bar, stderr
 
     tokenizer_spec = _tokenizer_spec(tokenizer)
     sizes = [source.size for source in find_sources(sources)]
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     start = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=None if None in sizes else sum(size or 0 for size in sizes))
-        first: corpus.Progress | None = None  # what an earlier run has done does not count for the speed
-        bytes_read = 0
+    first: corpus.Progress | None = None  # what an earlier run has done does not count for the speed
+    bytes_read = 0
+    try:
+        with naming(out), progress_bar("", in_bytes=True) as update:
 
-        def show_progress(n_bytes: int, done: corpus.Progress) -> None:
-            nonlocal first, bytes_read
-            first, bytes_read = first or done, n_bytes
-            progress.update(bar, completed=n_bytes, description=f"{done.documents:,} documents, {done.tokens:,} tokens")
+            def show_progress(n_bytes: int, done: corpus.Progress) -> None:
+                nonlocal first, bytes_read
+                first, bytes_read = first or done, n_bytes
+                update(n_bytes, total, f"{done.documents:,} documents, {done.tokens:,} tokens")
 
-        try:
             result = corpus.tokenize_corpus(
                 sources,
                 out,
@@ -68,25 +66,24 @@ def data(
                 restart=restart,
                 on_progress=show_progress,
             )
-        except KeyboardInterrupt:
-            progress.stop()
-            print("heronry: stopped; the same command continues from here", file=sys.stderr)
-            sys.exit(130)
+    except KeyboardInterrupt:
+        print("heronry: stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
     speed = (result.tokens - (first or result).tokens) / (time.monotonic() - start)
     line = f"{result.documents:,} documents, {result.tokens:,} tokens of {bytes_read:,} bytes, {speed:,.0f} tokens/s"
     if holdout:
         line += f"; {result.held_out.documents:,} documents, {result.held_out.tokens:,} tokens held out"
-    console.print(f"{out}: {line}", highlight=False, markup=False, soft_wrap=True)
+    stderr().print(f"{out}: {line}")
 
 
 def _tokenizer_spec(name: str) -> str:
-    """What load_tokenizer takes: "bytes", "world" or the path of a tokenizer.json; `name` may also be the folder of a
-    model, which holds that file or whose vocabulary size decides."""
+    """What load_tokenizer takes: "bytes", "world" or the path of a tokenizer.json; `name` may also be "bundled" or the
+    folder of a model, which holds that file or whose vocabulary size decides."""
     import json
 
     from ..text.tokenizers import guess_tokenizer
 
-    path = Path(name).expanduser()
+    path = BUNDLED if name == "bundled" else Path(name).expanduser()
     if name in ("bytes", "world"):
         return name
     if not path.is_dir():

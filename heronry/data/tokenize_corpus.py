@@ -172,7 +172,7 @@ def tokenize_corpus(
                 progress = replace(progress, sealed=True)
                 _save_progress(progress_file, options, progress)
         except OSError as error:
-            raise InputError(f"{prefix}: cannot be written ({error})") from error
+            raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
         except BaseException:  # Ctrl-C, or a malformed line
             save(progress)
             raise

@@ -191,8 +191,10 @@ def compile_all(names: Collection[str] = (), at: Collection[str] = ()) -> list[P
 if __name__ == "__main__":
     known = [compiler.name_of(source) for source in compiler.sources()]
     if not set(sys.argv[1:]) <= set(known):
-        sys.exit(f"expected names out of {', '.join(known)}, got {' '.join(sys.argv[1:])}")
+        print(f"heronry: expected names out of {', '.join(known)}, got {' '.join(sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
     try:
         compile_all(sys.argv[1:])
     except OSError as error:
-        sys.exit(str(error))
+        print(f"heronry: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -40,7 +40,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """An error of the system in the block is an OSError that names the file: that of a write has no name, and
-    safetensors hides it in an error of its own."""
+    safetensors and torch hide it in errors of their own."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def naming(path: str | Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (found := re.search(r"\((?:os error )?(\d+)\)", str(error))) is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
@@ -58,4 +58,4 @@ def check_free_space(size: int, path: Path) -> None:
     folder = next(parent for parent in path.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(f"{path}: needs {size / 1e6:,.0f} MB, but {folder} has only {free / 1e6:,.0f} MB left")
+        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free / 1e6:,.1f} MB left")

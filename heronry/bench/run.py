@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InputError, unknown_name
+from ..files import atomic_write
 from .contest import Contest, Outcome, run_contest
 from .machine import describe_machine, physical_cores
 from .table import print_table
@@ -72,7 +73,8 @@ def run_contests(contests: Sequence[Contest], blocks: int | None = None, out: Pa
             print_table(outcome, console)
             figures["contests"].append(outcome.figures())
             if out is not None:
-                out.write_text(json.dumps(figures, indent=2) + "\n")
+                with atomic_write(out) as part:
+                    part.write_text(json.dumps(figures, indent=2) + "\n")
             if interrupted:
                 break
     return figures

@@ -73,7 +73,7 @@ def save(
             if isinstance(module, PackedLinear):
                 tensors[f"{name}.weight"], tensors[f"{name}.scales"] = rows_and_scales(module)
     config_text = json.dumps(config, indent=2) + "\n"
-    with atomic_write(folder / "model.safetensors") as weights, atomic_write(folder / "config.json") as config_file:
+    with atomic_write(folder / "config.json") as config_file, atomic_write(folder / "model.safetensors") as weights:
         save_file(tensors, weights, metadata={"format": "pt"})
         config_file.write_text(config_text)
         if tokenizer is not None:

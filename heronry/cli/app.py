@@ -72,14 +72,15 @@ def main() -> NoReturn:
 def _report(error: BaseException) -> int:
     """Says in one line what went wrong, and returns the exit code; an error of heronry's own is raised again."""
     code, line = 2, ""
+    broken = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)  # typer exits then
     if isinstance(error, Terminated):
         code, line = 143, "terminated"
+    elif broken:
+        code = 141  # what a shell shows for a program that SIGPIPE ended
     elif isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         code, line = 130, "stopped"
-    elif isinstance(error, BrokenPipeError):
-        code = 141  # what a shell shows for a program that SIGPIPE ended
     elif hasattr(error, "format_message"):  # of typer: a mistake in the options
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context is not None else "heronry"
@@ -88,10 +89,13 @@ def _report(error: BaseException) -> int:
         line = described
     else:
         raise error
-    if logging.getLogger("heronry").isEnabledFor(logging.INFO) and not isinstance(error, SystemExit):
-        logging.getLogger("heronry").info("heronry: the error in full:", exc_info=error)
-    if isinstance(error, OSError):
-        _abandon_output()
+    logging.getLogger("heronry").info("heronry: the error in full:", exc_info=error)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        broken = True
+    if broken:  # what is left in the buffer must not be tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if line:
         _print_error(line)
     return code
@@ -102,14 +106,6 @@ def _print_error(line: str) -> None:
         print("heronry: " + " ".join(line.splitlines()), file=sys.stderr, flush=True)
     except OSError:  # there is nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _abandon_output() -> None:
-    """What is still in the buffer of standard output is not tried again at the exit if it cannot be written."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _open_standard_streams() -> None:
@@ -183,7 +179,7 @@ def _as_typed(message: str, arguments: Collection[str]) -> str:
     for name in arguments:
         option = "--" + name.replace("_", "-")
         message = re.sub(rf"^{name}(?= must | has )|(?<![\w-]){name}=(?![\w/])", option, message)
-    return message.replace("(--tokenizer or --tokenizer)", "(--tokenizer)")
+    return re.sub(r"(--[\w-]+) (?:\(\1\)|or \1)", r"\1", message)  # both names were given
 
 
 for function in COMMANDS:

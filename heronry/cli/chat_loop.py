@@ -87,7 +87,9 @@ class Loop:
             from .prompt import Prompt
 
             read = Prompt(self.chat_branches).read
-            self._note(f"{self.chat.llm}, template {self._template_name()}; /help lists the commands")
+            llm = self.chat.llm
+            model = f"{llm.model.name}, {llm.num_parameters() / 1e6:,.3g} M parameters, {llm.dtype} on {llm.device}"
+            self._note(f"{model}; template {self._template_name()}; /help lists the commands".replace("torch.", ""))
         if self.chat.messages:
             self._show()
         failed = False
@@ -97,14 +99,19 @@ class Loop:
             try:
                 self._answer_or_obey(line)
             except KeyboardInterrupt:  # between the end of an answer and the next message
+                if not self.terminal:
+                    raise
                 print()
             except Exception as error:
+                if isinstance(error, OSError) and error.filename is None:  # standard output
+                    raise
                 if (told := describe(error)) is None and not isinstance(
                     error, ValueError
                 ):  # an unclosed quotation mark
                     raise
                 failed = True
-                self.errors.print(f"[red]{escape(told or str(error))}[/red]")
+                line = told or str(error)
+                self.errors.print(f"[red]{escape(line)}[/red]" if self.terminal else f"heronry: {escape(line)}")
         return 2 if failed and not self.terminal else 0
 
     def chat_branches(self) -> tuple[str, ...]:
@@ -121,9 +128,12 @@ class Loop:
             answer = self.chat.say(line, stream=True, max_tokens=self.max_tokens, **options)
         if answer is not None:
             self.answers += 1
-            self._stream(answer)
-        if self.session is not None:
-            self.chat.save(self.session)
+        try:
+            if answer is not None:
+                self._stream(answer)
+        finally:  # what was said before Ctrl-C or SIGTERM is kept too
+            if self.session is not None:
+                self.chat.save(self.session)
 
     def _command(self, line: str, options: DecodeOptions) -> Generator[Completion, None, None] | None:
         """Run a command; returns an answer to stream, if it gives one."""
@@ -216,6 +226,8 @@ class Loop:
                     yield piece.text
             except KeyboardInterrupt:
                 pieces.close()
+                if not self.terminal:
+                    raise
 
         if self.terminal:
             from .markdown import print_markdown

@@ -37,7 +37,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     if not (target.is_dir() and any(target.iterdir())):
         yield target
         return
-    new, old = (target.with_name(f".{target.name}.{which}") for which in ("new", "old"))
+    new, old = (target.with_name(f".{target.name}-{which}") for which in ("new", "old"))
     for left in (new, old):  # by a crash; the target is whole
         if left.exists():
             shutil.rmtree(left)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..catalog import BUNDLED
 from ..errors import InputError, count
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
@@ -37,32 +38,29 @@ def data(
     """Turn texts into a token file to train on. If interrupted, the same command continues. See docs/data.md."""
     import time
 
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..data import tokenize_corpus as corpus
     from ..data.sources import find_sources
     from ..data.token_file import strip_suffix
+    from ..files import naming
+    from .progress import progress_bar, stderr
 
     def describe(documents: int, tokens: int) -> str:
         return f"{count(documents, 'document')}, {count(tokens, 'token')}"
 
     tokenizer_spec = _tokenizer_spec(tokenizer)
     sizes = [source.size for source in find_sources(sources)]
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     start = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=None if None in sizes else sum(size or 0 for size in sizes))
-        first: corpus.Progress | None = None  # what an earlier run has done does not count for the speed
-        bytes_read = 0
+    first: corpus.Progress | None = None  # what an earlier run has done does not count for the speed
+    bytes_read = 0
+    try:
+        with naming(out), progress_bar("", in_bytes=True) as update:
 
-        def show_progress(n_bytes: int, done: corpus.Progress) -> None:
-            nonlocal first, bytes_read
-            first, bytes_read = first or done, n_bytes
-            progress.update(bar, completed=n_bytes, description=describe(done.documents, done.tokens))
+            def show_progress(n_bytes: int, done: corpus.Progress) -> None:
+                nonlocal first, bytes_read
+                first, bytes_read = first or done, n_bytes
+                update(n_bytes, total, describe(done.documents, done.tokens))
 
-        try:
             result = corpus.tokenize_corpus(
                 sources,
                 out,
@@ -74,15 +72,14 @@ def data(
                 restart=restart,
                 on_progress=show_progress,
             )
-        except KeyboardInterrupt:
-            progress.stop()
-            print("heronry: stopped; the same command continues from here", file=sys.stderr)
-            sys.exit(130)
+    except KeyboardInterrupt:
+        print("heronry: stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
     speed = (result.tokens - (first or result).tokens) / (time.monotonic() - start)
     line = f"{describe(result.documents, result.tokens)} of {count(bytes_read, 'byte')}, {speed:,.0f} tokens/s"
     if holdout:
         line += f"; {describe(result.held_out.documents, result.held_out.tokens)} held out"
-    console.print(f"{strip_suffix(out)}: {line}", highlight=False, markup=False, soft_wrap=True)
+    stderr().print(f"{strip_suffix(out)}: {line}")
 
 
 def _tokenizer_spec(name: str) -> str:
@@ -90,7 +87,6 @@ def _tokenizer_spec(name: str) -> str:
     model, which holds that file or whose vocabulary size decides, or "bundled"."""
     import json
 
-    from ..catalog import BUNDLED
     from ..text.tokenizers import guess_tokenizer
 
     path = BUNDLED if name == "bundled" else Path(name).expanduser()

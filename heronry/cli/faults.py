@@ -14,7 +14,10 @@ NO_MEMORY = re.compile(
     r"failed to map segment",
     re.IGNORECASE,
 )
-PLAIN = {errno.EBADF: "standard input or output is closed"}  # instead of the system's words
+PLAIN = {  # instead of the system's words
+    errno.EBADF: "standard input or output is closed",
+    errno.EEXIST: "is a file, not a folder",
+}
 EXTRA = ("typer", "rich", "prompt_toolkit")  # packages of the extra `cli`
 
 

@@ -184,7 +184,7 @@ class Model(Network):
         for i, block in enumerate(self.blocks):
             wkv = block.att.initial_wkv(time_states and time_states[f"blocks.{i}.att.time_state"])
             att_shift, ffn_shift = (wkv.new_zeros(rows, self.config.n_embd) for _ in range(2))
-            layers.append(LayerState(att_shift, wkv.repeat(rows, *(1 for _ in wkv.shape)), ffn_shift))
+            layers.append(LayerState(att_shift, wkv.expand(rows, *wkv.shape).clone(), ffn_shift))
         return State(layers, self.fingerprint)
 
     def select_native_step(self, tokens: Tensor, cu: Boundaries | None) -> native_step.NativeStep | None:

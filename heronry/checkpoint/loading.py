@@ -26,7 +26,7 @@ from ..memory import Arena
 from ..models import Model, Network, VisionModel
 from ..models.fingerprint import compute_fingerprint, sample
 from ..progress import ByteCounter, Progress
-from ..quantization import FORMATS, check_quantizable, quantizable_matrices, replace_matrix
+from ..quantization import check_quantizable, pack_matrix, pack_quantized, quantizable_matrices, replace_matrix
 from .identification import NAMES, identify, on_meta
 from .packed_layout import pop_packed
 
@@ -156,13 +156,11 @@ def assemble(
         if key in packed:
             q, scales = packed.pop(key)
             counter.add(q.nbytes + scales.nbytes)
+            replace_matrix(model, name, pack_quantized(key, q, scales, matrix_arena))
         elif quantize is not None:
             x = take(key)
-            q, scales = FORMATS[quantize](x)
             samples[key] = sample(x)
-        else:
-            continue
-        replace_matrix(model, name, q.to(device), scales.to(device), matrix_arena)
+            replace_matrix(model, name, pack_matrix(key, x, quantize, matrix_arena))
     matrix_keys = {f"{name}.weight" for name, _ in quantizable_matrices(model)}
     copies = {}
     for key in list(remaining):

@@ -48,7 +48,8 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
         and the notes.
 
     Raises:
-        InputError: the file does not exist, is damaged, is not a tuned state, or belongs to another model.
+        InputError: the file does not exist, is damaged, is not a tuned state, contains NaN or infinity, or belongs to
+            another model.
     """
     path = Path(path).expanduser()
     try:
@@ -70,11 +71,15 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
         notes = json.loads(metadata.get("notes", "{}"))
         for key, value in notes.items():
             check_note(key, value)
+        numbers = {name: x.read() for name, x in tensors.items()}
+        for name, state in numbers.items():
+            if not state.isfinite().all():
+                raise InputError(f"{name} contains NaN or infinity")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     weight = model.emb.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return {name: x.read().to(weight.device, dtype) for name, x in tensors.items()}, notes
+    return {name: state.to(weight.device, dtype) for name, state in numbers.items()}, notes
 
 
 def initial_state(path: str | Path, model: Model) -> State:

@@ -20,18 +20,20 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from .. import quantization
     from ..checkpoint import load, save
     from ..models import Network
     from .copies import companions, locate_source_and_target
 
     source, target = locate_source_and_target(source, target)
     console = Console(stderr=True)
-    model = load(source, dtype=dtype, kind=Network)
-    size_before = sum(p.nbytes for p in model.parameters())
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
         task = bar.add_task(f"quantizing to {format}", total=None)
-        quantization.quantize(model, format, lambda done, total: bar.update(task, completed=done, total=total))
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        model = load(source, dtype=dtype, quantize=format, kind=Network, progress=show)
+    size_before = model.num_parameters() * model.dtype.itemsize
     save(model, target, *companions(source, model))
     size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     console.print(

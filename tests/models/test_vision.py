@@ -319,8 +319,8 @@ def test_what_is_no_picture_is_named(x, message):
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(InputError, match=message):
         create("vrwkv_tiny", **changes)
-    with pytest.raises(InputError, match="unknown model 'vit_tiny'; choose from vrwkv_tiny, "):
-        create("vit_tiny")
+    with pytest.raises(InputError, match="unknown model 'resnet'; choose from vrwkv_tiny, "):
+        create("resnet")
 
 
 # ---- initialisation, optimiser -------------------------------------------------------------------------------------
@@ -433,6 +433,10 @@ def test_other_variants_are_told(published, tmp_path):
             r"pos_embed has 15 tokens, expected a square number",
         ),
         (lambda t: t.update({"backbone.ln1.weight": torch.zeros(3)}), r"ln1.weight has another shape"),
+        (
+            lambda t: t.update({"backbone.layers.1.ffn.value.weight": t["backbone.layers.1.ffn.value.weight"].T}),
+            r"layers.1.ffn.value.weight has another shape",
+        ),
     ):
         damaged = dict(tensors)
         change(damaged)

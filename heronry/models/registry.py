@@ -19,9 +19,9 @@ VISION_MODELS: dict[str, type[VisionModel]] = {cls.name: cls for cls in (VRWKV, 
 # model such a file would silently give wrong numbers.
 UNSUPPORTED = (
     (("_strategy", "_version", "_rescale_layer"), "converted by the rwkv package for one strategy; use the original"),
-    (("rosa.",), "RWKV-8 with ROSA, which is not supported"),
+    (("rosa",), "RWKV-8 with ROSA, which is not supported"),
     (("ffn.enn.",), "RWKV-8 rc00, which is not supported"),
-    (("qkv.",), "RWKV-7b (DeepEmbed attention), which is not supported"),
+    ((".qkv.",), "RWKV-7b (DeepEmbed attention), which is not supported"),
     (("time_maa_rkvw_",), "the experiment RWKV-6b or 6c, which is not supported"),
     (("att.gate_w1", "att.gate_w2"), "the experiment RWKV-6a, which is not supported"),
     (("ffnPre.",), "an experiment with a channel mix in place of the first time mix (ffnPre), which is not supported"),

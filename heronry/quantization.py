@@ -28,13 +28,15 @@ MAX_LEVEL = -LEVELS[0]
 STARTS = [sign * start for sign in (1, -1) for start in (0.84, 0.91, 0.98, 1.05)]
 BLOCK = 1 << 18  # weights quantized at a time: fits the cache
 TINY, HUGE = 2.0**-24, 65504  # the smallest and largest float16
+LARGEST = max(LEVELS) * HUGE  # the largest weight of both formats, whatever the sign
 
 
 def quantize(model: M, format: str, progress: Progress | None = None) -> M:
     """Quantizes the large matrices of a model in place, and returns the model.
 
     A quantized model runs like the original and accepts its states, but cannot be trained. `heronry.save` writes it and
-    `heronry.load` reads it without the original.
+    `heronry.load` reads it without the original. If anything goes wrong the model stays as it was; so both exist in
+    memory for a moment, which `heronry.load(..., quantize=...)` avoids.
 
     Args:
         model: in float32, bfloat16, float16 or float64.
@@ -42,20 +44,20 @@ def quantize(model: M, format: str, progress: Progress | None = None) -> M:
         progress: called with (bytes done, bytes in all) after each matrix; bytes of the original weights.
 
     Raises:
-        InputError: an unknown format, a model that is already quantized or has adapters, weights that contain NaN or
-            infinity, or a matrix whose rows are not whole groups of 32 weights.
+        InputError: an unknown format, a model that is already quantized or has adapters, weights that contain NaN,
+            infinity or numbers too large for a scale, or a matrix whose rows are not whole groups of 32 weights.
     """
     check_quantizable(model, format)
     model.fingerprint  # noqa: B018  computed before the weights change: states of the original still fit
     arena = Arena(model.device)
     linears = quantizable_matrices(model)
     counter = ByteCounter(sum(linear.weight.nbytes for _, linear in linears), progress)
+    packed = {}
     for name, linear in linears:
-        if not linear.weight.isfinite().all():
-            raise InputError(f"{name}.weight contains NaN or infinity")
-        with torch.no_grad():
-            replace_matrix(model, name, *FORMATS[format](linear.weight), arena)
+        packed[name] = pack_matrix(f"{name}.weight", linear.weight, format, arena)
         counter.add(linear.weight.nbytes)
+    for name, matrix in packed.items():  # now that nothing can be refused any more
+        replace_matrix(model, name, matrix)
     model.quantization = format
     return model
 
@@ -78,12 +80,29 @@ def quantizable_matrices(model: Network) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
-def replace_matrix(model: Network, name: str, q: Tensor, scales: Tensor, arena: Arena) -> None:
-    """Replaces a `Linear` by a packed matrix; q and scales as returned by `quantize_int8` or `quantize_int4`."""
+@torch.no_grad()
+def pack_matrix(name: str, w: Tensor, format: str, arena: Arena) -> PackedLinear:
+    """The matrix w [out, in] in 8 or 4 bits, with its memory in `arena`; InputError, with this name, if its weights are
+    not finite or too large."""
+    if not w.abs().max() <= LARGEST:  # NaN included
+        what = "numbers that are too large to quantize" if w.isfinite().all() else "NaN or infinity"
+        raise InputError(f"{name} contains {what}")
+    return pack_quantized(name, *FORMATS[format](w), arena)
+
+
+def pack_quantized(name: str, q: Tensor, scales: Tensor, arena: Arena) -> PackedLinear:
+    """A packed matrix from q and scales as `quantize_int8` or `quantize_int4` return them; InputError, with this name,
+    if the scales are not finite."""
+    if not scales.isfinite().all():
+        raise InputError(f"the scales of {name} contain NaN or infinity")
+    data, tiled_scales = tile(q.to(arena.device), scales.to(arena.device))
+    return PackedLinear(arena.copy(data), arena.copy(tiled_scales), len(q)).eval()
+
+
+def replace_matrix(model: Network, name: str, packed: PackedLinear) -> None:
+    """Replaces a `Linear` by a packed matrix."""
     parent, _, child = name.rpartition(".")
-    data, scales = map(arena.copy, tile(q, scales))
-    packed = PackedLinear(data, scales, len(q))
-    setattr(model.get_submodule(parent), child, packed.eval())
+    setattr(model.get_submodule(parent), child, packed)
 
 
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import heronry
 from heronry import InputError, State
+from heronry.cli.app import app
 from heronry.files import atomic_write
 from heronry.models import RWKV7, detect
 
@@ -265,6 +267,9 @@ def test_tensors_that_do_not_make_a_model(weights, tmp_path):
         ("blocks.0.qkv.k1", "RWKV-7b"),
         ("blocks.0.ffn.enn.weight", "RWKV-8 rc00"),
         ("blocks.0.rosa.q.weight", "RWKV-8 with ROSA"),
+        ("blocks.0.rosa.rosa_qkv.emb", "RWKV-8 with ROSA"),
+        ("rosa1.rosa_qkv.emb", "RWKV-8 with ROSA"),
+        ("emb_rosa.emb.weight", "RWKV-8 with ROSA"),
         ("blocks.0.att.gate_w1", "RWKV-6a"),
         ("blocks.0.att.time_maa_rkvw_w1", "RWKV-6b or 6c"),
         ("blocks.0.ffnPre.key.weight", "ffnPre"),
@@ -434,3 +439,37 @@ def test_loading_costs_the_model_and_no_more(large, file, dtype):
     print(f"{file} as {dtype}: {size / 1e6:.0f} MB, private memory {share:.3f} of it")
     assert 90e6 < size < 300e6
     assert share <= 1.2
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float16])
+def test_a_file_of_several_dtypes_says_what_is_rounded(random_checkpoint, wide, tmp_path, caplog):
+    tensors = {name: x.bfloat16() for name, x in random_checkpoint("7").items()}
+    torch.save(tensors, tmp_path / "one.pth")
+    tensors["blocks.0.att.r_k"] = tensors["blocks.0.att.r_k"].to(wide)
+    tensors["blocks.1.att.w0"] = tensors["blocks.1.att.w0"].to(wide)
+    torch.save(tensors, tmp_path / "two.pth")
+    assert heronry.load(tmp_path / "one.pth").dtype == torch.bfloat16
+    assert heronry.load(tmp_path / "two.pth", dtype="float32").dtype == torch.float32
+    assert not caplog.messages
+    assert heronry.load(tmp_path / "two.pth").dtype == torch.bfloat16
+    assert caplog.messages == [
+        f"heronry: 2 tensors of the file are {str(wide).removeprefix('torch.')}, but a model has one dtype: they are "
+        "rounded to bfloat16, that of most weights; give dtype (--dtype) to choose another"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_float8_is_named(random_checkpoint, dtype, kind, tmp_path):
+    name = str(dtype).removeprefix("torch.")
+    tensors = {key: x.to(dtype) for key, x in random_checkpoint("7", ffn=192).items()}
+    path = tmp_path / f"small.{kind}"
+    torch.save(tensors, path) if kind == "pth" else save_file(tensors, path)
+    with pytest.raises(InputError, match=rf"its weights are {name}, in which models cannot compute; give a dtype"):
+        heronry.load(path)
+    described = heronry.load(path, device="meta")
+    assert described.dtype == dtype
+    assert f"dtype       {name}" in CliRunner().invoke(app, ["info", str(path)]).stdout
+    model = heronry.load(path, dtype="bfloat16")
+    assert torch.equal(model.head.weight, tensors["head.weight"].bfloat16())
+    assert heronry.load(path, dtype="bfloat16", quantize="int8").quantization == "int8"

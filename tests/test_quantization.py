@@ -192,10 +192,35 @@ def test_bad_input(random_checkpoint):
     with pytest.raises(InputError, match=r"blocks.0.ffn.value.weight has rows of 200 weights, not a multiple of 32"):
         quantize(odd, "int8")
     assert torch.equal(logits_of(odd), before)  # untouched
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 4e6])
+def test_weights_that_cannot_be_packed_are_refused_and_change_nothing(random_checkpoint, format, value):
+    """By every way to a quantized model; the last matrix is the wrong one."""
     broken = random_checkpoint("7", ffn=192)
-    broken["blocks.1.att.key.weight"][3, 4] = torch.nan
-    with pytest.raises(InputError, match=r"blocks.1.att.key.weight contains NaN or infinity"):
-        quantize(assemble(broken), "int4")
+    broken["head.weight"][3, 4] = value
+    what = "numbers that are too large to quantize" if value == 4e6 else "NaN or infinity"
+    with pytest.raises(InputError, match=rf"^head.weight contains {what}$"):
+        assemble(broken, quantize=format)
+    model = assemble(broken)
+    fingerprint, modules = model.fingerprint, list(model.modules())
+    with pytest.raises(InputError, match=rf"^head.weight contains {what}$"):
+        quantize(model, format)
+    assert (model.quantization, model.fingerprint, list(model.modules())) == (None, fingerprint, modules)
+    with torch.no_grad():
+        model.head.weight[3, 4] = 0
+    assert quantize(model, format).quantization == format
+
+
+def test_a_quantization_that_is_interrupted_changes_nothing(model, format):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    modules = list(model.modules())
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, format, stop)
+    assert list(model.modules()) == modules
+    assert model.quantization is None
 
 
 def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
@@ -218,6 +243,11 @@ def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
     without = {key: x for key, x in whole.items() if key != f"{name}.scales"}
     assert f"{name}.weight is" in complaint(without)
     assert "quantization = 'int5'" in complaint(whole, {"quantization": "int5"})
+    scales = whole[f"{name}.scales"].clone()
+    scales[0, 0] = torch.inf
+    assert complaint(whole | {f"{name}.scales": scales}).endswith(
+        f"the scales of {name}.weight contain NaN or infinity"
+    )
     other = "int4" if format == "int8" else "int8"
     assert f"are not in the layout of {other}" in complaint(whole, {"quantization": other})
 

@@ -30,7 +30,7 @@ from ..files import atomic_write
 from ..formats import huggingface, safetensors_file
 from ..models import Model
 from ..models.layers import widen
-from .matrices import adaptable_matrices
+from .matrices import adaptable_matrices, replace_weights
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft calls the model inside its wrapper
@@ -72,18 +72,21 @@ def merge_adapter(model: Model, adapter: Adapter) -> None:
     """Merges an adapter into the plain weights of a model, in place, which gives the model another fingerprint.
 
     Computes in float32 (float64 for a float64 model) and rounds once, to the dtype of the weights.
+
+    Raises:
+        InputError: a matrix would contain NaN or infinity. The model is then unchanged.
     """
     matrices = adaptable_matrices(model)
+    merged = {}
     for name in adapter.matrices:
         weight = matrices[name].weight
         wide = widen(weight)
         tensors = {part: adapter.tensors[f"{name}.{part}"].to(wide) for part in _parts(adapter.dora)}
-        merged = wide + adapter.scale * (tensors[B] @ tensors[A])
+        matrix = wide + adapter.scale * (tensors[B] @ tensors[A])
         if adapter.dora:
-            merged *= (tensors[MAGNITUDE] / torch.linalg.norm(merged, dim=1))[:, None]
-        if not weight.copy_(merged).isfinite().all():
-            raise InputError(f"{name}.weight contains NaN or infinity after merging")
-    model.invalidate_fingerprint()
+            matrix *= (tensors[MAGNITUDE] / torch.linalg.norm(matrix, dim=1))[:, None]
+        merged[f"{name}.weight"] = matrix.to(weight.dtype)
+    replace_weights(model, merged)
 
 
 def save_adapter(model: Model, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import formats
 from ..errors import InputError
-from ..formats.lazy_tensor import Tensors
+from ..formats.lazy_tensor import Tensors, same_numbers
 from ..models import Model
 from ..models.layers import widen
-from .matrices import adaptable_matrices
+from .matrices import adaptable_matrices, replace_weights
 
 
 @torch.no_grad()
@@ -53,17 +53,12 @@ def merge_rwkv_peft(
         for key, lazy in tensors.items():
             if key.endswith((".lora_A", ".lora_B")):
                 continue
-            if key not in parameters or lazy.numel() != parameters[key].numel():
+            if key not in parameters or not same_numbers(lazy.shape, parameters[key].shape):
                 raise InputError(f"an adapter of another model: unexpected tensor {key} {list(lazy.shape)}")
             merged[key] = lazy.read().reshape(parameters[key].shape)
-        for key, x in merged.items():
-            if not x.isfinite().all():
-                raise InputError(f"{key} contains NaN or infinity after merging")
+        replace_weights(model, merged)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    for key, x in merged.items():
-        parameters[key].copy_(x)
-    model.invalidate_fingerprint()
 
 
 def _read_adapter(file: str | Path) -> Tensors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from ..errors import InputError
-from ..formats.lazy_tensor import Tensors
+from ..formats.lazy_tensor import Tensors, same_numbers
 from ..formats.prefixes import strip_prefixes
 from ..models import MODELS, VISION_MODELS, Network, detect
 from .notes import NOTES, check_note
@@ -112,7 +112,7 @@ def _check_complete(expected: Mapping[str, Tensor], shapes: Mapping[str, torch.S
     wrong = [
         f"{key} {list(shapes[key])} instead of {list(x.shape)}"
         for key, x in expected.items()
-        if key in shapes and not _same_numbers(shapes[key], x.shape)
+        if key in shapes and not same_numbers(shapes[key], x.shape)
     ]
     problems = [
         f"{len(names)} {problem}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -121,9 +121,3 @@ def _check_complete(expected: Mapping[str, Tensor], shapes: Mapping[str, torch.S
     ]
     if problems:
         raise InputError("the tensors do not make a model; " + "; ".join(problems))
-
-
-def _same_numbers(shape: torch.Size, expected: torch.Size) -> bool:
-    """Whether reshaping keeps the order of the numbers. A transposed matrix has as many numbers, in another order."""
-    a, b = ([size for size in sizes if size > 1] for sizes in (shape, expected))
-    return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) <= 1)

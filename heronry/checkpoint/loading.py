@@ -9,6 +9,7 @@ model and no more.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ from ..memory import Arena
 from ..models import Model, Network, VisionModel
 from ..models.fingerprint import compute_fingerprint, sample
 from ..progress import ByteCounter, Progress
-from ..quantization import FORMATS, check_quantizable, quantizable_matrices, replace_matrix
+from ..quantization import check_quantizable, pack_matrix, pack_quantized, quantizable_matrices, replace_matrix
 from .identification import NAMES, identify, on_meta
 from .packed_layout import pop_packed
 
@@ -36,6 +37,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+log = logging.getLogger("heronry")
 
 M = TypeVar("M", bound=Network, default=Model)
 
@@ -56,7 +59,7 @@ def load(
         path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or a name on the Hugging
             Face hub: "hf://OWNER/REPOSITORY/FILE", "OWNER/REPOSITORY".
         dtype: of the weights, as a string ("float32", "bfloat16", "float16", "float64") or as a torch.dtype; None keeps
-            that of the file.
+            that of the file, or of most of its weights.
         device: of the weights.
         ln_x_eps: epsilon of the norm after the recurrence (RWKV-5 to 7), for files made with another one than 64e-5.
         quantize: "int8" or "int4" quantizes the large matrices as they are read; `dtype` then applies to the rest.
@@ -133,8 +136,12 @@ def assemble(
     packed = pop_packed(remaining, config)
     model = on_meta(cls, model_config)
     expected: dict[str, Tensor] = model.state_dict()
+    on_meta_device = torch.device(device).type == "meta"
     if dtype is None:
         dtype = _main_dtype(remaining.values())
+        if dtype not in DTYPES.values() and not on_meta_device:
+            raise InputError(f"its weights are {_name(dtype)}, in which models cannot compute; give a dtype (--dtype)")
+        _warn_of_rounding(remaining.values(), dtype)
     if packed:
         model.quantization = config["quantization"]
     if quantize is not None:
@@ -148,22 +155,21 @@ def assemble(
         """Removes a tensor from `remaining` and returns its numbers. For a model on meta the file is not read."""
         lazy = remaining.pop(key)
         counter.add(lazy.nbytes)
-        if torch.device(device).type == "meta" and quantize is None:
+        if on_meta_device and quantize is None:
             return expected[key]
-        return lazy.read().reshape(expected[key].shape)
+        x = lazy.read() if lazy.dtype in DTYPES.values() else lazy.read().to(dtype)  # torch has no functions of float8
+        return x.reshape(expected[key].shape)
 
     for name, _ in quantizable_matrices(model):  # one matrix at a time, so that only one is in memory twice
         key = f"{name}.weight"
         if key in packed:
             q, scales = packed.pop(key)
             counter.add(q.nbytes + scales.nbytes)
+            replace_matrix(model, name, pack_quantized(key, q, scales, matrix_arena))
         elif quantize is not None:
             x = take(key)
-            q, scales = FORMATS[quantize](x)
             samples[key] = sample(x)
-        else:
-            continue
-        replace_matrix(model, name, q.to(device), scales.to(device), matrix_arena)
+            replace_matrix(model, name, pack_matrix(key, x, quantize, matrix_arena))
     matrix_keys = {f"{name}.weight" for name, _ in quantizable_matrices(model)}
     copies = {}
     for key in list(remaining):
@@ -194,10 +200,24 @@ def _main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
     for x in tensors:
         counts[x.dtype] += x.numel()
-    dtype = counts.most_common(1)[0][0]
-    if dtype not in DTYPES.values():
-        raise InputError(f"its weights are {dtype}, which models cannot compute in; give a dtype")
-    return dtype
+    return counts.most_common(1)[0][0]
+
+
+def _warn_of_rounding(tensors: Iterable[LazyTensor], dtype: torch.dtype) -> None:
+    """Says which tensors lose precision because a model has one dtype."""
+    bits = torch.finfo(dtype).bits
+    rounded = [x.dtype for x in tensors if x.dtype != dtype and torch.finfo(x.dtype).bits >= bits]
+    if rounded:
+        widest = max(rounded, key=lambda x: torch.finfo(x).bits)
+        log.warning(
+            f"heronry: {len(rounded)} tensors of the file are {_name(widest)}, but a model has one dtype: they are "
+            f"rounded to {_name(dtype)}, that of most weights; give dtype (--dtype) to choose another"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -49,7 +49,8 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
         and the notes.
 
     Raises:
-        InputError: the file does not exist, is damaged, is not a tuned state, or belongs to another model.
+        InputError: the file does not exist, is damaged, is not a tuned state, contains NaN or infinity, or belongs to
+            another model.
     """
     path = Path(path).expanduser()
     try:

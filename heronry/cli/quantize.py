@@ -19,7 +19,6 @@ def quantize(
     force: options.Force = False,
 ) -> None:
     """Quantize a model to 8 or 4 bits per weight. See docs/quantization.md."""
-    from .. import quantization
     from ..checkpoint import load, save
     from ..models import Network
     from .copies import companions, locate_source_and_target
@@ -28,11 +27,9 @@ def quantize(
     original, target = locate_source_and_target(source, target, force)
     if target.is_file():
         raise InputError(f"{target}: is a file; give the name of a folder")
-    with progress_bar("loading") as progress:
-        model = load(original, dtype=dtype, kind=Network, progress=progress)
-    size_before = sum(p.nbytes for p in model.parameters())
     with progress_bar(f"quantizing to {format}", in_bytes=True) as progress:
-        quantization.quantize(model, format, progress)
+        model = load(original, dtype=dtype, quantize=format, kind=Network, progress=progress)
+    size_before = model.num_parameters() * model.dtype.itemsize
     save(model, target, *companions(original, model))
     size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     stderr().print(f"{target}: {size / 2**20:.0f} MiB, {size / size_before:.0%} of the original")

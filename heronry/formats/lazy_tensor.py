@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,6 +73,13 @@ def as_lazy(tensors: Mapping[str, Any]) -> Tensors:
         if x.nbytes > x.untyped_storage().nbytes():
             raise InputError(f"{key} holds fewer numbers than its shape implies; save contiguous tensors")
     return {key: x if isinstance(x, LazyTensor) else LazyTensor.from_tensor(x) for key, x in tensors.items()}
+
+
+def same_numbers(shape: torch.Size, expected: torch.Size) -> bool:
+    """Whether a tensor of one shape can be reshaped to the other for a model: they differ by dimensions of size 1, or a
+    vector is cut into rows. A transposed matrix has as many numbers, in another order."""
+    a, b = ([size for size in sizes if size > 1] for sizes in (shape, expected))
+    return a == b or (math.prod(a) == math.prod(b) and min(len(a), len(b)) <= 1)
 
 
 # Functions for `LazyTensor.map`, used by several formats.

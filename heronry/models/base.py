@@ -18,7 +18,7 @@ from . import native_step
 from .fingerprint import compute_fingerprint, sample_all
 from .layers import Linear, PackedLinear
 from .sequence_parallel import Boundaries, SequenceShard
-from .state import LayerShapes, LayerState, State
+from .state import LayerState, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -144,15 +144,6 @@ class Model(Network):
         super().__init__(config)
         self._step: native_step.NativeStep | None = None
 
-    def state_shapes(self, rows: int) -> LayerShapes:
-        """The shapes of a layer's state of `rows` sequences, in the order of LayerState."""
-        c = self.config
-        if size := getattr(c, "head_size", 0):
-            wkv: tuple[int, ...] = (rows, c.dim_att // size, size, size)
-        else:
-            wkv = (rows, 3, c.dim_att)
-        return (rows, c.n_embd), wkv, (rows, c.n_embd)
-
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: everything but the native step, which holds addresses of this model's weights."""
         return self.__dict__ | {"_step": None}
@@ -254,9 +245,10 @@ class Model(Network):
             raise InputError(f"a state of {state.rows} sequences was given for a batch of {rows}")
         if self._step is not None and state is self._step.last_state[0]() and tokens.device.type == "cpu":
             return state, cu  # the native step itself returned it, and states are never modified
-        expected = self.state_shapes(rows) * self.config.n_layer
+        shift = (rows, self.config.n_embd)
+        expected = (shift, tuple(state.layers[0].wkv.shape), shift) * self.config.n_layer  # the operator checks the wkv
         tensors = [x for layer in state.layers for x in layer]
-        if tuple(x.shape for x in tensors) != expected or not all(x.is_floating_point() for x in tensors):
+        if tuple(tuple(x.shape) for x in tensors) != expected or not all(x.is_floating_point() for x in tensors):
             raise InputError("this state is damaged: its tensors do not fit the model")
         for x in tensors:
             self.check_device("state", x)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import build
+from ..errors import InputError
 from ..memory import Pool
 from ..ops import arguments, packed
 from .state import LayerState, State
@@ -96,7 +97,6 @@ class NativeStep:
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.layer_count = config.n_layer
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
-        self.shapes = model.state_shapes
         self.states, self.logits, self.buffers = Pool(), Pool(), Pool()
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
@@ -133,6 +133,13 @@ class NativeStep:
         """Whether there is C++ for this model, and no hooks or replaced `forward` that it would bypass."""
         return self.library is not None and not any(self.hooks) and not any("forward" in own for own in self.own)
 
+    def shapes(self, sequences: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a layer's state."""
+        channels, attention, heads, *_ = self.sizes
+        size = attention // heads if heads else 0
+        wkv = (sequences, heads, size, size) if heads else (sequences, 3, attention)
+        return (sequences, channels), wkv, (sequences, channels)
+
     def __call__(self, tokens: Tensor, state: State, cu: Sequence[int] | None, last_only: bool) -> tuple[Tensor, State]:
         """As the model's forward: returns float32 logits and the new state."""
         batch, length = tokens.shape
@@ -145,6 +152,8 @@ class NativeStep:
         last, pointers = self.last_state
         if state is not last():
             entering = [[x.float().contiguous() for x in layer] for layer in state.layers]
+            if any(x.shape != shape for layer in entering for x, shape in zip(layer, one, strict=True)):
+                raise InputError("this state is damaged: its tensors do not fit the model")
             pointers = [x.data_ptr() for layer in entering for x in layer]
         count = self.layer_count
         sizes = [count * math.prod(shape) for shape in one]

@@ -24,9 +24,6 @@ class LayerState(NamedTuple):
     ffn_shift: Tensor  # [S, C], the last normalised input of the channel mix
 
 
-LayerShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of the tensors of a LayerState
-
-
 class State:
     """The memory of S sequences after the tokens they have read. Models return new states and never modify old ones,
     so a reference is a snapshot. A state created under inference_mode must be cloned before it can be trained from.

@@ -87,9 +87,23 @@ def test_bad_input(random_checkpoint, tmp_path):
     )
     assert "for a matrix [32, 32]" in refusal(trained | {"blocks.0.att.key.lora_A": torch.ones(5, 31)}, alpha=1)
     assert "unexpected tensor blocks.0.att.w0" in refusal(trained | {"blocks.0.att.w0": torch.ones(31)}, alpha=1)
+    turned = {"blocks.0.ffn.key.weight": weights["blocks.0.ffn.key.weight"].T}
+    assert "unexpected tensor blocks.0.ffn.key.weight [32, 40]" in refusal(trained | turned, alpha=1)
     assert "contains NaN or infinity after merging" in refusal(trained, alpha=1e300)
     assert "DiSHA and Bone adapters are not supported" in refusal(
         {"blocks.0.att.key.disha": torch.ones(5, 32)}, alpha=1
     )
     assert "init_lora_A is missing" in refusal(trained, pissa_init=tmp_path / "lora.pth")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_overflows_the_weights_is_refused(random_checkpoint, tmp_path):
+    """Finite in float32, in which it is computed, but not in float16."""
+    weights = random_checkpoint("7", **SMALL)
+    torch.save(adapter(weights), tmp_path / "lora.pth")
+    model = assemble(dict(weights), dtype=torch.float16)
+    before, fingerprint = {name: p.clone() for name, p in model.named_parameters()}, model.fingerprint
+    with pytest.raises(InputError, match=r"blocks\.0\..*\.weight contains NaN or infinity after merging$"):
+        merge_rwkv_peft(model, tmp_path / "lora.pth", alpha=1e8)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.fingerprint == fingerprint

@@ -278,6 +278,14 @@ def test_pipeline_with_the_bundled_model(tmp_path):
     assert ours.startswith(", there was")
 
 
+def test_a_transposed_matrix_is_not_loaded(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = model.state_dict()
+    name = next(name for name, x in state.items() if x.ndim == 2 and x.shape[0] != x.shape[1] and "key" in name)
+    with pytest.raises(RuntimeError, match="size mismatch for"):
+        model.load_state_dict(state | {name: state[name].T})
+
+
 def test_more_tokens(folder):
     model, _ = loaded(folder)
     model.resize_token_embeddings(260)

@@ -433,6 +433,10 @@ def test_other_variants_are_told(published, tmp_path):
             r"pos_embed has 15 tokens, expected a square number",
         ),
         (lambda t: t.update({"backbone.ln1.weight": torch.zeros(3)}), r"ln1.weight has another shape"),
+        (
+            lambda t: t.update({"backbone.layers.1.ffn.value.weight": t["backbone.layers.1.ffn.value.weight"].T}),
+            r"layers.1.ffn.value.weight has another shape",
+        ),
     ):
         damaged = dict(tensors)
         change(damaged)

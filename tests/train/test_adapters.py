@@ -15,7 +15,7 @@ from test_trainer import fails_at
 from torch.nn import functional as F
 
 import heronry
-from heronry.adapters import apply_adapter, read_adapter, save_adapter
+from heronry.adapters import apply_adapter, merge_adapter, read_adapter, save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.checkpoint import assemble, load, save
 from heronry.errors import InputError
@@ -412,6 +412,16 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     cut = (folder / FILES[1]).read_bytes()[:-5]
     assert "damaged or truncated safetensors file" in told(lambda at: (at / FILES[1]).write_bytes(cut))
     assert refusal(apply_adapter, load(base), tmp_path / "none").endswith("none: no such folder")
+    unchanged = load(base, dtype="float16")
+    before = {name: p.clone() for name, p in unchanged.named_parameters()}
+    large = read_adapter(folder, unchanged)
+    last = f"{large.matrices[-1]}.lora_B.weight"
+    large.tensors[last] = torch.full_like(large.tensors[last], 1e8)
+    assert refusal(merge_adapter, unchanged, large) == (
+        f"{large.matrices[-1]}.weight contains NaN or infinity after merging"
+    )
+    assert all(torch.equal(p, before[name]) for name, p in unchanged.named_parameters())
+    assert unchanged.fingerprint == load(base, dtype="float16").fingerprint
 
     small = tmp_path / "small"
     save(quantize(load(base), "int8"), small)

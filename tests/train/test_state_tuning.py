@@ -235,6 +235,13 @@ def test_what_does_not_fit_is_refused(bases, data, tmp_path, random_checkpoint):
     assert "no such state file" in refusal(tmp_path / "nothing", model)
     model.initial_state().save(tmp_path / "saved")
     assert "it holds blocks.0.att_shift, blocks.0.ffn_shift, ..." in refusal(tmp_path / "saved", model)
+    for value in (torch.nan, torch.inf):
+        damaged = {
+            name: x.detach().clone() for name, x in load(base).tune_state().state_dict().items() if "time_s" in name
+        }
+        damaged["blocks.1.att.time_state"][0, 3, 4] = value
+        torch.save(damaged, tmp_path / "damaged.pth")
+        assert refusal(tmp_path / "damaged.pth", model).endswith("blocks.1.att.time_state contains NaN or infinity")
     (tmp_path / "cut").write_bytes(file.read_bytes()[:-5])
     assert "damaged or truncated" in refusal(tmp_path / "cut", model)
     torch.save({"blocks.0.att.time_state": print}, tmp_path / "code.pth")

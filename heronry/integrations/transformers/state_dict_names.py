@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...formats import huggingface
-from ...formats.lazy_tensor import LazyTensor
+from ...formats.lazy_tensor import LazyTensor, same_numbers
 
 
 def rename_to_hub(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -35,7 +35,7 @@ def rename_from_hub(module: nn.Module, state: dict[str, Any], prefix: str, *rest
     shapes = {name: p.shape for name, p in module.get_submodule("rwkv").named_parameters()}
     for name, x in huggingface.to_blinkdl(tensors).items():
         value = x.read()
-        if name in shapes and value.numel() == shapes[name].numel():
+        if name in shapes and same_numbers(value.shape, shapes[name]):
             value = value.reshape(shapes[name])
         state[f"{prefix}rwkv.{name}" if name in shapes else prefix + name] = value
 

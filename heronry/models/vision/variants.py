@@ -11,7 +11,7 @@ import torch
 
 from ... import formats
 from ...errors import InputError, unknown_name
-from ...formats.lazy_tensor import LazyTensor
+from ...formats.lazy_tensor import LazyTensor, same_numbers
 from .model import VisionModel
 from .vrwkv import VRWKV, VRWKVConfig
 from .vrwkv6 import VRWKV6, VRWKV6Config
@@ -79,11 +79,11 @@ def create(
 
 
 def _fill(model: VisionModel, tensors: Mapping[str, LazyTensor]) -> None:
-    """Copies all tensors into the model; InputError if one is missing, unexpected or of another size."""
+    """Copies all tensors into the model; InputError if one is missing, unexpected or of another shape."""
     weights = model.state_dict()
     missing = [key for key in weights if key not in tensors]
     unexpected = [key for key in tensors if key not in weights]
-    wrong = [key for key in weights if key in tensors and weights[key].numel() != tensors[key].numel()]
+    wrong = [key for key, x in weights.items() if key in tensors and not same_numbers(tensors[key].shape, x.shape)]
     for what, names in (("is missing", missing), ("is not of this model", unexpected), ("has another shape", wrong)):
         if names:
             raise InputError(f"{names[0]} {what}")

@@ -23,6 +23,7 @@ from ..models import Model, State
 from .notes import check_note
 
 FORMAT = "heronry.time_state"  # "format" in the metadata
+FILE = "time_state.safetensors"  # in the folder of a training run
 
 
 def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -41,7 +42,8 @@ def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | N
 def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A tuned initial state for this model, and the notes saved with it.
 
-    path: a file of `save_time_state`, or a .pth or .safetensors of BlinkDL's, of which only the shapes are checked.
+    path: a file of `save_time_state`, or the folder of a training run, which holds one; or a .pth or .safetensors of
+        BlinkDL's, of which only the shapes are checked.
 
     Returns:
         tensors by name, [H, N_v, N_k] (RWKV-4: [2, A]), float32 (float64 for a float64 model), on the model's device;
@@ -51,6 +53,8 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
         InputError: the file does not exist, is damaged, is not a tuned state, or belongs to another model.
     """
     path = Path(path).expanduser()
+    if os.path.isdir(path):
+        path /= FILE
     try:
         if not os.path.exists(path):
             raise InputError("no such state file")

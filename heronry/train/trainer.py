@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..adapters import WEIGHTS
+from ..checkpoint import time_state
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import Model, Network
@@ -183,7 +184,7 @@ class Trainer:
         yet."""
         latest = checkpointing.find_latest_checkpoint(self.checkpoints)
         if latest is None:
-            if any((self.out / name).exists() for name in ("model.safetensors", checkpointing.TIME_STATE, WEIGHTS)):
+            if any((self.out / name).exists() for name in ("model.safetensors", time_state.FILE, WEIGHTS)):
                 raise InputError(f"{self.out}: already contains a model; choose another run.out")
             return []
         path, run_state = latest

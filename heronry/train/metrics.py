@@ -267,11 +267,11 @@ class MetricsLogger:
         if not self._file.exists():
             return
         lines = []
-        for line in self._file.read_text(encoding="utf-8").splitlines():
+        for line in self._file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 if json.loads(line)["step"] <= self.start.step:
                     lines.append(line + "\n")
-            except ValueError:  # cut off when the run was killed
+            except (ValueError, KeyError, TypeError):  # cut off when the run was killed
                 continue
         with atomic_write(self._file) as part:
             part.write_text("".join(lines), encoding="utf-8")

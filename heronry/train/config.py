@@ -72,7 +72,7 @@ class ModelSection:
         "its matrices (lora, dora)",
         known=("all", "state", "lora", "dora"),
     )
-    rank: int = setting(16, "of adapters", between(1, 65_536))
+    rank: int = setting(16, "of adapters", POSITIVE)
     alpha: int = setting(32, "the output of an adapter is scaled by alpha / rank", POSITIVE)
     dropout: float = setting(0.0, "of the input of adapters", FRACTION)
     targets: tuple[str, ...] = setting(

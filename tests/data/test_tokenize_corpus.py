@@ -382,6 +382,29 @@ def test_what_the_message_advises_is_not_refused(tmp_path, command):
     assert decoded(tmp_path / "y") == ["corrected"]
 
 
+def test_a_source_that_is_out_of_reach_costs_nothing(tmp_path, command, monkeypatch):
+    """Unlike after an error in the texts, what has been encoded is still wanted."""
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
+    whole = sources.read_records
+
+    def broken(*args):
+        yield from list(whole(*args))[:10]
+        raise sources.TemporaryError("a.jsonl: the network is gone")
+
+    monkeypatch.setattr(corpus, "read_records", broken)
+    monkeypatch.setattr(corpus, "CHUNK", 1)
+    words = ("data", source, "-o", tmp_path / "x", "--tokenizer", "bytes")
+    assert command(*words) == (2, "", "heronry: a.jsonl: the network is gone\n")
+    monkeypatch.undo()
+    assert "unfinished run with other holdout; start over with --restart" in command(*words, "--holdout", "0.5")[2]
+    seen = []
+    tokenize_corpus(
+        [str(source)], tmp_path / "x", "bytes", on_progress=lambda n_bytes, done: seen.append(done.documents)
+    )
+    assert (seen[0], seen[-1]) == (10, 20)
+    assert decoded(tmp_path / "x") == texts(20)
+
+
 def test_the_name_may_have_its_ending(tmp_path, command):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(4)])
     code, _, message = command("data", source, "-o", tmp_path / "t.bin", "--tokenizer", "bytes", "--holdout", "0.5")

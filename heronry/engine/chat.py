@@ -97,12 +97,12 @@ class Chat:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation of this branch: [{"role": "user", "content": ...}, ...], answers without white space
-        around them."""
+        """The conversation of this branch: [{"role": "user", "content": ...}, ...]. An answer is without white space
+        around it, and with its thought from the "<think" on that the template begins it with."""
         messages = [dict(message) for message in self._tree.history]
         for turn in lineage(self._tree.heads[self.branch]):
             messages.append({"role": "user", "content": turn.message})
-            messages.append({"role": "assistant", "content": turn.answer.strip()})
+            messages.append({"role": "assistant", "content": (self.template.opening + turn.answer).strip()})
         return messages
 
     @property
@@ -229,6 +229,7 @@ class Chat:
             top_logprobs=decoding.top_logprobs,
             masks=decoding.masks,
             prompts=[prompt],
+            decode=self._llm.decode_token,
         )
         self._tree.heads[branch] = turn  # the options are right
         try:

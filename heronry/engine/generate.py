@@ -69,6 +69,7 @@ class Generation:
         top_logprobs: int | None = None,
         masks: Sequence[Mask | None] | None = None,
         prompts: Sequence[Sequence[int]] | None = None,
+        decode: Callable[[int], str] | None = None,
     ):
         """Decodes from what `prefill` returned.
 
@@ -82,6 +83,7 @@ class Generation:
             top_logprobs: log-probabilities of each token and of so many of the most likely ones; None = of none.
             masks: one a sequence; see `Mask`.
             prompts: the token ids of each, for `repetition_penalty`.
+            decode: the text of a token, for `penalize_digits=False`.
         """
         count = len(logits)
         samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
@@ -90,7 +92,9 @@ class Generation:
         self._model = model
         self._logits = logits
         self._state = state
-        self._samplers = [Sampler(sampling, prompts[i] if prompts else ()) for i, sampling in enumerate(samplings)]
+        self._samplers = [
+            Sampler(sampling, prompts[i] if prompts else (), decode) for i, sampling in enumerate(samplings)
+        ]
         self._masks = masks
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens

@@ -311,5 +311,6 @@ class LLM(TextModel):
             top_logprobs=decoding.top_logprobs,
             masks=decoding.masks,
             prompts=[row.prompt for row in rows],
+            decode=self.decode_token,
         )
         return stream_pieces(generation, rows, decoding.min_tokens)

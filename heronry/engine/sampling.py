@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ORDERS = ("temperature-first", "top-p-first")
 COLDEST, HOTTEST = 1e-30, 1e30  # float32 takes what is far below for 0, and what is far above for infinity
 LARGEST = 1e38  # of a logit; float32 ends at 3.4e38
+UNCOUNTED = " \t0123456789"  # what the PyPI package rwkv leaves out of the counts: every token within this text
 OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
 
 # Which tokens may come next: called with the token ids generated so far, returns bool [V], or None for all.
@@ -40,6 +41,7 @@ class UnseededOptions(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     penalty_decay: float
+    penalize_digits: bool
     repetition_penalty: float
     logit_bias: Mapping[int, float]
     order: str
@@ -61,6 +63,8 @@ class Sampling:
     min_p: only tokens at least this share as likely as the best one.
     presence_penalty: taken from the logit of every token that was generated before.
     frequency_penalty: the same, times how often; the counts fade by `penalty_decay` a token.
+    penalize_digits: False keeps digits, spaces and tabs out of these counts, as the PyPI package rwkv does, so that
+        numbers may repeat their digits; presence_penalty still counts them.
     repetition_penalty: divides the positive logits of tokens in the prompt or the output so far, and multiplies the
         negative ones; 1 = off. As in transformers and vLLM.
     logit_bias: token id -> what is added to its logit; -inf bans it.
@@ -77,6 +81,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
+    penalize_digits: bool = True
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
@@ -93,6 +98,8 @@ class Sampling:
         _expect("top_k", self.top_k, 0, math.inf, whole=True)
         if self.seed is not None:
             _expect("seed", self.seed, 0, 2**64 - 1, whole=True)
+        if not isinstance(self.penalize_digits, bool):
+            raise InputError(f"penalize_digits must be True or False, got {show(self.penalize_digits)}")
         if self.order not in ORDERS:
             raise InputError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         if not isinstance(self.logit_bias, Mapping):
@@ -119,19 +126,20 @@ class Sampler:
     """Draws the tokens of one sequence; holds its random numbers and what it has drawn so far.
 
     prompt: the ids that `repetition_penalty` counts beside those drawn.
+    decode: the text of a token; needed where `penalize_digits` is False.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()):
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), decode: Callable[[int], str] | None = None):
+        if decode is None and not sampling.penalize_digits:
+            raise InputError("penalize_digits=False needs a tokenizer to know digits by")
         self.sampling = sampling
+        self._decode = decode
         self._prompt = prompt
         self._drawn = torch.zeros(0, dtype=torch.bool, device="cpu")  # [V] once logits have shown how many
         self._repeated = self._drawn  # [V], drawn or in the prompt
         self._counts = torch.zeros(0, dtype=torch.float64, device="cpu")  # [V], how often each was drawn, faded
-        self._random = torch.Generator("cpu")
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(int(sampling.seed))
+        # not torch's: on a CPU that takes the last 32 bits of a seed, so that two seeds give one stream
+        self._random = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: Tensor, mask: Tensor | None = None, banned: Collection[int] = ()) -> int:
         """The next token for logits [V]. mask: bool [V], the tokens that are allowed; banned: ids that are not."""
@@ -140,7 +148,7 @@ class Sampler:
             token = int(logits.argmax())
         else:
             total = probabilities(logits, self.sampling).cumsum(0, dtype=torch.float64)
-            point = torch.rand((), generator=self._random, dtype=torch.float64, device="cpu") * total[-1]
+            point = self._random.random() * total[-1]
             token = min(int(torch.searchsorted(total, point, right=True)), len(total) - 1)
         self._count(token)
         return token
@@ -185,8 +193,9 @@ class Sampler:
             self._repeated[token] = True
         if options.presence_penalty or options.frequency_penalty:
             self._counts *= options.penalty_decay
-            self._counts[token] += 1
             self._drawn[token] = True
+            if options.penalize_digits or self._decode is None or self._decode(token) not in UNCOUNTED:
+                self._counts[token] += 1
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -233,7 +242,7 @@ def _expect(name: str, value: Any, low: float, high: float, whole: bool = False)
     if (
         not isinstance(value, kind)
         or isinstance(value, bool)
-        or not -math.inf < value < math.inf
+        or not -1e300 < value < 1e300  # an int may be larger than any float
         or not low <= value <= high
     ):
         what = "a whole number" if whole else "a number"

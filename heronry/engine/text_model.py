@@ -74,6 +74,10 @@ class TextModel:
                 raise InputError(f"token id {token} is outside this model's vocabulary of {size}")
         return [int(token) for token in prompt]
 
+    def decode_token(self, token: int) -> str:
+        """The text of one token."""
+        return self.tokenizer.decode([token])
+
     def state(self, text: Prompt, state: State | None = None, *, progress: Progress | None = None) -> State:
         """The state after reading a text, from nothing or continuing `state`; one row that knows its text.
 

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import InputError, show
 
 ROLES = ("system", "user", "assistant")
-FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}  # what chat models are used with
+# what chat models are used with, in the PyPI package rwkv
+FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "penalize_digits": False}
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,17 @@ class Template:
         if "" in self.stops:
             raise InputError("a stop string must not be empty")
 
+    @property
+    def opening(self) -> str:
+        """What an answer begins with before the model writes: the beginning of a thought, such as " <think"."""
+        _, colon, opening = self.turn.split("{user}", 1)[1].rpartition(":")
+        return opening if colon else ""
+
     def render_history(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text of a conversation up to where the next message begins: a system text, if there is one, and whole
-        turns (see `read_messages`). What a model thought before an answer is not part of it."""
+        turns (see `read_messages`). A thought is there if the answer holds it: `opening` is for new answers only."""
         text = ""
-        question, lead = self.turn.split("{user}", 1)
-        if ":" in lead:  # what follows the role is the beginning of a thought
-            lead = lead[: lead.rindex(":") + 1]
+        question, lead = self.turn.removesuffix(self.opening).split("{user}", 1)
         for message in messages:
             content = message["content"]
             if message["role"] == "system":

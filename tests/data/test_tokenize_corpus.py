@@ -126,9 +126,9 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
         list(sources.read_records(sources.find_sources(names[:1]), key="words"))
     with pytest.raises(InputError, match=r"^hf://.*nowhere"):
         list(sources.read_records(sources.find_sources([f"hf://{tmp_path}/nowhere"])))
-    for module, name, advice in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
+    for module, name, package in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(InputError, match=f"needs {module}: pip install {advice}"):
+        with pytest.raises(InputError, match=f"pip install {package}"):
             list(sources.read_records(sources.find_sources([name])))
 
 

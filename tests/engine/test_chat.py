@@ -20,6 +20,7 @@ from heronry.engine.llm import LLM
 from heronry.errors import InputError
 from heronry.models import State
 from heronry.text.chat_templates import G1, STORY, TEMPLATES, WORLD, Template, usual_template
+from heronry.text.conversations import render_conversation
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,27 @@ def test_templates_as_the_models_know_them(scripted):
         assert chat.messages == [
             *first,
             {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Hi."},
+            {"role": "assistant", "content": (chat.template.opening + " Hi.").strip()},
         ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "content"),
+    [
+        ("g1", " Hello", "Hello"),
+        ("g1-think", ">hm</think>\nHello", "<think>hm</think>\nHello"),
+        ("g1-fast-think", ">\nHello", "<think>\n</think>\nHello"),
+    ],
+)
+def test_a_thought_stays_in_the_messages(scripted, name, reply, content):
+    """What a chat says of itself is the same conversation again, as history and as training data."""
+    chat, _ = talk(scripted, [reply], template=name)
+    chat.say("Hi")
+    assert chat.messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    again = Chat(chat._llm, name, history=chat.messages)
+    assert again.text == chat.text == f"User: Hi\n\nAssistant: {content}\n\n"
+    pieces = render_conversation(chat.messages, TEMPLATES[name], has_end_of_text=True)
+    assert "".join(piece.text for piece in pieces) == chat.text.rstrip()
 
 
 def test_no_template_leaves_a_space_at_the_end():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from heronry.engine import Sampler, Sampling, probabilities
 from heronry.errors import InputError
+from heronry.text.tokenizers import load_tokenizer
 
 HAND = torch.tensor([0.25, 0.5, 0.1, 0.15]).log()
 
@@ -223,3 +224,38 @@ def test_logits_of_any_dtype(dtype):
 def test_what_is_out_of_range_is_named(options, message):
     with pytest.raises(InputError, match=message):
         Sampling().replace(**options)
+
+
+def test_digits_may_be_left_out_of_the_counts():
+    """Token for token what the PyPI package rwkv generates with penalties, from logits that never change."""
+    utils = pytest.importorskip("rwkv.utils", reason="the PyPI package rwkv is the reference here")
+    world = load_tokenizer("world")
+    logits = torch.full((65536,), -1e9)
+    for i, text in enumerate(["a", "\n", "0", "b", " ", "7", " 1"]):
+        logits[world.encode(text)[0]] = 5 - i / 10
+
+    class Fixed:
+        def forward(self, tokens: list[int], state: None) -> tuple[torch.Tensor, None]:
+            return logits.clone(), None
+
+    arguments = utils.PIPELINE_ARGS(temperature=0, alpha_presence=0.2, alpha_frequency=0.2)
+    expected = utils.PIPELINE(Fixed(), "rwkv_vocab_v20230424").generate("x", 40, arguments)
+    options = {"temperature": 0, "presence_penalty": 0.2, "frequency_penalty": 0.2}
+    sampling = Sampling(**options, penalize_digits=False)
+    sampler = Sampler(sampling, decode=lambda token: world.decode([token]))
+    assert world.decode([sampler.pick(logits) for _ in range(40)]) == expected
+    assert len(set(expected)) > 3  # digits, and what the penalties leave a place for
+    counted = Sampler(Sampling(**options))
+    assert world.decode([counted.pick(logits) for _ in range(40)]) != expected
+    with pytest.raises(InputError, match="penalize_digits=False needs a tokenizer"):
+        Sampler(sampling)
+
+
+def test_every_seed_draws_its_own_tokens():
+    logits = torch.zeros(1000)
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**63 + 1, 2**64 - 1]
+    draws = []
+    for seed in seeds:
+        sampler = Sampler(Sampling(seed=seed))
+        draws.append(tuple(sampler.pick(logits) for _ in range(5)))
+    assert len(set(draws)) == len(seeds)

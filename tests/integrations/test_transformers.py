@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import heronry
@@ -286,22 +288,38 @@ def test_world_as_a_tokenizer():
     assert words.eos_token_id == 0
 
 
+PARTS = [*" \r\n\tab<>{}'\"\\:é", "\n\n", "User:", "<think>", "{user}"]
+TURN = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
+
+
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_chat_templates(name):
-    """As our own conversations are: what a chat of the same turns has read."""
-    words = RwkvTokenizer("bytes", chat_template=chat_template(name))
+@settings(max_examples=60, deadline=None)
+@given(system=st.none() | TURN, turns=st.lists(st.tuples(TURN, TURN), max_size=3), last=TURN)
+@example(system="Be  kind.\n", turns=[(" Hi\r\n\n\nthere ", "<think>hm</think>\nHello")], last='it\'s "so"?')
+@example(system=None, turns=[("a" + "\n" * 600 + "b", "c\n\nUser: d\n\n\ne")], last="x")
+def test_chat_templates(name, system, turns, last):
+    """Byte for byte what a chat of the same messages reads."""
     template = TEMPLATES[name]
-    messages = [{"role": "system", "content": "Be  kind.\n"}, {"role": "user", "content": " Hi\r\n\n\nthere "}]
-    messages += [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": 'it\'s "so"?'}]
-    expected = template.system.replace("{system}", template.clean(messages[0]["content"]))
-    expected += template.turn.replace("{user}", template.clean(messages[1]["content"])) + " Hello" + template.separator
-    expected += template.turn.replace("{user}", template.clean(messages[3]["content"]))
+    assume(last.strip() and all(user.strip() for user, _ in turns) and (system is None or system.strip()))
+    messages = [{"role": "system", "content": system}] * (system is not None)
+    for user, answer in turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    expected = template.render_history(messages) + template.turn.replace("{user}", template.clean(last))
+    messages.append({"role": "user", "content": last})
+    words = RwkvTokenizer("bytes", chat_template=chat_template(name))
     assert words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-    ids = words.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert bytes(ids).decode() == expected
     open_end = words.apply_chat_template(messages, tokenize=False)
     assert expected.startswith(open_end)
-    assert open_end.endswith('so"?')
+    assert open_end.endswith(template.clean(last))
+
+
+def test_a_chat_template_gives_ids():
+    words = RwkvTokenizer("bytes", chat_template=chat_template("g1-think"))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>hm</think>\nHello"}]
+    messages.append({"role": "user", "content": "More"})
+    ids = words.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    expected = "User: Hi\n\nAssistant: <think>hm</think>\nHello\n\nUser: More\n\nAssistant: <think"
+    assert bytes(ids).decode() == expected
 
 
 def test_a_template_that_does_not_exist():

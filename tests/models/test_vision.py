@@ -319,7 +319,7 @@ def test_what_is_no_picture_is_named(x, message):
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(InputError, match=message):
         create("vrwkv_tiny", **changes)
-    with pytest.raises(InputError, match="unknown model 'vit_tiny'; choose from vrwkv_tiny, "):
+    with pytest.raises(InputError, match="unknown model 'vit_tiny'; did you mean 'vrwkv_tiny'"):
         create("vit_tiny")
 
 

@@ -62,16 +62,21 @@ def chat_template(name: str) -> str:
         raise InputError(f"unknown chat template {name!r}; choose one of {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
     before_user, before_answer = template.turn.split("{user}")
+    past_answer = before_answer.removesuffix(template.opening)
     before_system, after_system = template.system.split("{system}")
-    text = "message['content'].replace('\\r\\n', '\\n')"
-    collapse = "{%- for _ in range(8) %}{% set ns.text = ns.text.replace('\\n\\n', '\\n') %}{% endfor %}"
+    collapse = "{%- set ns.text = ns.text.split('\\n') | select | join('\\n') %}"  # runs of newlines become one
+    forged = " or ".join(f"{stop!r} in ns.text" for stop in template.stops)
     return (
         "{%- for message in messages %}"
-        f"{{%- set ns = namespace(text={text}.strip()) %}}"
+        "{%- set ns = namespace(text=message['content'].replace('\\r\\n', '\\n').strip()) %}"
+        "{%- if message['role'] == 'assistant' %}"
+        f"{{%- if {forged} %}}{collapse}{{%- endif %}}"
+        f"{{{{- ' ' + ns.text + {template.separator!r} }}}}"
+        "{%- else %}"
         f"{collapse if template.collapse else ''}"
-        f"{{%- if message['role'] == 'system' %}}{{{{ {before_system!r} + ns.text + {after_system!r} }}}}"
-        f"{{%- elif message['role'] == 'user' %}}{{{{ {before_user!r} + ns.text }}}}"
-        f"{{%- if add_generation_prompt or not loop.last %}}{{{{ {before_answer!r} }}}}{{%- endif %}}"
-        f"{{%- else %}}{{{{ ' ' + ns.text + {template.separator!r} }}}}"
-        "{%- endif %}{%- endfor %}"
+        f"{{%- if message['role'] == 'system' %}}{{{{- {before_system!r} + ns.text + {after_system!r} }}}}"
+        f"{{%- else %}}{{{{- {before_user!r} + ns.text }}}}"
+        f"{{%- if not loop.last %}}{{{{- {past_answer!r} }}}}"
+        f"{{%- elif add_generation_prompt %}}{{{{- {before_answer!r} }}}}{{%- endif %}}"
+        "{%- endif %}{%- endif %}{%- endfor %}"
     )

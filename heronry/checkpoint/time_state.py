@@ -24,6 +24,7 @@ from ..models import Model, State
 from .notes import read_notes
 
 FORMAT = "heronry.time_state"  # "format" in the metadata
+FILE = "time_state.safetensors"  # in the folder of a training run
 
 
 def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -42,7 +43,8 @@ def save_time_state(model: Model, path: str | Path, notes: Mapping[str, Any] | N
 def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A tuned initial state for this model, and the notes saved with it.
 
-    path: a file of `save_time_state`, or one of BlinkDL's or web-rwkv's, of which only the shapes are checked.
+    path: a file of `save_time_state`, or the folder of a training run, which holds one; or a file of BlinkDL's or
+        web-rwkv's, of which only the shapes are checked.
 
     Returns:
         tensors by name, [H, N_v, N_k] (RWKV-4: [2, A]), float32 (float64 for a float64 model), on the model's device;
@@ -53,6 +55,8 @@ def read_time_state(path: str | Path, model: Model) -> tuple[dict[str, Tensor], 
             another model.
     """
     path = Path(path).expanduser()
+    if os.path.isdir(path):
+        path /= FILE
     try:
         if not os.path.exists(path):
             raise InputError("no such state file")

@@ -274,5 +274,5 @@ def _import_datasets(source: Source) -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise InputError(f"{source.name}: reading it needs datasets: pip install datasets") from None
+        raise InputError(f"{source.name}: reading it needs the package datasets: pip install datasets") from None
     return datasets

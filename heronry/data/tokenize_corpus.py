@@ -47,6 +47,7 @@ from .sources import (
 from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts, strip_suffix
 
 SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
+MAX_WORKERS = 256  # all of them start at once
 CHUNK = 1 << 17  # characters that a worker gets at once
 SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
@@ -132,8 +133,8 @@ def _tokenize(
     """See `tokenize_corpus`; OSError if something cannot be written."""
     if holdout and not 0 < holdout <= 0.5:
         raise InputError(f"the fraction to hold out must be above 0 and at most 0.5, got {holdout}")
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
+    if not 1 <= workers <= MAX_WORKERS:
+        raise InputError(f"workers must be from 1 to {MAX_WORKERS}, got {workers}")
     source_list = find_sources(sources)
     tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
     encoder = Encoder(str(tokenizer), template)

@@ -20,7 +20,7 @@ VISION_MODELS: dict[str, type[VisionModel]] = {cls.name: cls for cls in (VRWKV, 
 UNSUPPORTED = (
     (("_strategy", "_version", "_rescale_layer"), "converted by the rwkv package for one strategy; use the original"),
     (("moba.",), "RWKV-X, RWKV-7 with layers of sparse attention (moba), which is not supported"),
-    (("rosa.",), "RWKV-8 with ROSA, which is not supported"),
+    (("rosa",), "RWKV-8 with ROSA, which is not supported"),
     (("ffn.enn.",), "RWKV-8 rc00, which is not supported"),
     ((".qkv.",), "RWKV-7b (DeepEmbed attention), which is not supported"),
     (("time_maa_rkvw_",), "the experiment RWKV-6b or 6c, which is not supported"),

@@ -18,8 +18,9 @@ def encode_utf8(text: str) -> bytes:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:
+            before = count(error.start, "character")
             raise InputError(
-                f"the text is not UTF-8: byte 0x{code - 0xDC00:02x} after {count(error.start, 'character')}"
+                f"the text is not UTF-8: byte 0x{code - 0xDC00:02x} (U+{code:X}) after {before}"
             ) from error
         raise InputError(f"the text has a lone surrogate at character {error.start}; expected valid Unicode") from error
 

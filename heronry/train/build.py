@@ -35,14 +35,16 @@ def uses_cuda(device: str) -> bool:
     return True
 
 
-def check_model_memory(config: Config, n_outputs: int, device: torch.device) -> None:
+def check_model_memory(config: Config, n_vectors: int, device: torch.device) -> None:
     """InputError if a new model of the configured sizes cannot be trained in the memory of the device: weights,
-    gradients and the two moments of Adam take 16 bytes per weight, of which sharding leaves 4 on the main process."""
+    gradients and the two moments of Adam take 16 bytes per weight, of which sharding leaves 4 on the main process.
+
+    n_vectors: rows of the matrices outside of the blocks.
+    """
     section = config.model
     if section.path:
         return
-    # matrices of the blocks in every generation, at least; embedding and head
-    n_weights = 12 * section.n_layer * section.n_embd**2 + 2 * (section.vocab_size or n_outputs) * section.n_embd
+    n_weights = (12 * section.n_layer * section.n_embd + n_vectors) * section.n_embd  # at least, in every generation
     size = (16 if config.run.shard == "none" else 4) * n_weights
     available = _memory_of(device)
     if size > available:
@@ -53,17 +55,18 @@ def check_model_memory(config: Config, n_outputs: int, device: torch.device) -> 
 
 
 def check_pass_memory(
-    model: Network, n_tokens: int, itemsize: int, checkpointing: bool, device: torch.device, what: str, advice: str
+    model: Network, n_tokens: int, itemsize: int, keeps_little: bool, device: torch.device, what: str, advice: str
 ) -> None:
     """InputError if a forward and backward pass over so many tokens (or patches) cannot fit in the memory of the
-    device: its logits and ten vectors per token and block (one with checkpointing), which is less than any model keeps.
+    device: its logits and ten vectors per token and block, which is less than any model keeps.
 
     Args:
         itemsize: bytes of an activation.
+        keeps_little: one vector per token and block, as with checkpointing.
         what: the size of the pass, for the message, and advice: what to change.
     """
     config = model.config
-    vectors = (1 if checkpointing else 10) * getattr(config, "n_layer", 0) * getattr(config, "n_embd", 0)
+    vectors = (1 if keeps_little else 10) * getattr(config, "n_layer", 0) * getattr(config, "n_embd", 0)
     size = n_tokens * (vectors + getattr(config, "vocab_size", 0)) * itemsize
     available = _memory_of(device)
     if size > available:

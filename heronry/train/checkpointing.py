@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters import restore_adapter, save_adapter
-from ..checkpoint import read_time_state, save, save_time_state
+from ..checkpoint import read_time_state, save, save_time_state, time_state
 from ..errors import InputError
 from ..models import Model, Network, State
 from . import fsdp
@@ -35,14 +35,14 @@ log = logging.getLogger("heronry")
 
 NAME = re.compile(r"step-(\d{8})")
 OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run.json"
-TIME_STATE, CARRIED_STATES, EMA = "time_state.safetensors", "carried.safetensors", "mean.safetensors"
+CARRIED_STATES, EMA = "carried.safetensors", "mean.safetensors"
 CUDA_RANDOM = "random_cuda"  # a key beside those of the optimizer's tensors
 
 
 def save_model(model: Network, folder: Path, tokenizer_file: Path | None, notes: Mapping[str, Any] | None) -> None:
     """Writes what is trained: the model, or only its initial state or its adapters."""
     if isinstance(model, Model) and model.state_tuning:
-        save_time_state(model, folder / TIME_STATE, notes)
+        save_time_state(model, folder / time_state.FILE, notes)
     elif isinstance(model, Model) and model.adapted_from is not None:
         save_adapter(model, folder, notes)
     else:
@@ -160,7 +160,7 @@ def restore_checkpoint(
         return
     try:
         if isinstance(model, Model) and model.state_tuning:
-            model.load_state_dict(read_time_state(path / TIME_STATE, model)[0], strict=False)
+            model.load_state_dict(read_time_state(path / time_state.FILE, model)[0], strict=False)
         elif isinstance(model, Model) and model.adapted_from is not None:
             restore_adapter(model, path)
         else:

@@ -45,6 +45,11 @@ NOT_NEGATIVE = Limits("not be negative", lambda x: x >= 0)
 FRACTION = Limits("be in [0, 1)", lambda x: 0 <= x < 1)
 
 
+def between(low: int, high: int) -> Limits:
+    """Both included."""
+    return Limits(f"be from {low:,} to {high:,}", lambda x: low <= x <= high)
+
+
 def setting(default: Any, help: str, limits: Limits | None = None, known: Sequence[str] = ()) -> Any:
     """A field of a section.
 
@@ -150,10 +155,10 @@ class RunSection:
     batch: int = setting(
         8, "rows per forward pass of a process (or of a group of them: see sequence_parallel)", POSITIVE
     )
-    accumulate: int = setting(1, "such passes per step", POSITIVE)
+    accumulate: int = setting(1, "such passes per step", between(1, 1_000_000))
     sequence_parallel: int = setting(1, "this many processes share each row, a piece of its tokens each", POSITIVE)
     steps: int = setting(0, "length of the run; 0: see epochs", NOT_NEGATIVE)
-    epochs: float = setting(1.0, "passes over the data, if steps is 0", NOT_NEGATIVE)
+    epochs: float = setting(1.0, "passes over the data, if steps is 0", between(0, 1_000_000))
     precision: str = setting(
         "auto",
         "of the activations: bfloat16 (autocast), float32, float64 (for tests); auto: bfloat16 where it is fast",
@@ -209,7 +214,7 @@ class VisionSection:
     rand_augment: int = setting(
         9,
         "magnitude, from 0 to 30, of two random augmentations per image; 0: none",
-        Limits("be from 0 to 30", lambda x: 0 <= x <= 30),
+        between(0, 30),
     )
     erasing: float = setting(0.25, "probability that a rectangle of an image is erased", FRACTION)
     mixup: float = setting(

@@ -5,9 +5,11 @@ The logger knows no trainer: it is given plain values.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import secrets
 import threading
 import time
@@ -28,6 +30,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from ..errors import InputError
 from ..files import atomic_write
@@ -74,7 +77,6 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # an optional package
 
         self._writer = SummaryWriter(str(info.out / "tensorboard"), purge_step=step + 1)
-        self._previous_hook, threading.excepthook = threading.excepthook, self._skip_own_threads
 
     def write(self, row: dict[str, Any]) -> None:
         for key, x in _numbers(row).items():
@@ -83,13 +85,7 @@ class TensorBoard:
             self._writer.add_text("sample", row["sample"], row["step"])
 
     def close(self) -> None:
-        threading.excepthook = self._previous_hook
         self._writer.close()
-
-    def _skip_own_threads(self, args: threading.ExceptHookArgs) -> None:
-        """Prints no traceback of TensorBoard's thread, whose error the next call raises anyway."""
-        if not type(args.thread).__module__.startswith("tensorboard"):
-            self._previous_hook(args)
 
 
 class Wandb:
@@ -156,17 +152,19 @@ class MetricsLogger:
             self._drop_later_lines()
         except OSError as error:
             raise InputError(f"{info.out}: cannot be written ({error.strerror})") from error
-        if importlib.util.find_spec("tensorboard") is not None:
-            self._guard("TensorBoard", lambda: self._sinks.update(TensorBoard=TensorBoard(info, step)))
         if info.wandb:
             self._sinks["wandb"] = Wandb(info, step)
+        self._thread_hook, threading.excepthook = threading.excepthook, self._report_thread
+        if importlib.util.find_spec("tensorboard") is not None:
+            self._guard("TensorBoard", lambda: self._sinks.update(TensorBoard=TensorBoard(info, step)))
         self.print(info.description)
         if step:
             self.print(f"resuming from step {step}")
         self._peak_flops = peak_matmul_flops(info.device, info.precision)
         columns = (
-            *(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")),
-            *(TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+            *(TextColumn("step"), MofNCompleteColumn(), BarColumn(10), TextColumn("elapsed"), TimeElapsedColumn()),
+            *(TextColumn("left"), TimeRemainingColumn()),
+            TextColumn("{task.description}", table_column=Column()),  # may go on in another line
         )
         self._bar = Progress(*columns, console=self._console)
         self._bar_task = self._bar.add_task("", total=info.steps, completed=step)
@@ -178,6 +176,13 @@ class MetricsLogger:
             self._bar.stop()
         for name, sink in list(self._sinks.items()):
             self._guard(name, sink.close)
+        if not self.quiet:
+            threading.excepthook = self._thread_hook
+
+    def _report_thread(self, args: threading.ExceptHookArgs) -> None:
+        """No traceback of TensorBoard's thread, whose error the next call into it raises."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            self._thread_hook(args)
 
     def log_step(self, progress: Progression, loss: float | None, grad_norm: float, lr: float) -> None:
         """Call this after every step; writes a line every `log_every` steps and after the last one.
@@ -206,7 +211,7 @@ class MetricsLogger:
             share = speed * self.info.flops_per_unit / (self._peak_flops * self.info.processes)
             row["flops_share"] = round(share, 4)
             loss_text = "none" if loss_mean is None else f"{loss_mean:.4f}"
-            self._status = f"loss {loss_text}, {speed:,.0f} {unit}s/s, {share:.0%} of peak"
+            self._status = f"loss {loss_text}, {speed:,.0f} {unit}s/s"
             self._update_bar(progress.step)
         self._last = progress
         self.unlogged_losses.clear()
@@ -230,7 +235,7 @@ class MetricsLogger:
     def print(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if not self.quiet:
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _update_bar(self, step: int) -> None:
         if self._bar is not None:
@@ -241,8 +246,7 @@ class MetricsLogger:
             return
         row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         try:
-            with open(self._file, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
+            append_line(self._file, json.dumps(row))
         except OSError as error:  # the disk is full; the run continues
             self.print(f"step {row['step']} could not be logged: {error}")
         for name, sink in list(self._sinks.items()):
@@ -263,14 +267,31 @@ class MetricsLogger:
         if not self._file.exists():
             return
         lines = []
-        for line in self._file.read_text(encoding="utf-8").splitlines():
+        for line in self._file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 if json.loads(line)["step"] <= self.start.step:
                     lines.append(line + "\n")
-            except ValueError:  # cut off when the run was killed
+            except (ValueError, KeyError, TypeError):  # cut off when the run was killed
                 continue
         with atomic_write(self._file) as part:
             part.write_text("".join(lines), encoding="utf-8")
+
+
+def append_line(file: Path, line: str) -> None:
+    """Appends a line or, if there is no space for all of it, nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = (line + "\n").encode()
+    with open(file, "ab", buffering=0) as lines:
+        size = lines.tell()
+        try:
+            if lines.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            lines.truncate(size)
+            raise
 
 
 def peak_matmul_flops(device: torch.device, precision: str) -> float:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..adapters import WEIGHTS
-from ..checkpoint import check_folder_name
+from ..checkpoint import check_folder_name, time_state
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import Model, Network
@@ -117,7 +117,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         data = TokenFile(config.data.train)
         if model is None:
-            build.check_model_memory(config, data.vocab_size, accelerator.device)
+            build.check_model_memory(config, 2 * (config.model.vocab_size or data.vocab_size), accelerator.device)
             built = build.build_on_devices(config, data.vocab_size, self.precision, accelerator)
         elif config.run.shard != "none":
             raise InputError("run.shard only works for models named by config.model")
@@ -126,11 +126,13 @@ class Trainer:
         else:
             built = build.prepare_model(model, config, data.vocab_size, self.precision)
         built = built.to(accelerator.device).train()
-        row = min(config.data.ctx_len, len(data.tokens)) // config.run.sequence_parallel
-        n_tokens = config.run.batch * row * config.data.tbptt_chunks
-        what = f"{config.run.batch:,} x {config.data.tbptt_chunks * row:,} tokens"
-        self._check_memory(built, n_tokens, what, "lower data.ctx_len or run.batch")
-        return built, LanguageModeling(config, data, built, accelerator)
+        task = LanguageModeling(config, data, built, accelerator)
+        row = min(config.data.ctx_len, len(data.tokens)) // config.run.sequence_parallel * config.data.tbptt_chunks
+        self._check_memory(built, row, f"{row:,} tokens", "lower data.ctx_len or run.batch", config.run.checkpointing)
+        if task.eval_data is not None:  # without gradients, nothing of a block is kept
+            row = min(config.data.ctx_len, len(task.eval_data.tokens))
+            self._check_memory(built, row, f"{row:,} tokens", "lower data.ctx_len or run.batch", keeps_little=True)
+        return built, task
 
     def _build_vision(self, model: Network | None) -> tuple[Network, Task[Any]]:
         """The model, on the device, and the task."""
@@ -140,17 +142,19 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         images = ImageDataset(config.data.train)
         if model is None:
-            build.check_model_memory(config, len(images.class_names), device)
+            n_patches = (config.vision.size // config.vision.patch_size) ** 2
+            build.check_model_memory(config, len(images.class_names) + n_patches, device)
             model = build.build_vision_model(config, len(images.class_names), self.precision)
-        n_patches = config.run.batch * (config.vision.size // model.config.patch_size) ** 2
-        what = f"{config.run.batch:,} x {config.vision.size:,} x {config.vision.size:,} pixels"
-        self._check_memory(model, n_patches, what, "lower run.batch or vision.size")
+        n_patches = (config.vision.size // model.config.patch_size) ** 2
+        pixels = f"{config.vision.size:,} x {config.vision.size:,} pixels"
+        self._check_memory(model, n_patches, pixels, "lower run.batch or vision.size", config.run.checkpointing)
         return model.to(self.accelerator.device).train(), ImageClassification(config, images, self.accelerator)
 
-    def _check_memory(self, model: Network, n_tokens: int, what: str, advice: str) -> None:
-        itemsize = getattr(torch, self.precision).itemsize
-        checkpointing = self.config.run.checkpointing
-        build.check_pass_memory(model, n_tokens, itemsize, checkpointing, self.accelerator.device, what, advice)
+    def _check_memory(self, model: Network, n_tokens: int, row: str, advice: str, keeps_little: bool) -> None:
+        """See `build.check_pass_memory`. n_tokens: of a row; row: the same in words."""
+        batch, itemsize = self.config.run.batch, getattr(torch, self.precision).itemsize
+        what, device = f"{batch:,} x {row}", self.accelerator.device
+        build.check_pass_memory(model, batch * n_tokens, itemsize, keeps_little, device, what, advice)
 
     def _run_info(self) -> RunInfo:
         config = self.config
@@ -185,7 +189,7 @@ class Trainer:
         yet."""
         latest = checkpointing.find_latest_checkpoint(self.checkpoints)
         if latest is None:
-            if any((self.out / name).exists() for name in ("model.safetensors", checkpointing.TIME_STATE, WEIGHTS)):
+            if any((self.out / name).exists() for name in ("model.safetensors", time_state.FILE, WEIGHTS)):
                 raise InputError(f"{self.out}: already contains a model; choose another run.out")
             return []
         path, run_state = latest

@@ -126,9 +126,9 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
         list(sources.read_records(sources.find_sources(names[:1]), key="words"))
     with pytest.raises(InputError, match=r"^hf://.*nowhere"):
         list(sources.read_records(sources.find_sources([f"hf://{tmp_path}/nowhere"])))
-    for module, name, advice in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
+    for module, name, package in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(InputError, match=f"needs {module}: pip install {advice}"):
+        with pytest.raises(InputError, match=f"pip install {package}"):
             list(sources.read_records(sources.find_sources([name])))
 
 
@@ -382,6 +382,29 @@ def test_what_the_message_advises_is_not_refused(tmp_path, command):
     assert decoded(tmp_path / "y") == ["corrected"]
 
 
+def test_a_source_that_is_out_of_reach_costs_nothing(tmp_path, command, monkeypatch):
+    """Unlike after an error in the texts, what has been encoded is still wanted."""
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
+    whole = sources.read_records
+
+    def broken(*args):
+        yield from list(whole(*args))[:10]
+        raise sources.TemporaryError("a.jsonl: the network is gone")
+
+    monkeypatch.setattr(corpus, "read_records", broken)
+    monkeypatch.setattr(corpus, "CHUNK", 1)
+    words = ("data", source, "-o", tmp_path / "x", "--tokenizer", "bytes")
+    assert command(*words) == (2, "", "heronry: a.jsonl: the network is gone\n")
+    monkeypatch.undo()
+    assert "unfinished run with other holdout; start over with --restart" in command(*words, "--holdout", "0.5")[2]
+    seen = []
+    tokenize_corpus(
+        [str(source)], tmp_path / "x", "bytes", on_progress=lambda n_bytes, done: seen.append(done.documents)
+    )
+    assert (seen[0], seen[-1]) == (10, 20)
+    assert decoded(tmp_path / "x") == texts(20)
+
+
 def test_the_name_may_have_its_ending(tmp_path, command):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(4)])
     code, _, message = command("data", source, "-o", tmp_path / "t.bin", "--tokenizer", "bytes", "--holdout", "0.5")
@@ -425,7 +448,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command):
         ([file("empty.txt", b"")], "out: would be empty, as the sources have 0 documents"),
         ([good, "--holdout", "0.5"], "out-eval: would be empty, as the sources have 1 document\n"),
         ([good, "--holdout", "0.6"], "must be above 0 and at most 0.5, got 0.6"),
-        ([good, "--workers", "0"], "workers must be at least 1, got 0"),
+        ([good, "--workers", "0"], "workers must be from 1 to 256, got 0"),
+        ([good, "--workers", "1000000"], "workers must be from 1 to 256, got 1000000"),
+        ([good, "--holdout", "nan"], "must be above 0 and at most 0.5, got nan"),
         ([good, "--template", "klingon"], "chat template 'klingon'"),
         ([good, "--tokenizer", tmp_path / "none.json"], "none.json: tokenizer file not found"),
         ([good, "--tokenizer", tmp_path / "nothing"], "tokenizer.json: tokenizer file not found"),

@@ -265,6 +265,18 @@ def test_settings_that_cannot_be(setting, message):
         read_config(None, [*SMALL, "data.train=x", setting])
 
 
+def test_pictures_that_do_not_fit_in_memory_are_refused(folder, tmp_path):
+    for more, problem in (
+        (
+            ["run.batch=100000000"],
+            r"a pass of 100,000,000 x 16 x 16 pixels takes at least 3,072 GB, and cpu has \d+ GB",
+        ),
+        (["vision.size=1000000000", "vision.patch_size=100"], r"make 2,400,000.0 billion weights"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            Trainer(read_config(None, settings(folder, tmp_path / "out", *more)))
+
+
 def test_ctrl_c_keeps_what_was_reached(folder, tmp_path):
     is_interrupted(Trainer(read_config(None, settings(folder, tmp_path / "out"))), 3)
     assert trained(folder, tmp_path / "out").step == 8

@@ -95,6 +95,8 @@ def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, c
     prompt = [0, 20, 19]
     for a, b in zip(state.layers, tuned.initial_state().layers, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    of_folder = initial_state(out, plain)  # as the run wrote it
+    assert all(torch.equal(a.wkv, b.wkv) for a, b in zip(of_folder.layers, state.layers, strict=True))
     expected, _ = prefill(tuned, [prompt])
     logits, _ = prefill(plain, [prompt], state)
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)

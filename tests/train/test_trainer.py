@@ -14,13 +14,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from heronry import build
 from heronry.checkpoint import load
-from heronry.data.token_file import TokenFile
+from heronry.data.token_file import TokenFile, TokenWriter
 from heronry.errors import InputError
 from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
 from heronry.train.config import read_config
@@ -344,6 +345,11 @@ def test_what_does_not_fit_in_memory_is_refused(texts, tmp_path):
     )
     large = refusal(*options, "model.n_layer=1000000000", "model.n_embd=1024")
     assert "make 12,582,912.0 billion weights; training them takes at least 201,326,5" in large
+    writer = TokenWriter(tmp_path / "long", "uint16")
+    writer.write(np.zeros(3_000_000, np.uint16))
+    writer.finish({"vocab_size": 50})
+    evaluated = (f"data.eval={tmp_path / 'long'}", "data.ctx_len=1000000000", "run.batch=1000")
+    assert "a pass of 1,000 x 3,000,000 tokens takes at least " in refusal(*options, *evaluated)
     options = settings(texts, tmp_path / "fits", "run.steps=1", "data.ctx_len=1000000000", "run.batch=1")
     Trainer(read_config(None, options)).train()  # a row is never longer than the data
 

@@ -20,6 +20,7 @@ def chat(
     device: options.Device = "cpu",
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    ln_x_eps: options.LnXEps = None,
     template: Annotated[
         str | None,
         typer.Option(help="raven, world, g1, g1-think, g1-fast-think or story.", show_default="by the model"),
@@ -57,6 +58,7 @@ def chat(
             device=device,
             quantize=quantize,
             adapter=adapter,
+            ln_x_eps=ln_x_eps,
             progress=progress,
         )
     if state is not None:

@@ -21,6 +21,7 @@ def eval(
     device: options.Device = "cpu",
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    ln_x_eps: options.LnXEps = None,
     lambada: Annotated[bool, typer.Option("--lambada", help="Measure only the last word of each text.")] = False,
     key: Annotated[str, typer.Option(help="The field of a .jsonl line that holds its text.")] = "text",
 ) -> None:
@@ -32,7 +33,15 @@ def eval(
     from ..engine.llm import LLM
 
     texts = {file: evaluate.read_texts(file, key) for file in files}
-    llm = LLM(model, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, adapter=adapter)
+    llm = LLM(
+        model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        adapter=adapter,
+        ln_x_eps=ln_x_eps,
+    )
     progress, out = Console(stderr=True), Console(highlight=False, soft_wrap=True, markup=False)
 
     def show_progress(passes: Iterable[Item], total: int) -> Iterable[Item]:

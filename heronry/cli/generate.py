@@ -20,6 +20,7 @@ def generate(
     device: options.Device = "cpu",
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    ln_x_eps: options.LnXEps = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens only; 0 = all.")] = 0,
@@ -59,6 +60,7 @@ def generate(
             device=device,
             quantize=quantize,
             adapter=adapter,
+            ln_x_eps=ln_x_eps,
             progress=progress,
         )
     saved_state = None

@@ -18,6 +18,7 @@ def merge(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     dtype: options.Precision = None,
+    ln_x_eps: options.LnXEps = None,
     alpha: Annotated[float | None, typer.Option(help="For a LoRA file of RWKV-PEFT: its --lora_alpha.")] = None,
     pissa_init: Annotated[
         Path | None, typer.Option(help="For a PiSSA file of RWKV-PEFT: the file with its initial matrices.")
@@ -30,7 +31,7 @@ def merge(
     from .copies import companions, locate_source_and_target
 
     source, target = locate_source_and_target(source, target)
-    model = load(source, dtype=dtype)
+    model = load(source, dtype=dtype, ln_x_eps=ln_x_eps)
     tokenizer, notes = companions(source, model)
     if adapter.is_file():
         merge_rwkv_peft(model, adapter, alpha, pissa_init)

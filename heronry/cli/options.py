@@ -36,5 +36,9 @@ Adapter = Annotated[
     Path | None,
     typer.Option("--adapter", help="The folder of a LoRA or DoRA adapter to merge into the weights."),
 ]
+LnXEps = Annotated[
+    float | None,
+    typer.Option("--ln-x-eps", help="Epsilon of the norm after the recurrence.", show_default="64e-5, or the file's"),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]

@@ -15,6 +15,7 @@ def quantize(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     format: Annotated[str, typer.Option("--format", "-f", help="int8 or int4.")] = "int8",
     dtype: options.Precision = None,
+    ln_x_eps: options.LnXEps = None,
 ) -> None:
     """Quantize a model to 8 or 4 bits per weight. See docs/quantization.md."""
     from rich.console import Console
@@ -27,7 +28,7 @@ def quantize(
 
     source, target = locate_source_and_target(source, target)
     console = Console(stderr=True)
-    model = load(source, dtype=dtype, kind=Network)
+    model = load(source, dtype=dtype, ln_x_eps=ln_x_eps, kind=Network)
     size_before = sum(p.nbytes for p in model.parameters())
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
         task = bar.add_task(f"quantizing to {format}", total=None)

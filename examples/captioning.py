@@ -53,7 +53,8 @@ def train(captioner: Captioner, llm: LLM, data: ImageDataset, lr: float, batch: 
     )  # fast, because the encoder learns only through it
     optimizer = torch.optim.AdamW(groups)
     most = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, most, steps, pct_start=0.1, cycle_momentum=False)
+    rise = min(max(0.1, 1.5 / steps), 0.9)  # a rise of exactly one step would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, most, steps, pct_start=rise, cycle_momentum=False)
     asks = llm.encode(PROMPT, begins=False)
     captioner.train()
     try:

@@ -9,11 +9,14 @@ the largest difference between logits over 24 tokens, with both files computed i
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 from heronry import InputError
+from heronry.checkpoint import locate
 from heronry.convert import FOLDERS, GRAPHS, SUFFIXES, convert
+from heronry.formats import read
 
 NAMES = {
     "blinkdl": ".pth",
@@ -35,6 +38,7 @@ def place(format: str, folder: Path, stem: str) -> Path:
 
 def matrix(source: Path, dtype: str | None, folder: Path) -> str:
     """The table of one model."""
+    read(locate(source))  # InputError for what is no model; below it means that a format cannot hold it
     held: dict[str, Path] = {}
     for format in FORMATS:
         try:
@@ -65,7 +69,11 @@ def main() -> None:
     assert set(NAMES) == {*SUFFIXES.values(), *FOLDERS, "onnx"}
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            print(matrix(model, args.dtype, Path(folder)), end="\n\n", flush=True)
+            try:
+                print(matrix(model, args.dtype, Path(folder)), end="\n\n", flush=True)
+            except InputError as error:
+                print(f"{model}: {error}", file=sys.stderr)
+                sys.exit(2)
 
 
 if __name__ == "__main__":

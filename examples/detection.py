@@ -93,7 +93,8 @@ def main() -> None:
     torch.manual_seed(0)
     model, random, began = build(), np.random.default_rng(0), time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+    rise = min(max(0.1, 1.5 / args.steps), 0.9)  # a rise of exactly one step would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=rise, cycle_momentum=False)
     for step in range(1, args.steps + 1):
         images, labels = batch(random, args.batch)
         loss = model(pixel_values=images, labels=labels).loss

@@ -68,7 +68,8 @@ def train(args: argparse.Namespace) -> Segmenter:
     backbone.init_weights()
     model = Segmenter(backbone, len(NAMES), args.channels)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+    rise = min(max(0.1, 1.5 / args.steps), 0.9)  # a rise of exactly one step would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=rise, cycle_momentum=False)
     random, began = np.random.default_rng(args.seed), time.perf_counter()
     for step in range(1, args.steps + 1):
         images, classes = batch(random, args.batch, args.size, args.size)

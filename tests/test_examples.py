@@ -131,8 +131,8 @@ def test_segmentation(run, folder):
 
 def test_detection(run, folder):
     pytest.importorskip("transformers")
-    output = run("detection.py", "--out", folder / "detection", "--steps", 2, "--batch", 2)
-    assert "step 2 of 2" in output
+    output = run("detection.py", "--out", folder / "detection", "--steps", 10, "--batch", 2)
+    assert "step 10 of 10" in output
     assert 0 <= float(re.search(r"IoU 0.5 ([\d.]+)", output)[1]) < 1
     assert (folder / "detection" / "model.safetensors").exists()
 

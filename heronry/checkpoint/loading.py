@@ -95,13 +95,16 @@ def load_checkpoint(
 
 
 def locate(path: str | Path) -> Path:
-    """The local path of a checkpoint: that of a short name (see catalog.py), with ~ expanded, or that of the file
+    """The local path of a checkpoint: that of a short name (see catalog.py), with ~ expanded, with the .pth that a name
+    may lack, or that of the file
     downloaded from the hub.
 
     The model.safetensors of a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
     config.json may contain what the tensors do not show.
     """
     path = catalog.find(path) or (hub.fetch(path) if hub.is_name(path) else Path(path).expanduser())
+    if not os.path.exists(path) and os.path.isfile(f"{path}.pth"):  # as PyPI's rwkv names files
+        return Path(f"{path}.pth")
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
             config = json.loads((path.parent / "config.json").read_text())

@@ -22,6 +22,7 @@ def chat(
     threads: options.Threads = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    ln_x_eps: options.LnXEps = None,
     template: Annotated[
         str | None,
         typer.Option(help="raven, world, g1, g1-think, g1-fast-think or story.", show_default="by the model"),
@@ -52,7 +53,7 @@ def chat(
     """
     from .chat_loop import run_chat_loop
 
-    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     if state is not None:
         llm.begin_from(state)
     sampling: DecodeOptions = {}

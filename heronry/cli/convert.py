@@ -28,6 +28,7 @@ def convert(
         typer.Option(help="float32, bfloat16, float16, for GGUF also q8_0.", show_default="as in IN"),
     ] = None,
     tokenizer: options.Tokenizer = None,
+    ln_x_eps: options.LnXEps = None,
     shard: Annotated[float, typer.Option(help="The largest file of a folder, in GB.")] = 2.0,
     force: options.Force = False,
 ) -> None:
@@ -42,7 +43,9 @@ def convert(
         def show_progress(done: int, total: int) -> None:
             update(done, total, "writing")
 
-        result = conversion.convert(original, written, to, dtype, tokenizer, round(shard * 1e9), show_progress)
+        result = conversion.convert(
+            original, written, to, dtype, tokenizer, round(shard * 1e9), show_progress, ln_x_eps=ln_x_eps
+        )
     logits = "equal"
     if result.difference != 0:
         logits = f"differ by at most {result.difference:.2g} (largest logit {result.largest:.3g})"

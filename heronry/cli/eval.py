@@ -19,6 +19,7 @@ def eval(
     threads: options.Threads = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    ln_x_eps: options.LnXEps = None,
     lambada: Annotated[bool, typer.Option("--lambada", help="Measure only the last word of each text.")] = False,
     key: Annotated[str, typer.Option(help="The field of a .jsonl line that holds its text.")] = "text",
 ) -> None:
@@ -30,7 +31,7 @@ def eval(
     from .progress import progress_bar
 
     texts = {file: evaluate.read_texts(file, key) for file in files}
-    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for file, passages in texts.items():
         with progress_bar(str(file)) as progress:

@@ -28,6 +28,7 @@ def generate(
     threads: options.Threads = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    ln_x_eps: options.LnXEps = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="Read the prompt from this file, to its last line break.")
     ] = None,
@@ -73,7 +74,7 @@ def generate(
     from ..models import State
     from .progress import progress_bar
 
-    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter)
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     saved_state = None
     if state is not None and State.is_saved_state(state):
         saved_state = State.load(state, device)

@@ -18,6 +18,7 @@ def merge(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     dtype: options.WrittenPrecision = None,
+    ln_x_eps: options.LnXEps = None,
     alpha: Annotated[float | None, typer.Option(help="For a LoRA file of RWKV-PEFT: its --lora_alpha.")] = None,
     pissa_init: Annotated[
         Path | None, typer.Option(help="For a PiSSA file of RWKV-PEFT: the file with its initial matrices.")
@@ -35,7 +36,7 @@ def merge(
     if target.is_file():
         raise InputError(f"{target}: is a file; give the name of a folder")
     with progress_bar("loading") as progress:
-        model = load(original, dtype=dtype, progress=progress)
+        model = load(original, dtype=dtype, ln_x_eps=ln_x_eps, progress=progress)
     tokenizer, notes = companions(original, model)
     if adapter.is_file():
         merge_rwkv_peft(model, adapter, alpha, pissa_init)

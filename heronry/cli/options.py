@@ -60,6 +60,10 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, envvar="HERONRY_THREADS", help="Threads of the CPU.", show_default="one a core"),
 ]
+LnXEps = Annotated[
+    float | None,
+    typer.Option("--ln-x-eps", help="Epsilon of the norm after the recurrence.", show_default="64e-5, or the file's"),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists under that name.")]
 
@@ -72,6 +76,7 @@ def load_llm(
     threads: int | None,
     quantize: str | None,
     adapter: Path | None,
+    ln_x_eps: float | None,
 ) -> LLM:
     """The model that these options name; a bar shows how far it is loaded."""
     from ..engine.llm import LLM
@@ -86,6 +91,7 @@ def load_llm(
             device=device,
             quantize=quantize,
             adapter=adapter,
+            ln_x_eps=ln_x_eps,
             progress=progress,
         )
 

@@ -16,6 +16,7 @@ def quantize(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     format: Annotated[str, typer.Option("--format", "-f", help="int8 or int4.")] = "int8",
     dtype: options.WrittenPrecision = None,
+    ln_x_eps: options.LnXEps = None,
     force: options.Force = False,
 ) -> None:
     """Quantize a model to 8 or 4 bits per weight. See docs/quantization.md."""
@@ -28,7 +29,7 @@ def quantize(
     if target.is_file():
         raise InputError(f"{target}: is a file; give the name of a folder")
     with progress_bar(f"quantizing to {format}", in_bytes=True) as progress:
-        model = load(original, dtype=dtype, quantize=format, kind=Network, progress=progress)
+        model = load(original, dtype=dtype, ln_x_eps=ln_x_eps, quantize=format, kind=Network, progress=progress)
     size_before = model.num_parameters() * model.dtype.itemsize
     save(model, target, *companions(original, model))
     size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))

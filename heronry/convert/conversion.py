@@ -25,6 +25,8 @@ def convert(
     tokenizer: str | Path | None = None,
     shard: int = SHARD,
     progress: Progress | None = None,
+    *,
+    ln_x_eps: float | None = None,
 ) -> Converted:
     """Writes the model in `source` in another format, and compares the logits of both.
 
@@ -39,6 +41,7 @@ def convert(
             of the vocabulary.
         shard: the largest size of a file in a folder, in bytes.
         progress: called with (bytes written, bytes in all) while a language model is written.
+        ln_x_eps: of the source, as for `heronry.load`; only folders can hold another one than 64e-5.
 
     Raises:
         InputError: what is wrong with the source, or what the target format does not support. Nothing is left behind,
@@ -54,7 +57,9 @@ def convert(
         checkpoint = formats.read(source)
         if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
             raise InputError("its matrices are quantized; convert the original")
-        cls, config = identify(checkpoint.tensors, checkpoint.config)
+        cls, config = identify(checkpoint.tensors, checkpoint.config, ln_x_eps)
+        if ln_x_eps is not None:
+            checkpoint.config = {**checkpoint.config, "model": cls.name, "ln_x_eps": config.ln_x_eps}
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     if issubclass(cls, VisionModel):

@@ -50,6 +50,7 @@ class LLM(TextModel):
         device: torch.device | str = "cpu",
         quantize: str | None = None,
         adapter: str | Path | None = None,
+        ln_x_eps: float | None = None,
         progress: Progress | None = None,
     ):
         """
@@ -63,6 +64,7 @@ class LLM(TextModel):
             quantize: "int8" or "int4" packs the matrices of a model that is loaded.
             adapter: the folder of a LoRA or DoRA adapter for a model that is loaded. It is merged into the weights;
                 beside packed ones it stays as it is, and the plain model runs instead of the native step.
+            ln_x_eps: as for heronry.load, for a model that is loaded.
             progress: called while a model is loaded, with (bytes read, bytes in all).
 
         Raises:
@@ -84,7 +86,7 @@ class LLM(TextModel):
             path = locate(BUNDLED if path is None else path)
             if path == BUNDLED and dtype is None:  # so small that float32 is the fastest everywhere
                 dtype = "float32"
-            model, checkpoint = load_checkpoint(path, dtype, device, quantize=quantize, progress=progress)
+            model, checkpoint = load_checkpoint(path, dtype, device, ln_x_eps, quantize, progress=progress)
             described = select_notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:
                 tokenizer = HFTokenizer(path, checkpoint.tokenizer)

@@ -224,6 +224,26 @@ def test_a_constant_of_the_norm_stays(weights, tmp_path):
             assert heronry.load(tmp_path / f"{version}-{format}").config.ln_x_eps == pytest.approx(1e-5)
 
 
+def test_that_constant_on_the_command_line(weights, command, tmp_path):
+    """--ln-x-eps goes into folders; what cannot hold it is not written."""
+    torch.save(weights("7"), tmp_path / "a.pth")
+    expected = heronry.load(tmp_path / "a.pth", ln_x_eps=1e-5)(TEXT)[0]
+    for words in (("convert",), ("convert", "--to", "huggingface"), ("quantize",)):
+        out = tmp_path / "-".join(words)
+        code, _, err = command(words[0], tmp_path / "a.pth", out, *words[1:], "--ln-x-eps", "1e-5")
+        assert code == 0, err
+        assert heronry.load(out).config.ln_x_eps == pytest.approx(1e-5)
+    assert (read(tmp_path / "convert") - expected).abs().max() < 1e-5
+    left = {path.name for path in tmp_path.iterdir()}
+    for suffix in ("pth", "safetensors", "st", "bin", "gguf"):
+        code, _, err = command("convert", tmp_path / "a.pth", tmp_path / f"b.{suffix}", "--ln-x-eps", "1e-5")
+        assert code == 2
+        assert "not written: read again it is another model" in err or "ln_x_eps = 64e-5" in err
+    assert {path.name for path in tmp_path.iterdir()} == left
+    text = command("generate", "a", "-m", tmp_path / "a.pth", "--tokenizer", "bytes", "--ln-x-eps", "-1")[2]
+    assert "ln_x_eps must be a positive number" in text
+
+
 def test_notes_and_tokenizer_come_along(tmp_path):
     """The bundled model through every format that can hold them."""
     text = LLM().generate("Once upon a time", 20, temperature=0).text

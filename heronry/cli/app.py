@@ -84,7 +84,7 @@ def _report(error: BaseException) -> int:
     elif hasattr(error, "format_message"):  # of typer: a mistake in the options
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context is not None else "heronry"
-        line = f"{error.format_message().rstrip('.')}; see {help_of} --help"
+        line = f"{error.format_message().rstrip('.?')}; see {help_of} --help"
     elif (described := describe(error)) is not None:
         line = described
     else:

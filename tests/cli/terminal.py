@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -21,8 +22,9 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 60, rows: int = 40, **environment: str):
         self.pid, self.file = pty.fork()
         if self.pid == 0:
-            os.environ.update({"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment)
-            os.execv(sys.executable, [sys.executable, *arguments])
+            own = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+            own |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment
+            os.execve(sys.executable, [sys.executable, *arguments], own)
         fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.raw, self.seen = "", 0
 
@@ -48,12 +50,23 @@ class Terminal:
         """As terminals do: between marks, with carriage returns."""
         self.type("\x1b[200~" + text.replace("\n", "\r") + "\x1b[201~")
 
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends the program if it still runs."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.end()
+
     def end(self) -> int:
         """Waits for the end of the program; returns its exit code."""
         while self._read():
             pass
         os.close(self.file)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.pid = 0
+        return code
 
     def _read(self) -> bool:
         try:

@@ -422,7 +422,7 @@ def _without_head(model: Model) -> Model:
     with torch.device("meta"):
         body = type(model)(model.config)
     body.emb, body.blocks, body.ln_out, body.head = model.emb, model.blocks, model.ln_out, nn.Identity()
-    body.quantization = model.quantization
+    body.quantization, body.gradient_checkpointing = model.quantization, model.gradient_checkpointing
     body.native_step_enabled = False  # the C++ step returns logits
     return body.train(model.training)
 

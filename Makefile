@@ -17,9 +17,17 @@ test: .venv/dev
 	$(PYTEST)
 
 # with what takes long for what it proves: every generation where one stands for all, processes that are killed
-test-all: .venv/dev
+test-all: .venv/dev build/transformers-tests
 	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels
 	$(PYTEST) -m ""
+
+# transformers' own tests of every model, which only its source package holds
+build/transformers-tests: .venv/dev
+	rm -rf $@
+	mkdir -p $@
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $@ \
+		transformers==$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))")
+	tar -xzf $@/transformers-*.tar.gz -C $@ --strip-components=1
 
 kernels: .venv/dev
 	$(BIN)/python tests/compile_all.py

@@ -84,7 +84,7 @@ def load_checkpoint(
 ) -> tuple[M, formats.Checkpoint]:
     """As `load`; also returns the checkpoint, for its config and tokenizer."""
     path = locate(path)
-    target_dtype, target_device = None if dtype is None else _parse_dtype(dtype), _parse_device(device)
+    target_dtype, target_device = None if dtype is None else parse_dtype(dtype), _parse_device(device)
     try:
         checkpoint = formats.read(path)
         tensors, config = checkpoint.tensors, checkpoint.config
@@ -222,7 +222,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype by its name or as it is; InputError unless models can have it."""
     parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in DTYPES.values():
         raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")

@@ -70,6 +70,14 @@ def embedding(config: Any) -> nn.Embedding:
     return emb
 
 
+@torch.no_grad()
+def orthogonal_(weight: Tensor, gain: float = 1.0) -> None:
+    """nn.init.orthogonal_ for any dtype, in float32 at least: 16 bits have no QR decomposition on a CPU."""
+    wide = widen(weight)
+    nn.init.orthogonal_(wide, gain)
+    weight.copy_(wide)
+
+
 def token_shift(x: Tensor, shift: Tensor, cu: Boundaries | None) -> Tensor:
     """The previous token of each token: x [B, T, C] shifted by one, with the carried `shift` [S, C] before each
     sequence."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..ops.wkv4 import wkv4
 from .base import Model
-from .layers import Linear, count_layers, embedding, last_shift, last_tokens, token_shift, widen
+from .layers import Linear, count_layers, embedding, last_shift, last_tokens, orthogonal_, token_shift, widen
 from .sequence_parallel import Boundaries
 from .state import LayerState, State
 
@@ -179,8 +179,8 @@ class RWKV4(Model):
         zigzag = (torch.arange(a) + 1) % 3 - 1  # 0, 1, -1, 0, ...
         layers = self.config.n_layer
 
-        nn.init.orthogonal_(self.emb.weight, 1e-4 * max(vocab, c) ** 0.5)
-        nn.init.orthogonal_(self.head.weight, 0.5 * max(1.0, vocab / c) ** 0.5)
+        orthogonal_(self.emb.weight, 1e-4 * max(vocab, c) ** 0.5)
+        orthogonal_(self.head.weight, 0.5 * max(1.0, vocab / c) ** 0.5)
         for i, block in enumerate(self.blocks):
             rho = i / (layers - 1) if layers > 1 else 0.0  # 0 .. 1 over the layers
             tau = 1 - i / layers  # 1 .. 1 / layers
@@ -194,8 +194,8 @@ class RWKV4(Model):
                 att.time_state.zero_()
             ffn.time_mix_k.copy_(d**tau)
             ffn.time_mix_r.copy_(d**tau)
-            nn.init.orthogonal_(att.value.weight)
-            nn.init.orthogonal_(ffn.key.weight, max(1.0, self.config.dim_ffn / c) ** 0.5)
+            orthogonal_(att.value.weight)
+            orthogonal_(ffn.key.weight, max(1.0, self.config.dim_ffn / c) ** 0.5)
             for zero in (att.key, att.receptance, att.output, ffn.receptance, ffn.value):
                 zero.weight.zero_()
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):

@@ -30,6 +30,7 @@ from .layers import (
     group_norm,
     last_shift,
     last_tokens,
+    orthogonal_,
     token_shift,
     widen,
 )
@@ -227,7 +228,7 @@ class RWKV5(Model):
         layers = self.config.n_layer
 
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, 0.5 * max(1.0, vocab / c) ** 0.5)
+        orthogonal_(self.head.weight, 0.5 * max(1.0, vocab / c) ** 0.5)
         for i, block in enumerate(self.blocks):
             rho = i / (layers - 1) if layers > 1 else 0.0  # 0 .. 1 over the layers
             tau = 1 - i / layers  # 1 .. 1 / layers
@@ -246,13 +247,13 @@ class RWKV5(Model):
             ffn.time_mix_r.copy_(d**tau)
             if self.config.time_state:
                 att.time_state.zero_()
-            nn.init.orthogonal_(att.receptance.weight)
-            nn.init.orthogonal_(att.value.weight)
-            nn.init.orthogonal_(att.key.weight, 0.1 if per_channel else 1.0)
+            orthogonal_(att.receptance.weight)
+            orthogonal_(att.value.weight)
+            orthogonal_(att.key.weight, 0.1 if per_channel else 1.0)
             if att.gated:
                 att.time_mix_g.copy_(d ** (tau / 2))
-                nn.init.orthogonal_(att.gate.weight, 0.1 if per_channel else 1.0)
-            nn.init.orthogonal_(ffn.key.weight, 1.0 if per_channel else max(1.0, self.config.dim_ffn / c) ** 0.5)
+                orthogonal_(att.gate.weight, 0.1 if per_channel else 1.0)
+            orthogonal_(ffn.key.weight, 1.0 if per_channel else max(1.0, self.config.dim_ffn / c) ** 0.5)
             for zero in (att.output, ffn.receptance, ffn.value):
                 zero.weight.zero_()
             att.ln_x.weight.fill_(((1 + i) / layers) ** 0.7)

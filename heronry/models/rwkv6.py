@@ -28,6 +28,7 @@ from .layers import (
     group_norm,
     last_shift,
     last_tokens,
+    orthogonal_,
     token_shift,
     widen,
 )
@@ -212,7 +213,7 @@ class RWKV6(Model):
         layers = self.config.n_layer
 
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, 0.5 * max(1.0, vocab / c) ** 0.5)
+        orthogonal_(self.head.weight, 0.5 * max(1.0, vocab / c) ** 0.5)
         for i, block in enumerate(self.blocks):
             rho = i / (layers - 1) if layers > 1 else 0.0  # 0 .. 1 over the layers
             tau = 1 - i / layers  # 1 .. 1 / layers
@@ -231,11 +232,11 @@ class RWKV6(Model):
             att.time_faaaa.copy_((rho * (1 - channel) + 0.1 * zigzag).view_as(att.time_faaaa))
             if self.config.time_state:
                 att.time_state.zero_()
-            nn.init.orthogonal_(att.receptance.weight)
-            nn.init.orthogonal_(att.key.weight, 0.1)
-            nn.init.orthogonal_(att.value.weight)
-            nn.init.orthogonal_(att.gate.weight, 0.1)
-            nn.init.orthogonal_(ffn.key.weight)
+            orthogonal_(att.receptance.weight)
+            orthogonal_(att.key.weight, 0.1)
+            orthogonal_(att.value.weight)
+            orthogonal_(att.gate.weight, 0.1)
+            orthogonal_(ffn.key.weight)
             for zero in (att.output, ffn.receptance, ffn.value):
                 zero.weight.zero_()
             att.ln_x.weight.fill_(((1 + i) / layers) ** 0.7)

@@ -32,6 +32,7 @@ from .layers import (
     group_norm,
     last_shift,
     last_tokens,
+    orthogonal_,
     token_shift,
     widen,
 )
@@ -266,7 +267,7 @@ class RWKV7(Model):
         layers = self.config.n_layer
 
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, 0.5 * max(1.0, self.config.vocab_size / c) ** 0.5)
+        orthogonal_(self.head.weight, 0.5 * max(1.0, self.config.vocab_size / c) ** 0.5)
         for i, block in enumerate(self.blocks):
             rho = i / (layers - 1) if layers > 1 else 0.0  # 0 .. 1 over the layers
             tau = 1 - i / layers  # 1 .. 1 / layers
@@ -287,18 +288,18 @@ class RWKV7(Model):
             for rank in "wavg" if i > 0 else "wag":
                 getattr(att, f"{rank}1").zero_()
                 up = getattr(att, f"{rank}2")
-                nn.init.orthogonal_(up, 0.1 * max(1.0, up.shape[0] / up.shape[1]) ** 0.5)
-            nn.init.orthogonal_(att.receptance.weight, 1.0)
-            nn.init.orthogonal_(att.key.weight, 0.1)
-            nn.init.orthogonal_(att.value.weight, 1.0)
+                orthogonal_(up, 0.1 * max(1.0, up.shape[0] / up.shape[1]) ** 0.5)
+            orthogonal_(att.receptance.weight, 1.0)
+            orthogonal_(att.key.weight, 0.1)
+            orthogonal_(att.value.weight, 1.0)
             att.output.weight.zero_()
-            nn.init.orthogonal_(ffn.key.weight, 1.0)
+            orthogonal_(ffn.key.weight, 1.0)
             ffn.value.weight.zero_()
             if self.config.deep_rank:  # initially every token scales by 1
                 ffn.s_emb.weight.copy_(torch.eye(self.config.deep_rank).flatten())
                 ffn.s_emb_x.weight.zero_()
                 ffn.s1.zero_()
-                nn.init.orthogonal_(ffn.s2, 0.1)
+                orthogonal_(ffn.s2, 0.1)
                 ffn.s0.fill_(1)
             att.ln_x.weight.fill_(((1 + i) / layers) ** 0.7)
             att.ln_x.bias.zero_()

@@ -22,6 +22,7 @@ from heronry.convert import convert
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     RwkvForCausalLM,
@@ -185,6 +186,111 @@ def test_a_new_model_begins_as_the_recipe_says(folder):
     assert model.rwkv.config.n_layer == 2
     output = model.rwkv.blocks[0].att.output.weight
     assert not output.any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_new_model_in_16_bits(folder, dtype):
+    """What the recipe gives in float32, rounded; PyTorch has no QR decomposition of 16 bits on a CPU."""
+    config = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    exact = AutoModelForCausalLM.from_config(config, dtype="float32").state_dict()
+    for auto in (AutoModelForCausalLM, AutoModel):
+        torch.manual_seed(0)
+        model = auto.from_config(config, dtype=dtype)
+        assert model.dtype == getattr(torch, dtype)
+        assert all(x.isfinite().all() for x in model.state_dict().values())
+    torch.manual_seed(0)
+    for name, x in AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict().items():
+        if "receptance" in name or "r_proj" in name:
+            torch.testing.assert_close(x.float(), exact[name], rtol=0.01, atol=1e-6)
+
+
+def test_the_configuration_that_is_asked_for(folder, caplog):
+    """By keys, as a configuration, or as the name of one; what fits of the weights is taken."""
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    changed = AutoConfig.from_pretrained(folder)
+    changed.num_hidden_layers = 1
+    tokens = torch.tensor([list(b"the rook")])
+    for options in ({"num_hidden_layers": 1}, {"config": changed}):
+        for auto in (AutoModelForCausalLM, type(whole)):
+            caplog.clear()
+            model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
+            assert model.config.num_hidden_layers == len(model.rwkv.blocks) == 1
+            assert model(tokens).logits.shape == (1, 8, 256)
+            assert torch.equal(model.rwkv.blocks[0].att.key.weight, whole.rwkv.blocks[0].att.key.weight)
+            assert any(name.startswith("blocks.1.") for name in info["unexpected_keys"])
+            assert not info["missing_keys"]
+            assert "tensors are not used: blocks.1." in caplog.text
+    model, info = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=3, output_loading_info=True)
+    assert {name.split(".")[1] for name in info["missing_keys"]} == {"2"}
+    with pytest.raises(InputError, match=r"is \[256, 64\] instead of \[300, 64\]; see ignore_mismatched_sizes=True"):
+        AutoModelForCausalLM.from_pretrained(folder, vocab_size=300)
+    model = AutoModelForCausalLM.from_pretrained(folder, vocab_size=300, ignore_mismatched_sizes=True)
+    assert model.rwkv.emb.weight.shape == (300, 64)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False, output_hidden_states=True)
+    output = model(tokens)
+    assert (output.state, len(output.hidden_states)) == (None, 3)
+    assert torch.equal(output.logits, whole(tokens).logits)
+    body = AutoModel.from_pretrained(folder, num_hidden_layers=1)
+    assert body(tokens).last_hidden_state.shape == (1, 8, 64)
+
+
+def test_a_state_dict_in_place_of_the_file(folder):
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    doubled = {name: 2 * x for name, x in whole.state_dict().items()}
+    for path, options in ((folder, {}), (None, {"config": whole.config})):
+        model, info = type(whole).from_pretrained(path, state_dict=doubled, output_loading_info=True, **options)
+        assert not any(info.values())
+        assert all(torch.equal(x, doubled[name]) for name, x in model.state_dict().items())
+    half = {name: x.bfloat16() for name, x in whole.state_dict().items()}
+    assert type(whole).from_pretrained(folder, state_dict=half).dtype == torch.bfloat16
+    assert type(whole).from_pretrained(folder, state_dict=half, dtype="float32").dtype == torch.float32
+
+
+def test_a_subfolder(folder, random_checkpoint, version, tmp_path):
+    torch.save(random_checkpoint(version, **SIZES, seed=1), tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", folder / "inner", to="huggingface")
+    inner = AutoModelForCausalLM.from_pretrained(folder, subfolder="inner")
+    assert inner.rwkv.fingerprint == heronry.load(tmp_path / "b.pth").fingerprint
+    with pytest.raises(InputError, match="outer: no such file or folder"):
+        type(inner).from_pretrained(folder, subfolder="outer")
+
+
+def test_unknown_options_are_refused(folder):
+    whole = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=True)
+    for options in ({"variant": "fp16"}, {"num_layers_": 3}, {"key_mapping": {"a": "b"}}):
+        with pytest.raises(InputError, match=f"from_pretrained has no option '{next(iter(options))}'"):
+            type(whole).from_pretrained(folder, **options)
+    with pytest.raises(InputError, match="gguf_file is not supported; give the path of the file itself"):
+        type(whole).from_pretrained(folder, gguf_file="a.gguf")
+    with pytest.raises(InputError, match="give a folder, or config= and state_dict="):
+        type(whole).from_pretrained(None)
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.5])
+def test_classifier_free_guidance(folder, scale):
+    """With a cache and without it the same text, which two passes over whole texts give."""
+    model, tokenizer = loaded(folder, dtype="float64")
+    prompt = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    for negative in (None, tokenizer("It was", return_tensors="pt").input_ids):
+        first = prompt[:, -1:] if negative is None else negative
+        tokens, others = prompt, first
+        for _ in range(8):
+            with torch.inference_mode():
+                log_p, log_q = (model(x).logits[:, -1].log_softmax(-1) for x in (tokens, others))
+            best = (log_q + scale * (log_p - log_q)).argmax(-1, keepdim=True)
+            tokens, others = torch.cat([tokens, best], 1), torch.cat([others, best], 1)
+        for cache in (True, False):
+            found = model.generate(
+                prompt,
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=None,
+                guidance_scale=scale,
+                negative_prompt_ids=negative,
+                use_cache=cache,
+            )
+            assert torch.equal(found, tokens), (cache, negative)
 
 
 def test_trainer(folder, tmp_path):

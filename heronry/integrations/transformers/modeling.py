@@ -7,26 +7,40 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.utils.generic import ModelOutput
 
 from ... import formats, hub
-from ...checkpoint import DTYPES, assemble, load
+from ...checkpoint import assemble, identify, locate, parse_dtype, select_notes
 from ...errors import InputError
+from ...formats import huggingface
+from ...formats.lazy_tensor import Tensors, as_lazy
 from ...models import Model, State
-from .configs import Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
+from ...quantization import quantize as heronry_quantize
+from .configs import CONFIGS, Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
 from .masked_forward import masked_forward
 from .state_dict_names import rename_from_hub, rename_to_hub
 
+logger = logging.getLogger(__name__)
+
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+# of from_pretrained: what only concerns how transformers itself reads files, or chooses among its kernels
+WITHOUT_EFFECT = (
+    *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "attn_implementation", "code_revision"),
+    *("low_cpu_mem_usage", "offload_folder", "proxies", "trust_remote_code", "tqdm_class", "use_safetensors"),
+    "weights_only",
+)
 
 
 @dataclass
@@ -56,6 +70,15 @@ class RwkvCausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     state: State | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class _CachedOutput(ModelOutput):
+    """logits and the state, as `_call_with_cache` returns them."""
+
+    logits: Tensor | None = None
+    cache: State | None = None
+    past_key_values: State | None = None
 
 
 class _NonEmptyCache:
@@ -102,11 +125,9 @@ class RwkvPreTrainedModel(PreTrainedModel):
         return CAUSAL_LMS[type(config)]
 
     @classmethod
-    def _load_model(
-        cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
-    ) -> Model:
-        """The heronry model in a file or folder."""
-        return load(path, dtype, device, quantize=quantize)
+    def _read(cls, path: Path) -> formats.Checkpoint:
+        """The contents of a file or folder."""
+        return formats.read(path)
 
     def init_weights(self) -> None:
         """Does nothing: `Model.init_weights` was called in the constructor."""
@@ -133,43 +154,105 @@ class RwkvPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *args: Any,
-        config: RwkvBaseConfig | None = None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *,
+        config: RwkvBaseConfig | str | os.PathLike[str] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        subfolder: str = "",
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         quantize: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        generation_config: GenerationConfig | None = None,
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
         """Loads the model in a folder or in a repository on the hub, in eval mode.
 
         Args:
+            pretrained_model_name_or_path: may be None where config and state_dict are given.
+            config: of another size than the weights: what fits is taken, what is missing is initialised.
+            state_dict: in place of the weights in the folder, under the names of state_dict().
+            subfolder: of the folder or repository.
             dtype: "float32", torch.bfloat16 ...; None and "auto" keep that of the file. torch_dtype is its old name.
             device_map: None, "auto", a device, or {"": device}. A model cannot be split over several devices.
             quantize: "int8" or "int4", as for heronry.load.
-            options: for the hub: revision, cache_dir, token, local_files_only, force_download.
+            ignore_mismatched_sizes: initialise weights of other shapes than the config says; else they are an error.
+            options: for the hub: revision, cache_dir, token, local_files_only, force_download; without config, keys of
+                the configuration to change, such as num_hidden_layers.
+
+        Raises:
+            InputError: an unknown option, or weights that do not fit.
         """
         for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
-            if options.get(name):
+            if options.pop(name, None):
                 raise InputError(f"{name} is not supported; use quantize='int8' or 'int4'")
-        path = Path(pretrained_model_name_or_path)
-        if not path.exists():
-            hub_options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
-            path = hub.fetch(str(path), **hub_options)
-        dtype = torch_dtype if dtype is None else dtype
-        rwkv = cls._load_model(path, None if dtype == "auto" else dtype, _parse_device_map(device_map), quantize)
-        if config is None or not isinstance(config, RwkvBaseConfig):
-            config = RwkvBaseConfig.from_heronry(rwkv)
-        model: Any = cls._class_for(config)(config, rwkv).eval()
-        model.name_or_path = config._name_or_path = str(pretrained_model_name_or_path)
-        if (path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(path)
-        loading_info: dict[str, list[str]] = {
-            key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if options.pop("gguf_file", None):
+            raise InputError("gguf_file is not supported; give the path of the file itself")
+        hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        for name in WITHOUT_EFFECT:
+            options.pop(name, None)
+        device, dtype = _parse_device_map(device_map), torch_dtype if dtype is None else dtype
+        path = _locate(pretrained_model_name_or_path, subfolder, hub_options)
+        if not isinstance(config, RwkvBaseConfig | None):
+            config = _read_config(_locate(config, "", hub_options), {})[0]
+        elif config is None and path is not None:
+            config, options = _read_config(path, options)
+        if options:
+            raise InputError(f"from_pretrained has no option {next(iter(options))!r}")
+        weights = None if path is None or state_dict is not None else _Weights.read(path, cls._read)
+        if config is None:
+            if weights is None:
+                raise InputError("give a folder, or config= and state_dict=")
+            config = weights.describe()
+            fits = True
+        else:
+            fits = weights is not None and config.to_heronry() == (weights.model_class, weights.config)
+        loading_info: dict[str, Any] = {
+            key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         }
+        if weights is not None and fits:
+            rwkv = weights.assemble(None if dtype == "auto" else dtype, device, quantize)
+            model: Any = cls._class_for(config)(config, rwkv)
+        else:
+            tensors = weights.checkpoint.tensors if weights is not None else as_lazy(state_dict or {})
+            model = cls._class_for(config)(config)
+            loading_info |= model._load_what_fits(huggingface.to_blinkdl(tensors), ignore_mismatched_sizes)
+            if dtype in (None, "auto") and tensors:
+                dtype = next(iter(tensors.values())).dtype
+            model.to(device, None if dtype in (None, "auto") else parse_dtype(dtype))
+            if quantize is not None:
+                heronry_quantize(model.rwkv, quantize)
+        model.eval()
+        model.name_or_path = config._name_or_path = str(pretrained_model_name_or_path or "")
+        if generation_config is not None:
+            model.generation_config = generation_config
+        elif path is not None and (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
         return (model, loading_info) if output_loading_info else model
+
+    def _load_what_fits(self, tensors: Tensors, ignore_mismatched_sizes: bool) -> dict[str, set[Any]]:
+        """Copies tensors under BlinkDL's names into this new model; says what it did not find or could not take."""
+        parameters = self.rwkv.state_dict()
+        head = {"head.weight"} - parameters.keys()  # a model without a head has no use for it
+        unexpected = tensors.keys() - parameters.keys() - head - set(self.rwkv.ignored_keys)
+        missing, mismatched = set(), set()
+        for name, parameter in parameters.items():
+            if name not in tensors:
+                missing.add(name)
+            elif tensors[name].numel() == parameter.numel():
+                parameter.copy_(tensors[name].read().reshape(parameter.shape))
+            else:
+                mismatched.add((name, tensors[name].shape, parameter.shape))
+        if mismatched and not ignore_mismatched_sizes:
+            name, found, expected = min(mismatched)
+            raise InputError(f"{name} is {list(found)} instead of {list(expected)}; see ignore_mismatched_sizes=True")
+        for what, names in (("not in the weights, newly initialised", missing), ("not used", unexpected)):
+            if names:
+                logger.warning("%d tensors are %s: %s", len(names), what, ", ".join(sorted(names)[:3]))
+        self.rwkv.invalidate_fingerprint()
+        return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
 
     def _run(
         self,
@@ -275,6 +358,21 @@ class _CausalLM(RwkvPreTrainedModel, GenerationMixin):
             model_kwargs.pop("attention_mask", None)
         return model_kwargs
 
+    def _get_logits_processor(self, *arguments: Any, **options: Any) -> LogitsProcessorList:
+        """As in any model; the second pass of classifier-free guidance gets its cache as we have it."""
+        processors: LogitsProcessorList = super()._get_logits_processor(*arguments, **options)  # type: ignore[misc]
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = self._call_with_cache
+        return processors
+
+    def _call_with_cache(
+        self, input_ids: Tensor, cache: State | None = None, past_key_values: State | None = None, **options: Any
+    ) -> _CachedOutput:
+        """A call whose state goes by the names that versions of transformers have for a cache."""
+        output = self(input_ids, state=past_key_values if cache is None else cache, **options)
+        return _CachedOutput(output.logits, output.state, output.state)
+
     def _reorder_cache(self, state: State, beam_idx: Tensor) -> State:
         return state[beam_idx.tolist()]
 
@@ -291,20 +389,11 @@ class _BaseModel(RwkvPreTrainedModel):
         return BASE_MODELS[type(config)]
 
     @classmethod
-    def _load_model(
-        cls, path: Path, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None
-    ) -> Model:
-        if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
-            raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
-        target_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-        try:
-            checkpoint = formats.read(path)
-            tensors = checkpoint.tensors
-            if "emb.weight" in tensors:  # in place of a missing head, which is dropped anyway
-                tensors.setdefault("head.weight", tensors["emb.weight"])
-            return assemble(tensors, checkpoint.config, target_dtype, device, quantize=quantize)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+    def _read(cls, path: Path) -> formats.Checkpoint:
+        checkpoint = formats.read(path)
+        if "emb.weight" in checkpoint.tensors:  # in place of a missing head, which is dropped anyway
+            checkpoint.tensors.setdefault("head.weight", checkpoint.tensors["emb.weight"])
+        return checkpoint
 
     def get_output_embeddings(self) -> None:
         return None
@@ -333,9 +422,68 @@ def _without_head(model: Model) -> Model:
     with torch.device("meta"):
         body = type(model)(model.config)
     body.emb, body.blocks, body.ln_out, body.head = model.emb, model.blocks, model.ln_out, nn.Identity()
-    body.quantization = model.quantization
+    body.quantization, body.gradient_checkpointing = model.quantization, model.gradient_checkpointing
     body.native_step_enabled = False  # the C++ step returns logits
     return body.train(model.training)
+
+
+@dataclass
+class _Weights:
+    """The weights of a file or folder, and the heronry model that they are."""
+
+    path: Path
+    checkpoint: formats.Checkpoint
+    model_class: type[Model]
+    config: Any
+
+    @classmethod
+    def read(cls, path: Path, read: Callable[[Path], formats.Checkpoint]) -> _Weights:
+        try:
+            checkpoint = read(path)
+            model_class, config = identify(checkpoint.tensors, checkpoint.config)
+            if not issubclass(model_class, Model):
+                raise InputError(f"this model ({model_class.name}) reads pictures, not text")
+            return cls(path, checkpoint, model_class, config)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def describe(self) -> RwkvBaseConfig:
+        """The configuration that says of them what config.json would."""
+        dtype = self.checkpoint.tensors["emb.weight"].dtype
+        notes = select_notes(self.checkpoint.config)
+        config = huggingface.config_json(self.model_class.name, self.config, notes, dtype)
+        return CONFIGS[config["model_type"]](**config)
+
+    def assemble(self, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None) -> Model:
+        try:
+            target = None if dtype is None else parse_dtype(dtype)
+            return assemble(self.checkpoint.tensors, self.checkpoint.config, target, device, quantize=quantize)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
+
+
+def _locate(name: str | os.PathLike[str] | None, subfolder: str, hub_options: Mapping[str, Any]) -> Path | None:
+    """The local path of a model by its path or its name on the hub."""
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.exists() and hub.is_name(path):
+        path = hub.fetch(path, **{key: value for key, value in hub_options.items() if value is not None})
+    if not (path / subfolder).exists():
+        raise InputError(f"{path / subfolder}: no such file or folder")
+    return locate(path / subfolder)
+
+
+def _read_config(path: Path | None, options: dict[str, Any]) -> tuple[RwkvBaseConfig | None, dict[str, Any]]:
+    """The configuration in a folder of Hugging Face's layout, changed by the options that it knows, and the others."""
+    if path is None or not (path / "config.json").is_file():
+        return None, options
+    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in CONFIGS:
+        return None, options
+    config: RwkvBaseConfig
+    config, options = CONFIGS[model_type].from_pretrained(path, return_unused_kwargs=True, **options)
+    return config, options
 
 
 def _parse_device_map(device_map: Any) -> torch.device | str:

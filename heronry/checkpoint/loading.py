@@ -95,8 +95,8 @@ def load_checkpoint(
 
 
 def locate(path: str | Path) -> Path:
-    """The local path of a checkpoint: of a short name (see catalog.py), of a file downloaded from the hub, or of a local
-    file, with ~ expanded and the .pth that its name may lack.
+    """The local path of a checkpoint: of a short name (see catalog.py), of a file downloaded from the hub, or of a
+    local file, with ~ expanded and the .pth that its name may lack.
 
     The model.safetensors of a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
     config.json may contain what the tensors do not show.

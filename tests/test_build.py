@@ -319,3 +319,9 @@ def test_every_platform_has_its_flags():
     for system in ("linux", "darwin", "win32"):
         for level in compiler.LEVELS:
             assert not [flag for flag in compiler.flags(level, system) if "openmp" in flag or "fast-math" in flag]
+
+
+def test_an_unknown_name_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, "-m", "heronry.build", "nofoo"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("heronry: expected names out of ")

@@ -60,7 +60,7 @@ def main() -> NoReturn:
     _open_standard_streams()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(standalone_mode=False)  # an exit code, where typer ended the command
+        code = app(prog_name="heronry", standalone_mode=False)  # an exit code, where typer ended the command
         if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()

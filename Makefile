@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo test test-all kernels test-llama test-arm wheel-test cross-check lint format bench storyteller constraints clean
+.PHONY: demo test test-all test-lowest kernels test-llama test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -49,6 +49,18 @@ wheel-test:
 # g++-aarch64-linux-gnu)
 test-arm: .venv/dev
 	$(BIN)/python -m pytest -rs tests/arm/run_arm.py
+
+# the lowest versions that pyproject.toml allows, in an environment of their own: a few tests of every room
+LOWEST := tests/test_checkpoint.py tests/test_quantization.py tests/test_memory.py tests/ops/test_wkv7.py \
+	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py tests/data/test_token_file.py \
+	tests/train/test_trainer.py tests/train/test_adapters.py tests/convert/test_conversion.py tests/convert/test_onnx.py \
+	tests/integrations/test_transformers.py tests/test_cli.py
+test-lowest:
+	$(PYTHON) -m venv --clear build/lowest
+	build/lowest/bin/python -m pip install --quiet $(TORCH) $(UV)
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct $(TORCH) \
+		-e ".[cli,train,convert,vision,onnx]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.100.0 psutil==6.0.0 transformers==5.16.0
+	build/lowest/bin/python -m pytest -n auto --dist loadfile -k "not neither_typer" $(LOWEST)
 
 # the C++ compiled, not run, for the systems that are not here
 ZIG := ziglang==0.17.1

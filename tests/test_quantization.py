@@ -226,7 +226,7 @@ def test_a_quantization_that_is_interrupted_changes_nothing(model, format):
 def test_damaged_files_are_named(random_checkpoint, format, tmp_path):
     heronry.save(quantize(assemble(random_checkpoint("7", ffn=192)), format), tmp_path)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    whole, about = load_file(file), json.loads(config.read_text())
+    whole, about = {key: x.clone() for key, x in load_file(file).items()}, json.loads(config.read_text())
 
     def complaint(tensors: dict, changes: dict | None = None) -> str:
         save_file(tensors, file)

@@ -333,7 +333,7 @@ def _write(
     if large:
         with atomic_write(path.parent / f"{name}.data") as weights:
             onnx.save_model(proto, path, save_as_external_data=True, location=weights.name)
-            for tensor in onnx.external_data_helper._get_all_tensors(proto):
+            for tensor in proto.graph.initializer:
                 if onnx.external_data_helper.uses_external_data(tensor):
                     next(entry for entry in tensor.external_data if entry.key == "location").value = f"{name}.data"
             onnx.save_model(proto, path)

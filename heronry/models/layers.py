@@ -13,6 +13,9 @@ from ..errors import InputError
 from ..ops.packed import GROUP, packed_matmul
 from .sequence_parallel import Boundaries, SequenceShard
 
+# oneDNN's product, which has no public name: None in a PyTorch without it
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
 
 def widen(x: Tensor) -> Tensor:
     """x in float32, float64 unchanged: for values that need more than 16 bits."""
@@ -35,9 +38,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if plain or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if plain or x.dtype != torch.float32 or x.device.type != "cpu" or ONEDNN is None:
             return F.linear(x, self.weight)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        y: Tensor = ONEDNN(x, self.weight, None, "none", [], "")
         return y
 
 

@@ -40,10 +40,18 @@ class Emulator:
             subprocess.run([*command, str(source), "-o", str(library)], check=True)
         return library
 
-    def call(self, source: Path, function: str, arguments: Iterable[int], memory: Iterable[tuple[int, int]]) -> None:
-        """Calls `function` with integers and addresses. `memory`, as (address, bytes), is all that it may touch; words
-        in it that are addresses in it are pointers. What it wrote is copied back."""
-        blocks = sorted(set(memory))
+    def call(
+        self,
+        source: Path,
+        function: str,
+        arguments: Iterable[int],
+        memory: Iterable[tuple[int, int]],
+        constant: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        """Calls `function` with integers and addresses. `memory` and `constant`, as (address, bytes), are all it may
+        touch; words in them that are addresses in them are pointers. What it wrote to `memory` is copied back."""
+        constant = set(constant)
+        blocks = sorted({*memory, *constant})
 
         def place(address: int) -> tuple[int, int] | None:
             """The block and offset of an address."""
@@ -81,7 +89,8 @@ class Emulator:
         assert len(done.stdout) == sum(map(len, contents))
         at = 0
         for start, size in blocks:
-            ctypes.memmove(start, done.stdout[at : at + size], size)
+            if (start, size) not in constant:  # where the pointers are those of the emulator now
+                ctypes.memmove(start, done.stdout[at : at + size], size)
             at += size
 
 

@@ -70,11 +70,11 @@ def test_packed_matrices(format: str, rows: int, emulator: Emulator, monkeypatch
 
     def product(matrix, x_at, dtype, y_at, count, threads, block, size) -> None:
         address, size_at = ctypes.addressof(matrix), ctypes.addressof(size._obj)
-        memory = [(address, ctypes.sizeof(matrix)), span(data), span(scales), (ctypes.addressof(packed.TABLE), 16)]
+        memory = [span(data), span(scales), (ctypes.addressof(packed.TABLE), 16)]
         memory += [(x_at.value, rows * 96 * 4), (y_at.value, rows * 33 * 4), (size_at, 8)]
         memory += [(block.value, size._obj.value)] if block else []
         values = [address, x_at.value, dtype.value, y_at.value, count.value, 1, block.value if block else 0, size_at]
-        emulator.call(dispatch.source("packed"), "packed_matmul", values, memory)
+        emulator.call(dispatch.source("packed"), "packed_matmul", values, memory, [(address, ctypes.sizeof(matrix))])
 
     monkeypatch.setattr(packed, "native_library", lambda operator: SimpleNamespace(packed_matmul=product))
     actual = packed.packed_matmul(x, data, scales, 33)
@@ -95,9 +95,9 @@ def test_steps_of_models(version: str, weights: str, emulator: Emulator, random_
 
     def call(reference) -> None:
         call = reference._obj
-        memory = [(ctypes.addressof(x), ctypes.sizeof(x)) for x in (call, step.model, step.layers, packed.TABLE)]
-        memory += [span(x) for x in (*step.tensors, *entering) if x.numel()]
-        memory += [
+        constant = [(ctypes.addressof(x), ctypes.sizeof(x)) for x in (call, step.model, step.layers, packed.TABLE)]
+        memory = [span(x) for x in (*step.tensors, *entering) if x.numel()]
+        constant += [
             (call.tokens, call.rows * 8),
             (call.starts, (call.sequences + 1) * 8),
             (call.entering, len(entering) * 8),
@@ -107,7 +107,7 @@ def test_steps_of_models(version: str, weights: str, emulator: Emulator, random_
         memory += [(call.logits, call.rows * call.vocabulary * 4), (call.memory_size, 8)]
         if call.memory:
             memory += [(call.memory, ctypes.c_int64.from_address(call.memory_size).value)]
-        emulator.call(native_step.source_path(model.name), "step", [ctypes.addressof(call)], memory)
+        emulator.call(native_step.source_path(model.name), "step", [ctypes.addressof(call)], memory, constant)
 
     expected = plain(model, text)
     native = step(text, state, cu, False)

@@ -59,10 +59,13 @@ class Terminal:
             os.kill(self.pid, signal.SIGKILL)
             self.end()
 
-    def end(self) -> int:
-        """Waits for the end of the program; returns its exit code."""
-        while self._read():
-            pass
+    def end(self, seconds: float = 60) -> int:
+        """Waits for the end of the program; returns its exit code, that of SIGKILL if it does not end by itself."""
+        stop = time.monotonic() + seconds
+        while not select.select([self.file], [], [], max(0, stop - time.monotonic()))[0] or self._read():
+            if time.monotonic() >= stop:
+                os.kill(self.pid, signal.SIGKILL)
+                break
         os.close(self.file)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.pid = 0

@@ -58,4 +58,4 @@ def check_free_space(size: int, path: Path) -> None:
     folder = next(parent for parent in path.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free / 1e6:,.1f} MB left")
+        raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free // 10**6:,} MB left")

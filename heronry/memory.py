@@ -111,7 +111,33 @@ class Pool:
         self.spare.clear()
 
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+class Scratch:
+    """Working memory for one call after another: the block that the last one gave back serves the next. Threads may
+    share it."""
+
+    def __init__(self) -> None:
+        self.spare: list[Tensor] = []
+        _pools.add(self)
+
+    def take(self, size: int) -> Tensor:
+        """At least so many bytes, uninitialised, aligned to 64 bytes."""
+        with contextlib.suppress(IndexError):  # none, or another thread was faster
+            if (block := self.spare.pop()).nbytes >= size:
+                return block
+        try:
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            raise _not_enough(size) from error
+
+    def give_back(self, block: Tensor) -> None:
+        self.spare[:] = [block]
+
+    def release(self) -> None:
+        """Frees the spare block."""
+        self.spare.clear()
+
+
+_pools: weakref.WeakSet[Pool | Scratch] = weakref.WeakSet()
 
 
 def release_memory() -> None:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .. import build
 from ..errors import InputError
-from ..memory import Pool
+from ..memory import Pool, Scratch
 from ..ops import arguments, packed
+from .layers import Linear
 from .state import LayerState, State
 
 MAX_TOKENS = 64  # tokens in a call; beyond that the plain model's matrix products are as fast
@@ -80,7 +81,8 @@ class NativeStep:
         self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [m.__dict__ for m in self.modules[1:]]
-        self.places = [(m.__dict__, name) for m in self.modules[1:] for name in settings(m)]
+        # but for Linear, whose settings only describe its weight: most modules are Linear, and this is read every step
+        self.places = [(m.__dict__, name) for m in self.modules[1:] if type(m) is not Linear for name in settings(m)]
         self.places.append((model.__dict__, "config"))
         self.settings = [own[name] for own, name in self.places]
         # The state returned last, while somebody holds it, and the addresses of its tensors: as a rule it is passed in
@@ -97,7 +99,8 @@ class NativeStep:
         self.sizes = (config.n_embd, config.dim_att, head and config.dim_att // head, config.dim_ffn, config.vocab_size)
         self.layer_count = config.n_layer
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
-        self.states, self.logits, self.buffers = Pool(), Pool(), Pool()
+        self.states, self.logits, self.scratch = Pool(), Pool(), Scratch()
+        self.scratch_sizes: dict[tuple[int, int, bool], int] = {}  # bytes for so many tokens, sequences, and last_only
         named = dict(chain(model.named_parameters(), model.named_buffers()))
         self.model = self._table(named, self.library.model_names, "")
         layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
@@ -182,10 +185,14 @@ class NativeStep:
             ctypes.addressof(size := ctypes.c_int64()),
         )
         assert self.library is not None
-        self.library.step(ctypes.byref(call))  # without memory it only writes the size of what it needs
-        buffer = self.buffers.allocate(-(-size.value // 4))
-        call.memory = buffer.data_ptr()
+        kind = (tokens.numel(), sequences, last_only)
+        if kind not in self.scratch_sizes:
+            self.library.step(ctypes.byref(call))  # without memory it only writes the size of what it needs
+            self.scratch_sizes[kind] = size.value
+        scratch = self.scratch.take(self.scratch_sizes[kind])
+        call.memory = scratch.data_ptr()
         self.library.step(ctypes.byref(call))
+        self.scratch.give_back(scratch)
         del begin, pointer  # the call has read them
         left = State.from_stacked(leaving, state.fingerprint)
         addresses = [range(x.data_ptr(), x.data_ptr() + x.nbytes, x.nbytes // count) for x in leaving]

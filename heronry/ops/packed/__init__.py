@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...memory import Pool
+from ...memory import Scratch
 from ..arguments import DTYPES
 from ..dispatch import check_devices, has_native_body, native_library
 
@@ -30,7 +30,7 @@ TILE = 16  # output rows that are stored together
 # where outliers set the scale, most weights are close to 0. The levels fit into 7 bits, as some kernels need
 # (matmul.h), which costs no accuracy.
 LEVELS = (-55, -45, -35, -27, -21, -15, -10, -5, 0, 5, 10, 16, 22, 29, 37, 47)
-_buffers = Pool()  # for the activations of a product
+_scratch = Scratch()  # for the activations of a product
 TABLE = (ctypes.c_uint8 * 16)(*(level + 64 for level in LEVELS))
 
 
@@ -119,8 +119,9 @@ def _packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor
     x_at, y_at = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
     matmul = partial(native_library("packed").packed_matmul, matrix, x_at, dtype, y_at, count, threads)
     matmul(None, ctypes.byref(size := ctypes.c_int64()))  # without memory it only writes the size of what it needs
-    buffer = _buffers.allocate(-(-size.value // 4))
+    buffer = _scratch.take(size.value)
     matmul(ctypes.c_void_p(buffer.data_ptr()), ctypes.byref(size))
+    _scratch.give_back(buffer)
     return y.to(x.dtype)
 
 

@@ -60,9 +60,10 @@ class Terminal:
             self.end()
 
     def end(self) -> int:
-        """Waits for the end of the program; returns its exit code."""
-        while self._read():
-            pass
+        """Waits for the end of the program, at most a minute; returns its exit code."""
+        end = time.monotonic() + 60
+        while not select.select([self.file], [], [], 1)[0] or self._read():
+            assert time.monotonic() < end, f"it goes on: {self.text[-2000:]!r}"
         os.close(self.file)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.pid = 0

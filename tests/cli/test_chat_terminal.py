@@ -138,5 +138,6 @@ def test_a_full_disk_does_not_end_the_talk(chat):
     terminal.wait(">")
     terminal.type("/history\r")
     terminal.wait("user: Hello")
+    terminal.wait(">")
     terminal.type("\x04")
     assert terminal.end() == 0

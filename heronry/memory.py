@@ -120,10 +120,12 @@ class Scratch:
         _pools.add(self)
 
     def take(self, size: int) -> Tensor:
-        """At least so many bytes, uninitialised, aligned to 64 bytes."""
+        """A tensor of at least so many bytes, uninitialised, aligned to 64 bytes."""
         with contextlib.suppress(IndexError):  # none, or another thread was faster
             if (block := self.spare.pop()).nbytes >= size:
                 return block
+        if size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.frombuffer(_block(size), dtype=torch.uint8)
         try:
             return torch.empty(size, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:

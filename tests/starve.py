@@ -22,7 +22,7 @@ from ops.cases import BY_NAME, draw, run, to
 
 from heronry import build
 from heronry.checkpoint import assemble
-from heronry.memory import Pool
+from heronry.memory import Pool, Scratch, release_memory
 from heronry.ops import arguments, packed
 from heronry.ops.biwkv import biwkv
 from heronry.quantization import quantize_int8
@@ -103,13 +103,13 @@ def step(version: str) -> Callable[[], list[Tensor]]:
             logits, state = model(tokens)
         return [logits, *state.layers[1]]
 
-    Pool.allocate = starving(Pool.allocate)  # type: ignore[method-assign]
+    Pool.allocate, Scratch.take = starving(Pool.allocate), starving(Scratch.take)  # type: ignore[method-assign]
     return call
 
 
 def product() -> Callable[[], list[Tensor]]:
     matrix = packed.tile(*quantize_int8(torch.ones(3, 320)))
-    Pool.allocate = starving(Pool.allocate)  # type: ignore[method-assign]
+    Scratch.take = starving(Scratch.take)  # type: ignore[method-assign]
     return lambda: [packed.packed_matmul(torch.arange(16000.0).view(50, 320), *matrix, 3)]
 
 
@@ -132,6 +132,7 @@ if __name__ == "__main__":
     name, *how = sys.argv[1].split()
     call = MAKERS[name](*how)
     expected = call()
+    release_memory()
     hungry = True
     try:
         call()

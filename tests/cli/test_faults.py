@@ -219,10 +219,11 @@ def test_signals(folder, line, number, code, message):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_session_keeps_what_was_said_before_a_signal(folder, number):
-    done = run(folder, *words("chat -m m.pth --max-tokens 100000 --session talk"), stdin="Hi\n", kill=(number, "e"))
+    line = f"chat -m m.pth --max-tokens 100000 --session talk{number}"  # a new one shows nothing but the answer
+    done = run(folder, *words(line), stdin="Hi\n", kill=(number, "e"))
     assert done.code in (130, 143)
     chat = heronry.LLM(folder / "m.pth").chat()
-    chat.load(folder / "talk")
+    chat.load(folder / f"talk{number}")
     assert len(chat.messages[-1]["content"]) > 10
 
 

@@ -442,7 +442,7 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     torch.save(huge, tmp_path / "huge.pth")
     assert "float16 is too small" in refusal(tmp_path / "huge.pth", tmp_path / "b.pth", dtype="float16")
     monkeypatch.setattr(heronry.files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert "has only 0.0 MB left" in refusal(tmp_path / "a.pth", tmp_path / "b.pth")
+    assert "has only 0 MB left" in refusal(tmp_path / "a.pth", tmp_path / "b.pth")
     monkeypatch.undo()
 
     def full(*args):

@@ -270,7 +270,7 @@ def test_what_rwkv_is_compared_with_learns_by_the_same_loop(baseline, texts, tmp
 @pytest.mark.slow
 def test_killed_again_and_again(texts, tmp_path):
     """kill -9 at any moment; the same command until it is through."""
-    more = ("run.steps=60", "run.save_every=4", "run.keep=2", f"data.eval={texts}", "run.eval_every=7")
+    more = ("run.steps=300", "run.save_every=4", "run.keep=2", f"data.eval={texts}", "run.eval_every=7")
     run(texts, tmp_path / "whole", *more)
     command = [sys.executable, "-m", "heronry", "train", *settings(texts, tmp_path / "killed", *more)]
     dice, kills, seen = random.Random(0), 0, 0

@@ -38,7 +38,15 @@ HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_down
 # of from_pretrained: what only concerns how transformers itself reads files, or chooses among its kernels
 WITHOUT_EFFECT = (
     *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "attn_implementation", "code_revision"),
-    *("low_cpu_mem_usage", "offload_folder", "proxies", "trust_remote_code", "tqdm_class", "use_safetensors"),
+    *(
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_folder",
+        "proxies",
+        "trust_remote_code",
+        "tqdm_class",
+        "use_safetensors",
+    ),
     "weights_only",
 )
 

@@ -83,6 +83,7 @@ PLACES: dict[str, tuple[Callable[[Path, Callable[[str], Path]], Path], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["data", "train"])
 @pytest.mark.parametrize("place", PLACES)
 def test_places_that_cannot_be_written(what, place, tokens, tmp_path, mount):
@@ -117,6 +118,7 @@ def test_data_on_a_full_disk(limit, tokens, tmp_path, mount):
     assert (folder / "x.bin").read_bytes() == tokens.with_suffix(".bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_training_on_a_disk_that_is_full_at_once(tokens, mount):
     """The run goes on to its end, as it promises, and says that nothing could be kept."""
     folder = mount("size=64k")
@@ -136,6 +138,7 @@ def test_training_on_a_disk_that_is_full_at_once(tokens, mount):
     assert heronry(*words).returncode == 0
 
 
+@pytest.mark.slow
 def test_training_on_a_disk_that_fills_up_keeps_what_there_is(tokens, mount):
     folder = mount("size=9m")
     out = folder / "out"

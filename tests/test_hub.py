@@ -74,6 +74,7 @@ def test_auto_classes_by_name(cache):
     assert done.stdout.strip() == "torch.Size([1, 5])", done.stderr
 
 
+@pytest.mark.slow
 def test_on_the_command_line(cache):
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "heronry", "info", "hf://BlinkDL/rwkv-4-pile-169m/a.pth"]
@@ -113,6 +114,7 @@ assert time.monotonic() - began < 9, time.monotonic() - began  # twice 3 s, the 
 """
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer(cache):
     """No route, and a host that takes the call and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -184,6 +186,7 @@ def online(cache, random_checkpoint, tmp_path, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_names_that_are_downloaded(online, cache):
     for name in (
         "hf://O/R/a.pth",
@@ -196,6 +199,7 @@ def test_names_that_are_downloaded(online, cache):
         shutil.rmtree(cache / "models--O--R")
 
 
+@pytest.mark.slow
 def test_errors_of_the_hub_are_not_called_offline(online, cache, monkeypatch):
     assert online("hf://O/R/b.pth") == "hf://O/R/b.pth: O/R has no file b.pth"
     assert "no repository O/Q on the hub" in online("hf://O/Q/b.pth")

@@ -84,6 +84,7 @@ for run in (lambda: batch(64), lambda: [t := threading.Thread(target=batch, args
 """
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("generation", ["rwkv4", "rwkv6", "rwkv7"])
 @pytest.mark.parametrize("weights", ["float32", "int8"])

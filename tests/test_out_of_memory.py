@@ -19,7 +19,12 @@ NAMES += ["wkv4 backward", "world"]  # wkv4's forward pass has no memory of its 
 POOLED = ["packed", "rwkv 4", "rwkv 5.2", "rwkv 6", "rwkv 7"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *POOLED])
+QUICK = ["wkv7 forward", "packed", "rwkv 7", "world"]  # one of each kind
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in (*NAMES, *POOLED)]
+)
 def test_memory_that_cannot_be_had(name: str):
     if not dispatch.has_native_body("wkv7"):
         pytest.skip("there is no C++ compiler")

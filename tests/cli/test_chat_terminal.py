@@ -88,6 +88,7 @@ def test_a_talk(chat, tmp_path):
     assert later.end() == 0
 
 
+@pytest.mark.slow
 def test_an_answer_is_wrapped_between_words(chat):
     terminal = chat("--max-tokens", "120", columns=40)
     terminal.type("Tell me a story about a frog\r")
@@ -106,6 +107,7 @@ def test_an_answer_is_wrapped_between_words(chat):
     assert max(map(len, lines)) <= 40
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_not_the_talk(chat):
     terminal = chat("--max-tokens", "100000", "--temperature", "1.5", "--top-p", "1")
     terminal.type("Hello\r")
@@ -125,6 +127,7 @@ def test_sigterm_at_the_prompt(chat):
     assert "heronry: terminated" in terminal.text
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_the_talk(chat):
     terminal = chat()
     terminal.type("Hello\r")

@@ -44,6 +44,7 @@ def settings(request, texts, tmp_path) -> list[str]:
     return [*(x for x in EXACT if "n_" not in x), f"data.train={texts}", *lora]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["images", "lora"], indirect=True)
 def test_every_pass_of_every_process_draws_its_own(settings, tmp_path):
     settings += ["run.accumulate=2", f"run.out={tmp_path / 'run'}"]

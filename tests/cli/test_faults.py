@@ -192,10 +192,10 @@ def test_errors_that_cannot_be_written(folder, stderr):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("memory", [0, 4 << 20, 12 << 20])
+@pytest.mark.parametrize("memory", [4 << 20, 12 << 20])  # it depends on the heap whether that is enough
 def test_no_memory(folder, name, memory):
     done = run(folder, *LOADERS[name].split(), memory=memory, stdin="Hello\n")
-    if done.code or not memory:
+    if done.code:
         done.is_refusal("there is not enough memory")
 
 

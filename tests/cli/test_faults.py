@@ -191,6 +191,7 @@ def test_errors_that_cannot_be_written(folder, stderr):
     assert (done.code, done.out, done.err) == (2, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("memory", [4 << 20, 12 << 20])  # it depends on the heap whether that is enough
 def test_no_memory(folder, name, memory):

@@ -220,26 +220,27 @@ class Loop:
 
         def texts() -> Generator[str, None, None]:
             nonlocal last
-            try:
-                for piece in pieces:
-                    last = piece
-                    yield piece.text
-            except KeyboardInterrupt:
-                pieces.close()
-                if not self.terminal:
-                    raise
+            for piece in pieces:
+                last = piece
+                yield piece.text
 
-        if self.terminal:
-            from .markdown import print_markdown
+        try:
+            if self.terminal:
+                from .markdown import print_markdown
 
-            print_markdown(self.console, texts())
-            if last is not None:
-                tokens = last.usage.completion_tokens
-                self._note(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tokens/s")
-        else:
-            for text in texts():
-                print(text, end="", flush=True)
+                print_markdown(self.console, texts())
+            else:
+                for text in texts():
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:  # while the model computed, or while its answer was drawn
+            pieces.close()
+            if not self.terminal:
+                raise
+        if not self.terminal:
             print(flush=True)
+        elif last is not None:
+            tokens = last.usage.completion_tokens
+            self._note(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tokens/s")
 
     def _template_name(self) -> str:
         from ..text.chat_templates import TEMPLATES

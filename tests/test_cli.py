@@ -184,19 +184,6 @@ def test_a_real_process_ends_quietly_when_its_reader_is_gone(folder):
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["fly"]])
-def test_help_and_misspelt_commands_need_no_pytorch(words):
-    code = (
-        "import atexit, sys\n"
-        f"sys.argv[1:] = {words!r}\n"
-        "from heronry.__main__ import main\n"
-        "atexit.register(lambda: print(sorted({'torch', 'numpy', 'rich.progress'} & set(sys.modules))))\n"
-        "main()"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.stdout.splitlines()[-1] == "[]"
-
-
 def test_without_typer_one_line_says_what_to_install():
     code = "import sys; sys.modules['typer'] = None; from heronry.__main__ import main; main()"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -90,6 +90,7 @@ def test_on_the_command_line(cache):
     assert "--model_name" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -222,6 +223,7 @@ def test_a_cache_that_cannot_be_written(online, cache, tmp_path):
         online.__globals__["LOAD"] = before
 
 
+@pytest.mark.slow
 def test_a_repository_of_single_files(online, monkeypatch):
     names = [f"RWKV-x070-World-{i:02}.pth" for i in range(11)]
     monkeypatch.setattr(Hub, "files", dict.fromkeys(["README.md", *names], b"x"))

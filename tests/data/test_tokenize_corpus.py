@@ -197,6 +197,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
     assert held.document(0).tobytes() == np.frombuffer(texts(30)[2].encode(), np.uint8).astype(np.uint16).tobytes()
 
 
+@pytest.mark.slow
 def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(6_000)])
     script = "from heronry.data import tokenize_corpus as t; t.SMALL, t.SAVE_SECONDS = 0, 0.2; "

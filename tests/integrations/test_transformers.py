@@ -293,6 +293,7 @@ def test_classifier_free_guidance(folder, scale):
             assert torch.equal(found, tokens), (cache, negative)
 
 
+@pytest.mark.slow
 def test_trainer(folder, tmp_path):
     """Learns, stops, goes on from its checkpoint as if it had not stopped."""
     rows = [{"input_ids": list(f"the rook has {n} eggs".encode()), "labels": None} for n in range(10, 42)]

@@ -68,6 +68,7 @@ def judge() -> tuple[RWKV7, nn.Linear]:
     return model.eval(), head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [10, 60, 200, 500])
 @torch.no_grad()
 def test_it_tells_which_came_first(judge, length):

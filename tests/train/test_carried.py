@@ -106,6 +106,7 @@ def test_stopped_and_gone_on(texts, tmp_path):
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(texts, tmp_path):
     """And one goes on where two have stopped, with the states of all lanes."""
     more = ["data.order=carried", "data.ctx_len=8", "data.tbptt_chunks=2"]

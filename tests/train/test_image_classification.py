@@ -62,6 +62,7 @@ def losses(out) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["vrwkv", "vrwkv6"])
 def test_it_learns(generation, folder, tmp_path):
     more = [f"model.generation={generation}", f"data.eval={folder}", "run.steps=80", "vision.rand_augment=0"]

@@ -62,6 +62,7 @@ def test_logits_that_are_overwritten_do_not_serve_twice():
         nats.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_takes_the_memory_of_a_chunk(dtype):

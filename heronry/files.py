@@ -50,6 +50,8 @@ def naming(path: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if isinstance(cause := error.__context__, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
         found = re.search(r"\((?:os error )?(\d{1,4})\)", str(error))
         if found is None or os.strerror(int(found[1])) not in str(error):  # else a number of another kind
             raise

@@ -10,6 +10,7 @@ where nobody reads the output any more. What is left, an error of heronry itself
 
 from __future__ import annotations
 
+import codecs
 import inspect
 import io
 import logging
@@ -124,9 +125,11 @@ def _open_standard_streams() -> None:
             raw = io.FileIO(number, "r" if name == "stdin" else "w", closefd=False)
             buffer = io.BufferedReader(raw) if name == "stdin" else io.BufferedWriter(raw)
             setattr(sys, name, io.TextIOWrapper(buffer, encoding="utf-8", write_through=name == "stderr"))
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"  # of which UTF-8 is an extension
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,10 +1,13 @@
 """The command `heronry`, also as `python -m heronry`."""
 
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command line, or say in one line how to install what it needs."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of imports, or of what Python does at the exit
     try:
         from .cli.app import main as run_command_line
     except ModuleNotFoundError as error:

@@ -66,7 +66,7 @@ def downloaded() -> dict[str, Path]:
     of the folder."""
     folder = models_folder()
     short = {model.file: name for name, model in published().items()}
-    files = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    files = sorted(path for path in folder.iterdir() if path.name[0] != ".") if os.path.isdir(folder) else []
     return {short.get(path.name, path.name if path.is_dir() else path.stem): path for path in files}
 
 

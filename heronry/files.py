@@ -47,8 +47,13 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except InputError:
+        raise
     except Exception as error:
-        if (found := re.search(r"\((?:os error )?(\d+)\)", str(error))) is None:
+        if isinstance(cause := error.__context__, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+        found = re.search(r"\((?:os error )?(\d{1,4})\)", str(error))
+        if found is None or os.strerror(int(found[1])) not in str(error):  # else a number of another kind
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 

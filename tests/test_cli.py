@@ -59,11 +59,24 @@ def test_every_option_reaches_the_engine(command, folder, monkeypatch, tmp_path)
     numbers = {"temperature": 0.5, "top_k": 7, "top_p": 0.6, "min_p": 0.1, "seed": 3}
     numbers |= {"presence_penalty": 0.2, "frequency_penalty": 0.3, "penalty_decay": 0.4, "repetition_penalty": 1.2}
     words = [word for name, x in numbers.items() for word in (f"--{name.replace('_', '-')}", x)]
-    words += ["--max-tokens", 9, "--stop", "a", "--stop", "b", "--state", tmp_path / "hi", "--order", "top-p-first"]
+    words += [
+        "--no-penalize-digits",
+        "--max-tokens",
+        9,
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+        "--state",
+        tmp_path / "hi",
+        "--order",
+        "top-p-first",
+    ]
     assert command("generate", "x", "-m", folder, *words)[0] == 0
     assert seen.pop("state").texts == ("Hi",)
     assert callable(seen.pop("progress"))
-    assert seen == numbers | {"n": 9, "stream": True, "stop": ["a", "b"], "order": "top-p-first"}
+    words = {"stop": ["a", "b"], "order": "top-p-first", "penalize_digits": False}
+    assert seen == numbers | words | {"n": 9, "stream": True}
 
 
 def test_every_chat_option_reaches_the_conversation(command, folder, monkeypatch):
@@ -117,7 +130,7 @@ def test_chat_prints_errors_and_continues(command, folder):
             "unknown branch 'nowhere'",
             "no such conversation file",
             "/fly is not a command",
-            "No closing quotation",
+            '/save "half: no closing quotation; see /help',
         ),
         strict=True,
     ):

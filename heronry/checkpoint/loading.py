@@ -100,7 +100,12 @@ def locate(path: str | Path) -> Path:
 
     The model.safetensors of a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
     config.json may contain what the tensors do not show.
+
+    Raises:
+        InputError: the name is empty, or it is known but the file not downloaded.
     """
+    if not str(path):
+        raise InputError("the name of a model must not be empty")
     path = catalog.find(path) or (hub.fetch(path) if hub.is_name(path) else Path(path).expanduser())
     if not os.path.exists(path) and os.path.isfile(f"{path}.pth"):  # as PyPI's rwkv names files
         return Path(f"{path}.pth")

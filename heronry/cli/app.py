@@ -4,31 +4,34 @@ Command files import nothing but typer and the standard library at the top; PyTo
 come in when a command runs. `heronry --help` and a misspelt option answer at once because of it.
 
 `main` is the one place where an error becomes a line on standard error and an exit code: 2 for what is wrong outside
-(input, options, disk, permissions, memory), 130 after Ctrl-C, 143 after SIGTERM, 141 and no line where nobody reads the
-output any more. What is left, an error of heronry itself, keeps its traceback.
+(input, options, disk, permissions, memory), 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 and no line
+where nobody reads the output any more. What is left, an error of heronry itself, keeps its traceback.
 """
 
 from __future__ import annotations
 
+import codecs
 import inspect
 import io
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Collection
 from functools import wraps
-from typing import Annotated, Any, NoReturn, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
 from ..errors import InputError
+from ..text.terminal import printable
 from .bench import bench
 from .chat import chat
 from .convert import convert
 from .data import data
-from .defaults import read_defaults
+from .defaults import TYPES as DEFAULTS
+from .defaults import config_file, read_defaults
 from .eval import eval
 from .faults import describe
 from .generate import generate
@@ -39,6 +42,7 @@ from .pull import pull
 from .quantize import quantize
 from .rm import rm
 from .see import see
+from .signals import Terminated, signals_raise
 from .train import train
 
 COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, data, train, bench)
@@ -51,19 +55,15 @@ app = typer.Typer(
 )
 
 
-class Terminated(SystemExit):
-    """SIGTERM came."""
-
-
 def main() -> NoReturn:
     """Runs a command and exits; see the top of this file."""
     _open_standard_streams()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(prog_name="heronry", standalone_mode=False)  # an exit code, where typer ended the command
-        if code == 130:  # what typer makes of Ctrl-C
-            raise KeyboardInterrupt
-        sys.stdout.flush()
+        with signals_raise():
+            code = app(prog_name="heronry", standalone_mode=False)  # an exit code, where typer ended the command
+            if code == 130:  # what typer makes of Ctrl-C
+                raise KeyboardInterrupt
+            sys.stdout.flush()
     except BaseException as error:
         code = _report(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -74,7 +74,7 @@ def _report(error: BaseException) -> int:
     code, line = 2, ""
     broken = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)  # typer exits then
     if isinstance(error, Terminated):
-        code, line = 143, "terminated"
+        code, line = int(error.code or 0), "terminated"
     elif broken:
         code = 141  # what a shell shows for a program that SIGPIPE ended
     elif isinstance(error, SystemExit):
@@ -82,9 +82,14 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         code, line = 130, "stopped"
     elif hasattr(error, "format_message"):  # of typer: a mistake in the options
-        context = getattr(error, "ctx", None)
-        help_of = context.command_path if context is not None else "heronry"
-        line = f"{error.format_message().rstrip('.?')}; see {help_of} --help"
+        context, param = getattr(error, "ctx", None), getattr(error, "param", None)
+        message = re.sub(r" \(env var: '\w+'\)", "", error.format_message().rstrip(".?"))
+        if context is None:
+            line = f"{message}; see heronry --help"
+        elif param is not None and (place := _place(context, param.name)) is not None:
+            line = f"{message}; it comes from {place}"
+        else:
+            line = f"{message}; see {context.command_path} --help"
     elif (described := describe(error)) is not None:
         line = described
     else:
@@ -103,7 +108,7 @@ def _report(error: BaseException) -> int:
 
 def _print_error(line: str) -> None:
     try:
-        print("heronry: " + " ".join(line.splitlines()), file=sys.stderr, flush=True)
+        print("heronry: " + printable(" ".join(line.splitlines())), file=sys.stderr, flush=True)
     except OSError:  # there is nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -120,13 +125,11 @@ def _open_standard_streams() -> None:
             raw = io.FileIO(number, "r" if name == "stdin" else "w", closefd=False)
             buffer = io.BufferedReader(raw) if name == "stdin" else io.BufferedWriter(raw)
             setattr(sys, name, io.TextIOWrapper(buffer, encoding="utf-8", write_through=name == "stderr"))
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise Terminated(143)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"  # of which UTF-8 is an extension
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _show_version(wanted: bool) -> None:
@@ -148,28 +151,60 @@ def _begin(
 
 
 def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options -v and -q; an argument that an error names is named as it is typed."""
+    """The command with the options -v and -q; an argument that an error names is named as it is typed, and the place
+    that it comes from if it was not typed."""
     verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen, and show errors in full.")]
     quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no notes, only errors.")]
     arguments = inspect.signature(function).parameters
 
     @wraps(function)
-    def run(verbose: bool, quiet: bool, **options: Any) -> None:
+    def run(context: typer.Context, verbose: bool, quiet: bool, **options: Any) -> None:
         log = logging.getLogger("heronry")
         log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
         log.handlers = [logging.StreamHandler()]  # on the standard error of now
         try:
             function(**options)
         except InputError as error:
-            raise InputError(_as_typed(str(error), arguments)) from error
+            message = _as_typed(str(error), arguments)
+            for name in DEFAULTS:
+                place = _place(context, name)
+                if place is not None and str(options[name]) in message:
+                    message += f" ({name} comes from {place})"
+            raise InputError(message) from error
 
     hints = get_type_hints(function, include_extras=True) | {"verbose": verbose, "quiet": quiet}
+    hints["context"] = typer.Context
+    for hint in hints.values():
+        if Path in (hint, *_parts(hint)):
+            get_args(hint)[1].parser = path
     keyword = inspect.Parameter.KEYWORD_ONLY
     extra = [inspect.Parameter(name, keyword, default=False) for name in ("verbose", "quiet")]
+    extra.append(inspect.Parameter("context", keyword))
     parameters = [x.replace(annotation=hints[x.name]) for x in (*arguments.values(), *extra)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
+
+
+def path(text: str) -> Path:
+    """A path as it is typed; an empty one, which Path would take for the current folder, is a mistake."""
+    if not text:
+        raise typer.BadParameter("a path must not be empty")
+    return Path(text).expanduser()
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """All that a type is made of."""
+    parts = get_args(hint)
+    return (*parts, *(x for part in parts for x in _parts(part)))
+
+
+def _place(context: typer.Context, name: str) -> str | None:
+    """Where the value of an option comes from that was not typed: a variable of the environment or a file."""
+    source = context.get_parameter_source(name)
+    if source is None or name not in DEFAULTS:
+        return None
+    return {"ENVIRONMENT": f"HERONRY_{name.upper()}", "DEFAULT_MAP": str(config_file())}.get(source.name)
 
 
 def _as_typed(message: str, arguments: Collection[str]) -> str:

@@ -18,6 +18,7 @@ from ..engine.completion import Completion
 from ..engine.options import DecodeOptions
 from ..engine.sampling import UnseededOptions
 from ..errors import InputError, unknown_name
+from ..text.terminal import printable
 from .faults import describe
 
 COMMANDS = {
@@ -68,12 +69,14 @@ class Loop:
         seed: of the first answer; each further one takes the next.
         sampling: fields of Sampling that override the template's.
         answers: given so far, since the seed was set.
+        failed: whether there was an error.
     """
 
     def __init__(self, chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: DecodeOptions):
         self.chat, self.session = chat, session
         self.max_tokens, self.seed, self.sampling = max_tokens, seed, sampling
         self.answers = 0
+        self.failed = False
         self.console = Console(highlight=False, emoji=False)
         self.errors = Console(highlight=False, emoji=False, stderr=True, soft_wrap=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -92,7 +95,6 @@ class Loop:
             self._note(f"{model}; template {self._template_name()}; /help lists the commands".replace("torch.", ""))
         if self.chat.messages:
             self._show()
-        failed = False
         while (line := read("> " if self.chat.branch == "main" else f"{self.chat.branch} > ")) is not None:
             if line in ("/quit", "/exit"):
                 break
@@ -105,14 +107,16 @@ class Loop:
             except Exception as error:
                 if isinstance(error, OSError) and error.filename is None:  # standard output
                     raise
-                if (told := describe(error)) is None and not isinstance(
-                    error, ValueError
-                ):  # an unclosed quotation mark
-                    raise
-                failed = True
-                line = told or str(error)
-                self.errors.print(f"[red]{escape(line)}[/red]" if self.terminal else f"heronry: {escape(line)}")
-        return 2 if failed and not self.terminal else 0
+                self._tell(error)
+        return 2 if self.failed and not self.terminal else 0
+
+    def _tell(self, error: Exception) -> None:
+        """Say what is wrong and go on; an error of heronry's own is raised again."""
+        if (line := describe(error)) is None:
+            raise error
+        self.failed = True
+        line = escape(printable(line))
+        self.errors.print(f"[red]{line}[/red]" if self.terminal else f"heronry: {line}")
 
     def chat_branches(self) -> tuple[str, ...]:
         """Names of the branches, for Tab."""
@@ -133,7 +137,17 @@ class Loop:
                 self._stream(answer)
         finally:  # what was said before Ctrl-C or SIGTERM is kept too
             if self.session is not None:
-                self.chat.save(self.session)
+                try:
+                    self._save(self.session)
+                except Exception as error:  # must not take the place of what ends the chat
+                    self._tell(error)
+
+    def _save(self, path: Path) -> None:
+        """Save the conversation in a new file, or in the one that it is from."""
+        path = path.expanduser()
+        if path.exists() and path.resolve() != self.chat.path:
+            raise InputError(f"{path}: already exists; choose another name")
+        self.chat.save(path)
 
     def _command(self, line: str, options: DecodeOptions) -> Generator[Completion, None, None] | None:
         """Run a command; returns an answer to stream, if it gives one."""
@@ -141,7 +155,10 @@ class Loop:
         if line.startswith("/system "):  # its text needs no quotation marks
             words = ["system", line.removeprefix("/system ").strip()]
         else:
-            words = shlex.split(line[1:])
+            try:
+                words = shlex.split(line[1:])
+            except ValueError as error:
+                raise InputError(f"{line}: {str(error).lower()}; see /help") from error
         match words:
             case ["undo"]:
                 self._note(f"took back: {chat.undo()}")
@@ -177,7 +194,7 @@ class Loop:
             case ["set", name, value]:
                 self._set(name, value)
             case ["save", path]:
-                chat.save(path)
+                self._save(Path(path))
                 self._note(f"saved to {path}")
             case ["load", path]:
                 self._refuse_in_session()
@@ -222,7 +239,7 @@ class Loop:
             nonlocal last
             for piece in pieces:
                 last = piece
-                yield piece.text
+                yield printable(piece.text) if sys.stdout.isatty() else piece.text
 
         try:
             if self.terminal:
@@ -249,13 +266,13 @@ class Loop:
 
     def _note(self, text: str) -> None:
         """Print what a command has done, dimmed."""
-        self.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not self.terminal)
+        self.console.print(f"[dim]{escape(printable(text))}[/dim]", soft_wrap=not self.terminal)
 
     def _show(self) -> None:
         """Print the conversation so far."""
         for message in self.chat.messages:
             self.console.print(
-                f"[dim]{message['role']}:[/dim] {escape(message['content'])}", soft_wrap=not self.terminal
+                f"[dim]{message['role']}:[/dim] {escape(printable(message['content']))}", soft_wrap=not self.terminal
             )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from . import options
 
 
@@ -35,8 +36,10 @@ def convert(
     """Convert a model to another format. The logits of both are compared. See docs/conversion.md."""
     from ..convert import conversion
     from .copies import locate_source_and_target, replaced_folder
-    from .progress import progress_bar, stderr
+    from .progress import note, progress_bar
 
+    if not 1e-9 <= shard <= 1e9:  # nor NaN
+        raise InputError(f"--shard must be a number of GB from 1e-9 to 1e9, got {shard}")
     original, target = locate_source_and_target(source, target, force, "name")
     with progress_bar("reading", in_bytes=True) as update, replaced_folder(target) as written:
 
@@ -49,4 +52,4 @@ def convert(
     logits = "equal"
     if result.difference != 0:
         logits = f"differ by at most {result.difference:.2g} (largest logit {result.largest:.3g})"
-    stderr().print(f"{target}: {result.format}, {result.bytes / 1e6:,.1f} MB; logits of both: {logits}")
+    note(f"{target}: {result.format}, {result.bytes / 1e6:,.1f} MB; logits of both: {logits}")

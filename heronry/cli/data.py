@@ -42,7 +42,7 @@ def data(
     from ..data.sources import find_sources
     from ..data.token_file import strip_suffix
     from ..files import naming
-    from .progress import progress_bar, stderr
+    from .progress import note, progress_bar
 
     def describe(documents: int, tokens: int) -> str:
         return f"{count(documents, 'document')}, {count(tokens, 'token')}"
@@ -79,7 +79,7 @@ def data(
     line = f"{describe(result.documents, result.tokens)} of {count(bytes_read, 'byte')}, {speed:,.0f} tokens/s"
     if holdout:
         line += f"; {describe(result.held_out.documents, result.held_out.tokens)} held out"
-    stderr().print(f"{strip_suffix(out)}: {line}")
+    note(f"{strip_suffix(out)}: {line}")
 
 
 def _tokenizer_spec(name: str) -> str:
@@ -89,6 +89,8 @@ def _tokenizer_spec(name: str) -> str:
 
     from ..text.tokenizers import guess_tokenizer
 
+    if not name:
+        raise InputError("the name of a tokenizer must not be empty")
     path = BUNDLED if name == "bundled" else Path(name).expanduser()
     if name in ("bytes", "world"):
         return name

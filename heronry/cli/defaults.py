@@ -39,15 +39,15 @@ def read_defaults() -> dict[str, dict[str, str | int]]:
         InputError: it is no TOML, or has another key or a value of another type.
     """
     file = config_file()
-    if file is None or not file.is_file():
+    if file is None or not os.path.isfile(file):  # nor is there one in a home directory that cannot be entered
         return {}
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, not TOML
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML
         raise InputError(f"{file}: not a TOML file ({error})") from error
     for name, value in values.items():
         if name not in TYPES:

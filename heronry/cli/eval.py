@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
+from .output import print_result
 
 
 def eval(
@@ -24,15 +25,12 @@ def eval(
     key: Annotated[str, typer.Option(help="The field of a .jsonl line that holds its text.")] = "text",
 ) -> None:
     """Measure bits per byte, perplexity or LAMBADA. See docs/evaluation.md."""
-    from rich.console import Console
-
     from .. import evaluate
     from ..errors import count
     from .progress import progress_bar
 
     texts = {file: evaluate.read_texts(file, key) for file in files}
     llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
-    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for file, passages in texts.items():
         with progress_bar(str(file)) as progress:
             if lambada:
@@ -45,4 +43,4 @@ def eval(
                 line += (
                     f"({count(score.bytes, 'byte')}, {count(score.tokens, 'token')}, {count(len(passages), 'text')})"
                 )
-        out.print(f"{file}: {line}")
+        print_result(f"{file}: {line}")

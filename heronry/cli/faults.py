@@ -31,6 +31,10 @@ def describe(error: BaseException) -> str | None:
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("heronry"):
         install = "heronry[cli]" if error.name in EXTRA else error.name
         line = f"this needs the package {error.name}: pip install '{install}'"
+    elif isinstance(error, RuntimeError) and "home directory" in str(error):
+        line = "there is no such home directory; write the path without ~"
+    elif isinstance(error, ValueError) and "null byte" in str(error):
+        line = "the name of a file must not contain a NUL character"
     elif isinstance(error, OSError) and error.errno is not None:
         reason = PLAIN.get(error.errno, os.strerror(error.errno))
         line = f"{error.filename}: {reason}" if error.filename is not None else reason

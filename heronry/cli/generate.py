@@ -13,6 +13,7 @@ import typer
 
 from ..errors import InputError
 from . import options
+from .output import print_result
 
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
@@ -40,6 +41,13 @@ def generate(
     presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of tokens already used.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, times how often the token was used.")] = 0.0,
     penalty_decay: Annotated[float, typer.Option(help="The counts are multiplied by this at each token.")] = 0.996,
+    penalize_digits: Annotated[
+        bool,
+        typer.Option(
+            "--penalize-digits/--no-penalize-digits",
+            help="Without, digits may come again at no cost, as in PyPI's rwkv.",
+        ),
+    ] = True,
     repetition_penalty: Annotated[
         float, typer.Option(help="Divides the logits of tokens already seen, the prompt's too; 1 = off.")
     ] = 1.0,
@@ -94,6 +102,7 @@ def generate(
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             penalty_decay=penalty_decay,
+            penalize_digits=penalize_digits,
             repetition_penalty=repetition_penalty,
             order=order,
             seed=seed,
@@ -104,10 +113,10 @@ def generate(
         if first_piece is None:
             first_piece = time.perf_counter()
             if echo and not as_json:  # now, so that no message about the first step comes between
-                print(text, end="")
+                print_result(text, end="")
         pieces.add(piece)
         if not as_json:
-            print(piece.text, end="", flush=True)
+            print_result(piece.text, end="", flush=True)
     end = time.perf_counter()
     if pieces.last is None:
         return
@@ -117,7 +126,7 @@ def generate(
         counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
         about: dict[str, object] = {"prompt": text, "text": completion.text, "token_ids": completion.token_ids}
         about |= {"finish_reason": completion.finish_reason, "usage": counts | {"total_tokens": usage.total_tokens}}
-        print(json.dumps(about, ensure_ascii=False), end="")
+        print_result(json.dumps(about, ensure_ascii=False), end="")
     print(flush=True)
     if save_state is not None:
         completion.state.save(save_state)
@@ -133,7 +142,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError("give a PROMPT or --prompt-file" + (", not both" if file else ""))
     if file is not None:
         try:
-            return file.expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
+            return file.read_text(encoding="utf-8-sig").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: byte {error.start} is not UTF-8") from error
     assert prompt is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from .output import print_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,9 +38,10 @@ def info(
 
     if file is not None and model is not None:
         raise InputError("give FILE or --model, not both")
-    fields = describe(file or model or "bundled")
+    name = file if file is not None else model
+    fields = describe("bundled" if name is None else name)
     if as_json:
-        print(json.dumps(fields, indent=2, ensure_ascii=False))
+        print_result(json.dumps(fields, indent=2, ensure_ascii=False))
     else:
         print_columns([(name, _text(name, value)) for name, value in fields.items()])
 

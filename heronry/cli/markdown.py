@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
+
+# What a model writes as HTML or as the target of a link is part of its answer: it is shown, not obeyed.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 
 
 def print_markdown(console: Console, pieces: Iterable[str]) -> None:
@@ -49,4 +53,6 @@ def _finish(live: Live, text: str) -> None:
 
 def _render(text: str) -> Markdown:
     """Two spaces at the end of a line keep its break, which Markdown would make a space."""
-    return Markdown(text.replace("\n", "  \n"), code_theme="ansi_dark")
+    markdown = Markdown("", code_theme="ansi_dark", hyperlinks=False)
+    markdown.parsed = PARSER.parse(text.replace("\n", "  \n"))
+    return markdown

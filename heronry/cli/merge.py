@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import options
+from .output import print_result
 
 
 def merge(
@@ -41,7 +42,7 @@ def merge(
     if adapter.is_file():
         merge_rwkv_peft(model, adapter, alpha, pissa_init)
         save(model, target, tokenizer, notes)
-        print(target)
+        print_result(str(target))
         return
     if alpha is not None or pissa_init is not None:
         raise InputError(f"{adapter}: --alpha and --pissa-init are for files of RWKV-PEFT, not for adapter folders")
@@ -53,4 +54,4 @@ def merge(
         )
     adapters.merge_adapter(model, folder)
     save(model, target, tokenizer, notes | folder.notes)  # the adapter's notes take precedence
-    print(target)
+    print_result(str(target))

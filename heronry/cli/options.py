@@ -58,7 +58,9 @@ Adapter = Annotated[
 Device = Annotated[str, typer.Option("--device", envvar="HERONRY_DEVICE", help="cpu, cuda, cuda:1, ...")]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, envvar="HERONRY_THREADS", help="Threads of the CPU.", show_default="one a core"),
+    typer.Option(
+        "--threads", min=1, max=1024, envvar="HERONRY_THREADS", help="Threads of the CPU.", show_default="one a core"
+    ),
 ]
 LnXEps = Annotated[
     float | None,

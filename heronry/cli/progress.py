@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..text.terminal import printable
+
 PATIENCE = 0.5  # seconds before a bar is shown
 
 
@@ -28,7 +30,7 @@ def progress_bar(description: str, in_bytes: bool = False) -> Iterator[Update]:
     amount = DownloadColumn() if in_bytes else TaskProgressColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal or console.quiet)
-    task = bar.add_task(description, total=None)
+    task = bar.add_task(printable(description), total=None)
     start = time.monotonic()
 
     def update(done: int, total: int | None, description: str | None = None) -> None:
@@ -40,6 +42,11 @@ def progress_bar(description: str, in_bytes: bool = False) -> Iterator[Update]:
         yield update
     finally:
         bar.stop()
+
+
+def note(line: str) -> None:
+    """Prints a line on standard error; nothing after --quiet."""
+    stderr().print(printable(line))
 
 
 def stderr() -> Console:

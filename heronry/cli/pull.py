@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .output import print_result
+
 
 def pull(
     name: Annotated[
@@ -18,10 +20,10 @@ def pull(
     from .. import catalog, hub
     from ..errors import unknown_name
     from ..files import check_free_space
-    from .progress import stderr
+    from .progress import note, stderr
 
     if (known := catalog.downloaded().get(name)) is not None:
-        stderr().print(f"{name}: is there already, {known}")
+        note(f"{name}: is there already, {known}")
         return
     folder, model = catalog.models_folder(), catalog.published().get(name)
     if model is None and not hub.is_name(name):
@@ -36,4 +38,4 @@ def pull(
     else:
         repository, _, file = name.removeprefix("hf://").partition("/")[2].partition("/")
         path = hub.fetch(name, local_dir=folder if file else folder / repository.partition("@")[0])
-    print(path)
+    print_result(str(path))

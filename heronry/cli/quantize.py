@@ -23,7 +23,7 @@ def quantize(
     from ..checkpoint import load, save
     from ..models import Network
     from .copies import companions, locate_source_and_target
-    from .progress import progress_bar, stderr
+    from .progress import note, progress_bar
 
     original, target = locate_source_and_target(source, target, force)
     if target.is_file():
@@ -33,4 +33,4 @@ def quantize(
     size_before = model.num_parameters() * model.dtype.itemsize
     save(model, target, *companions(original, model))
     size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    stderr().print(f"{target}: {size / 2**20:.0f} MiB, {size / size_before:.0%} of the original")
+    note(f"{target}: {size / 2**20:.0f} MiB, {size / size_before:.0%} of the original")

@@ -9,13 +9,18 @@ import typer
 
 from ..errors import InputError
 from . import options
+from .output import print_result
 
 BATCH_SIZE = 16  # pictures
+MAX_SIZE = 16384  # pixels: more than any memory holds
 
 
 def see(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures of any kind that Pillow opens.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.", show_default=False),
+    ] = None,
     top: Annotated[int, typer.Option(help="How many classes to print, the most likely first.")] = 5,
     labels: Annotated[
         Path | None,
@@ -41,15 +46,16 @@ def see(
     import json
 
     import torch
-    from rich.console import Console
     from safetensors.torch import save_file
 
     from ..checkpoint import load_checkpoint
     from ..data.images import open_image, preprocess
     from ..files import atomic_write
     from ..models import VisionModel
-    from .progress import progress_bar, stderr
+    from .progress import note, progress_bar
 
+    if model is None:  # what comes along reads text
+        raise InputError("name a model of pictures with --model; docs/vision.md says which there are")
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
     if features is not None:
@@ -60,13 +66,12 @@ def see(
             model, dtype, device, quantize=quantize, kind=VisionModel, progress=progress
         )
     side = network.config.image_size if size is None else size
-    if side < 1:
-        raise InputError(f"size must be at least 1, got {side}")
+    if not 1 <= side <= MAX_SIZE:
+        raise InputError(f"size must be from 1 to {MAX_SIZE}, got {side}")
     n_classes = network.config.num_classes
     names = _class_names(labels, checkpoint.config.get("labels"), n_classes)
     if not features and not n_classes:
         raise InputError(f"{model}: has no classification head; write its features with --features")
-    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     all_features = []
     batches = [pictures[i : i + BATCH_SIZE] for i in range(0, len(pictures), BATCH_SIZE)]
     with progress_bar("reading pictures") as progress:
@@ -82,12 +87,12 @@ def see(
             for path, row in zip(batch, probabilities, strict=True):
                 best = row.topk(min(top, n_classes))
                 classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                out.print(f"{path}: {', '.join(f'{names[i]} {probability:.1%}' for i, probability in classes)}")
+                print_result(f"{path}: {', '.join(f'{names[i]} {probability:.1%}' for i, probability in classes)}")
     if features:
         metadata = {"pictures": json.dumps([str(path) for path in pictures]), "model": network.fingerprint}
         with atomic_write(features) as part:
             save_file({"features": torch.cat(all_features)}, part, metadata=metadata)
-        stderr().print(f"{features}: features, {len(pictures)} x {network.num_features}")
+        note(f"{features}: features, {len(pictures)} x {network.num_features}")
 
 
 def _class_names(file: Path | None, own: list[str] | None, n_classes: int) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from ..train.config import describe_settings, parse_arguments
+from .output import print_result
 
 if TYPE_CHECKING:
     from ..models import Network
@@ -54,7 +55,7 @@ def train(
             print(f"heronry: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     if trainer.accelerator.is_main_process:
-        print(trainer.out)
+        print_result(str(trainer.out))
 
 
 # each paragraph that begins with \b keeps its lines

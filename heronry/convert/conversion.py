@@ -53,6 +53,8 @@ def convert(
         raise InputError(f"unknown format {to!r}; choose one of {', '.join(target_formats.ALL)}")
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the source itself; choose another name")
+    if shard < 1:
+        raise InputError(f"shard must be a positive number of bytes, got {shard}")
     try:
         checkpoint = formats.read(source)
         if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):

@@ -64,7 +64,8 @@ def convert_vision_model(
             if to == "safetensors":
                 save_file(tensors, part, metadata={"format": "pt"})
             else:
-                torch.save({"state_dict": vision_rwkv.from_heronry(tensors)}, part)
+                with open(part, "wb") as file:
+                    torch.save({"state_dict": vision_rwkv.from_heronry(tensors)}, file)
             logits = _compute_logits(formats.read(part), picture)
         result = Converted.compare(to, part, expected, logits)
         difference = (logits - rounded).abs().max().item()

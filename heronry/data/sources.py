@@ -71,6 +71,8 @@ def find_sources(names: list[str]) -> list[Source]:
         if name.startswith(HUB):
             sources.append(Source(name, None, None))
             continue
+        if not name:
+            raise InputError("the name of a text must not be empty")
         path = Path(name).expanduser()
         paths = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not paths:

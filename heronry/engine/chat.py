@@ -58,9 +58,9 @@ class Chat:
             history: messages of an earlier conversation, read at once: [{"role": "user", "content": ...}, ...], the
                 last of "assistant". `undo` does not reach into them.
         """
-        name = (
-            template or llm.chat_template or usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
-        )
+        name = llm.chat_template if template is None else template
+        if name is None:
+            name = usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
         if not isinstance(name, str | Template):
             raise InputError(f"template must be a Template or the name of one, got {show(name)}")
         if isinstance(name, str) and name not in TEMPLATES:
@@ -111,6 +111,11 @@ class Chat:
             messages.append({"role": "user", "content": turn.message})
             messages.append({"role": "assistant", "content": (self.template.opening + turn.answer).strip()})
         return messages
+
+    @property
+    def path(self) -> Path | None:
+        """The file that this conversation was last saved to or loaded from."""
+        return self._tree.path
 
     @property
     def text(self) -> str:
@@ -299,6 +304,7 @@ class Chat:
 
         Raises:
             OSError: the disk is full, no permission, ...; the file then is as it was.
+            InputError: another chat has changed the file since; it stays as it is.
         """
         self._tree.save(path, self._llm.model.fingerprint)
 

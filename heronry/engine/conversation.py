@@ -16,8 +16,10 @@ import json
 import logging
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,18 +54,21 @@ class Turn:
 class _File:
     """The file that a conversation was last written to or read from.
 
-    size: its bytes; more were added by somebody else, or by a write that failed.
+    size: its bytes; with others it was changed by somebody else.
+    end: of its last whole record; what follows is the trace of a crash.
     turns: the numbers of the turns in it.
     count: of its turns, with those that are in no branch any more.
+    branches: as they were last written.
+    is_stale: it was read, and holds turns that are in no branch any more: the next save leaves them out.
     """
 
     path: Path
     size: int
+    end: int
     turns: WeakKeyDictionary[Turn, int]
     count: int
-
-    def is_unchanged(self, path: Path) -> bool:
-        return path == self.path and path.is_file() and path.stat().st_size == self.size
+    branches: dict[str, Any]
+    is_stale: bool = False
 
 
 @dataclass
@@ -83,45 +88,71 @@ class ConversationTree:
     heads: dict[str, Turn | None] = field(default_factory=lambda: {"main": None})
     _file: _File | None = None
 
+    @property
+    def path(self) -> Path | None:
+        """Of the file that this conversation was last saved to or loaded from."""
+        return None if self._file is None else self._file.path
+
     def save(self, path: str | Path, fingerprint: str) -> None:
         """Writes all branches: the file that this conversation was last saved to or loaded from gets what is new
         appended, any other is written as a whole (atomically). fingerprint: of the model.
 
         Raises:
             OSError: the disk is full, ...; the file then is as it was.
+            InputError: somebody else has changed the file since; it stays as it is.
         """
         path = Path(path).expanduser().resolve()
-        if self._file is not None and self._file.is_unchanged(path):
-            file = self._file
-            turns = WeakKeyDictionary(file.turns)
-            with naming(path), open(path, "rb+", buffering=0) as out:
-                out.seek(file.size)
-                try:
-                    count = self._write_turns(out, turns, file.count)
-                    os.fsync(out.fileno())
-                except BaseException:
-                    out.truncate(file.size)
-                    raise
-        else:
-            begin = {"template": asdict(self.template), "history": self.history, "fingerprint": fingerprint}
-            if self.opening is not None:
-                begin["opening"] = self.opening.texts[0]
-            turns = WeakKeyDictionary()
-            with atomic_write(path) as part, open(part, "wb") as out:
-                out.write(MAGIC)
-                _write_record(out, begin, self.opening)
-                count = self._write_turns(out, turns, 0)
-        self._file = _File(path, path.stat().st_size, turns, count)
+        file = self._file
+        if file is None or path != file.path or not path.exists():
+            self._file = self._write_whole(path, fingerprint)
+            return
+        with _locked(path):
+            if path.stat().st_size != file.size:
+                raise InputError(f"{path}: another chat has saved there since; save this one under another name")
+            self._file = self._write_whole(path, fingerprint) if file.is_stale else self._append(file)
 
-    def _write_turns(self, out: BinaryIO, turns: WeakKeyDictionary[Turn, int], count: int) -> int:
+    def _write_whole(self, path: Path, fingerprint: str) -> _File:
+        begin = {"template": asdict(self.template), "history": self.history, "fingerprint": fingerprint}
+        if self.opening is not None:
+            begin["opening"] = self.opening.texts[0]
+        turns: WeakKeyDictionary[Turn, int] = WeakKeyDictionary()
+        with atomic_write(path) as part, open(part, "wb") as out:
+            out.write(MAGIC)
+            _write_record(out, begin, self.opening)
+            count, branches = self._write_turns(out, turns, 0)
+            size = out.tell()
+        return _File(path, size, size, turns, count, branches)
+
+    def _append(self, file: _File) -> _File:
+        turns = WeakKeyDictionary(file.turns)
+        with naming(file.path), open(file.path, "rb+", buffering=0) as out:
+            out.truncate(file.end)
+            file.size = out.seek(file.end)
+            try:
+                count, branches = self._write_turns(out, turns, file.count, file.branches)
+                os.fsync(out.fileno())
+            except BaseException:
+                out.truncate(file.end)
+                raise
+            size = out.tell()
+        return _File(file.path, size, size, turns, count, branches)
+
+    def _write_turns(
+        self,
+        out: BinaryIO,
+        turns: WeakKeyDictionary[Turn, int],
+        count: int,
+        written: dict[str, Any] | None = None,
+    ) -> tuple[int, dict[str, Any]]:
         """Writes the turns that have no number yet, and gives them one; a record for each, the last of which has the
-        branches. Returns how many turns there are then."""
+        branches. Without new turns there is a record of the branches, unless they are as they were `written` last.
+        Returns how many turns there are then, and the branches."""
         new = list(dict.fromkeys(turn for head in self.heads.values() for turn in lineage(head) if turn not in turns))
         for turn in new:
             turns[turn] = count
             count += 1
         numbers = {name: None if head is None else turns[head] for name, head in self.heads.items()}
-        branches = {"branch": self.branch, "heads": numbers}
+        branches: dict[str, Any] = {"branch": self.branch, "heads": numbers}
         for turn in new:
             record = {
                 "before": None if turn.before is None else turns[turn.before],
@@ -131,9 +162,9 @@ class ConversationTree:
                 "owed": turn.owed,
             }
             _write_record(out, {"turn": record} | (branches if turn is new[-1] else {}), turn.state)
-        if not new:
+        if not new and branches != written:
             _write_record(out, branches, None)
-        return count
+        return count, branches
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> ConversationTree:
@@ -145,7 +176,8 @@ class ConversationTree:
         """
         path = Path(path).expanduser().resolve()
         records = read_records(path)
-        begin, opening, size = next(records)
+        size = path.stat().st_size if path.is_file() else 0  # what another chat adds while this one reads is its own
+        begin, opening, whole = next(records)
         if begin["fingerprint"] != model.fingerprint:
             raise InputError(f"{path}: this conversation was held with another model")
         tree = cls(template_from(begin["template"]), begin["history"], None)
@@ -160,11 +192,12 @@ class ConversationTree:
                 turns.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"]))
             if "heads" in record:
                 tree.branch, numbers = record["branch"], record["heads"]
-            size = end
+            whole = end
         tree.heads = {name: None if number is None else turns[number] for name, number in numbers.items()}
         in_use = {turn for head in tree.heads.values() for turn in lineage(head)}
-        if len(in_use) == len(turns):  # else the next save leaves out what is in no branch any more
-            tree._file = _File(path, size, WeakKeyDictionary({turn: i for i, turn in enumerate(turns)}), len(turns))
+        known = WeakKeyDictionary({turn: i for i, turn in enumerate(turns)})
+        branches = {"branch": tree.branch, "heads": numbers}
+        tree._file = _File(path, size, whole, known, len(turns), branches, is_stale=len(in_use) < len(turns))
         return tree
 
     def text(self, turn: Turn | None) -> str:
@@ -248,3 +281,17 @@ def _state(data: bytes, text: str, model: Model) -> State:
         for i in range(len(tensors) // len(LayerState._fields))
     ]
     return State(layers, model.fingerprint, [text])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time is in the block, where the system and the disk can do that."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with open(path, "rb") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

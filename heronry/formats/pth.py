@@ -96,4 +96,5 @@ def write(tensors: Tensors, path: Path, counter: ByteCounter) -> None:
             copy = torch.from_file(f"{folder}/{i}", shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
             mapped[name] = copy.copy_(x.read())
             counter.add(x.nbytes)
-        torch.save(mapped, path)
+        with open(path, "wb") as file:  # of a name, torch would not say why it cannot write there
+            torch.save(mapped, file)

@@ -172,7 +172,7 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
     tokenizer: Tokenizer
     if isinstance(spec, Tokenizer):
         tokenizer = spec
-    elif not isinstance(spec, str | Path):
+    elif not isinstance(spec, str | Path) or not spec:
         raise InputError(f"tokenizer must be a name, a path or a Tokenizer, got {show(spec)}")
     elif spec == "bytes":
         tokenizer = ByteTokenizer()

@@ -34,6 +34,7 @@ from rich.table import Column
 
 from ..errors import InputError
 from ..files import atomic_write
+from ..text.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class MetricsLogger:
     def print(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if not self.quiet:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def _update_bar(self, step: int) -> None:
         if self._bar is not None:

@@ -113,3 +113,12 @@ def _kill(process: BaseProcess, folder: Path, number: int, text: str) -> None:
             return
         time.sleep(0.01)
     os.kill(process.pid, number)
+
+
+def refused(done: tuple[int, str, str], message: str) -> None:
+    """What the fixture `command` returns is one line and exit code 2."""
+    code, out, err = done
+    assert (code, out) == (2, ""), done
+    assert err.startswith("heronry: "), err
+    assert err.count("\n") == 1, err
+    assert message in err

@@ -134,7 +134,7 @@ def test_a_full_disk_does_not_end_the_talk(chat):
     terminal.wait("tokens/s")
     terminal.wait(">")
     terminal.type("/save /dev/full\r")
-    terminal.wait("/dev/full: is not a file that could be replaced")
+    terminal.wait("/dev/full: already exists; choose another name")
     terminal.wait(">")
     terminal.type("/save /proc/talk\r")
     terminal.wait("No such file or directory")

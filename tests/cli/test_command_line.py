@@ -1,69 +1,33 @@
-"""What people expect of a command line: short names, defaults, --json, --force, one line for a typing error."""
+"""What people expect of a command line: --json, --force, one line for a typing error, lines in a pipe."""
 
 from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from faulty import refused
 
 import heronry
-from heronry import LLM, State, catalog, hub
+from heronry import LLM, State
 from heronry.adapters import save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.bench.topics import TOPICS
-from heronry.checkpoint import save_time_state
 from heronry.cli import app as app_file
+from heronry.cli.chat_loop import Loop
+from heronry.cli.signals import Terminated
 from heronry.convert import target_formats
+from heronry.engine.chat import Chat
+from heronry.engine.completion import Usage
 from heronry.text.chat_templates import TEMPLATES
 
-SMALL = {"vocab": 256, "width": 64, "heads": 1, "layers": 2, "ffn": 64, "rank": 32}
-STATE = 2 * (2 * 64 + 64 * 64) * 4  # bytes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, random_checkpoint) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    torch.save(random_checkpoint("7", **SMALL), path / "m.pth")
-    (path / "t.txt").write_text("hello world")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    """No configuration and no models of whoever runs the tests."""
-    for name in [name for name in os.environ if name.startswith("HERONRY_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
-    yield
-    logging.getLogger("heronry").setLevel(logging.NOTSET)
-
-
-@pytest.fixture
-def configure(tmp_path):
-    def write(text: str) -> None:
-        file = tmp_path / "config" / "heronry" / "config.toml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-
-    return write
-
-
-def refused(done, message: str) -> None:
-    code, out, err = done
-    assert (code, out) == (2, "")
-    assert err.startswith("heronry: ")
-    assert err.count("\n") == 1
-    assert message in err
+pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 # Typing
@@ -91,10 +55,68 @@ def test_version_and_short_help(command):
         ("generate x --model bundled --max-tokens -3", "heronry: --max-tokens must be a whole number"),
         ("generate x --top-p 2", "heronry: --top-p must be"),
         ("generate x --order up", "heronry: --order must be"),
+        ("generate x --threads 1025", "--threads"),
+        ("generate x --threads 999999999999999999999999", "--threads"),
+        ("convert a b --shard nan", "--shard must be a number of GB from 1e-9 to 1e9, got nan"),
+        ("convert a b --shard inf", "--shard must be a number of GB from 1e-9 to 1e9, got inf"),
+        ("convert a b --shard -1", "--shard must be a number of GB from 1e-9 to 1e9, got -1.0"),
+        ("see p.png", "heronry: name a model of pictures with --model; docs/vision.md says which there are"),
     ],
 )
 def test_a_typing_error_is_one_line(command, line, message):
     refused(command(*line.split()), message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate x --state ''", "Invalid value for '--state': a path must not be empty; see heronry generate --help"),
+        ("generate x --adapter ''", "Invalid value for '--adapter': a path must not be empty"),
+        ("generate --prompt-file ''", "Invalid value for '--prompt-file': a path must not be empty"),
+        ("generate x -m ''", "the name of a model must not be empty"),
+        ("generate x -m bundled --tokenizer ''", "tokenizer must be a name, a path or a Tokenizer, got ''"),
+        ("chat --session ''", "Invalid value for '--session': a path must not be empty"),
+        ("chat --template ''", "unknown chat template ''"),
+        ("info ''", "the name of a model must not be empty"),
+        ("info --model ''", "the name of a model must not be empty"),
+        ("convert bundled ''", "a path must not be empty"),
+        ("convert '' x", "the name of a model must not be empty"),
+        ("quantize bundled ''", "a path must not be empty"),
+        ("merge bundled '' x", "a path must not be empty"),
+        ("eval ''", "Invalid value for 'files': a path must not be empty"),
+        ("eval x ''", "Invalid value for 'files': a path must not be empty"),
+        ("see '' -m v", "Invalid value for 'pictures': a path must not be empty"),
+        ("data '' -o x", "the name of a text must not be empty"),
+        ("data x -o ''", "Invalid value for '--out' / '-o': a path must not be empty"),
+        ("data x -o x --tokenizer ''", "the name of a tokenizer must not be empty"),
+        ("bench machine --json ''", "Invalid value for '--json': a path must not be empty"),
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(command, line, message):
+    """A variable of the shell that is not set."""
+    refused(command(*shlex.split(line)), message)
+    assert not list(Path().iterdir())
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_control_characters_on_a_terminal(command, folder, monkeypatch):
+    """What a model writes and how files are called can neither move the cursor nor set a title; a pipe gets all."""
+    evil = "a\x1b]0;owned\x07b\x9b2Jc\rd\n\te\x7f"
+    piece = heronry.Completion(evil, [1], "stop", None, Usage(1, 1), make_state=lambda: None)
+    monkeypatch.setattr(LLM, "generate", lambda *_, **__: iter([piece]))
+    words = ("generate", "x", "-m", folder / "m.pth")
+    assert command(*words) == (0, evil + "\n", "")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert command(*words)[0] == 0
+    assert screen.getvalue() == "a␛]0;owned␇b\ufffd2Jcd\n\te␡\n"
+    Path("evil\x1b[2J").mkdir()
+    monkeypatch.undo()
+    refused(command("info", f"{Path().resolve()}/evil\x1b[2J"), "evil␛[2J: ")
 
 
 def test_messages_speak_of_options():
@@ -143,122 +165,6 @@ def test_help_lists_what_there_is(command):
         assert set(TEMPLATES) <= listed(line, "--template")
     assert set(target_formats.ALL) <= listed("convert", "--to")
     assert set(TOPICS) <= listed("bench", r"Arguments: \S+")
-
-
-# Models by name
-
-
-def test_bundled_is_a_name(command):
-    here = command("generate", "Once", "--max-tokens", 5, "--seed", 1)
-    assert here[0] == 0
-    named = command("generate", "Once", "--max-tokens", 5, "--seed", 1, "-m", "bundled", "--tokenizer", "bundled")
-    assert named == here
-    assert command("info", "bundled") == command("info")
-    assert heronry.load("bundled").fingerprint == heronry.load(catalog.BUNDLED).fingerprint
-    assert LLM("bundled").dtype == torch.float32
-    Path("t.txt").write_text("Once upon a time")
-    assert command("data", "t.txt", "-o", "t", "--tokenizer", "bundled", "--workers", 1)[0] == 0
-    assert Path("t.tokenizer.json").read_bytes() == (catalog.BUNDLED / "tokenizer.json").read_bytes()
-
-
-def test_pull_list_and_rm(command, folder, monkeypatch):
-    asked = []
-
-    def fetch(name, local_dir):
-        asked.append((name, local_dir))
-        path = local_dir / name.split("/")[-1]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((folder / "m.pth").read_bytes())
-        return path
-
-    monkeypatch.setattr(hub, "fetch", fetch)
-    models, model = catalog.models_folder(), catalog.published()["g1-0.1b"]
-    refused(command("generate", "x", "-m", "g1-0.1b"), "g1-0.1b: not downloaded yet; `heronry pull g1-0.1b` does it")
-    assert command("pull", "g1-0.1b") == (0, f"{models / model.file}\n", "")
-    assert command("pull", "g1-0.1b") == (0, "", f"g1-0.1b: is there already, {models / model.file}\n")
-    assert asked == [(f"hf://BlinkDL/rwkv7-g1/{model.file}", models)]
-    assert command("generate", "x", "-m", "g1-0.1b", "--tokenizer", "bytes", "--max-tokens", 3)[0] == 0
-    assert command("pull", "hf://somebody/some@main/x.pth")[0] == 0
-    assert asked[-1] == ("hf://somebody/some@main/x.pth", models)
-    assert command("pull", "somebody/folder")[0] == 0
-    assert asked[-1] == ("somebody/folder", models / "folder")
-    refused(command("pull", "g1-1.b"), "unknown model 'g1-1.b'; did you mean 'g1-1.5b'?")
-
-    lines = command("list")[1].splitlines()
-    assert lines[0].split() == ["name", "generation", "parameters", "size", "memory", "context", "licence", "here"]
-    assert [line.split()[0] for line in lines[1:4]] == ["bundled", "folder", "x"]
-    row = next(line for line in lines if line.startswith("g1-0.1b"))
-    assert row.endswith(f"0.2 B       0.4 GB   0.8 GB   8,192    Apache-2.0  {models / model.file}")
-    assert len(lines) == 4 + len(catalog.published())
-    assert all(line == line.rstrip() for line in lines)
-    listed = {about["name"]: about for about in json.loads(command("list", "--json")[1])}
-    assert listed["g1-0.1b"]["path"] == str(models / model.file)
-    assert listed["g1-7.2b"]["path"] is None
-    assert listed["g1-7.2b"]["size"] == 2 * 7_199_000_000
-
-    for name in ("g1-0.1b", "x", "folder"):
-        assert command("rm", name) == (0, "", "")
-        refused(command("rm", name), f"{name}: no such model in {models}")
-    assert not list(models.iterdir())
-    for name in ("bundled", "../data", str(folder / "m.pth")):
-        refused(command("rm", name), "no such model")
-
-
-def test_a_local_path_comes_before_a_short_name(command, folder):
-    Path("g1-1.5b").write_bytes((folder / "m.pth").read_bytes())
-    assert command("info", "g1-1.5b")[0] == 0
-
-
-def test_the_table():
-    rows = json.loads((Path(heronry.__file__).parent / "published.json").read_text())
-    assert len({row["name"] for row in rows}) == len({row["file"] for row in rows}) == len(rows)
-    for model in catalog.published().values():
-        assert str(model.context) in re.findall(r"ctx(\d+)", model.file)
-        assert model.size < model.memory < 1.1 * model.size + 500e6
-        assert hub.is_name(f"hf://{model.repository}/{model.file}")
-
-
-# Defaults
-
-
-def test_defaults_of_file_and_environment(command, folder, configure, monkeypatch):
-    words = ("generate", "Hello", "--max-tokens", 5, "--seed", 1)
-    wanted = command(*words, "-m", folder / "m.pth", "--dtype", "bfloat16")
-    assert wanted[0] == 0
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    configure(f'model = "{folder / "m.pth"}"\ndtype = "bfloat16"\nthreads = 2\n')
-    assert command(*words) == wanted
-    monkeypatch.setenv("HERONRY_THREADS", "3")
-    assert command(*words) == wanted
-    assert command(*words, "--threads", 1) == wanted
-    assert threads == [2, 3, 1]
-    configure('model = "nothing"')
-    refused(command(*words), "nothing: no such file or folder")
-    monkeypatch.setenv("HERONRY_MODEL", str(folder / "m.pth"))
-    monkeypatch.setenv("HERONRY_DTYPE", "bfloat16")
-    assert command(*words) == wanted
-    monkeypatch.setenv("HERONRY_DEVICE", "moon")
-    refused(command(*words), "device moon")
-    # what is written has the dtype that the command says
-    assert command("quantize", folder / "m.pth", "q")[0] == 0
-    assert heronry.load("q").dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("modle = 3", "config.toml: unknown setting 'modle'; did you mean 'model'?"),
-        ("threads = 'four'", "config.toml: threads must be a whole number, got 'four'"),
-        ("threads = true", "config.toml: threads must be a whole number, got True"),
-        ("model = 3", "config.toml: model must be a text, got 3"),
-        ("model", "config.toml: not a TOML file"),
-    ],
-)
-def test_a_wrong_configuration(command, configure, text, message):
-    configure(text)
-    refused(command("generate", "x"), message)
-    assert command("--help")[0] == 0
 
 
 # generate
@@ -376,84 +282,6 @@ def test_a_model_is_not_replaced_by_itself(command, folder):
     assert heronry.load("m").num_parameters() == heronry.load(folder / "m.pth").num_parameters()
 
 
-# info
-
-
-def info(command, *words) -> dict:
-    """Both forms, compared."""
-    code, out, _ = command("info", *words)
-    assert code == 0
-    assert all(line == line.rstrip() for line in out.splitlines())
-    shown = dict(line.split("  ", 1) for line in out.splitlines())
-    about = json.loads(command("info", *words, "--json")[1])
-    assert list(shown) == list(about)
-    return about
-
-
-def test_info_of_a_checkpoint(command, folder, tmp_path):
-    about = info(command, folder / "m.pth")
-    assert (about["generation"], about["n_layer"], about["vocab_size"], about["tokenizer"]) == (
-        "rwkv7",
-        2,
-        256,
-        "bytes",
-    )
-    assert about["state"] == STATE
-    assert about["weights"]["float32"] == 4 * about["parameters"]
-    long = tmp_path / ("a" * 200) / ("b" * 200)
-    heronry.save(heronry.load("bundled"), long, catalog.BUNDLED / "tokenizer.json")
-    assert str(long / "tokenizer.json") in command("info", long)[1]  # not cut
-
-
-def test_info_of_all_else(command, folder):
-    llm = LLM(folder / "m.pth")
-    llm.state("Hello " * 30).save("state")
-    about = info(command, "state")
-    assert (about["kind"], about["rows"], about["n_layer"], about["size"]) == ("state", 1, 2, STATE)
-    assert about["texts"] == ["Hello " * 30]
-    assert about["fingerprint"] == llm.model.fingerprint
-
-    chat = llm.chat(template="world", system="Be kind.")
-    chat.say("a", 3)
-    chat.fork("other")
-    chat.say("b", 3)
-    chat.save("talk")
-    about = info(command, "talk")
-    assert about["kind"] == "conversation"
-    assert (about["branches"], about["branch"], about["history"]) == ({"main": 1, "other": 2}, "other", 1)
-
-    save_adapter(inject_adapter(heronry.load(folder / "m.pth"), 4, 8), "adapter")
-    about = info(command, "adapter")
-    assert (about["kind"], about["method"], about["rank"], about["alpha"]) == ("adapter", "LoRA", 4, 8)
-    assert about["matrices"] == 12
-
-    assert command("data", folder / "t.txt", "-o", "tokens", "--tokenizer", "bytes", "--workers", 1)[0] == 0
-    for name in ("tokens", "tokens.bin", "tokens.idx"):
-        about = info(command, name)
-        assert (about["kind"], about["documents"], about["tokens"]) == ("token file", 1, 11)
-        assert (about["tokenizer"], about["vocab_size"]) == ("bytes", 256)
-
-    model = heronry.load(folder / "m.pth").tune_state()
-    save_time_state(model, "tuned.safetensors", {"chat_template": "world"})
-    about = info(command, "tuned.safetensors")
-    assert (about["kind"], about["n_layer"], about["shape"]) == ("tuned state", 2, [1, 64, 64])
-    assert about["notes"] == {"chat_template": "world"}
-    torch.save({f"blocks.{i}.att.time_state": torch.zeros(1, 64, 64) for i in range(2)}, "tuned.pth")
-    assert info(command, "tuned.pth")["kind"] == "tuned state"
-
-
-def test_damaged_files_of_every_kind(command, folder):
-    LLM(folder / "m.pth").state("a").save("state")
-    whole = Path("state").read_bytes()
-    Path("state").write_bytes(whole[: len(whole) // 2])
-    refused(command("info", "state"), "state: ")
-    Path("talk").write_bytes(b"heronry.chat 2\nrubbish")
-    refused(command("info", "talk"), "talk: damaged or truncated conversation file")
-    Path("adapter").mkdir()
-    Path("adapter", "adapter_config.json").write_text("[]")
-    refused(command("info", "adapter"), "adapter_config.json: not the settings of an adapter")
-
-
 # chat without a terminal
 
 
@@ -504,3 +332,34 @@ def test_standard_input_stays_as_it_is(command, folder, monkeypatch):
     with pytest.raises(SystemExit) as end:
         app_file.main()
     assert end.value.code == 2
+
+
+def test_a_file_that_exists_is_not_saved_over(command, folder):
+    """Neither by /save nor by a session that another chat has begun in the meantime."""
+    words = ("chat", "-m", folder / "m.pth", "--max-tokens", 2)
+    Path("kept").write_text("kept")
+    code, _, err = command(*words, stdin="Hello\n/save kept\n/save mine\nMore\n/save mine\n/save other\n/save mine\n")
+    assert (code, err) == (
+        2,
+        "heronry: kept: already exists; choose another name\nheronry: mine: already exists; choose another name\n",
+    )
+    assert Path("kept").read_text() == "kept"
+    for name, turns in (("mine", 2), ("other", 2)):
+        chat = LLM(folder / "m.pth").chat()
+        chat.load(name)
+        assert len(chat.messages) == 2 * turns
+
+
+def test_a_session_that_cannot_be_saved_does_not_hide_the_end(folder, monkeypatch):
+    """A full disk while SIGTERM ends the chat."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "talk")
+
+    llm = LLM(folder / "m.pth")
+    loop = Loop(llm.chat(), Path("talk"), 5, None, {})
+    monkeypatch.setattr(Chat, "save", fail)
+    monkeypatch.setattr(Loop, "_stream", lambda *_: (_ for _ in ()).throw(Terminated(15)))
+    with pytest.raises(Terminated):
+        loop._answer_or_obey("Hello")
+    assert loop.failed

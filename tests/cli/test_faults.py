@@ -136,6 +136,16 @@ def test_no_space_left(folder, name):
     assert not [path.name for path in folder.iterdir() if path.name.startswith(f".{name}") and path.is_file()]
 
 
+@pytest.mark.parametrize("limit", [3_000, 70_000, 400_000])
+@pytest.mark.parametrize("line", ["convert m.pth piece.pth", "convert v.safetensors piece.pth", "quantize m.pth piece"])
+def test_space_for_a_part_only(folder, line, limit):
+    """torch then has other words for it."""
+    if line.startswith("quantize"):
+        limit //= 4
+    run(folder, *line.split(), file_size=limit).is_refusal("piece", "File too large")
+    assert not [path.name for path in folder.iterdir() if "piece" in path.name and path.is_file()]
+
+
 @pytest.fixture
 def mounted(tmp_path):
     """A file system of 24 KiB, and a function to make it read-only."""

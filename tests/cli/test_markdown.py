@@ -48,3 +48,17 @@ def test_the_same_however_it_comes(size):
     assert "1 one\n 2 two" in text
     for mark in ("**", "```", "# "):
         assert mark not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>I think.</think> <b>You</b>", "<think>I think.</think> <b>You</b>"),
+        ("<div>\nall\n</div>", "<div>\nall\n</div>"),
+        ("<!-- a --> b", "<!-- a --> b"),
+        ("[x]: http://a.b", "[x]: http://a.b"),
+        ("[here](http://a.b)", "here (http://a.b)"),
+    ],
+)
+def test_nothing_that_was_written_is_hidden(text, expected):
+    assert "\n".join(shown([text])).strip() == expected

@@ -197,7 +197,7 @@ def test_see_tells_what_is_wrong(model, tmp_path, capsys):
         ((picture, *at, "--labels", tmp_path / "names.txt"), "has 1 names, but the model has 3 classes"),
         ((picture, *at, "--labels", tmp_path / "nowhere"), "cannot be read"),
         ((picture, *at, "--top", 0), "top must be at least 1"),
-        ((picture, *at, "--size", 0), "size must be at least 1"),
+        ((picture, *at, "--size", 0), "size must be from 1 to 16384, got 0"),
         ((picture, "--model", tmp_path / "bare"), "no classification head"),
     ):
         code, out, err = run(capsys, "see", *arguments)

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
@@ -17,16 +17,17 @@ from .errors import InputError
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    A crash, a full disk or Ctrl-C leaves the old file as it was.
+    A crash, a full disk or Ctrl-C leaves the old file as it was, and no new folder.
     """
     path = Path(path).resolve()  # a link stays one
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a file that could be replaced")
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with naming(path):
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
         try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
             yield part
             with open(part, "rb+") as written:
                 os.fsync(written.fileno())
@@ -35,6 +36,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+            if not path.exists():
+                with suppress(OSError):  # something else is in it by now
+                    for folder in missing:
+                        folder.rmdir()
 
 
 @contextmanager

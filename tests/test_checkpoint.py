@@ -363,6 +363,19 @@ def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
     assert [file.name for file in target.parent.iterdir()] == ["file"]
 
 
+def test_what_is_interrupted_leaves_no_new_folder(random_checkpoint, tmp_path, monkeypatch):
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heronry.checkpoint.saving.save_file", interrupted)
+    (tmp_path / "old").mkdir()
+    model = heronry.checkpoint.assemble(random_checkpoint("7"))
+    for folder in ("old", "old/new", "a/b/c"):
+        with pytest.raises(KeyboardInterrupt):
+            heronry.save(model, tmp_path / folder)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["old"]
+
+
 @torch.no_grad()
 def test_states_as_files(version, random_checkpoint, tmp_path):
     torch.save(random_checkpoint(version, **SMALL), tmp_path / "a.pth")

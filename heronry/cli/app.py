@@ -24,13 +24,13 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 import typer
 
 from ..errors import InputError
+from ..faults import describe
 from .bench import bench
 from .chat import chat
 from .convert import convert
 from .data import data
 from .defaults import read_defaults
 from .eval import eval
-from .faults import describe
 from .generate import generate
 from .info import info
 from .list import list as list_models

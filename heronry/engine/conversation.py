@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from ..errors import InputError
 from ..files import atomic_write, naming
@@ -144,6 +145,16 @@ class ConversationTree:
             InputError: no such file, not a conversation, of another model, or damaged.
         """
         path = Path(path).expanduser().resolve()
+        try:
+            return cls._from_records(path, model)
+        except InputError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise InputError(f"{path}: damaged conversation file ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _from_records(cls, path: Path, model: Model) -> ConversationTree:
+        """The conversation in a file, whose records have any content."""
         records = read_records(path)
         begin, opening, size = next(records)
         if begin["fingerprint"] != model.fingerprint:
@@ -207,8 +218,8 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes, int]]:
                 *sizes, crc = HEADER.unpack(header)
                 if zlib.crc32(header[:-4]) != crc:
                     raise InputError(f"{path}: damaged conversation file")
-                content = file.read(sum(sizes))
-                digest, end = file.read(32), file.read(len(END))
+                left = path.stat().st_size - file.tell()
+                content, digest, end = (file.read(min(size, left)) for size in (sum(sizes), 32, len(END)))
                 if end == END:
                     if hashlib.sha256(content).digest() != digest:
                         raise InputError(f"{path}: damaged conversation file")

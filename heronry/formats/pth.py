@@ -118,7 +118,7 @@ def save(content: object, path: Path) -> None:
                 raise
 
         try:
-            torch.save(content, SimpleNamespace(write=write, flush=file.flush))  # type: ignore[arg-type]
+            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
         except RuntimeError as error:
             if failed:
                 raise failed[0] from error

@@ -1,7 +1,8 @@
-"""Atomic writes, and where there is space for them."""
+"""Atomic writes, and where there is space for them; JSON files."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -64,3 +66,15 @@ def check_free_space(size: int, path: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free // 10**6:,} MB left")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, in UTF-8 with or without a byte order mark; InputError, with the file's name, if it
+    cannot be read or holds something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} is not a JSON object")
+    return content

@@ -8,7 +8,6 @@ model and no more.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -22,6 +21,7 @@ from typing_extensions import TypeVar
 
 from .. import catalog, formats, hub
 from ..errors import InputError
+from ..files import read_json
 from ..formats.lazy_tensor import LazyTensor, as_lazy
 from ..memory import Arena
 from ..models import Model, Network, VisionModel
@@ -106,10 +106,10 @@ def locate(path: str | Path) -> Path:
         return Path(f"{path}.pth")
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
-            config = json.loads((path.parent / "config.json").read_text())
-        except (OSError, ValueError):
+            config = read_json(path.parent / "config.json")
+        except InputError:
             return path  # of some other program; the tensors alone are enough
-        if isinstance(config, dict) and (config.get("model") in NAMES or "model_type" in config):
+        if config.get("model") in NAMES or "model_type" in config:
             return path.parent
     return path
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from ..errors import InputError
 from ..files import atomic_write, naming
-from ..models import LayerState, Model, State
+from ..models import Model, State
 from ..text.chat_templates import Template, template_from
 
 log = logging.getLogger("heronry")
@@ -150,7 +150,7 @@ class ConversationTree:
         except InputError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise InputError(f"{path}: damaged conversation file ({type(error).__name__}: {error})") from error
+            raise InputError(f"{path}: damaged conversation file ({error})") from error
 
     @classmethod
     def _from_records(cls, path: Path, model: Model) -> ConversationTree:
@@ -235,12 +235,8 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes, int]]:
 
 
 def _write_record(out: BinaryIO, description: dict[str, Any], state: State | None) -> None:
-    tensors = {}
-    if state is not None:
-        for i, layer in enumerate(state.layers):
-            for name, x in layer._asdict().items():
-                tensors[f"blocks.{i}.{name}"] = x.detach().cpu().contiguous()
-    text, data = json.dumps(description).encode(), safetensors.torch.save(tensors) if tensors else b""
+    text = json.dumps(description).encode()
+    data = b"" if state is None else safetensors.torch.save(state.to_tensors())
     sizes = struct.pack("<QQ", len(text), len(data))
     header = HEADER.pack(len(text), len(data), zlib.crc32(sizes))
     digest = hashlib.sha256(text)
@@ -253,9 +249,4 @@ def _write_record(out: BinaryIO, description: dict[str, Any], state: State | Non
 
 def _state(data: bytes, text: str, model: Model) -> State:
     """The state in a record."""
-    tensors = safetensors.torch.load(data)
-    layers = [
-        LayerState(*(tensors[f"blocks.{i}.{name}"].to(model.device) for name in LayerState._fields))
-        for i in range(len(tensors) // len(LayerState._fields))
-    ]
-    return State(layers, model.fingerprint, [text])
+    return State.from_tensors(safetensors.torch.load(data), model.fingerprint, [text]).to(model.device)

@@ -102,6 +102,7 @@ class LLM(TextModel):
                 tokenizer = HFTokenizer(path, checkpoint.tokenizer)
             elif tokenizer is None:
                 tokenizer = guess_tokenizer(model.config.vocab_size, path if path.is_dir() else path.parent)
+        model.check_has_weights()
         tokenizer = load_tokenizer(tokenizer, model.config.vocab_size)
         if adapter is not None:
             described |= adapters.apply_adapter(model, adapter).notes

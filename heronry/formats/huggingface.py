@@ -11,6 +11,7 @@ Sources: the configuration and model classes of transformers (models/rwkv) and o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show
 from .lazy_tensor import Tensors, nth, transposed
 from .prefixes import strip_prefixes
 
@@ -146,7 +147,7 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: it specifies something that these models do not have.
     """
     kind = hub_config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
     fla = kind == "rwkv7"
     epsilon = hub_config.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
@@ -176,14 +177,19 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     elif kind != "rwkv":
         sizes |= {ours: hub_config.get(name) for ours, name in VARIANT_KEYS[kind].items()}
         divisor = hub_config.get("head_size_divisor", 8)
-        sizes["ln_x_eps"] = _epsilon(divisor * divisor) if isinstance(divisor, int | float) else None
+        if not isinstance(divisor, int | float) or isinstance(divisor, bool) or not 0 < divisor < math.inf:
+            raise InputError(f"config.json says head_size_divisor = {show(divisor)}; expected a positive number like 8")
+        sizes["ln_x_eps"] = _epsilon(divisor * divisor)
     if kind in ("rwkv", "rwkv7"):
         sizes.pop("head_size" if kind == "rwkv" else "dim_att")
     if hub_config.get("time_state"):
         sizes["time_state"] = True
     config = {"model": next(name for name, model_type in MODEL_TYPES.items() if model_type == kind)}
     config |= {key: value for key, value in sizes.items() if value is not None}
-    return config | dict(hub_config.get("heronry") or {})
+    notes = hub_config.get("heronry") or {}
+    if not isinstance(notes, dict):
+        raise InputError(f"config.json says heronry = {show(notes)}; expected an object")
+    return config | notes
 
 
 # additional keys: the hub's RWKV-5 and 6 are of one variant each, so their config.json does not name it

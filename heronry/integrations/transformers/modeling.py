@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 from ... import formats, hub
 from ...checkpoint import assemble, identify, locate, parse_dtype, select_notes
 from ...errors import InputError
+from ...files import read_json
 from ...formats import huggingface
 from ...formats.lazy_tensor import Tensors, as_lazy
 from ...models import Model, State
@@ -486,8 +486,8 @@ def _read_config(path: Path | None, options: dict[str, Any]) -> tuple[RwkvBaseCo
     """The configuration in a folder of Hugging Face's layout, changed by the options that it knows, and the others."""
     if path is None or not (path / "config.json").is_file():
         return None, options
-    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type not in CONFIGS:
+    model_type = read_json(path / "config.json").get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
         return None, options
     config: RwkvBaseConfig
     config, options = CONFIGS[model_type].from_pretrained(path, return_unused_kwargs=True, **options)

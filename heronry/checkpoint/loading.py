@@ -84,7 +84,7 @@ def load_checkpoint(
 ) -> tuple[M, formats.Checkpoint]:
     """As `load`; also returns the checkpoint, for its config and tokenizer."""
     path = locate(path)
-    target_dtype, target_device = None if dtype is None else parse_dtype(dtype), _parse_device(device)
+    target_dtype, target_device = None if dtype is None else parse_dtype(dtype), parse_device(device)
     try:
         checkpoint = formats.read(path)
         tensors, config = checkpoint.tensors, checkpoint.config
@@ -230,8 +230,9 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return parsed
 
 
-def _parse_device(device: torch.device | str) -> torch.device:
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device by its name or as it is; InputError where it cannot be used."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # the latter from a torch without CUDA
         raise InputError(f"device {device} cannot be used ({str(error).splitlines()[0]})") from error

@@ -11,6 +11,7 @@ Sources: the configuration and model classes of transformers (models/rwkv) and o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,8 @@ from torch import Tensor
 from ..errors import InputError, show
 from .lazy_tensor import Tensors, nth, transposed
 from .prefixes import strip_prefixes
+
+log = logging.getLogger("heronry")
 
 # model_type -> the class in transformers or in the repository
 ARCHITECTURES = {
@@ -106,7 +109,8 @@ def from_blinkdl(tensors: Tensors) -> Tensors:
 def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
     """The same tensors under BlinkDL's names; unknown names are kept, without their prefixes.
 
-    tied: the head shares the embedding's weights and may be missing.
+    tied: the head shares the embedding's weights and may be missing. One that is there and is another stays, with a
+        warning, as in transformers.
     """
     tensors = strip_prefixes(tensors)
     if any(name.startswith("layers.") for name in tensors):
@@ -115,7 +119,9 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
         words = {theirs: ours for ours, theirs in WORDS.items()}
         renamed = {".".join(words.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
     if tied and "emb.weight" in renamed:
-        renamed.setdefault("head.weight", renamed["emb.weight"])
+        head = renamed.setdefault("head.weight", renamed["emb.weight"])
+        if head is not renamed["emb.weight"] and not torch.equal(head.read(), renamed["emb.weight"].read()):
+            log.warning("heronry: tie_word_embeddings is set, but the weights have a head of their own, which is used")
     return renamed
 
 

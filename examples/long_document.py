@@ -68,7 +68,7 @@ def whole(args: argparse.Namespace, data: Path, context: int) -> None:
     """Trains through all of a document and tells what it took."""
     run = make(args, data, context, f"{data.name}-{context}")
     steps = range(run.steps)
-    losses = [run.train_step()[0] for _ in track(steps, f"{data.name}, rows of {context}")]
+    losses = [run.train_step().loss for _ in track(steps, f"{data.name}, rows of {context}")]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     last = losses[-max(1, len(losses) // 10) :]
     print(json.dumps({"tokens": run.units, "MiB": peak, "loss": sum(last) / len(last)}))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compiler
+from .faults import exit_with_a_line
 
 log = logging.getLogger("heronry")
 
@@ -193,8 +194,5 @@ if __name__ == "__main__":
     if not set(sys.argv[1:]) <= set(known):
         print(f"heronry: expected names out of {', '.join(known)}, got {' '.join(sys.argv[1:])}", file=sys.stderr)
         sys.exit(2)
-    try:
+    with exit_with_a_line():
         compile_all(sys.argv[1:])
-    except OSError as error:
-        print(f"heronry: {error}", file=sys.stderr)
-        sys.exit(2)

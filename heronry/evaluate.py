@@ -62,7 +62,7 @@ class LambadaScore:
 
 
 def score_texts(llm: LLM, texts: Sequence[str], progress: Progress | None = None) -> TextScore:
-    """Bits per byte and perplexity of texts, each read from an empty state.
+    """Bits per byte and perplexity of texts, each read from an empty state, or the tuned one of the LLM.
 
     The first token of a text is predicted too if the model has tokens that every text starts after (see
     `opening_tokens`). Otherwise, as in a model of bytes, the first token only starts the text and is not counted.
@@ -76,7 +76,7 @@ def score_texts(llm: LLM, texts: Sequence[str], progress: Progress | None = None
     n_tokens = sum(len(continuation) for _, continuation in pairs)
     if n_tokens == 0:
         raise InputError("there is no text to measure")
-    nats = -sum(total for total, _ in log_likelihoods(llm.model, pairs, progress))
+    nats = -sum(total for total, _ in log_likelihoods(llm.model, pairs, progress, llm.start))
     n_bytes = sum(len(text.encode()) for text in texts)
     if not opening:
         vocabulary = getattr(llm.tokenizer, "vocabulary", None)  # a token may be part of a character, no text by itself
@@ -95,7 +95,7 @@ def score_lambada(llm: LLM, passages: Sequence[str], progress: Progress | None =
         if not space:
             raise InputError(f"a passage has only one word: {passage[:60]!r}")
         pairs.append(encode_pair(llm, context, " " + word))
-    results = log_likelihoods(llm.model, pairs, progress)
+    results = log_likelihoods(llm.model, pairs, progress, llm.start)
     nats = -sum(total for total, _ in results) / len(results)
     return LambadaScore(math.exp(nats), sum(greedy for _, greedy in results) / len(results))
 
@@ -123,7 +123,10 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress | None = None
+    model: Model,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: Progress | None = None,
+    start: State | None = None,
 ) -> list[tuple[float, bool]]:
     """How likely each continuation is after its context.
 
@@ -131,13 +134,15 @@ def log_likelihoods(
         pairs: (context, continuation) in token ids, neither of them empty. A context that several pairs share is read
             once.
         progress: called with the tokens read, and in all.
+        start: the state of one row that every context begins from; None = the model's own.
 
     Returns:
         For each pair log p(continuation | context) in nats, and whether each token is the most likely one.
 
     Raises:
-        InputError: a context or continuation is empty.
+        InputError: a context or continuation is empty, or the state is of another model.
     """
+    start = model.initial_state() if start is None else start
     groups: dict[tuple[int, ...], list[int]] = {}  # the pairs of each context
     for i, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
@@ -153,7 +158,7 @@ def log_likelihoods(
             progress(done, total)
 
     for contexts in _split_into_passes(sorted(groups, key=len, reverse=True), len):
-        logits, state = _read_contexts(model, contexts, report)
+        logits, state = _read_contexts(model, start, contexts, report)
         members = [(row, i) for row, context in enumerate(contexts) for i in groups[context]]
         for part in _split_into_passes(members, lambda member: len(pairs[member[1]][1])):
             rows = [row for row, _ in part]
@@ -179,18 +184,21 @@ def _split_into_passes(items: Sequence[Item], size: Callable[[Item], int]) -> It
         yield batch
 
 
-def _read_contexts(model: Model, contexts: Sequence[Sequence[int]], report: Report) -> tuple[Tensor, State]:
-    """The logits after each of S contexts, [S, V], and the S states there. A single one may have any length."""
+def _read_contexts(
+    model: Model, start: State, contexts: Sequence[Sequence[int]], report: Report
+) -> tuple[Tensor, State]:
+    """The logits after each of S contexts, [S, V], and the S states there. A single one may have any length. start: see
+    `log_likelihoods`."""
     device = model.device
     if len(contexts) > 1:
         ends = [0]
         for context in contexts:
             ends.append(ends[-1] + len(context))
         tokens = torch.tensor([[token for context in contexts for token in context]], device=device)
-        logits, state = model(tokens, cu_seqlens=ends, last_only=True)
+        logits, state = model(tokens, start[[0] * len(contexts)], cu_seqlens=ends, last_only=True)
         report(tokens.numel())
         return logits[0], state
-    state = model.initial_state()
+    state = start
     for piece in torch.split(torch.tensor([list(contexts[0])], device=device), MAX_TOKENS, dim=1):
         logits, state = model(piece, state, last_only=True)
         report(piece.numel())

@@ -1,14 +1,16 @@
-"""Atomic writes, and where there is space for them."""
+"""Atomic writes, and where there is space for them; JSON files."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -17,16 +19,17 @@ from .errors import InputError
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    A crash, a full disk or Ctrl-C leaves the old file as it was.
+    A crash, a full disk or Ctrl-C leaves the old file as it was, and no new folder.
     """
     path = Path(path).resolve()  # a link stays one
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is not a file that could be replaced")
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with naming(path):
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
         try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
             yield part
             with open(part, "rb+") as written:
                 os.fsync(written.fileno())
@@ -35,6 +38,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+            if not path.exists():
+                with suppress(OSError):  # something else is in it by now
+                    for folder in missing:
+                        folder.rmdir()
 
 
 @contextmanager
@@ -64,3 +71,15 @@ def check_free_space(size: int, path: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free // 10**6:,} MB left")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, in UTF-8 with or without a byte order mark; InputError, with the file's name, if it
+    cannot be read or holds something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} is not a JSON object")
+    return content

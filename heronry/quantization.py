@@ -48,6 +48,7 @@ def quantize(model: M, format: str, progress: Progress | None = None) -> M:
             infinity or numbers too large for a scale, or a matrix whose rows are not whole groups of 32 weights.
     """
     check_quantizable(model, format)
+    model.check_has_weights()
     model.fingerprint  # noqa: B018  computed before the weights change: states of the original still fit
     arena = Arena(model.device)
     linears = quantizable_matrices(model)

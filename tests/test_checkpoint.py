@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import os
 import pickle
 import re
@@ -10,16 +12,19 @@ import stat
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import heronry
 from heronry import InputError, State
 from heronry.cli.app import app
+from heronry.convert import convert
 from heronry.files import atomic_write
 from heronry.models import RWKV7, detect
 
@@ -363,6 +368,67 @@ def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
     assert [file.name for file in target.parent.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_descriptions_of_wrong_types(version, random_checkpoint, tmp_path):
+    """In config.json of both kinds of folder and in the index of shards: a line, or the same model."""
+    torch.save(random_checkpoint(version, width=64, heads=1, ffn=64, rank=32), tmp_path / "a.pth")
+    for kind in ("heronry", "huggingface"):
+        folder = tmp_path / kind
+        convert(tmp_path / "a.pth", folder, to=kind)
+        file = folder / "config.json"
+        right, model = file.read_bytes(), heronry.load(folder)
+        config = json.loads(right)
+
+        def try_text(text: str, folder=folder, model=model) -> None:
+            (folder / "config.json").write_text(text)
+            with suppress(InputError):  # else it is the same model
+                assert heronry.load(folder).fingerprint[:16] == model.fingerprint[:16]
+
+        for text in ("[" * 100_000, "{", "", "null", "3", "[]"):
+            try_text(text)
+        for key in (*config, "quantization", "fingerprint", "chat_template", "opening_tokens", "heronry", "labels"):
+            for value in (None, "x", [1], {"a": 1}, math.nan, -1, [None]):
+                try_text(json.dumps(config | {key: value}))
+        file.write_bytes(codecs.BOM_UTF8 + right)  # as editors on Windows write it
+        assert heronry.load(folder).fingerprint == model.fingerprint
+        for text in (
+            "[" * 100_000,
+            "[]",
+            '{"weight_map": 3}',
+            '{"weight_map": {"a": 3}}',
+            '{"weight_map": {"a": [1]}}',
+        ):
+            (folder / "model.safetensors.index.json").write_text(text)
+            with pytest.raises(InputError, match=r"model\.safetensors\.index\.json (cannot be|is not|has no)"):
+                heronry.load(folder)
+
+
+def test_a_model_without_weights_is_said_to_be_one(random_checkpoint, tmp_path):
+    torch.save(random_checkpoint("7", vocab=256, width=64, heads=1, ffn=64), tmp_path / "a.pth")
+    model = heronry.load(tmp_path / "a.pth", device="meta")
+    for use in (
+        lambda: heronry.save(model, tmp_path / "b"),
+        lambda: heronry.quantize(model, "int8"),
+        lambda: heronry.LLM(model),
+    ):
+        with pytest.raises(InputError, match="on the device meta, so it has no weights"):
+            use()
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_is_interrupted_leaves_no_new_folder(random_checkpoint, tmp_path, monkeypatch):
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heronry.checkpoint.saving.save_file", interrupted)
+    (tmp_path / "old").mkdir()
+    model = heronry.checkpoint.assemble(random_checkpoint("7"))
+    for folder in ("old", "old/new", "a/b/c"):
+        with pytest.raises(KeyboardInterrupt):
+            heronry.save(model, tmp_path / folder)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["old"]
+
+
 @torch.no_grad()
 def test_states_as_files(version, random_checkpoint, tmp_path):
     torch.save(random_checkpoint(version, **SMALL), tmp_path / "a.pth")
@@ -387,6 +453,31 @@ def test_states_as_files(version, random_checkpoint, tmp_path):
     heronry.save(model, tmp_path / "m")
     with pytest.raises(InputError, match="not a heronry state file"):
         State.load(tmp_path / "m" / "model.safetensors")
+
+
+def test_files_that_are_no_states(version, random_checkpoint, tmp_path):
+    """Shapes, dtypes, numbers and texts that no state has; nothing is left to the model that gets it."""
+    torch.save(random_checkpoint(version, **SMALL), tmp_path / "a.pth")
+    heronry.load(tmp_path / "a.pth").initial_state(2).save(tmp_path / "s")
+    with safe_open(tmp_path / "s", "pt") as file:
+        about, right = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def refusal(tensors: dict[str, torch.Tensor], **changes: str) -> str:
+        save_file(tensors, tmp_path / "x", metadata=about | changes)
+        with pytest.raises(InputError, match=f"^{tmp_path / 'x'}: damaged or truncated state file") as caught:
+            State.load(tmp_path / "x")
+        return str(caught.value)
+
+    for texts in ("3", "[1, 2]", "null", "[]", '["a"]', '{"a": 1, "b": 2}', "[" * 100_000, "[null, null]", '"ab"'):
+        assert "\n" not in refusal(right, texts=texts)
+    for key, x in right.items():
+        assert f"{key} contains NaN or infinity" in refusal(right | {key: torch.full_like(x, math.nan)})
+        assert f"{key} is int32" in refusal(right | {key: x.int()})
+        assert f"{key} is float8_e4m3fn" in refusal(right | {key: x.to(torch.float8_e4m3fn)})
+        assert "no part of a state of " in refusal(right | {key: torch.cat([x, x])})
+        assert "its tensors are not those of a state" in refusal({name: x for name, x in right.items() if name != key})
+    for name in ("more", "blocks.99999999.wkv", "blocks.x.wkv"):
+        assert "its tensors are not those of a state" in refusal(right | {name: torch.ones(2, 2)})
 
 
 MEASURE = """

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heronry import LLM, InputError, evaluate
+from heronry import LLM, InputError, State, evaluate
 from heronry.checkpoint import assemble
 from heronry.cli.app import app
 from heronry.evaluate import encode_pair, log_likelihoods, opening_tokens, read_texts, score_lambada, score_texts
@@ -113,6 +113,23 @@ def test_bits_of_the_bundled_model():
     assert scores.nats == pytest.approx(-expected, rel=1e-5)
     assert scores.bytes == len(text)
     assert 0.3 < scores.bits_per_byte < 2
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_texts_begin_from_a_tuned_state(version, random_checkpoint):
+    """As they do where the same state is in the checkpoint; many side by side, and a single one."""
+    weights = random_checkpoint(version, width=32, heads=2, ffn=40, rank=3, vocab=256, tuned=True)
+    tuned = LLM(assemble(dict(weights)))
+    plain = LLM(assemble({name: x for name, x in weights.items() if "time_state" not in name}))
+    started = LLM(plain.model)
+    started.start = State(tuned.model.initial_state().layers, plain.model.fingerprint)
+    for texts in (["The rook sat."], ["The rook sat.", "The heron stood.", "a b"]):
+        expected, found = score_texts(tuned, texts), score_texts(started, texts)
+        assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+        assert score_texts(plain, texts).nats != pytest.approx(expected.nats, rel=1e-3)
+        assert score_lambada(started, texts).perplexity == pytest.approx(
+            score_lambada(tuned, texts).perplexity, rel=1e-5
+        )
 
 
 def test_lambada(models):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..checkpoint import read_notes
 from ..errors import InputError, show
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from ..formats import huggingface, safetensors_file
 from ..models import Model
 from ..models.layers import widen
@@ -186,13 +186,10 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _read_settings(file: Path) -> dict[str, Any]:
     """The content of an adapter_config.json; InputError unless it describes a LoRA or DoRA adapter."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file.name} cannot be read ({error})") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type") if isinstance(settings, dict) else None
-        raise InputError(f"{file.name}: unsupported peft_type {show(kind)}; only 'LORA' is supported")
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        kind = show(settings.get("peft_type"))
+        raise InputError(f"{file.name}: unsupported peft_type {kind}; only 'LORA' is supported")
     rank, alpha, initial = settings.get("r"), settings.get("lora_alpha"), settings.get("init_lora_weights", True)
     if type(rank) is not int or rank < 1:
         raise InputError(f"{file.name}: r must be a positive whole number, got {show(rank)}")

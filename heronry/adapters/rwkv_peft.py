@@ -44,15 +44,20 @@ def merge_rwkv_peft(
         raise InputError("give either alpha= (--alpha) for LoRA, or pissa_init= (--pissa-init) for PiSSA")
     try:
         tensors = _read_adapter(file)
-        names = sorted(key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A"))
+        names = _matrix_names(tensors, "lora")
         if not names:
             raise InputError("not an adapter of RWKV-PEFT (no lora_A in it)")
         initial = {} if pissa_init is None else _read_adapter(pissa_init)
+        for name in _matrix_names(initial, "init_lora"):
+            if name not in names:
+                raise InputError(f"not of the same run as {pissa_init}: {name} is only there")
         merged = {f"{name}.weight": _merged_matrix(model, name, tensors, initial, alpha) for name in names}
         parameters = dict(model.named_parameters())
         for key, lazy in tensors.items():
             if key.endswith((".lora_A", ".lora_B")):
                 continue
+            if key in merged:
+                raise InputError(f"holds {key} and also {key.removesuffix('.weight')}.lora_A")
             if key not in parameters or not same_numbers(lazy.shape, parameters[key].shape):
                 raise InputError(f"an adapter of another model: unexpected tensor {key} {list(lazy.shape)}")
             merged[key] = lazy.read().reshape(parameters[key].shape)
@@ -68,6 +73,12 @@ def _read_adapter(file: str | Path) -> Tensors:
     if any(".disha" in key or ".bone" in key for key in tensors):
         raise InputError(f"{path}: DiSHA and Bone adapters are not supported, only LoRA and PiSSA")
     return tensors
+
+
+def _matrix_names(tensors: Tensors, kind: str) -> list[str]:
+    """The matrices of which there is an A or a B."""
+    ends = (f".{kind}_A", f".{kind}_B")
+    return sorted({key[: -len(ends[0])] for key in tensors if key.endswith(ends)})
 
 
 def _merged_matrix(model: Model, name: str, tensors: Tensors, initial: Tensors, alpha: float | None) -> Tensor:

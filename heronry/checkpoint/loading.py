@@ -8,7 +8,6 @@ model and no more.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -22,6 +21,7 @@ from typing_extensions import TypeVar
 
 from .. import catalog, formats, hub
 from ..errors import InputError
+from ..files import read_json
 from ..formats.lazy_tensor import LazyTensor, as_lazy
 from ..memory import Arena
 from ..models import Model, Network, VisionModel
@@ -84,7 +84,7 @@ def load_checkpoint(
 ) -> tuple[M, formats.Checkpoint]:
     """As `load`; also returns the checkpoint, for its config and tokenizer."""
     path = locate(path)
-    target_dtype, target_device = None if dtype is None else parse_dtype(dtype), _parse_device(device)
+    target_dtype, target_device = None if dtype is None else parse_dtype(dtype), parse_device(device)
     try:
         checkpoint = formats.read(path)
         tensors, config = checkpoint.tensors, checkpoint.config
@@ -111,10 +111,10 @@ def locate(path: str | Path) -> Path:
         return Path(f"{path}.pth")
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
-            config = json.loads((path.parent / "config.json").read_text())
-        except (OSError, ValueError):
+            config = read_json(path.parent / "config.json")
+        except InputError:
             return path  # of some other program; the tensors alone are enough
-        if isinstance(config, dict) and (config.get("model") in NAMES or "model_type" in config):
+        if config.get("model") in NAMES or "model_type" in config:
             return path.parent
     return path
 
@@ -235,8 +235,9 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return parsed
 
 
-def _parse_device(device: torch.device | str) -> torch.device:
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device by its name or as it is; InputError where it cannot be used."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # the latter from a torch without CUDA
         raise InputError(f"device {device} cannot be used ({str(error).splitlines()[0]})") from error

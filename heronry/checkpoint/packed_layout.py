@@ -38,7 +38,7 @@ def logical_shapes(tensors: Tensors, format: Any) -> dict[str, torch.Size]:
             raise InputError(f"{key} is {x.dtype}, not a floating point tensor; use the original checkpoint")
     if format is None:
         return {key: x.shape for key, x in tensors.items()}
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise InputError(f"config.json says quantization = {format!r}; supported are {', '.join(FORMATS)}")
     dtype, bytes_per_group = (torch.int8, GROUP) if format == "int8" else (torch.uint8, GROUP // 2)
     shapes = {key: x.shape for key, x in tensors.items() if not key.endswith(".scales")}

@@ -59,6 +59,7 @@ def save(
         raise InputError(
             "this model has adapters beside its matrices: save_adapter saves them, `heronry merge` merges them"
         )
+    model.check_has_weights()
     folder = Path(folder).expanduser()
     check_folder_name(folder)
     tokenizer = None if tokenizer_file is None else Path(tokenizer_file).expanduser()

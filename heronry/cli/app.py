@@ -25,6 +25,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import typer
 
 from ..errors import InputError
+from ..faults import describe
 from ..text.terminal import printable
 from .bench import bench
 from .chat import chat
@@ -33,7 +34,6 @@ from .data import data
 from .defaults import TYPES as DEFAULTS
 from .defaults import config_file, read_defaults
 from .eval import eval
-from .faults import describe
 from .generate import generate
 from .info import info
 from .list import list as list_models

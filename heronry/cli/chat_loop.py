@@ -18,8 +18,8 @@ from ..engine.completion import Completion
 from ..engine.options import DecodeOptions
 from ..engine.sampling import UnseededOptions
 from ..errors import InputError, unknown_name
+from ..faults import describe
 from ..text.terminal import printable
-from .faults import describe
 
 COMMANDS = {
     "/undo": "take back the last message and its answer",

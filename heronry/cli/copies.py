@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..checkpoint import check_folder_name, locate, select_notes
 from ..errors import InputError
+from ..files import read_json
 from ..models import Model, Network
 from ..text.tokenizers import guess_tokenizer
 from .options import check_target
@@ -54,6 +54,6 @@ def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any
     if isinstance(model, Model):
         with suppress(InputError):  # unknown for the original too, where --tokenizer names it
             tokenizer = guess_tokenizer(model.config.vocab_size, source if source.is_dir() else source.parent)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8")) if source.is_dir() else {}
+    config = read_json(source / "config.json") if source.is_dir() else {}
     config |= config.get("heronry") or {}  # a config.json of Hugging Face keeps the notes under this key
     return tokenizer if isinstance(tokenizer, Path) else None, select_notes(config)

@@ -9,11 +9,11 @@ The repository may be a local folder. `heronry convert FILE OUT --to huggingface
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from .. import hub
 from ..errors import InputError
+from ..faults import exit_with_a_line
 from .conversion import convert
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--push_to_hub", action="store_true", help="upload the folder")
     parser.add_argument("--model_name", help="the repository to upload to")
     args = parser.parse_args(arguments)
-    try:
+    with exit_with_a_line():
         if args.push_to_hub and not args.model_name:
             raise InputError("--push_to_hub needs the name of a repository: --model_name OWNER/NAME")
         local = Path(args.repo_id).expanduser() / args.checkpoint_file
@@ -40,8 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
         if args.push_to_hub:
             hub.push(args.output_dir, args.model_name)
             print(f"uploaded to {args.model_name}")
-    except InputError as error:
-        sys.exit(f"heronry: {error}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .. import formats
 from ..checkpoint import DTYPES, assemble, save, select_notes
 from ..errors import InputError
 from ..files import atomic_write, check_free_space
-from ..formats import vision_rwkv
+from ..formats import pth, vision_rwkv
 from ..models import VisionModel
 from . import onnx
 from .new_folder import new_folder
@@ -64,8 +64,7 @@ def convert_vision_model(
             if to == "safetensors":
                 save_file(tensors, part, metadata={"format": "pt"})
             else:
-                with open(part, "wb") as file:
-                    torch.save({"state_dict": vision_rwkv.from_heronry(tensors)}, file)
+                pth.save({"state_dict": vision_rwkv.from_heronry(tensors)}, part)
             logits = _compute_logits(formats.read(part), picture)
         result = Converted.compare(to, part, expected, logits)
         difference = (logits - rounded).abs().max().item()

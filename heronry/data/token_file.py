@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..files import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, length of the table of documents
@@ -132,11 +133,9 @@ class TokenFile:
         if not path.is_file():
             return {}
         try:
-            metadata = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error})") from error
-        if not isinstance(metadata, dict):
-            raise InputError(f"{path}: does not describe a token file")
+            metadata = read_json(path)
+        except InputError as error:
+            raise InputError(f"{path.parent}: {error}") from error
         for key, least in (("vocab_size", 1), ("end_of_text", 0)):
             value = metadata.get(key)
             if value is not None and (type(value) is not int or value < least):

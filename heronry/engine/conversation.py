@@ -26,10 +26,11 @@ from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from ..errors import InputError
 from ..files import atomic_write, naming
-from ..models import LayerState, Model, State
+from ..models import Model, State
 from ..text.chat_templates import Template, template_from
 
 log = logging.getLogger("heronry")
@@ -175,6 +176,16 @@ class ConversationTree:
             InputError: no such file, not a conversation, of another model, or damaged.
         """
         path = Path(path).expanduser().resolve()
+        try:
+            return cls._from_records(path, model)
+        except InputError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise InputError(f"{path}: damaged conversation file ({error})") from error
+
+    @classmethod
+    def _from_records(cls, path: Path, model: Model) -> ConversationTree:
+        """The conversation in a file, whose records have any content."""
         records = read_records(path)
         size = path.stat().st_size if path.is_file() else 0  # what another chat adds while this one reads is its own
         begin, opening, whole = next(records)
@@ -240,8 +251,8 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes, int]]:
                 *sizes, crc = HEADER.unpack(header)
                 if zlib.crc32(header[:-4]) != crc:
                     raise InputError(f"{path}: damaged conversation file")
-                content = file.read(sum(sizes))
-                digest, end = file.read(32), file.read(len(END))
+                left = path.stat().st_size - file.tell()
+                content, digest, end = (file.read(min(size, left)) for size in (sum(sizes), 32, len(END)))
                 if end == END:
                     if hashlib.sha256(content).digest() != digest:
                         raise InputError(f"{path}: damaged conversation file")
@@ -257,12 +268,8 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes, int]]:
 
 
 def _write_record(out: BinaryIO, description: dict[str, Any], state: State | None) -> None:
-    tensors = {}
-    if state is not None:
-        for i, layer in enumerate(state.layers):
-            for name, x in layer._asdict().items():
-                tensors[f"blocks.{i}.{name}"] = x.detach().cpu().contiguous()
-    text, data = json.dumps(description).encode(), safetensors.torch.save(tensors) if tensors else b""
+    text = json.dumps(description).encode()
+    data = b"" if state is None else safetensors.torch.save(state.to_tensors())
     sizes = struct.pack("<QQ", len(text), len(data))
     header = HEADER.pack(len(text), len(data), zlib.crc32(sizes))
     digest = hashlib.sha256(text)
@@ -275,12 +282,7 @@ def _write_record(out: BinaryIO, description: dict[str, Any], state: State | Non
 
 def _state(data: bytes, text: str, model: Model) -> State:
     """The state in a record."""
-    tensors = safetensors.torch.load(data)
-    layers = [
-        LayerState(*(tensors[f"blocks.{i}.{name}"].to(model.device) for name in LayerState._fields))
-        for i in range(len(tensors) // len(LayerState._fields))
-    ]
-    return State(layers, model.fingerprint, [text])
+    return State.from_tensors(safetensors.torch.load(data), model.fingerprint, [text]).to(model.device)
 
 
 @contextmanager

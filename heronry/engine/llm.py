@@ -38,6 +38,15 @@ if TYPE_CHECKING:
 DEFAULT = Sampling(top_p=0.85)  # what the base models of this family are usually sampled with
 
 
+INSTEAD = {  # what to do to a model that is not loaded here
+    "dtype": "use model.to(dtype)",
+    "device": "use model.to(device)",
+    "quantize": "use heronry.quantize(model, ...)",
+    "adapter": "use heronry.adapters.apply_adapter",
+    "ln_x_eps": "give it to heronry.load",
+}
+
+
 class LLM(TextModel):
     """A language model that reads and writes text. See `TextModel` for its attributes."""
 
@@ -47,7 +56,7 @@ class LLM(TextModel):
         *,
         tokenizer: str | Path | Tokenizer | None = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         quantize: str | None = None,
         adapter: str | Path | None = None,
         ln_x_eps: float | None = None,
@@ -60,24 +69,25 @@ class LLM(TextModel):
                 package.
             tokenizer: "bytes", "world", a tokenizer.json or a Tokenizer; None = found beside the checkpoint or told
                 from the size of the vocabulary.
-            dtype, device: for a model that is loaded; None keeps the file's dtype, the bundled model gets float32.
-            quantize: "int8" or "int4" packs the matrices of a model that is loaded.
-            adapter: the folder of a LoRA or DoRA adapter for a model that is loaded. It is merged into the weights;
-                beside packed ones it stays as it is, and the plain model runs instead of the native step.
-            ln_x_eps: as for heronry.load, for a model that is loaded.
+            dtype: None keeps the file's; the bundled model gets float32.
+            device: None = "cpu".
+            quantize: "int8" or "int4" packs the matrices.
+            adapter: the folder of a LoRA or DoRA adapter. It is merged into the weights; beside packed ones it stays as
+                it is, and the plain model runs instead of the native step.
+            ln_x_eps: as for heronry.load.
             progress: called while a model is loaded, with (bytes read, bytes in all).
 
+        All but the tokenizer are for a model that is loaded.
+
         Raises:
-            InputError: no such model, no tokenizer that fits it, or an adapter that does not.
+            InputError: no such model, no tokenizer that fits it, an adapter that does not, or one of these options
+                with a Model.
         """
         if not isinstance(path, str | Path | Model | None):
             raise InputError(f"give the path of a model, or a Model, got {show(path)}")
         described: dict[str, Any] = {}
         if isinstance(path, Model):
-            if adapter is not None:
-                raise InputError(
-                    "adapter= is for a model that is loaded; for your own model use heronry.adapters.apply_adapter"
-                )
+            _refuse_with_model(dtype=dtype, device=device, quantize=quantize, adapter=adapter, ln_x_eps=ln_x_eps)
             model = path
             tokenizer = guess_tokenizer(path.config.vocab_size) if tokenizer is None else tokenizer
         else:
@@ -86,12 +96,13 @@ class LLM(TextModel):
             path = locate(BUNDLED if path is None else path)
             if path == BUNDLED and dtype is None:  # so small that float32 is the fastest everywhere
                 dtype = "float32"
-            model, checkpoint = load_checkpoint(path, dtype, device, ln_x_eps, quantize, progress=progress)
+            model, checkpoint = load_checkpoint(path, dtype, device or "cpu", ln_x_eps, quantize, progress=progress)
             described = select_notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:
                 tokenizer = HFTokenizer(path, checkpoint.tokenizer)
             elif tokenizer is None:
                 tokenizer = guess_tokenizer(model.config.vocab_size, path if path.is_dir() else path.parent)
+        model.check_has_weights()
         tokenizer = load_tokenizer(tokenizer, model.config.vocab_size)
         if adapter is not None:
             described |= adapters.apply_adapter(model, adapter).notes
@@ -317,3 +328,10 @@ class LLM(TextModel):
             decode=self.decode_token,
         )
         return stream_pieces(generation, rows, decoding.min_tokens)
+
+
+def _refuse_with_model(**options: object) -> None:
+    """InputError for an option that is only for models that are loaded."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name}= is for a model that is loaded; with your own, {INSTEAD[name]}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import read_json
 from ..progress import ByteCounter
 from . import pth, safetensors_file
 from .lazy_tensor import Tensors
@@ -35,11 +36,10 @@ def training_shards_hint(folder: Path) -> str:
 
 def _read_shards(folder: Path, index: str, read_file: Callable[[Path], Tensors]) -> Tensors:
     """The tensors of all files that an index lists."""
-    try:
-        file_of = json.loads((folder / index).read_text())["weight_map"]
-        names = sorted(set(file_of.values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} cannot be read ({error})") from error
+    file_of = read_json(folder / index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
+        raise InputError(f"{index} has no weight_map, which says the file of each tensor")
+    names = sorted(set(file_of.values()))
     tensors: Tensors = {}
     for name in names:
         if Path(name).name != name:

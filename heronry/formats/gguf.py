@@ -255,11 +255,14 @@ def write(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, x, type_name in outputs:
-        data = quantize(x.read(), type_name)
-        writer.write_tensor_data(data)
-        counter.add(data.nbytes)
     writer.close()
+    with open(path, "ab") as file:  # by ourselves, for numpy's writing does not say what is wrong with a disk
+        for _, x, type_name in outputs:
+            data = quantize(x.read(), type_name)
+            file.write(bytes(-file.tell() % writer.data_alignment))
+            file.write(data.data)
+            counter.add(data.nbytes)
+        file.write(bytes(-file.tell() % writer.data_alignment))
 
 
 def check_supported(tensors: Tensors, config: Any) -> None:

@@ -11,6 +11,8 @@ Sources: the configuration and model classes of transformers (models/rwkv) and o
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show
 from .lazy_tensor import Tensors, nth, transposed
 from .prefixes import strip_prefixes
+
+log = logging.getLogger("heronry")
 
 # model_type -> the class in transformers or in the repository
 ARCHITECTURES = {
@@ -105,7 +109,8 @@ def from_blinkdl(tensors: Tensors) -> Tensors:
 def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
     """The same tensors under BlinkDL's names; unknown names are kept, without their prefixes.
 
-    tied: the head shares the embedding's weights and may be missing.
+    tied: the head shares the embedding's weights and may be missing. One that is there and is another stays, with a
+        warning, as in transformers.
     """
     tensors = strip_prefixes(tensors)
     if any(name.startswith("layers.") for name in tensors):
@@ -114,7 +119,9 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
         words = {theirs: ours for ours, theirs in WORDS.items()}
         renamed = {".".join(words.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
     if tied and "emb.weight" in renamed:
-        renamed.setdefault("head.weight", renamed["emb.weight"])
+        head = renamed.setdefault("head.weight", renamed["emb.weight"])
+        if head is not renamed["emb.weight"] and not torch.equal(head.read(), renamed["emb.weight"].read()):
+            log.warning("heronry: tie_word_embeddings is set, but the weights have a head of their own, which is used")
     return renamed
 
 
@@ -146,7 +153,7 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: it specifies something that these models do not have.
     """
     kind = hub_config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
     fla = kind == "rwkv7"
     epsilon = hub_config.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
@@ -176,14 +183,19 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     elif kind != "rwkv":
         sizes |= {ours: hub_config.get(name) for ours, name in VARIANT_KEYS[kind].items()}
         divisor = hub_config.get("head_size_divisor", 8)
-        sizes["ln_x_eps"] = _epsilon(divisor * divisor) if isinstance(divisor, int | float) else None
+        if not isinstance(divisor, int | float) or isinstance(divisor, bool) or not 0 < divisor < math.inf:
+            raise InputError(f"config.json says head_size_divisor = {show(divisor)}; expected a positive number like 8")
+        sizes["ln_x_eps"] = _epsilon(divisor * divisor)
     if kind in ("rwkv", "rwkv7"):
         sizes.pop("head_size" if kind == "rwkv" else "dim_att")
     if hub_config.get("time_state"):
         sizes["time_state"] = True
     config = {"model": next(name for name, model_type in MODEL_TYPES.items() if model_type == kind)}
     config |= {key: value for key, value in sizes.items() if value is not None}
-    return config | dict(hub_config.get("heronry") or {})
+    notes = hub_config.get("heronry") or {}
+    if not isinstance(notes, dict):
+        raise InputError(f"config.json says heronry = {show(notes)}; expected an object")
+    return config | notes
 
 
 # additional keys: the hub's RWKV-5 and 6 are of one variant each, so their config.json does not name it

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..progress import ByteCounter
 from .lazy_tensor import Tensors, as_lazy
+from .safetensors_file import write_numbers
 
 
 def is_pth(head: bytes) -> bool:
@@ -89,12 +91,35 @@ def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def write(tensors: Tensors, path: Path, counter: ByteCounter) -> None:
-    """Writes a .pth file. torch.save takes all tensors at once, so each is first copied to a mapped temporary file."""
+    """Writes a .pth file. torch.save takes all tensors at once, so each is first written to a temporary file, which is
+    then mapped: memory mapped to be written would kill the process where the disk is full."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         mapped = {}
         for i, (name, x) in enumerate(tensors.items()):
-            copy = torch.from_file(f"{folder}/{i}", shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
-            mapped[name] = copy.copy_(x.read())
-            counter.add(x.nbytes)
-        with open(path, "wb") as file:  # of a name, torch would not say why it cannot write there
-            torch.save(mapped, file)
+            with open(f"{folder}/{i}", "wb") as file:
+                write_numbers(file, x.read(), counter)
+            mapped[name] = torch.from_file(file.name, shared=False, size=x.numel(), dtype=x.dtype).view(x.shape)
+        save(mapped, path)
+
+
+def save(content: object, path: Path) -> None:
+    """torch.save, but what the system says of a write that fails is an OSError: torch hides it."""
+    failed: list[OSError] = []
+    with open(path, "wb", buffering=0) as file:
+
+        def write(data: bytes) -> int:
+            try:
+                view = memoryview(data)
+                while view:  # the system may take less than all
+                    view = view[file.write(view) :]
+                return len(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        try:
+            torch.save(content, SimpleNamespace(write=write, flush=file.flush))
+        except RuntimeError as error:
+            if failed:
+                raise failed[0] from error
+            raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json
 from . import folder, ggml, gguf, huggingface, pth, safetensors_file, vision_rwkv, webrwkv
 from .lazy_tensor import Tensors
 from .prefixes import strip_prefixes
@@ -83,12 +83,7 @@ def _read_folder(path: Path) -> Checkpoint:
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     if not (path / "config.json").is_file():
         raise InputError(f"no config.json in the folder{folder.training_shards_hint(path)}")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"config.json cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError("config.json is not a JSON object")
+    config = read_json(path / "config.json")
     if "model_type" in config:
         tensors = huggingface.to_blinkdl(folder.read(path), bool(config.get("tie_word_embeddings")))
         return Checkpoint("huggingface", tensors, huggingface.read_config(config))

@@ -51,7 +51,9 @@ def is_webrwkv(tensors: Tensors, metadata: Mapping[str, str]) -> bool:
     is_half = all(x.dtype == torch.float16 for x in tensors.values())
     if all(name.endswith(".att.time_state") for name in tensors):
         # a tuned state, with the names and shapes of BlinkDL's: other tuners do not use float16, nor this format
-        return is_half and not metadata.get("format", "").startswith("heronry.")
+        # nor is there web-rwkv's for RWKV-4, whose states are no matrices
+        is_matrix = all(len(x.shape) == 3 for x in tensors.values())
+        return is_half and is_matrix and not metadata.get("format", "").startswith("heronry.")
     if "blocks.0.att.time_mix_x" in tensors:  # RWKV-6
         return True
     if "blocks.0.att.gate.weight" in tensors:  # RWKV-5: BlinkDL has time_first in 5.0 only, which has no gate

@@ -19,11 +19,15 @@ from lm_eval.api.registry import model_registry
 from tqdm import tqdm
 
 from ..engine.llm import LLM
+from ..engine.options import check_names
 from ..errors import InputError
 from ..evaluate import log_likelihoods, opening_tokens
+from ..faults import exit_with_a_line
 from ..progress import Progress
 
 BATCH_SIZE = 32  # texts generated together
+MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+LLM_OPTIONS = ("tokenizer", "dtype", "device", "quantize", "adapter", "ln_x_eps", "progress")
 
 
 class HeronryLM(TemplateLM):
@@ -36,12 +40,22 @@ class HeronryLM(TemplateLM):
         Args:
             pretrained: a file, a folder or a name on the hub; None = the bundled model.
             batch_size: ignored: batches are filled by number of tokens.
+            options: of LLM.
+
+        Raises:
+            InputError: an unknown option, or one for a model that is loaded already; and as LLM does.
         """
         super().__init__()
         options.pop("max_batch_size", None)
         if str(options.get("device") or "cuda").startswith("cuda") and not torch.cuda.is_available():
             options["device"] = "cpu"  # cuda is the harness's own default
-        self.llm = pretrained if isinstance(pretrained, LLM) else LLM(pretrained, **options)
+        if isinstance(pretrained, LLM):
+            if given := options.keys() - {"device"}:
+                raise InputError(f"{min(given)}= is for a model that is loaded, not for an LLM")
+            self.llm = pretrained
+        else:
+            check_names(options, LLM_OPTIONS)
+            self.llm = LLM(pretrained, **options)
         self.max_gen_toks = int(max_gen_toks)
 
     @property
@@ -62,7 +76,7 @@ class HeronryLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(self._with_opening(context), continuation) for _, context, continuation in requests]
         with _bar(disable_tqdm) as progress:
-            return log_likelihoods(self.llm.model, pairs, progress)
+            return log_likelihoods(self.llm.model, pairs, progress, self.llm.start)
 
     def _with_opening(self, context: list[int]) -> list[int]:
         """The tokens after the opening tokens of this model's texts; the harness writes the first of these alone where
@@ -74,9 +88,11 @@ class HeronryLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         context = self._with_opening([self.eot_token_id])
-        pairs = [(context, self.tok_encode(request.args[0])) for request in requests]
+        texts = [self.tok_encode(request.args[0]) for request in requests]
         with _bar(disable_tqdm) as progress:
-            return [total for total, _ in log_likelihoods(self.llm.model, pairs, progress)]
+            pairs = [(context, ids) for ids in texts if ids]
+            scores = iter(log_likelihoods(self.llm.model, pairs, progress, self.llm.start))
+        return [next(scores)[0] if ids else 0.0 for ids in texts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generates for prompts with the same options in batches."""
@@ -95,12 +111,16 @@ class HeronryLM(TemplateLM):
         return texts
 
     def _generate(self, prompts: list[str], gen_kwargs: dict[str, Any]) -> list[str]:
-        until = gen_kwargs.get("until") or []
+        options: dict[str, Any] = {"top_p": 1.0, **gen_kwargs}
+        until = options.pop("until", None) or []
         stop = [until] if isinstance(until, str) else [text for text in until if text]
-        options: dict[str, Any] = {"temperature": 0.0}
-        if gen_kwargs.get("do_sample") and gen_kwargs.get("temperature", 1.0) > 0:
-            options = {"temperature": gen_kwargs.get("temperature", 1.0), "top_p": gen_kwargs.get("top_p", 1.0)}
-        max_tokens = int(gen_kwargs.get("max_gen_toks") or self.max_gen_toks)
+        limits = [options.pop(name, None) for name in MAX_TOKENS]
+        max_tokens = next((int(limit) for limit in limits if limit is not None), self.max_gen_toks)
+        temperature = options.pop("temperature", None)
+        samples = options.pop("do_sample", None)  # the harness leaves it out where the temperature says it
+        if samples is None:
+            samples = temperature is not None
+        options["temperature"] = float(1.0 if temperature is None else temperature) if samples else 0.0
         tokens = [self._with_opening(self.tok_encode(prompt)) for prompt in prompts]
         completions = self.llm.generate(tokens, max_tokens, stop=stop or None, **options)
         return [completion.text for completion in completions]
@@ -127,5 +147,6 @@ def register() -> None:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    register()
-    cli_evaluate()
+    with exit_with_a_line():
+        register()
+        cli_evaluate()

@@ -58,6 +58,11 @@ class Network(nn.Module):
         if x.device != self.device:
             raise InputError(f"{what} on {x.device}, but the model is on {self.device}: move one of them with .to()")
 
+    def check_has_weights(self) -> None:
+        """InputError for a model on the meta device, which has shapes but no numbers."""
+        if self.device.type == "meta":
+            raise InputError("the model is on the device meta, so it has no weights; load it on another")
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that are not packed: embeddings, norms and vectors, and the matrices without quantization."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..files import atomic_write
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of what is read from files
 
 
 class LayerState(NamedTuple):
@@ -124,13 +126,40 @@ class State:
     def nbytes(self) -> int:
         return sum(x.nbytes for layer in self.layers for x in layer)
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (atomically): `blocks.i.{att_shift,wkv,ffn_shift}`, fingerprint and texts."""
-        tensors = {
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, `blocks.i.{att_shift,wkv,ffn_shift}`, on the CPU."""
+        return {
             f"blocks.{i}.{name}": x.detach().cpu().contiguous()
             for i, layer in enumerate(self.layers)
             for name, x in layer._asdict().items()
         }
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], fingerprint: str, texts: Any) -> State:
+        """Undoes `to_tensors`.
+
+        Raises:
+            ValueError: the tensors are not those of a state or contain NaN or infinity, or texts is no list of as many
+                texts as there are rows.
+        """
+        count = len(tensors) // len(LayerState._fields)
+        names = [[f"blocks.{i}.{name}" for name in LayerState._fields] for i in range(count)]
+        if not names or {name for layer in names for name in layer} != tensors.keys():
+            raise ValueError("its tensors are not those of a state")
+        rows = len(tensors[names[0][0]])
+        for name, x in tensors.items():
+            if x.dtype not in DTYPES or x.ndim < 2 or len(x) != rows:
+                dtype = str(x.dtype).removeprefix("torch.")
+                raise ValueError(f"{name} is {dtype} {list(x.shape)}, which is no part of a state of {rows} rows")
+            if not x.isfinite().all():
+                raise ValueError(f"{name} contains NaN or infinity")
+        if not isinstance(texts, list) or len(texts) != rows or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"its texts are {show(texts)}, not those of {rows} rows")
+        return State([LayerState(*(tensors[name] for name in layer)) for layer in names], fingerprint, texts)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file (atomically): `blocks.i.{att_shift,wkv,ffn_shift}`, fingerprint and texts."""
+        tensors = self.to_tensors()
         about = {"format": "heronry.state", "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
         with atomic_write(Path(path).expanduser()) as part:
             save_file(tensors, part, metadata=about)
@@ -155,14 +184,9 @@ class State:
                 about = file.metadata() or {}
                 if about.get("format") != "heronry.state":
                     raise InputError(f"{path}: not a heronry state file")
-                keys = file.keys()
-                count = 1 + max(int(key.split(".")[1]) for key in keys)
-                layers = [
-                    LayerState(*(file.get_tensor(f"blocks.{i}.{name}") for name in LayerState._fields))
-                    for i in range(count)
-                ]
-                return State(layers, about["fingerprint"], json.loads(about["texts"]))
-        except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dictionary
+                return State.from_tensors(tensors, about["fingerprint"], json.loads(about["texts"]))
+        except (SafetensorError, OSError, ValueError, LookupError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: damaged or truncated state file ({error})") from error

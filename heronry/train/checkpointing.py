@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..adapters import restore_adapter, save_adapter
 from ..checkpoint import read_time_state, save, save_time_state, time_state
 from ..errors import InputError
+from ..files import read_json
 from ..models import Model, Network, State
 from . import fsdp
 
@@ -122,9 +123,9 @@ def find_latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     for path in reversed(_list_checkpoints(folder)):
         try:
-            run_state = json.loads((path / RUN_STATE).read_text())
+            run_state = read_json(path / RUN_STATE)
             hashes = dict(run_state.pop("files"))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, TypeError):  # InputError is one
             damaged = [RUN_STATE]
         else:
             results = fsdp.run_on_all(partial(_find_damage, path, hashes))

@@ -119,21 +119,22 @@ class MetricsLogger:
     """Logs one run; used as a context manager.
 
     Attributes:
-        unlogged_losses: of the steps since the last line of the log.
+        nats, n_counted: the losses since the last line of the log, summed over all predictions that count, and how
+            many these are.
     """
 
-    def __init__(self, info: RunInfo, start: Progression, unlogged_losses: list[float], quiet: bool):
+    def __init__(self, info: RunInfo, start: Progression, unlogged: tuple[float, int], quiet: bool):
         """
         Args:
             start: where the run starts or resumes.
-            unlogged_losses: of the steps before `start` that no line of the log covers.
+            unlogged: nats and n_counted of the steps before `start` that no line of the log covers.
             quiet: write and print nothing.
 
         Raises:
             InputError: wandb is wanted, but not installed.
         """
         self.info, self.start, self.quiet = info, start, quiet
-        self.unlogged_losses = unlogged_losses
+        self.nats, self.n_counted = unlogged
         self._last = start  # at the last line
         self._file = info.out / "log.jsonl"
         self._console = Console(stderr=True)
@@ -185,19 +186,21 @@ class MetricsLogger:
         if not type(args.thread).__module__.startswith("tensorboard"):
             self._thread_hook(args)
 
-    def log_step(self, progress: Progression, loss: float | None, grad_norm: float, lr: float) -> None:
+    def log_step(self, progress: Progression, nats: float, n_counted: int, grad_norm: float, lr: float) -> None:
         """Call this after every step; writes a line every `log_every` steps and after the last one.
 
         Args:
             progress: after the step.
-            loss: of the step, in nats; None if none of its tokens counts. A step without a finite loss and finite
-                gradients is reported at once. Neither kind is part of the mean.
+            nats: the loss of the step, summed over its `n_counted` predictions that count. A step without a finite
+                loss and finite gradients is reported at once, and is no part of the mean.
             grad_norm: before clipping.
             lr: the learning rate of the step.
         """
-        if math.isfinite(0.0 if loss is None else loss) and math.isfinite(grad_norm):
-            self.unlogged_losses += [] if loss is None else [loss]
+        if math.isfinite(nats) and math.isfinite(grad_norm):
+            self.nats += nats
+            self.n_counted += n_counted
         else:
+            loss = nats / n_counted if n_counted else None
             self.print(f"step {progress.step}: loss {loss}, gradient norm {grad_norm}: step skipped")
         logs = progress.step % self.info.log_every == 0 or progress.step == self.info.steps
         if not logs:
@@ -205,17 +208,17 @@ class MetricsLogger:
             return
         unit = self.info.unit
         speed = (progress.units - self._last.units) / (progress.seconds - self._last.seconds)
-        loss_mean = sum(self.unlogged_losses) / len(self.unlogged_losses) if self.unlogged_losses else None
+        loss = self.nats / self.n_counted if self.n_counted else None
         row: dict[str, Any] = {"step": progress.step, f"{unit}s": progress.units, "seconds": round(progress.seconds, 3)}
-        row |= {"loss": loss_mean, "grad_norm": grad_norm, "lr": lr, f"{unit}s_per_second": round(speed, 1)}
+        row |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, f"{unit}s_per_second": round(speed, 1)}
         if self._bar is not None:
             share = speed * self.info.flops_per_unit / (self._peak_flops * self.info.processes)
             row["flops_share"] = round(share, 4)
-            loss_text = "none" if loss_mean is None else f"{loss_mean:.4f}"
+            loss_text = "none" if loss is None else f"{loss:.4f}"
             self._status = f"loss {loss_text}, {speed:,.0f} {unit}s/s"
             self._update_bar(progress.step)
         self._last = progress
-        self.unlogged_losses.clear()
+        self.nats, self.n_counted = 0.0, 0
         self._write(row)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:

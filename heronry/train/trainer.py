@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,25 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.signal = number
+
+
+class Step(NamedTuple):
+    """What a step has computed, in all processes together.
+
+    Attributes:
+        nats: the cross entropy, summed over the tokens (or images) that count.
+        n_counted: how many count.
+        grad_norm: of the gradients, before clipping.
+    """
+
+    nats: float
+    n_counted: int
+    grad_norm: float
+
+    @property
+    def loss(self) -> float | None:
+        """The mean, in nats; None if nothing counts."""
+        return self.nats / self.n_counted if self.n_counted else None
 
 
 class Trainer:
@@ -104,13 +123,13 @@ class Trainer:
             self.ema = AveragedModel(self.model, multi_avg_fn=average)
         self.step = self.units = 0
         self.seconds = 0.0
-        unlogged_losses = self._resume()
+        unlogged = self._resume()
         self.model.gradient_checkpointing = config.run.checkpointing
         self.wrapped_model: Any = torch.compile(self.model) if config.run.compile else self.model
         if not self.model.sharded:
             self.wrapped_model, self.optimizer = self.accelerator.prepare(self.wrapped_model, self.optimizer)
         quiet = quiet or not self.accelerator.is_main_process
-        self.logger = MetricsLogger(self._run_info(), self._progression(), unlogged_losses, quiet)
+        self.logger = MetricsLogger(self._run_info(), self._progression(), unlogged, quiet)
 
     def _build_language(self, model: Network | None) -> tuple[Network, Task[Any]]:
         """The model, on the device, and the task."""
@@ -184,14 +203,14 @@ class Trainer:
         """The folder of the checkpoints."""
         return self.out / "checkpoints"
 
-    def _resume(self) -> list[float]:
+    def _resume(self) -> tuple[float, int]:
         """Restores the newest undamaged checkpoint, if there is one. Returns the losses that no line of the log covers
-        yet."""
+        yet: their sum, and the number of predictions."""
         latest = checkpointing.find_latest_checkpoint(self.checkpoints)
         if latest is None:
             if any((self.out / name).exists() for name in ("model.safetensors", time_state.FILE, WEIGHTS)):
                 raise InputError(f"{self.out}: already contains a model; choose another run.out")
-            return []
+            return 0.0, 0
         path, run_state = latest
         settings = self._fixed_settings()
         for key, value in run_state["config"].items():
@@ -204,7 +223,8 @@ class Trainer:
         self.step, self.units, self.seconds = (run_state[key] for key in ("step", "units", "seconds"))
         if (path / checkpointing.CARRIED_STATES).exists():
             self.task.load_carried_states(path / checkpointing.CARRIED_STATES)
-        return list(run_state["unlogged_losses"])
+        nats, n_counted = run_state["unlogged"]
+        return nats, n_counted
 
     def _fixed_settings(self) -> dict[str, Any]:
         """The settings that cannot change during a run, because its losses would no longer be those of one run."""
@@ -225,7 +245,7 @@ class Trainer:
             run_state = {
                 "units": self.units,
                 "seconds": self.seconds,
-                "unlogged_losses": self.logger.unlogged_losses,
+                "unlogged": (self.logger.nats, self.logger.n_counted),
                 "config": self._fixed_settings(),
             }
             try:
@@ -262,12 +282,13 @@ class Trainer:
         with catch_signals() as signals, self.logger:
             while self.step < self.steps:
                 start = time.perf_counter()
-                loss, grad_norm = self.train_step()
+                nats, n_counted, grad_norm = self.train_step()
                 self.seconds += time.perf_counter() - start
                 bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
                 if bad_steps == MAX_BAD_STEPS:
                     raise InputError(f"no finite gradients in {MAX_BAD_STEPS} consecutive steps; lower optim.lr")
-                self.logger.log_step(self._progression(), loss, grad_norm, self.optimizer.param_groups[0]["lr"])
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.logger.log_step(self._progression(), nats, n_counted, grad_norm, lr)
                 ends = self.step == self.steps
                 if self.task.can_evaluate and (ends or (run.eval_every and self.step % run.eval_every == 0)):
                     self.logger.log_evaluation(self.step, self.evaluate())
@@ -292,12 +313,9 @@ class Trainer:
                 raise InputError(f"{self.out}: cannot be written ({error}); the same command tries again") from error
         return model.eval() if self.ema is not None else self.model.eval()
 
-    def train_step(self) -> tuple[float | None, float]:
-        """Updates the weights once.
-
-        Returns:
-            The mean loss in nats per token (or image) that counts, and the norm of the gradients before clipping. If
-            no token counts (the loss is None) or the norm is not finite, nothing has changed but the carried states.
+    def train_step(self) -> Step:
+        """Updates the weights once. If no token counts or the norm of the gradients is not finite, nothing changes but
+        the carried states.
         """
         config, device = self.config, self.accelerator.device
         passes = list(self.task.batches(self.step))
@@ -333,7 +351,7 @@ class Trainer:
         self.step += 1
         self.units += int(n_targets)
         total_nats = self._sum_over_processes(total_nats)
-        return total_nats.item() / n_counted if n_counted else None, grad_norm
+        return Step(total_nats.item(), int(n_counted), grad_norm)
 
     def _seed_pass(self, *numbers: int) -> None:
         """Seeds dropout, drop path and augmentation: every forward pass of every process draws its own numbers, which

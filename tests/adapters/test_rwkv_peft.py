@@ -80,6 +80,14 @@ def test_bad_input(random_checkpoint, tmp_path):
         return str(caught.value)
 
     assert "give either alpha=" in refusal(trained)
+    for part, other in ("AB", "BA"):
+        half = {name: x for name, x in trained.items() if name != f"blocks.1.ffn.value.lora_{part}"}
+        assert refusal(half, alpha=1).endswith(f": blocks.1.ffn.value.lora_{part} is missing"), other
+    both = trained | {"blocks.0.att.key.weight": torch.ones(32, 32)}
+    assert refusal(both, alpha=1).endswith("holds blocks.0.att.key.weight and also blocks.0.att.key.lora_A")
+    more = adapter(weights, "init_lora") | {"blocks.0.att.value.init_lora_A": torch.ones(5, 32)}
+    torch.save(more, tmp_path / "init.pth")
+    assert "init.pth: blocks.0.att.value is only there" in refusal(trained, pissa_init=tmp_path / "init.pth")
     assert "not an adapter of RWKV-PEFT" in refusal({"blocks.0.ln1.weight": torch.ones(32)}, alpha=1)
     assert "blocks.0.att.key.lora_B is missing" in refusal({"blocks.0.att.key.lora_A": torch.ones(5, 32)}, alpha=1)
     assert "an adapter of another model: it changes blocks.9.att.key" in refusal(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -386,6 +387,24 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(weights, tmp_path):
     assert not (tmp_path / "out").exists()
     subprocess.run(command, check=True, capture_output=True)
     assert torch.equal(read(tmp_path / "out"), read(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("format", SUFFIXES.values())
+def test_a_disk_that_is_full_in_the_middle_is_named(format, weights, tmp_path, monkeypatch):
+    """At the end of a large file too, where torch and numpy say nothing of what the system has told them."""
+    torch.save(weights("7", width=256, heads=4), tmp_path / "a.pth")
+    whole, target = name_of(format, tmp_path, "whole"), name_of(format, tmp_path)
+    size = convert(tmp_path / "a.pth", whole, dtype="float16").bytes
+    kept, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (size // 2, size - 1000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, kept[1]))
+            with pytest.raises(InputError, match=rf"^{re.escape(str(target))}: cannot be written \(File too large\)$"):
+                convert(tmp_path / "a.pth", target, dtype="float16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", whole.name}
 
 
 def test_memory_is_that_of_a_matrix(weights, tmp_path):

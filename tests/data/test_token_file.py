@@ -209,8 +209,8 @@ def test_damaged_files_are_named_in_one_line(tmp_path):
         (".idx", changed(50, struct.pack("<q", 9)), "its sequences are not consecutive"),
         (".idx", changed(len(index) - 8, struct.pack("<q", 3)), "its documents do not consist of its sequences"),
         (".mask", whole[".mask"][:-1], "x.mask: 9 bytes, expected 10"),
-        (".json", b"{", "x.json: not JSON"),
-        (".json", b"[]", "x.json: does not describe"),
+        (".json", b"{", "x.json cannot be read"),
+        (".json", b"[]", "x.json is not a JSON object"),
         (".json", json.dumps(metadata | {"tokens": 11}).encode(), "says 11 tokens, but the token file has 10"),
         (".json", json.dumps(metadata | {"documents": 1}).encode(), "says 1 documents, but the token file has 2"),
         (

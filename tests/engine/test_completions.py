@@ -507,6 +507,10 @@ def test_an_answer_that_its_chat_has_left_behind(llm):
         (lambda llm: llm.generate("a", progress=True), "progress must be a function of .*, got True"),
         (lambda llm: llm.generate("a", presence_penalty=10**400), "presence_penalty must be a number, got a int"),
         (lambda llm: LLM(5), "give the path of a model, or a Model, got 5"),
+        *(
+            (lambda llm, name=name: LLM(llm.model, **{name: "int8"}), f"{name}= is for a model that is loaded; with")
+            for name in ("dtype", "device", "quantize", "adapter", "ln_x_eps")
+        ),
         (lambda llm: LLM(llm.model, tokenizer=5), "tokenizer must be a name, a path or a Tokenizer, got 5"),
         (lambda llm: llm.model([1, 2]), "tokens must be a torch.Tensor of integers"),
         (lambda llm: llm.chat().fork(""), "a branch needs a name, got ''"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
+import struct
+import zlib
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from heronry.checkpoint import assemble
-from heronry.engine.conversation import HEADER, MAGIC, lineage
+from heronry.engine.conversation import END, HEADER, MAGIC, lineage
 from heronry.engine.llm import LLM
 from heronry.errors import InputError
 from heronry.models import State
@@ -120,6 +123,35 @@ def test_files_that_are_refused(llm, tmp_path, random_checkpoint):
 
 def state_size(llm: LLM) -> int:
     return llm.model.initial_state().nbytes
+
+
+def test_sizes_and_contents_that_no_conversation_has(llm, tmp_path):
+    """With right checksums: what somebody else's program could have written."""
+    chat = llm.chat(template="world")
+    chat.say("Hi", 2, temperature=0)
+    chat.save(tmp_path / "talk")
+    data = (tmp_path / "talk").read_bytes()
+
+    def refused(content: bytes) -> str:
+        (tmp_path / "talk").write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            llm.chat().load(tmp_path / "talk")
+        assert "\n" not in str(caught.value)
+        return str(caught.value).removeprefix(f"{tmp_path / 'talk'}: ")
+
+    def record(text: bytes) -> bytes:
+        sizes = struct.pack("<QQ", len(text), 0)
+        return sizes + struct.pack("<I", zlib.crc32(sizes)) + text + hashlib.sha256(text).digest() + END
+
+    huge = struct.pack("<QQ", 1 << 62, 1 << 62)
+    assert refused(MAGIC + huge + struct.pack("<I", zlib.crc32(huge)) + data) == (
+        "damaged or truncated conversation file"
+    )
+    for text in (b"", b"[]", b"{}", b"[" * 100_000, b'{"fingerprint": 3}', b"\xff"):
+        assert refused(MAGIC + record(text)).startswith(("damaged conversation file (", "this conversation was held"))
+    for turn in (b"3", b"{}", b'{"before": 7}', b'{"before": null, "text": 1}'):
+        assert refused(data + record(b'{"turn": ' + turn + b"}")).startswith("damaged conversation file (")
+    assert refused(data + record(b'{"branch": "main", "heads": {"main": 9}}')).startswith("damaged conversation file (")
 
 
 def test_a_turn_is_appended_to_its_file(llm, tmp_path):

@@ -160,6 +160,52 @@ def test_world_models_read_the_end_of_text_in_front_of_everything(random_checkpo
     assert mine.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)])) == [expected[0][0]]
 
 
+def test_a_tuned_state_is_where_every_text_begins(random_checkpoint):
+    weights = random_checkpoint("7", width=64, heads=1, ffn=64, rank=3, vocab=65536, tuned=True)
+    tuned = heronry.LLM(assemble(dict(weights)))
+    llm = heronry.LLM(assemble({name: x for name, x in weights.items() if "time_state" not in name}))
+    llm.start = heronry.State(tuned.model.initial_state().layers, llm.model.fingerprint)
+    for kind, arguments in (("loglikelihood", ("The cat", " sat")), ("loglikelihood_rolling", ("The cat sat.",))):
+        asked = instances(kind, [arguments])
+        found, expected = (getattr(HeronryLM(x), kind)(asked, disable_tqdm=True) for x in (llm, tuned))
+        assert torch.tensor(found) == pytest.approx(torch.tensor(expected), rel=1e-5)
+        plain = getattr(HeronryLM(heronry.LLM(llm.model)), kind)(asked, disable_tqdm=True)
+        assert torch.tensor(plain) != pytest.approx(torch.tensor(expected), rel=1e-4)
+
+
+def test_options_of_generation_count_or_are_refused():
+    """Their names and defaults are the harness's."""
+    mine = HeronryLM(dtype="float32", max_gen_toks=7)
+
+    def write(**options) -> str:
+        return mine.generate_until(instances("generate_until", [("One day", options)]), disable_tqdm=True)[0]
+
+    greedy = mine.llm.generate([0, *mine.tok_encode("One day")], 7, temperature=0).text
+    assert write() == write(temperature=0.0, until=None) == write(do_sample=False, temperature=1.0) == greedy
+    drawn = mine.llm.generate([0, *mine.tok_encode("One day")], 12, temperature=1.5, top_p=1.0, seed=5).text
+    assert write(temperature=1.5, seed=5, max_new_tokens=12) == drawn
+    assert write(do_sample=True, temperature=1.5, seed=5, max_tokens=12, top_k=1) == (
+        mine.llm.generate([0, *mine.tok_encode("One day")], 12, temperature=0).text
+    )
+    with pytest.raises(heronry.InputError, match=r"^unknown option 'num_beams'"):
+        write(num_beams=4)
+    assert mine.loglikelihood_rolling(instances("loglikelihood_rolling", [("",)]), disable_tqdm=True) == [0.0]
+    with pytest.raises(heronry.InputError, match=r"^quantize= is for a model that is loaded, not for an LLM$"):
+        HeronryLM(mine.llm, quantize="int8")
+    with pytest.raises(heronry.InputError, match=r"^unknown option 'quantise'; did you mean 'quantize'"):
+        HeronryLM(quantise="int8")
+
+
+@pytest.mark.slow
+def test_the_command_says_in_a_line_what_is_wrong(tasks):
+    command = [sys.executable, "-m", "heronry.integrations.lm_eval", "run", "--model", "heronry", "--tasks"]
+    command += ["local_lambada", "--include_path", str(tasks), "--model_args", "pretrained=none.pth"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "heronry: none.pth: no such file or folder"
+    assert "Traceback" not in done.stderr
+
+
 def test_a_vocabulary_without_an_end(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("4", width=32, ffn=40, heads=1, vocab=256), tmp_path / "a.pth")
     model = HeronryLM(str(tmp_path / "a.pth"))

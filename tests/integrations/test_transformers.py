@@ -256,6 +256,27 @@ def test_a_subfolder(folder, random_checkpoint, version, tmp_path):
         type(inner).from_pretrained(folder, subfolder="outer")
 
 
+def test_a_tied_head_that_is_none(folder, caplog):
+    """By an option or in config.json: the head of the weights stays, as in transformers, and that is said."""
+    said = ["heronry: tie_word_embeddings is set, but the weights have a head of their own, which is used"]
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    for options in ({}, {"state_dict": whole.state_dict()}):
+        caplog.clear()
+        tied = type(whole).from_pretrained(folder, tie_word_embeddings=True, **options)
+        assert torch.equal(tied.rwkv.head.weight, whole.rwkv.head.weight)
+        assert caplog.messages == said
+    caplog.clear()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert torch.equal(heronry.load(folder).head.weight, whole.rwkv.head.weight)
+    assert caplog.messages == said
+    caplog.clear()
+    without = {name: x for name, x in whole.state_dict().items() if "head" not in name}
+    tied = type(whole).from_pretrained(folder, state_dict=without)
+    assert torch.equal(tied.rwkv.head.weight, whole.rwkv.emb.weight)
+    assert not caplog.messages
+
+
 def test_unknown_options_are_refused(folder):
     whole = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=True)
     for options in ({"variant": "fp16"}, {"num_layers_": 3}, {"key_mapping": {"a": "b"}}):
@@ -416,6 +437,9 @@ def test_bad_input(folder):
         model(torch.ones(2, 3).long(), attention_mask=torch.tensor([[1, 1, 0], [0, 0, 0]]))
     with pytest.raises(InputError, match="quantize='int8'"):
         AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
+    for wrong in ("disk", "cuda:99", 99):
+        with pytest.raises(InputError, match=rf"^device .*{wrong} cannot be used"):
+            type(model).from_pretrained(folder, device_map=wrong)
     with pytest.raises(InputError, match="cannot be split over devices"):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"rwkv.emb": "cpu", "rwkv.head": "cpu"})
     config = json.loads((folder / "config.json").read_text())

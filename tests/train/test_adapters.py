@@ -408,7 +408,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert "has no adapter_model.safetensors" in told(lambda at: (at / FILES[1]).unlink())
     assert "has no adapter_config.json" in told(lambda at: (at / FILES[0]).unlink())
     assert "adapter_config.json cannot be read" in told(lambda at: (at / FILES[0]).write_text("{"))
-    assert "unsupported peft_type None" in told(lambda at: (at / FILES[0]).write_text("[]"))
+    assert "adapter_config.json is not a JSON object" in told(lambda at: (at / FILES[0]).write_text("[]"))
     cut = (folder / FILES[1]).read_bytes()[:-5]
     assert "damaged or truncated safetensors file" in told(lambda at: (at / FILES[1]).write_bytes(cut))
     assert refusal(apply_adapter, load(base), tmp_path / "none").endswith("none: no such folder")

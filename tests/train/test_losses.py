@@ -114,13 +114,30 @@ def test_a_step_in_which_nothing_counts_has_no_loss_and_changes_nothing(order, r
     for counts in counted:
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         states = trainer.task.states
-        loss, norm = trainer.train_step()
-        assert math.isfinite(norm)
+        step = trainer.train_step()
+        loss = step.loss
+        assert math.isfinite(step.grad_norm)
         assert (loss is not None) == counts
         assert loss is None or 1 < loss < 5
         moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])]
         assert bool(moved) == counts
         assert order == "documents" or trainer.task.states is not states  # they have been read all the same
+
+
+@pytest.mark.parametrize("accumulate", [1, 5])
+def test_the_logged_mean_is_over_the_tokens_that_count(rarely_counted, accumulate, tmp_path):
+    """Between two lines of the log, whichever steps they are in, just as an evaluation counts them."""
+    file = TokenFile(rarely_counted)
+    writer = TokenWriter(tmp_path / "uneven", "uint16")
+    for i in range(10):
+        writer.write(file.document(i), np.arange(32) < 3 * i)
+    writer.finish({"vocab_size": 50})
+    uneven = tmp_path / "uneven"
+    more = ("run.batch=1", f"run.accumulate={accumulate}", f"run.steps={10 // accumulate}", "run.log_every=10")
+    rate = ("optim.lr=1e-12", "optim.lr_final=1e-12", f"data.eval={uneven}", "run.eval_rows=10")
+    run(uneven, tmp_path / "out", *more, *rate)
+    ((*_, logged, _, _),) = curve(tmp_path / "out")
+    assert logged == pytest.approx(evaluation(tmp_path / "out"), rel=1e-6)
 
 
 def test_the_logged_mean_is_of_the_steps_with_a_loss(rarely_counted, tmp_path):

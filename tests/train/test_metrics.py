@@ -28,9 +28,9 @@ def info(out: Path, **changes) -> RunInfo:
 
 
 def log_run(out: Path, start: int = 0, **changes) -> list[dict]:
-    with MetricsLogger(info(out, **changes), Progression(start), [], quiet=False) as logger:
+    with MetricsLogger(info(out, **changes), Progression(start), (0.0, 0), quiet=False) as logger:
         for step in range(start + 1, 4):
-            logger.log_step(Progression(step, 10 * step, float(step)), 2.0 / step, 1.0, 1e-3)
+            logger.log_step(Progression(step, 10 * step, float(step)), 2.0, step, 1.0, 1e-3)
         logger.log_evaluation(3, {"eval_loss": 1.5})
         logger.log_sample(3, "A heron\u2028stands")
     return [json.loads(line) for line in (out / "log.jsonl").read_text().split("\n") if line]
@@ -48,15 +48,15 @@ def test_rows(tmp_path):
     assert log_run(tmp_path, start=2)[:2] == rows[:2]  # what comes after the checkpoint is logged again
 
 
-def test_steps_without_a_loss_are_no_part_of_the_mean(tmp_path):
-    with MetricsLogger(info(tmp_path, log_every=3), Progression(), [], quiet=False) as logger:
-        for step, (loss, norm) in enumerate([(3.0, 1.0), (None, 0.0), (math.nan, math.nan)], 1):
-            logger.log_step(Progression(step, step, step), loss, norm, 1e-3)
-        logger.log_evaluation(3, {"eval_loss": math.nan})
+def test_the_mean_is_over_what_counts_in_steps_that_were_not_skipped(tmp_path):
+    with MetricsLogger(info(tmp_path, log_every=4, steps=4), Progression(), (0.0, 0), quiet=False) as logger:
+        steps = [(6.0, 2, 1.0), (0.0, 0, 0.0), (math.nan, 5, math.nan), (9.0, 1, 1.0)]
+        for step, (nats, n_counted, norm) in enumerate(steps, 1):
+            logger.log_step(Progression(step, step, step), nats, n_counted, norm, 1e-3)
+        logger.log_evaluation(4, {"eval_loss": math.nan})
     row, evaluation = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert row["loss"] == 3.0
-    assert row["grad_norm"] is None  # JSON knows no nan
-    assert evaluation == {"step": 3, "eval_loss": None}
+    assert row["loss"] == 15 / 3
+    assert evaluation == {"step": 4, "eval_loss": None}  # JSON knows no nan
 
 
 @pytest.mark.parametrize("fails", ["__init__", "add_scalar", "close"])

@@ -145,9 +145,9 @@ def test_a_step_in_which_no_text_begins_has_no_gradient(generation, bases, tmp_p
     more = [f"data.train={long}", f"model.path={bases(generation)}", "data.order=carried", "data.ctx_len=16"]
     run = Trainer(read_config(None, [*TUNE, *more, "run.batch=1", f"run.out={tmp_path / 'out'}"]), quiet=True)
     steps = [run.train_step() for _ in range(3)]
-    assert all(np.isfinite(loss) for loss, _ in steps)
-    assert steps[0][1] > 0
-    assert [norm for _, norm in steps[1:]] == [0, 0]
+    assert all(np.isfinite(step.loss) for step in steps)
+    assert steps[0].grad_norm > 0
+    assert [step.grad_norm for step in steps[1:]] == [0, 0]
 
 
 @pytest.mark.parametrize("start", ["empty", "tuned"])

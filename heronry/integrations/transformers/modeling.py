@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -22,8 +21,9 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.utils.generic import ModelOutput
 
 from ... import formats, hub
-from ...checkpoint import assemble, identify, locate, parse_dtype, select_notes
+from ...checkpoint import assemble, identify, locate, parse_device, parse_dtype, select_notes
 from ...errors import InputError
+from ...files import read_json
 from ...formats import huggingface
 from ...formats.lazy_tensor import Tensors, as_lazy
 from ...models import Model, State
@@ -220,13 +220,16 @@ class RwkvPreTrainedModel(PreTrainedModel):
         loading_info: dict[str, Any] = {
             key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         }
+        tied = bool(config.tie_word_embeddings)  # also where only an option says so
+        if weights is not None and tied:
+            weights.checkpoint.tensors = huggingface.to_blinkdl(weights.checkpoint.tensors, tied)
         if weights is not None and fits:
             rwkv = weights.assemble(None if dtype == "auto" else dtype, device, quantize)
             model: Any = cls._class_for(config)(config, rwkv)
         else:
             tensors = weights.checkpoint.tensors if weights is not None else as_lazy(state_dict or {})
             model = cls._class_for(config)(config)
-            loading_info |= model._load_what_fits(huggingface.to_blinkdl(tensors), ignore_mismatched_sizes)
+            loading_info |= model._load_what_fits(huggingface.to_blinkdl(tensors, tied), ignore_mismatched_sizes)
             if dtype in (None, "auto") and tensors:
                 dtype = next(iter(tensors.values())).dtype
             model.to(device, None if dtype in (None, "auto") else parse_dtype(dtype))
@@ -486,8 +489,8 @@ def _read_config(path: Path | None, options: dict[str, Any]) -> tuple[RwkvBaseCo
     """The configuration in a folder of Hugging Face's layout, changed by the options that it knows, and the others."""
     if path is None or not (path / "config.json").is_file():
         return None, options
-    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type not in CONFIGS:
+    model_type = read_json(path / "config.json").get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
         return None, options
     config: RwkvBaseConfig
     config, options = CONFIGS[model_type].from_pretrained(path, return_unused_kwargs=True, **options)
@@ -504,8 +507,7 @@ def _parse_device_map(device_map: Any) -> torch.device | str:
         return "cpu"
     if device_map in ("auto", "balanced", "sequential"):
         return "cuda" if torch.cuda.is_available() else "cpu"
-    device: torch.device | str = f"cuda:{device_map}" if isinstance(device_map, int) else device_map
-    return device
+    return parse_device(f"cuda:{device_map}" if isinstance(device_map, int) else device_map)
 
 
 class RwkvForCausalLM(_CausalLM):

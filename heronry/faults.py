@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..errors import InputError
+from .errors import InputError
 
 # torch's, C++'s and the dynamic linker's words for one thing
 NO_MEMORY = re.compile(
@@ -41,3 +44,19 @@ def describe(error: BaseException) -> str | None:
     else:
         return None
     return " ".join(line.splitlines())
+
+
+@contextmanager
+def exit_with_a_line() -> Iterator[None]:
+    """Around the main function of a module: what `describe` knows ends the process with that line on standard error and
+    exit code 2, Ctrl-C with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("heronry: stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if (line := describe(error)) is None:
+            raise
+        print(f"heronry: {line}", file=sys.stderr)
+        sys.exit(2)

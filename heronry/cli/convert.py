@@ -20,7 +20,7 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="blinkdl, safetensors, webrwkv, gguf, ggml, heronry, huggingface, vision_rwkv, onnx, onnx-step.",
+            help="blinkdl, safetensors, webrwkv, gguf, ggml, heronry, huggingface, fla, vision_rwkv, onnx, onnx-step.",
             show_default="by the name of OUT",
         ),
     ] = None,

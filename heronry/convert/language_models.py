@@ -26,6 +26,7 @@ from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, we
 from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models import Model
 from ..progress import ByteCounter, Progress
+from ..text.chat_templates import TEMPLATES
 from . import onnx
 from .new_folder import new_folder
 from .result import Converted
@@ -34,6 +35,7 @@ from .target_formats import SUFFIXES
 from .tokenizer_files import TokenizerFiles
 
 LIMIT = 1e-4  # of the largest logit; what is left are the decays that rwkv.cpp stores exponentiated
+END_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config.json: the id that ends a text
 Q8_0_STEP = 1 / 127  # of the largest number of a matrix: as far as rounding to Q8_0 moves any of them
 
 
@@ -51,7 +53,9 @@ def convert_language_model(
     progress: Progress | None,
 ) -> Converted:
     """As `convert`, for a checkpoint that was read from `source` and identified as a `cls` with `config`."""
-    if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):
+    if to == "fla" and cls.name != "rwkv7":
+        raise InputError(f"{source}: fla is a layout of RWKV-7; {cls.name} goes into the format huggingface")
+    if getattr(config, "deep_rank", 0) and to in ("huggingface", "fla", "gguf", "ggml", "webrwkv"):
         raise InputError(f"{source}: the format {to} does not support RWKV-7a (DeepEmbed)")
     notes = select_notes(checkpoint.config)
     tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
@@ -75,15 +79,24 @@ def convert_language_model(
             end = tokenizer_files.end_of_text()
             gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, end, notes, counter)
         else:
-            if to == "huggingface":
-                config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype])
-                config_json |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer_files.end_of_text())
-                folder.write(huggingface.from_blinkdl(tensors), part, counter, shard)
+            if to in huggingface.LAYOUTS:
+                write_huggingface(part)
             else:
-                config_json = {"model": cls.name, **asdict(config), **notes}
                 folder.write(tensors, part, counter, shard)
-            tokenizer_files.write(part, for_transformers=to == "huggingface")
-            (part / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+                tokenizer_files.write(part)
+                write_json(part / "config.json", {"model": cls.name, **asdict(config), **notes})
+
+    def write_huggingface(part: Path) -> None:
+        folder.write(huggingface.from_blinkdl(tensors, to), part, counter, shard)
+        end = tokenizer_files.end_of_text()
+        config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype], to)
+        config_json |= {key: end for key in END_KEYS if key in config_json}
+        write_json(part / "config.json", config_json)
+        template = notes.get("chat_template") or tokenizer_files.usual_template(cls.name)
+        tokenizer_files.write_for_transformers(part, template)
+        generation = dict.fromkeys(END_KEYS, end) | {"use_cache": True}
+        stops = {"stop_strings": list(TEMPLATES[template].stops)} if template else {}
+        write_json(part / "generation_config.json", generation | stops)
 
     if to == "gguf":
         gguf.check_supported(tensors, config)
@@ -109,6 +122,10 @@ def convert_language_model(
         except InputError as error:
             raise InputError(f"{target}: not written: {error}") from error
     return result
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _round_like(source: Tensors, written: Tensors, dtype: str) -> Tensors:

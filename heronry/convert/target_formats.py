@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import InputError
 
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
-FOLDERS = ("heronry", "huggingface")
+FOLDERS = ("heronry", "huggingface", "fla")
 VISION = ("vision_rwkv",)  # for picture models: a .pth under the authors' names
 GRAPHS = ("onnx", "onnx-step")  # written only, never read
 ALL = (*SUFFIXES.values(), *FOLDERS, *VISION, *GRAPHS)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..text.chat_templates import usual_template
+from ..text.jinja_templates import chat_template as jinja_template
 from ..text.pack_world_vocabulary import vocabulary_text
-from ..text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
+from ..text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer, plain_name
 from ..text.world import read_vocabulary
-
-VOCABULARY = "rwkv_vocab_v20230424.txt"
+from ..text.world_files import END, VOCABULARY_FILES, is_world_json, world_json
 
 
 class TokenizerFiles:
@@ -28,8 +29,11 @@ class TokenizerFiles:
 
     def __init__(self, source: Path, stored: str | None, vocab_size: int, name: str | Path | None):
         self.stored = stored if name is None else None
-        self.name: str | Path | None = name  # "bytes", "world", or the path of a tokenizer.json or its folder
-        if name is None and self.stored is None:
+        # "bytes", "world", or the path of a tokenizer.json or its folder
+        self.name: str | Path | None = None if name is None else plain_name(name)
+        if self.stored is not None and is_world_json(self.stored):
+            self.stored, self.name = None, "world"
+        elif name is None and self.stored is None:
             with suppress(InputError):  # unknown for the source too: it is named when the model is used
                 self.name = guess_tokenizer(vocab_size, source if source.is_dir() else source.parent)
         if name is not None:
@@ -55,22 +59,40 @@ class TokenizerFiles:
         assert isinstance(tokenizer, ByteTokenizer | WorldTokenizer)
         return tokenizer.vocabulary
 
-    def write(self, folder: Path, *, for_transformers: bool) -> None:
-        """Writes tokenizer.json; for transformers also tokenizer_config.json, which names the class and the special
-        tokens, and for World the vocabulary as a text, which llama.cpp's conversion script reads."""
+    def usual_template(self, generation: str) -> str | None:
+        """The name of the chat template of a model of this generation; None unless the vocabulary is World's, which
+        only chat models have."""
+        return usual_template(generation, world=True) if self.name == "world" else None
+
+    def write(self, folder: Path) -> None:
+        """Writes tokenizer.json, unless the tokenizer needs no file."""
         text = self.json_text()
         if text is not None:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        if not for_transformers or (text is None and self.name is None):
+
+    def write_for_transformers(self, folder: Path, template: str | None) -> None:
+        """Writes what transformers reads without this package: tokenizer.json, tokenizer_config.json with the special
+        tokens, chat_template.jinja. For World also the vocabulary as a text, for llama.cpp's conversion script.
+
+        template: the name of the chat template; None = unknown.
+        """
+        text = self.json_text()
+        if text is None and self.name is None:
             return
         config: dict[str, Any] = {"tokenizer_class": "RwkvTokenizer", "vocabulary": str(self.name)}
-        if text is not None:
-            end = HFTokenizer("tokenizer.json", text).end_of_text
-            config = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_input_names": ["input_ids", "attention_mask"],
-            }
+        if text is not None or self.name == "world":
+            end = END if text is None else HFTokenizer("tokenizer.json", text).end_of_text
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            config |= {"model_input_names": ["input_ids", "attention_mask"]}
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         if self.name == "world":
-            (folder / VOCABULARY).write_text(vocabulary_text(read_vocabulary()), encoding="utf-8", newline="\n")
+            text = json.dumps(world_json(), ensure_ascii=False)
+            # END written out in a text is text, as RWKV has it
+            config |= {"unk_token": END, "padding_side": "left", "split_special_tokens": True}
+            vocabulary = vocabulary_text(read_vocabulary())
+            (folder / VOCABULARY_FILES[0]).write_text(vocabulary, encoding="utf-8", newline="\n")
+        if text is not None:
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(jinja_template(template), encoding="utf-8", newline="\n")

@@ -32,7 +32,7 @@ from ..errors import InputError, count, unknown_name
 from ..files import atomic_write
 from ..text.chat_templates import TEMPLATES
 from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
-from ..text.tokenizers import load_tokenizer
+from ..text.tokenizers import load_tokenizer, plain_name
 from .sources import (
     PIECE_SIZE,
     START,
@@ -136,6 +136,7 @@ def _tokenize(
     if not 1 <= workers <= MAX_WORKERS:
         raise InputError(f"workers must be from 1 to {MAX_WORKERS}, got {workers}")
     source_list = find_sources(sources)
+    tokenizer = plain_name(tokenizer)
     tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
     encoder = Encoder(str(tokenizer), template)
     options = {

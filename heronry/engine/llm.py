@@ -22,7 +22,7 @@ from ..errors import InputError, show
 from ..models import Model, State
 from ..progress import Progress
 from ..text.chat_templates import Template, read_messages
-from ..text.tokenizers import HFTokenizer, Tokenizer, guess_tokenizer, load_tokenizer
+from ..text.tokenizers import Tokenizer, guess_tokenizer, load_tokenizer, read_tokenizer_json
 from .asynchronous import iterate
 from .batch import BatchCollector, PromptBatch, Row, stream_pieces
 from .chat import Chat
@@ -99,7 +99,7 @@ class LLM(TextModel):
             model, checkpoint = load_checkpoint(path, dtype, device or "cpu", ln_x_eps, quantize, progress=progress)
             described = select_notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:
-                tokenizer = HFTokenizer(path, checkpoint.tokenizer)
+                tokenizer = read_tokenizer_json(checkpoint.tokenizer, path)
             elif tokenizer is None:
                 tokenizer = guess_tokenizer(model.config.vocab_size, path if path.is_dir() else path.parent)
         model.check_has_weights()

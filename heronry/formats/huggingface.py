@@ -2,26 +2,28 @@
 
 - RWKV-4 as in transformers' RwkvForCausalLM (RWKV/rwkv-4-*), RWKV-5 and 6 as in the repositories RWKV/rwkv-5-* and
   RWKV/rwkv-6-*: BlinkDL's names with longer words and a prefix
-- RWKV-7 as in flash-linear-attention (RWKV/RWKV7-Goose-*): names of its own, low-rank matrices as nn.Linear
+- RWKV-7 as in the official repositories of 2026 (RWKV/RWKV7-*-2026*, G1): BlinkDL's names with a prefix; or as in
+  flash-linear-attention (RWKV/RWKV7-Goose-*, fla.py), with the same model_type. The names decide, not config.json
 - additional names hold what these layouts have no place for: a tuned initial state, the epsilon of a group norm, and
   the notes for LLM ("heronry" in config.json)
 
-Sources: the configuration and model classes of transformers (models/rwkv) and of flash-linear-attention (models/rwkv7).
+Sources: the configuration and model classes of transformers (models/rwkv, and rwkv7 as in the repositories) and of
+flash-linear-attention (models/rwkv7).
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import InputError, show
-from .lazy_tensor import Tensors, nth, transposed
+from . import fla
+from .lazy_tensor import LazyTensor, Tensors, as_row
 from .prefixes import strip_prefixes
 
 log = logging.getLogger("heronry")
@@ -31,8 +33,10 @@ ARCHITECTURES = {
     "rwkv": "RwkvForCausalLM",
     "rwkv5": "Rwkv5ForCausalLM",
     "rwkv6": "Rwkv6ForCausalLM",
-    "rwkv7": "RWKV7ForCausalLM",
+    "rwkv7": "Rwkv7ForCausalLM",
 }
+FLA_ARCHITECTURE = "RWKV7ForCausalLM"
+LAYOUTS = ("huggingface", "fla")
 MODEL_TYPES = {"rwkv4": "rwkv", "rwkv5": "rwkv5", "rwkv6": "rwkv6", "rwkv7": "rwkv7"}
 
 # RWKV-4 to 6: the words of a name, BlinkDL's and Hugging Face's; "rwkv." is in front of all but the head
@@ -47,63 +51,30 @@ WORDS = {
     "time_mix_g": "time_mix_gate",
 }
 
-# RWKV-7, outside the layers; "model." is in front of all but the head
-FLA = {
-    "emb.weight": "embeddings.weight",
-    "ln_out.weight": "norm.weight",
-    "ln_out.bias": "norm.bias",
-    "head.weight": "lm_head.weight",
-}
-# within a layer, "blocks.i." and "layers.i."
-FLA_LAYER = {
-    "ln0.weight": "pre_norm.weight",
-    "ln0.bias": "pre_norm.bias",
-    "ln1.weight": "attn_norm.weight",
-    "ln1.bias": "attn_norm.bias",
-    "ln2.weight": "ffn_norm.weight",
-    "ln2.bias": "ffn_norm.bias",
-    **{f"att.x_{name}": f"attn.x_{name}" for name in "rwkvag"},
-    "att.receptance.weight": "attn.r_proj.weight",
-    "att.key.weight": "attn.k_proj.weight",
-    "att.value.weight": "attn.v_proj.weight",
-    "att.output.weight": "attn.o_proj.weight",
-    "att.ln_x.weight": "attn.g_norm.weight",
-    "att.ln_x.bias": "attn.g_norm.bias",
-    "att.r_k": "attn.r_k",
-    "att.time_state": "attn.time_state",
-    "ffn.key.weight": "ffn.key.weight",
-    "ffn.value.weight": "ffn.value.weight",
-}
-FLA_FLAT = {  # vectors without the two dimensions of size 1
-    "att.k_k": "attn.k_k",
-    "att.k_a": "attn.k_a",
-    "ffn.x_k": "ffn.x_k",
-    **{f"att.{name}0": f"attn.{name}_lora.lora.2.bias" for name in "wav"},
-}
-FLA_TRANSPOSED = {
-    f"att.{name}{i}": f"attn.{name}_lora.lora.{place}.weight" for name in "wavg" for i, place in ((1, 0), (2, 2))
-}
+VECTORS = re.compile(r"\.(att\.(x_[rwkvag]|[wav]0|k_[ka])|ffn\.x_k)$")  # [1, 1, C] there, in any shape elsewhere
+DEEP_RANK = 32  # of the published RWKV-7a
+UNUSED_RANK = 32  # of a value residual that is never read, where the model has none to go by
+PREFIX = "rwkv7."  # of transformers' RWKV-7, in front of all names but the head's
 
 
-def from_blinkdl(tensors: Tensors) -> Tensors:
-    """The same tensors under Hugging Face's names."""
+def from_blinkdl(tensors: Tensors, layout: str = "huggingface") -> Tensors:
+    """The same tensors under Hugging Face's names. layout: of RWKV-7, one of LAYOUTS."""
     if "blocks.0.att.r_k" not in tensors:
         words = {name: ".".join(WORDS.get(word, word) for word in name.split(".")) for name in tensors}
         return {("" if name == "head.weight" else "rwkv.") + words[name]: x for name, x in tensors.items()}
-    renamed: Tensors = {}
-    for name, x in tensors.items():
-        if name in FLA:
-            renamed[("" if name == "head.weight" else "model.") + FLA[name]] = x
-            continue
-        _, layer, part = name.split(".", 2)
-        prefix = f"model.layers.{layer}."
-        if part in FLA_TRANSPOSED:
-            renamed[prefix + FLA_TRANSPOSED[part]] = x.map(transposed)
-        elif part in FLA_FLAT:
-            renamed[prefix + FLA_FLAT[part]] = x.map(Tensor.flatten)
-        else:
-            renamed[prefix + FLA_LAYER[part]] = x
-    return renamed
+    if layout == "fla":
+        return fla.from_blinkdl(tensors)
+    vectors = {name: x.map(as_row) for name, x in tensors.items() if VECTORS.search(name)}
+    tensors = tensors | vectors | _unused(tensors)
+    return {("" if name == "head.weight" else PREFIX) + name: x for name, x in tensors.items()}
+
+
+def _unused(tensors: Tensors) -> Tensors:
+    """What the official class of RWKV-7 has and never reads, as zeros: the value residual of layer 0."""
+    w0, w1 = tensors["blocks.0.att.w0"], tensors["blocks.0.att.w1"]
+    rank = tensors["blocks.1.att.v1"].shape[1] if "blocks.1.att.v1" in tensors else UNUSED_RANK
+    shapes = {"v0": (1, 1, w0.numel()), "v1": (w1.shape[0], rank), "v2": (rank, w0.numel())}
+    return {f"blocks.0.att.{name}": LazyTensor.zeros(shape, w0.dtype) for name, shape in shapes.items()}
 
 
 def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
@@ -113,8 +84,8 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
         warning, as in transformers.
     """
     tensors = strip_prefixes(tensors)
-    if any(name.startswith("layers.") for name in tensors):
-        renamed = _from_fla(tensors)
+    if fla.is_fla(tensors):
+        renamed = fla.to_blinkdl(tensors)
     else:
         words = {theirs: ours for ours, theirs in WORDS.items()}
         renamed = {".".join(words.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
@@ -122,28 +93,16 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
         head = renamed.setdefault("head.weight", renamed["emb.weight"])
         if head is not renamed["emb.weight"] and not torch.equal(head.read(), renamed["emb.weight"].read()):
             log.warning("heronry: tie_word_embeddings is set, but the weights have a head of their own, which is used")
-    return renamed
+    return renamed | _missing_biases(renamed)
 
 
-def _from_fla(tensors: Tensors) -> Tensors:
-    """flash-linear-attention's names of RWKV-7 -> BlinkDL's."""
-    outside = {theirs: ours for ours, theirs in FLA.items()}
-    inside = {theirs: ours for table in (FLA_LAYER, FLA_FLAT) for ours, theirs in table.items()}
-    transposes = {theirs: ours for ours, theirs in FLA_TRANSPOSED.items()}
-    renamed: Tensors = {}
-    for name, x in tensors.items():
-        layer, _, part = name.removeprefix("layers.").partition(".")
-        prefix = f"blocks.{layer}."
-        if name in outside:
-            renamed[outside[name]] = x
-        elif part == "attn.x_x":  # repositories of early 2025 have the six mixes as one tensor
-            for i, mix in enumerate("rwkvag"):
-                renamed[f"{prefix}att.x_{mix}"] = x.map(partial(nth, i, 6))
-        elif part in transposes:
-            renamed[prefix + transposes[part]] = x.map(transposed)
-        else:
-            renamed[prefix + inside[part] if part in inside else name] = x
-    return renamed
+def _missing_biases(tensors: Tensors) -> Tensors:
+    """Zeros for the biases of an RWKV-7 whose layer norms have none (`norm_bias: false`)."""
+    norms = [name for name in tensors if re.fullmatch(r"(blocks\.\d+\.ln[012]|ln_out)\.weight", name)]
+    biases = {name: f"{name.removesuffix('weight')}bias" for name in norms}
+    if "blocks.0.att.r_k" not in tensors or any(bias in tensors for bias in biases.values()):
+        return {}
+    return {bias: LazyTensor.zeros(tensors[name].shape, tensors[name].dtype) for name, bias in biases.items()}
 
 
 def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,29 +114,31 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     kind = hub_config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
-    fla = kind == "rwkv7"
-    epsilon = hub_config.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
+    is_v7 = kind == "rwkv7"
+    epsilon = hub_config.get("norm_eps" if is_v7 else "layer_norm_epsilon", 1e-5)
     if epsilon != 1e-5:
         raise InputError(f"config.json has layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
-    if fla and (hub_config.get("hidden_act", "sqrelu") != "sqrelu" or not hub_config.get("norm_first", True)):
-        raise InputError(
-            "config.json has an activation other than sqrelu, or no norm before the first layer; neither is supported"
-        )
-    if fla and hub_config.get("attn"):
+    for key, (value, what) in UNSUPPORTED.items():
+        if is_v7 and hub_config.get(key, value) != value:
+            raise InputError(f"config.json has {key} = {hub_config[key]!r}: {what}")
+    if is_v7 and hub_config.get("attn"):
         raise InputError("config.json has attention in some layers, which RWKV-7 does not have")
     sizes = {
         "vocab_size": hub_config.get("vocab_size"),
         "n_layer": hub_config.get("num_hidden_layers"),
         "n_embd": hub_config.get("hidden_size"),
+        "head_size": hub_config.get("head_dim" if is_v7 else "head_size"),
         "dim_att": hub_config.get("attention_hidden_size"),
         "dim_ffn": hub_config.get("intermediate_size"),
-        "head_size": hub_config.get("head_dim" if fla else "head_size"),
     }
-    if fla:
+    heads, size = hub_config.get("num_heads"), sizes["head_size"]
+    if is_v7 and isinstance(heads, int) and isinstance(size, int):
+        sizes["dim_att"] = heads * size
+    if is_v7:
         sizes |= {f"{ours}_rank": hub_config.get(f"{name}_low_rank_dim") for ours, name in RANKS.items()}
-        size = sizes["head_size"]
-        # fla's group norm has epsilon head_size * norm_eps
+        # the group norm has epsilon head_dim * norm_eps
         sizes["ln_x_eps"] = hub_config.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
+        sizes["deep_rank"] = DEEP_RANK if hub_config.get("use_deep_embed") else None
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever config.json says
     elif kind != "rwkv":
@@ -186,8 +147,8 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(divisor, int | float) or isinstance(divisor, bool) or not 0 < divisor < math.inf:
             raise InputError(f"config.json says head_size_divisor = {show(divisor)}; expected a positive number like 8")
         sizes["ln_x_eps"] = _epsilon(divisor * divisor)
-    if kind in ("rwkv", "rwkv7"):
-        sizes.pop("head_size" if kind == "rwkv" else "dim_att")
+    if kind == "rwkv":
+        sizes.pop("head_size")
     if hub_config.get("time_state"):
         sizes["time_state"] = True
     config = {"model": next(name for name, model_type in MODEL_TYPES.items() if model_type == kind)}
@@ -198,6 +159,12 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     return config | notes
 
 
+# of RWKV-7: the one value that is supported, and what any other means
+UNSUPPORTED = {
+    "hidden_act": ("sqrelu", "RWKV-7 has no other activation than sqrelu"),
+    "norm_first": (True, "RWKV-7 has a norm before the first layer"),
+    "sparse_channel_mix": (False, "a sparse channel mix is not supported"),
+}
 # additional keys: the hub's RWKV-5 and 6 are of one variant each, so their config.json does not name it
 VARIANT_KEYS = {
     "rwkv5": {"version": "version", "log_bonus": "log_bonus"},
@@ -211,8 +178,23 @@ def _epsilon(factor: float) -> float:
     return 64e-5 if factor == 64 else factor * 1e-5
 
 
-def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of Hugging Face's for a model. name: "rwkv4" ...; config: its configuration."""
+def layout_of(hub_config: Mapping[str, Any]) -> str:
+    """Which of LAYOUTS a config.json was written for: only flash-linear-attention's says where its norms are."""
+    return "fla" if "norm_first" in hub_config or "fuse_norm" in hub_config else "huggingface"
+
+
+def config_json(
+    name: str, config: Any, notes: Mapping[str, Any], dtype: torch.dtype, layout: str = "huggingface"
+) -> dict[str, Any]:
+    """The config.json of Hugging Face's for a model.
+
+    Args:
+        name: "rwkv4" ...
+        config: its configuration.
+        notes: see `heronry.save`.
+        dtype: of the weights.
+        layout: of RWKV-7, one of LAYOUTS.
+    """
     kind = MODEL_TYPES[name]
     hub_config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
@@ -231,15 +213,22 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
         hub_config |= {
             "head_dim": config.head_size,
             "num_heads": config.dim_att // config.head_size,
-            "value_dim": [config.dim_att] * config.n_layer,
             **{f"{name}_low_rank_dim": getattr(config, f"{ours}_rank") for ours, name in RANKS.items()},
-            "hidden_act": "sqrelu",
-            "norm_first": True,
             "norm_bias": True,
             "norm_eps": 1e-5,
-            "fuse_norm": False,
-            "max_position_embeddings": 2048,  # of training; not a limit
+            "max_position_embeddings": 8192,  # of training; not a limit
         }
+        if layout == "fla":
+            hub_config |= {
+                "architectures": [FLA_ARCHITECTURE],
+                "value_dim": [config.dim_att] * config.n_layer,
+                "hidden_act": "sqrelu",
+                "norm_first": True,
+                "fuse_norm": False,
+            }
+        else:
+            hub_config["v_low_rank_dim"] = config.value_rank or UNUSED_RANK
+            hub_config |= {"pad_token_id": 0, "wkv_state_dtype": "float32", "wkv_implementation": "eager"}
         if config.ln_x_eps != _epsilon(config.head_size):
             hub_config["ln_x_eps"] = config.ln_x_eps
     else:

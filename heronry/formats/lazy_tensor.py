@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ class LazyTensor:
         """A tensor in memory, or mapped from a file, as a lazy one."""
         x = x.detach()
         return cls(x.shape, x.dtype, lambda: x)
+
+    @classmethod
+    def zeros(cls, shape: Sequence[int], dtype: torch.dtype) -> LazyTensor:
+        """Zeros, which take no memory until they are read."""
+        return cls(torch.Size(shape), dtype, lambda: torch.zeros(shape, dtype=dtype))
 
     @classmethod
     def computed(cls, function: Callable[..., Tensor], *inputs: LazyTensor) -> LazyTensor:
@@ -93,6 +98,11 @@ def transposed(x: Tensor) -> Tensor:
 def squeezed(x: Tensor) -> Tensor:
     """x without its dimensions of size 1, but with at least one dimension."""
     return x.reshape([size for size in x.shape if size > 1] or [1])
+
+
+def as_row(x: Tensor) -> Tensor:
+    """A vector as [1, 1, C]."""
+    return x.reshape(1, 1, -1)
 
 
 def nth(i: int, count: int, x: Tensor) -> Tensor:

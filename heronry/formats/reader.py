@@ -20,7 +20,7 @@ class Checkpoint:
     """The contents of a file or folder.
 
     Attributes:
-        format: "blinkdl", "safetensors", "heronry", "huggingface", "gguf", "ggml", "webrwkv" or "vision_rwkv".
+        format: "blinkdl", "safetensors", "heronry", "huggingface", "fla", "gguf", "ggml", "webrwkv" or "vision_rwkv".
         tensors: under BlinkDL's names.
         config: the settings stored with the tensors, as heronry's config.json has them, notes for LLM included; empty
             for a format that stores none.
@@ -68,8 +68,9 @@ def _recognise_names(format: str, tensors: Tensors, metadata: Mapping[str, str] 
 
     metadata: of a safetensors file.
     """
+    is_official = f"{huggingface.PREFIX}emb.weight" in tensors
     tensors = strip_prefixes(tensors)
-    if "embeddings.weight" in tensors:
+    if is_official or "embeddings.weight" in tensors:
         return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {})
     if metadata is not None and webrwkv.is_webrwkv(tensors, metadata):
         return Checkpoint("webrwkv", webrwkv.to_blinkdl(tensors), {})
@@ -86,5 +87,6 @@ def _read_folder(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     if "model_type" in config:
         tensors = huggingface.to_blinkdl(folder.read(path), bool(config.get("tie_word_embeddings")))
-        return Checkpoint("huggingface", tensors, huggingface.read_config(config))
+        layout = huggingface.layout_of(config)
+        return Checkpoint(layout, tensors, huggingface.read_config(config))
     return Checkpoint("heronry", strip_prefixes(folder.read(path)), config)

@@ -1,4 +1,5 @@
-"""Text to token ids and back: bytes, RWKV World (world.py) and any tokenizer.json of Hugging Face.
+"""Text to token ids and back: bytes, RWKV World (world.py; in others' files: world_files.py) and any tokenizer.json of
+Hugging Face.
 
 All three share one small interface, `Tokenizer`. Ids without text (end of text, the padding rows of a model)
 decode to nothing.
@@ -13,6 +14,8 @@ from typing import Protocol, runtime_checkable
 from ..errors import InputError, show
 from .utf8 import ByteStream, encode_utf8
 from .world import WorldTokenizer
+from .world_files import NAMES as WORLD_NAMES
+from .world_files import VOCABULARY_FILES, is_world_json, is_world_text
 
 __all__ = [
     "ByteStream",
@@ -24,6 +27,7 @@ __all__ = [
     "WorldTokenizer",
     "guess_tokenizer",
     "load_tokenizer",
+    "read_tokenizer_json",
 ]
 
 WORLD_SIZES = range(65530, 65537)  # models pad the 65530 ids of World to 65536, some to fewer
@@ -163,7 +167,8 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
     """The tokenizer that `spec` names, checked against a model's vocabulary.
 
     Args:
-        spec: "bytes", "world", the path of a tokenizer.json or of a folder with one; a Tokenizer is returned as it is.
+        spec: "bytes", "world" (also rwkv_vocab_v20230424), the path of a tokenizer.json, of World's vocabulary as .txt
+            or .json, or of a folder with one of them; a Tokenizer is returned as it is.
         vocab_size: number of rows in the model's embedding.
 
     Raises:
@@ -176,11 +181,10 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
         raise InputError(f"tokenizer must be a name, a path or a Tokenizer, got {show(spec)}")
     elif spec == "bytes":
         tokenizer = ByteTokenizer()
-    elif spec == "world":
+    elif spec in WORLD_NAMES:
         tokenizer = WorldTokenizer()
     else:
-        path = Path(spec)
-        tokenizer = HFTokenizer(path / "tokenizer.json" if path.is_dir() else path)
+        tokenizer = _read_tokenizer_file(_find_tokenizer_file(Path(spec)))
     if vocab_size is not None and not 0 <= vocab_size - tokenizer.vocab_size <= MAX_PADDING:
         name = spec if isinstance(spec, str | Path) else type(spec).__name__
         raise InputError(
@@ -188,6 +192,50 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
             "was trained with (tokenizer= or --tokenizer)"
         )
     return tokenizer
+
+
+def plain_name(spec: str | Path) -> str | Path:
+    """ "world" where `spec` is a file or folder that holds World in the form of others, else `spec` itself."""
+    if spec in WORLD_NAMES:
+        return "world"
+    if spec == "bytes" or not (path := _find_tokenizer_file(Path(spec))).is_file():
+        return spec
+    return "world" if isinstance(_read_tokenizer_file(path), WorldTokenizer) else spec
+
+
+def _find_tokenizer_file(path: Path) -> Path:
+    """The file of a tokenizer: itself, or the one in a folder."""
+    if not path.is_dir():
+        return path
+    names = ("tokenizer.json", *VOCABULARY_FILES)
+    return next((path / name for name in names if (path / name).is_file()), path / "tokenizer.json")
+
+
+def _read_tokenizer_file(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise InputError(f"{path}: tokenizer file not found")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if path.suffix != ".txt":
+        return read_tokenizer_json(content, path)
+    if not is_world_text(content):
+        raise InputError(f"{path}: not World's vocabulary, the only one that is read from a .txt file")
+    return WorldTokenizer()
+
+
+def read_tokenizer_json(content: str, path: str | Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes: World where it is World in disguise.
+
+    Args:
+        content: of the file.
+        path: for messages.
+
+    Raises:
+        InputError: Hugging Face's library cannot read it.
+    """
+    return WorldTokenizer() if is_world_json(content) else HFTokenizer(path, content)
 
 
 def guess_tokenizer(vocab_size: int, folder: str | Path | None = None) -> str | Path:
@@ -204,7 +252,7 @@ def guess_tokenizer(vocab_size: int, folder: str | Path | None = None) -> str | 
         names = ["tokenizer.json"] + ["20B_tokenizer.json"] * (vocab_size in PILE_SIZES)
         for path in (Path(folder) / name for name in names):
             if path.is_file():
-                return path
+                return plain_name(path)
     if vocab_size == ByteTokenizer.vocab_size:
         return "bytes"
     if vocab_size in WORLD_SIZES:

@@ -83,7 +83,7 @@ class Rwkv6Config(RwkvConfig):
 
 
 class RWKV7Config(RwkvBaseConfig):
-    """RWKV-7, with the keys of flash-linear-attention."""
+    """RWKV-7, with the keys of the official repositories; those of flash-linear-attention stay as they are read."""
 
     model_type: ClassVar[str] = "rwkv7"
 
@@ -93,10 +93,14 @@ class RWKV7Config(RwkvBaseConfig):
     a_low_rank_dim: int | None = None
     v_low_rank_dim: int | None = None
     gate_low_rank_dim: int | None = None
-    hidden_act: str = "sqrelu"
-    norm_first: bool = True
     norm_bias: bool = True
     norm_eps: float = 1e-5
+
+    def to_dict(self) -> dict[str, Any]:
+        config: dict[str, Any] = super().to_dict()
+        if config.get("architectures") and huggingface.layout_of(config) == "huggingface":  # the name of its class
+            config["architectures"] = [name.replace("RWKV7", "Rwkv7") for name in config["architectures"]]
+        return config
 
 
 CONFIGS: dict[str, type[RwkvBaseConfig]] = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.utils.generic import ModelOutput
 
@@ -376,6 +376,16 @@ class _CausalLM(RwkvPreTrainedModel, GenerationMixin):
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 processor.model = self._call_with_cache
         return processors
+
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, *arguments: Any, tokenizer: Any = None, **options: Any
+    ) -> Any:
+        """As in any model; the tokenizer that stop strings need is by default the one in the model's folder."""
+        if generation_config.stop_strings is not None and tokenizer is None and self.name_or_path:
+            tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+        return super()._get_stopping_criteria(  # type: ignore[misc]
+            generation_config, *arguments, tokenizer=tokenizer, **options
+        )
 
     def _call_with_cache(
         self, input_ids: Tensor, cache: State | None = None, past_key_values: State | None = None, **options: Any

@@ -15,14 +15,15 @@ from ...formats import huggingface
 from ...formats.lazy_tensor import LazyTensor, same_numbers
 
 
-def rename_to_hub(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def rename_to_hub(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A hook for state_dict(), of a module that has a heronry model as `.rwkv`: BlinkDL's names -> the hub's."""
     inside = f"{prefix}rwkv."
     names = {name: name.removeprefix(inside) for name in state if name.startswith(inside)}
     if not names or _has_adapters(names.values()):
         return
     tensors = {short: LazyTensor.from_tensor(state.pop(name)) for name, short in names.items()}
-    for name, x in huggingface.from_blinkdl(tensors).items():
+    layout = huggingface.layout_of(vars(module.config))
+    for name, x in huggingface.from_blinkdl(tensors, layout).items():
         state[prefix + name] = x.read()
 
 
@@ -32,8 +33,11 @@ def rename_from_hub(module: nn.Module, state: dict[str, Any], prefix: str, *rest
     if _has_adapters(names) or any(name.startswith("rwkv.emb.") for name in names.values()):
         return
     tensors = {short: LazyTensor.from_tensor(state.pop(name)) for name, short in names.items()}
-    shapes = {name: p.shape for name, p in module.get_submodule("rwkv").named_parameters()}
+    rwkv: Any = module.get_submodule("rwkv")
+    shapes = {name: p.shape for name, p in rwkv.named_parameters()}
     for name, x in huggingface.to_blinkdl(tensors).items():
+        if name in rwkv.ignored_keys:
+            continue
         value = x.read()
         if name in shapes and same_numbers(value.shape, shapes[name]):
             value = value.reshape(shapes[name])

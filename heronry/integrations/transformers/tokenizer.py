@@ -1,4 +1,4 @@
-"""World and bytes as a tokenizer of `transformers`, and heronry's chat templates in its format."""
+"""World and bytes as a tokenizer of `transformers`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizer
 
 from ...errors import InputError
-from ...text.chat_templates import TEMPLATES
+from ...text.jinja_templates import chat_template
 from ...text.tokenizers import ByteTokenizer, Tokenizer, WorldTokenizer, load_tokenizer
 
 END = "<|endoftext|>"
@@ -60,29 +60,3 @@ class RwkvTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         return ()  # the name in tokenizer_config.json is enough
-
-
-def chat_template(name: str) -> str:
-    """One of heronry's templates (raven, world, g1, g1-think, g1-fast-think, story) as `tokenizer.chat_template`."""
-    if name not in TEMPLATES:
-        raise InputError(f"unknown chat template {name!r}; choose one of {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]
-    before_user, before_answer = template.turn.split("{user}")
-    past_answer = before_answer.removesuffix(template.opening)
-    before_system, after_system = template.system.split("{system}")
-    collapse = "{%- set ns.text = ns.text.split('\\n') | select | join('\\n') %}"  # runs of newlines become one
-    forged = " or ".join(f"{stop!r} in ns.text" for stop in template.stops)
-    return (
-        "{%- for message in messages %}"
-        "{%- set ns = namespace(text=message['content'].replace('\\r\\n', '\\n').strip()) %}"
-        "{%- if message['role'] == 'assistant' %}"
-        f"{{%- if {forged} %}}{collapse}{{%- endif %}}"
-        f"{{{{- ' ' + ns.text + {template.separator!r} }}}}"
-        "{%- else %}"
-        f"{collapse if template.collapse else ''}"
-        f"{{%- if message['role'] == 'system' %}}{{{{- {before_system!r} + ns.text + {after_system!r} }}}}"
-        f"{{%- else %}}{{{{- {before_user!r} + ns.text }}}}"
-        f"{{%- if not loop.last %}}{{{{- {past_answer!r} }}}}"
-        f"{{%- elif add_generation_prompt %}}{{{{- {before_answer!r} }}}}{{%- endif %}}"
-        "{%- endif %}{%- endif %}{%- endfor %}"
-    )

@@ -51,8 +51,6 @@ def convert_language_model(
     progress: Progress | None,
 ) -> Converted:
     """As `convert`, for a checkpoint that was read from `source` and identified as a `cls` with `config`."""
-    if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):
-        raise InputError(f"{source}: the format {to} does not support RWKV-7a (DeepEmbed)")
     notes = select_notes(checkpoint.config)
     tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
     tensors = _cast(checkpoint.tensors, to, dtype)

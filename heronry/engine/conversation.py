@@ -27,7 +27,7 @@ import safetensors.torch
 
 from ..errors import InputError
 from ..files import atomic_write, naming
-from ..models import LayerState, Model, State
+from ..models import Model, State
 from ..text.chat_templates import Template, template_from
 
 log = logging.getLogger("heronry")
@@ -224,11 +224,7 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes, int]]:
 
 
 def _write_record(out: BinaryIO, description: dict[str, Any], state: State | None) -> None:
-    tensors = {}
-    if state is not None:
-        for i, layer in enumerate(state.layers):
-            for name, x in layer._asdict().items():
-                tensors[f"blocks.{i}.{name}"] = x.detach().cpu().contiguous()
+    tensors = {} if state is None else state.named_tensors()
     text, data = json.dumps(description).encode(), safetensors.torch.save(tensors) if tensors else b""
     sizes = struct.pack("<QQ", len(text), len(data))
     header = HEADER.pack(len(text), len(data), zlib.crc32(sizes))
@@ -242,9 +238,5 @@ def _write_record(out: BinaryIO, description: dict[str, Any], state: State | Non
 
 def _state(data: bytes, text: str, model: Model) -> State:
     """The state in a record."""
-    tensors = safetensors.torch.load(data)
-    layers = [
-        LayerState(*(tensors[f"blocks.{i}.{name}"].to(model.device) for name in LayerState._fields))
-        for i in range(len(tensors) // len(LayerState._fields))
-    ]
-    return State(layers, model.fingerprint, [text])
+    tensors = {name: x.to(model.device) for name, x in safetensors.torch.load(data).items()}
+    return State.from_named_tensors(tensors, model.fingerprint, [text])

@@ -97,8 +97,10 @@ def from_blinkdl(tensors: Tensors) -> Tensors:
             renamed[prefix + FLA_TRANSPOSED[part]] = x.map(transposed)
         elif part in FLA_FLAT:
             renamed[prefix + FLA_FLAT[part]] = x.map(Tensor.flatten)
-        else:
+        elif part in FLA_LAYER:
             renamed[prefix + FLA_LAYER[part]] = x
+        else:
+            raise InputError(f"Hugging Face's layout of RWKV-7 has no place for {name} (7a and 7b are not in it)")
     return renamed
 
 

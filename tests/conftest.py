@@ -36,11 +36,13 @@ def random_checkpoint(
     rank: int = 7,
     tuned: bool = False,
     deep: int = 0,
+    dea: int = 0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Weights that no initialisation gives, so that every parameter moves the logits; about 1 in size where it
     enters a product, decays from slow to fast. The four LoRA ranks of RWKV-7 are rank .. rank + 3. `deep`: of an
-    RWKV-7a, the rows of a token's matrix."""
+    RWKV-7a, the rows of a token's matrix. `dea`: of an RWKV-7b, the numbers that a key is kept as; a query has 3 more
+    than twice as many."""
     random = torch.Generator().manual_seed(seed)
     size = width // heads
 
@@ -53,8 +55,8 @@ def random_checkpoint(
     def mix() -> Tensor:
         return torch.rand(1, 1, width, generator=random) * 1.2 - 0.1
 
-    def norm(name: str) -> dict[str, Tensor]:
-        return {f"{name}.weight": normal(width, mean=1.0, std=0.2), f"{name}.bias": normal(width, std=0.2)}
+    def norm(name: str, size: int = width) -> dict[str, Tensor]:
+        return {f"{name}.weight": normal(size, mean=1.0, std=0.2), f"{name}.bias": normal(size, std=0.2)}
 
     def time_mix() -> dict[str, Tensor]:
         names = ["receptance", "key", "value", "output"]
@@ -118,11 +120,22 @@ def random_checkpoint(
             tensors["s2"] = normal(deep, ffn, std=0.3)
         return tensors
 
+    def attention() -> dict[str, Tensor]:
+        dim = 2 * dea + 3
+        tensors = {"qq.weight": matrix(dim, width), **norm("lnq", dim), **norm("lnk", dim), **norm("lnv")}
+        for name, size in (("k", dim), ("v", width)):
+            tensors |= {f"{name}1": normal(width, dea, std=width**-0.5), f"{name}2": normal(dea, size, std=dea**-0.5)}
+            tensors |= {f"{name}_emb.weight": normal(vocab, size), f"{name}_emb_x.weight": matrix(size, width)}
+            tensors[f"x_{name}"] = torch.rand(1, 1, size, generator=random) * 1.2 - 0.1
+        return tensors | {"x_q": torch.rand(1, 1, dim, generator=random) * 1.2 - 0.1}
+
     weights = {"emb.weight": normal(vocab, width), **norm("blocks.0.ln0")}
     for i in range(layers):
         weights |= norm(f"blocks.{i}.ln1") | norm(f"blocks.{i}.ln2")
         weights |= {f"blocks.{i}.att.{name}": x for name, x in time_mix().items()}
         weights |= {f"blocks.{i}.ffn.{name}": x for name, x in channel_mix().items()}
+        if dea:
+            weights |= {f"blocks.{i}.qkv.{name}": x for name, x in attention().items()}
     return weights | norm("ln_out") | {"head.weight": matrix(vocab, width)}
 
 

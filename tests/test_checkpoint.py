@@ -269,7 +269,10 @@ def test_tensors_that_do_not_make_a_model(weights, tmp_path):
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("blocks.0.qkv.k1", "RWKV-7b"),
+        ("blocks.0.qkv.kk.weight", "RWKV-8 rc00 with attention"),
+        ("blocks.0.qkv.ennk.weight", "RWKV-8 rc00 with attention"),
+        ("blocks.0.qkv.k_emb.0", "merged tables"),
+        ("blocks.0.ffn.s_emb.0", "merged tables"),
         ("blocks.0.ffn.enn.weight", "RWKV-8 rc00"),
         ("blocks.0.rosa.q.weight", "RWKV-8 with ROSA"),
         ("blocks.0.rosa.rosa_qkv.emb", "RWKV-8 with ROSA"),

@@ -187,6 +187,8 @@ def assemble(
             samples[key] = sample(x)  # after the copy, which reads a mapped file in order
     model.load_state_dict(copies, assign=True, strict=model.quantization is None)
     model.eval()
+    if isinstance(model, Model) and not model.native_step_enabled and not on_meta_device:
+        log.warning("heronry: %s has no step in C++: each token runs in PyTorch, which takes longer", model.generation)
     # a quantized file stores the fingerprint of the original weights
     stored = config.get("fingerprint") if model.quantization and not quantize else None
     model.set_fingerprint(stored or (compute_fingerprint(cls.name, model_config, samples) if samples else None))

@@ -43,6 +43,8 @@ def info(
     if as_json:
         print_result(json.dumps(fields, indent=2, ensure_ascii=False))
     else:
+        if "state per token" in fields:  # one row for both
+            fields["state"] = f"{_size(fields['state'])} a sequence and {fields.pop('state per token'):,} bytes a token"
         print_columns([(name, _text(name, value)) for name, value in fields.items()])
 
 
@@ -75,13 +77,17 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     network = load(path, device="meta", kind=Network)
     config = asdict(network.config)
     n_parameters = network.num_parameters()
-    fields: dict[str, Any] = {"generation": f"{network.name} {config.pop('version', '')}".strip()}
+    config.pop("version", None)  # part of the generation
+    fields: dict[str, Any] = {"generation": network.generation}
     fields["dtype"] = str(network.dtype).removeprefix("torch.")
     if network.quantization:
         fields["quantization"] = network.quantization
     fields |= config | {"parameters": n_parameters}
     if isinstance(network, Model):
-        fields["state"] = network.initial_state().nbytes
+        state = network.initial_state()
+        fields["state"] = state.nbytes
+        if state.bytes_per_token:
+            fields["state per token"] = state.bytes_per_token
     if network.quantization:
         fields["weights"] = sum(x.nbytes for x in (*network.parameters(), *network.buffers()))
     else:
@@ -98,6 +104,11 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 def _describe_state(state: State) -> dict[str, Any]:
     fields = {"kind": "state", "rows": len(state), "n_layer": len(state.layers), "size": state.nbytes}
+    if state.contexts:
+        fields |= {
+            "tokens": [len(context.tokens) for context in state.contexts],
+            "bytes per token": state.bytes_per_token,
+        }
     return fields | {"fingerprint": state.fingerprint, "texts": list(state.texts)}
 
 
@@ -194,7 +205,7 @@ def _describe_tuned_state(path: Path) -> dict[str, Any] | None:
 
 def _text(name: str, value: Any) -> str:
     """A value as it is shown."""
-    if name == "state":
+    if name == "state" and isinstance(value, int):
         return f"{_size(value)} a sequence of any length, in float32"
     if name == "weights" and isinstance(value, dict):
         return ", ".join(f"{_size(n_bytes)} in {dtype}" for dtype, n_bytes in value.items())

@@ -67,6 +67,9 @@ def convert(
     if issubclass(cls, VisionModel):
         return convert_vision_model(checkpoint, source, target, to, dtype)
     assert issubclass(cls, Model)
+    variant = getattr(config, "variant", "")
+    if variant and (to in target_formats.PLAIN_ONLY or (to in target_formats.GRAPHS and config.dea_rank)):
+        raise InputError(f"{source}: the format {to} does not support {variant}")
     if to in target_formats.VISION:
         raise InputError(f"{source}: is a language model ({cls.name}); {to} is for picture models")
     if to in target_formats.GRAPHS:

@@ -9,6 +9,7 @@ from ..errors import InputError
 SUFFIXES = {".pth": "blinkdl", ".safetensors": "safetensors", ".st": "webrwkv", ".gguf": "gguf", ".bin": "ggml"}
 FOLDERS = ("heronry", "huggingface", "fla")
 VISION = ("vision_rwkv",)  # for picture models: a .pth under the authors' names
+PLAIN_ONLY = ("huggingface", "fla", "gguf", "ggml", "webrwkv")  # of RWKV-7 without DeepEmbed
 GRAPHS = ("onnx", "onnx-step")  # written only, never read
 ALL = (*SUFFIXES.values(), *FOLDERS, *VISION, *GRAPHS)
 

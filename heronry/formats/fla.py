@@ -5,6 +5,7 @@ Source: the model class of flash-linear-attention (models/rwkv7).
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 from torch import Tensor
@@ -47,6 +48,12 @@ FLAT = {  # vectors without the two dimensions of size 1
 TRANSPOSED = {
     f"att.{name}{i}": f"attn.{name}_lora.lora.{place}.weight" for name in "wavg" for i, place in ((1, 0), (2, 2))
 }
+
+
+def has_place_for(name: str) -> bool:
+    """Whether a tensor with this name of BlinkDL's is part of an RWKV-7, which this layout holds."""
+    part = re.sub(r"^blocks\.\d+\.", "", name)
+    return name in OUTSIDE or (part != name and any(part in table for table in (INSIDE, FLAT, TRANSPOSED)))
 
 
 def is_fla(tensors: Tensors) -> bool:

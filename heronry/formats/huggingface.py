@@ -62,6 +62,8 @@ def from_blinkdl(tensors: Tensors, layout: str = "huggingface") -> Tensors:
     if "blocks.0.att.r_k" not in tensors:
         words = {name: ".".join(WORDS.get(word, word) for word in name.split(".")) for name in tensors}
         return {("" if name == "head.weight" else "rwkv.") + words[name]: x for name, x in tensors.items()}
+    if unknown := next((name for name in tensors if not fla.has_place_for(name)), None):
+        raise InputError(f"Hugging Face's layouts of RWKV-7 have no place for {unknown} (7a and 7b are not in them)")
     if layout == "fla":
         return fla.from_blinkdl(tensors)
     vectors = {name: x.map(as_row) for name, x in tensors.items() if VECTORS.search(name)}

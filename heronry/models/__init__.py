@@ -6,7 +6,7 @@ from .rwkv4 import RWKV4, RWKV4Config
 from .rwkv5 import RWKV5, RWKV5Config
 from .rwkv6 import RWKV6, RWKV6Config
 from .rwkv7 import RWKV7, RWKV7Config
-from .state import LayerState, State
+from .state import Context, LayerState, State
 from .vision import VRWKV, VRWKV6, VisionModel
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "VISION_MODELS",
     "VRWKV",
     "VRWKV6",
+    "Context",
     "LayerState",
     "Model",
     "Network",

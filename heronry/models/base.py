@@ -18,7 +18,7 @@ from . import native_step
 from .fingerprint import compute_fingerprint, sample_all
 from .layers import Linear, PackedLinear
 from .sequence_parallel import Boundaries, SequenceShard
-from .state import LayerState, State
+from .state import Context, LayerState, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,6 +47,11 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self._fingerprint: str | None = None
+
+    @property
+    def generation(self) -> str:
+        """Its name with the variant, where there are several: "rwkv5 5.2", "rwkv7a"."""
+        return f"{self.name} {getattr(self.config, 'version', '')}".strip()
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +133,7 @@ class Model(Network):
     A generation's time mix defines `initial_wkv`.
     """
 
-    affine: ClassVar[bool] = True  # outputs and final state are affine in the initial state (sequence_parallel.py)
+    affine = True  # outputs and final state are affine in the initial state (sequence_parallel.py)
     config_only = ("ln_x_eps",)
     native_step_enabled = True  # the C++ step may take the place of the modules, see `native_step`
     emb: nn.Embedding
@@ -236,7 +241,7 @@ class Model(Network):
         if isinstance(cu_seqlens, SequenceShard):
             if not self.affine:
                 raise InputError(
-                    f"{self.name} cannot run with sequence parallelism: its output is not affine in its state"
+                    f"{self.generation} cannot run with sequence parallelism: its output is not affine in its state"
                 )
             cu = cu_seqlens
         rows = tokens.shape[0] if cu is None else len(cu) - 1
@@ -253,11 +258,16 @@ class Model(Network):
         shift = (rows, self.config.n_embd)
         expected = (shift, tuple(state.layers[0].wkv.shape), shift) * self.config.n_layer  # the operator checks the wkv
         tensors = [x for layer in state.layers for x in layer]
-        if tuple(tuple(x.shape) for x in tensors) != expected or not all(x.is_floating_point() for x in tensors):
-            raise InputError("this state is damaged: its tensors do not fit the model")
-        for x in tensors:
+        for x in (*tensors, *(x for context in state.contexts for x in context)):
             self.check_device("state", x)
+        fits = tuple(tuple(x.shape) for x in tensors) == expected and all(x.is_floating_point() for x in tensors)
+        if not fits or not self.accepts_contexts(state.contexts):
+            raise InputError("this state is damaged: its tensors do not fit the model")
         return state, cu
+
+    def accepts_contexts(self, contexts: Sequence[Context]) -> bool:
+        """Whether a state's growing part, which only RWKV-7b has, fits the model."""
+        return not contexts
 
 
 def _is_same_module(module: nn.Module, fresh: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 VERSION = 2  # enters every fingerprint: raise it when the computation changes
 SAMPLES = 128  # elements of a tensor
+ADDED_SETTINGS = ("dea_rank", "dea_dim")  # since VERSION: they enter only where a model has them, and is not 0
 
 
 def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) -> str:
@@ -36,6 +37,7 @@ def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) ->
         samples: `sample` of each tensor by name, taken in the dtype of the file.
     """
     settings = {field: value for field, value in asdict(config).items() if field != "time_state"}
+    settings = {field: value for field, value in settings.items() if value or field not in ADDED_SETTINGS}
     architecture = hashlib.sha256(json.dumps([VERSION, name, settings], sort_keys=True).encode())
     weights = hashlib.sha256()
     for key in sorted(samples):

@@ -22,7 +22,11 @@ UNSUPPORTED = (
     (("moba.",), "RWKV-X, RWKV-7 with layers of sparse attention (moba), which is not supported"),
     (("rosa",), "RWKV-8 with ROSA, which is not supported"),
     (("ffn.enn.",), "RWKV-8 rc00, which is not supported"),
-    ((".qkv.",), "RWKV-7b (DeepEmbed attention), which is not supported"),
+    ((".qkv.kk.", ".qkv.ennk."), "a hybrid of RWKV-8 rc00 with attention, which is not supported"),
+    (
+        (".s_emb.0", ".k_emb.0"),
+        "an RWKV-7a or 7b with merged tables (for phones), which is not supported; use the original",
+    ),
     (("time_maa_rkvw_",), "the experiment RWKV-6b or 6c, which is not supported"),
     (("att.gate_w1", "att.gate_w2"), "the experiment RWKV-6a, which is not supported"),
     (("ffnPre.",), "an experiment with a channel mix in place of the first time mix (ffnPre), which is not supported"),

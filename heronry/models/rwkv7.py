@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose" (x070), and 7a with DeepEmbed.
+"""RWKV-7 "Goose" (x070), 7a with DeepEmbed, and 7b with DeepEmbedAttention too.
 
 What is special about it:
 - the state is edited by a generalised delta rule: what it holds under the key kappa is partly replaced, at an
@@ -8,6 +8,7 @@ What is special about it:
 - the channel mix has no receptance
 - the bonus for the current token comes after the group norm, not inside the recurrence
 - RWKV-7a: every token and layer has a small matrix of its own, which scales the channel mix
+- RWKV-7b: attention over all tokens so far beside every time mix (deep_embed_attention.py), so its state grows
 Source: "RWKV-7 Goose" (arXiv 2503.14456); parameter names are those of BlinkDL's checkpoints.
 """
 
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import InputError
 from ..ops.wkv7 import wkv7
 from .base import Model
+from .deep_embed_attention import Added, DeepEmbedAttention, Words, extend
 from .layers import (
     Linear,
     check_heads,
@@ -37,7 +40,7 @@ from .layers import (
     widen,
 )
 from .sequence_parallel import Boundaries, run_operator
-from .state import LayerState, State
+from .state import Context, LayerState, State
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,18 @@ class RWKV7Config:
     ln_x_eps: float = 64e-5  # BlinkDL divides by 8 = head_size_divisor before a norm of eps 1e-5
     time_state: bool = False  # the initial state is a parameter (state tuning)
     deep_rank: int = 0  # RWKV-7a: rows and columns of a token's matrix; 0: RWKV-7
+    dea_rank: int = 0  # RWKV-7b: numbers that a token's key, and its value, are kept as; 0: no DeepEmbedAttention
+    dea_dim: int = 0  # RWKV-7b: of a query and a key
 
     def __post_init__(self) -> None:
         check_heads(self)
+
+    @property
+    def variant(self) -> str:
+        """Its name where it reads the token ids beyond the embedding; "" for a plain RWKV-7."""
+        if self.dea_rank:
+            return "RWKV-7b (DeepEmbedAttention)"
+        return "RWKV-7a (DeepEmbed)" if self.deep_rank else ""
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> RWKV7Config:
@@ -77,6 +89,8 @@ class RWKV7Config:
             gate_rank=shapes["blocks.0.att.g1"][1],
             time_state="blocks.0.att.time_state" in shapes,
             deep_rank=shapes["blocks.0.ffn.s1"][1] if "blocks.0.ffn.s1" in shapes else 0,
+            dea_rank=shapes["blocks.0.qkv.k1"][1] if "blocks.0.qkv.k1" in shapes else 0,
+            dea_dim=shapes["blocks.0.qkv.qq.weight"][0] if "blocks.0.qkv.k1" in shapes else 0,
         )
 
     @classmethod
@@ -194,6 +208,8 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer)
+        if config.dea_rank:
+            self.qkv = DeepEmbedAttention(config.vocab_size, config.n_embd, config.dea_dim, config.dea_rank)
         self.ffn = ChannelMix(config)
 
     def forward(
@@ -203,13 +219,19 @@ class Block(nn.Module):
         v_first: Tensor | None,
         cu: Boundaries | None,
         deep: tuple[Tensor, Tensor] | None,  # RWKV-7a: the tokens, and their input to the first block
-    ) -> tuple[Tensor, Tensor, LayerState]:
+        words: Words | None,  # RWKV-7b: all tokens so far
+        past: Sequence[tuple[Tensor, Tensor, Tensor]],  # RWKV-7b: this layer's part of each sequence's context
+    ) -> tuple[Tensor, Tensor, LayerState, Added | None]:
         x1 = self.ln1(x)
         y, wkv, v_first = self.att(x1, state.att_shift, state.wkv, v_first, cu)
+        added = None
+        if words is not None:
+            found, added = self.qkv(x, past, words, cu)
+            y = y + found
         x = x + y
         x2 = self.ln2(x)
         x = x + self.ffn(x2, state.ffn_shift, cu, deep)
-        return x, v_first, LayerState(last_shift(x1, cu), wkv, last_shift(x2, cu))
+        return x, v_first, LayerState(last_shift(x1, cu), wkv, last_shift(x2, cu)), added
 
 
 class RWKV7(Model):
@@ -226,11 +248,49 @@ class RWKV7(Model):
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)
-        self.native_step_enabled = not config.deep_rank  # the C++ step does not support RWKV-7a
+        self.native_step_enabled = not config.variant  # there is no C++ for 7a and 7b
+        self.affine = not config.dea_rank
         self.emb = embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
+
+    @property
+    def generation(self) -> str:
+        return "rwkv7b" if self.config.dea_rank else "rwkv7a" if self.config.deep_rank else "rwkv7"
+
+    def initial_state(self, rows: int = 1, time_states: Mapping[str, Tensor] | None = None) -> State:
+        state = super().initial_state(rows, time_states)
+        if not self.config.dea_rank:
+            return state
+        layers, rank, dim = self.config.n_layer, self.config.dea_rank, self.config.dea_dim
+        new = state.layers[0].wkv.new_zeros  # [L, T, R] with T = 0
+        tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
+        empty = Context(tokens, new(layers, 0, rank), new(layers, 0, rank), new(layers, dim))
+        return State(state.layers, state.fingerprint, contexts=[empty] * rows)
+
+    def accepts_contexts(self, contexts: Sequence[Context]) -> bool:
+        if not self.config.dea_rank:
+            return not contexts
+        layers, rank, dim = self.config.n_layer, self.config.dea_rank, self.config.dea_dim
+        for tokens, *parts in contexts:
+            cache = (layers, tokens.numel(), rank)
+            if tokens.ndim != 1 or tokens.dtype != torch.int64 or not all(x.is_floating_point() for x in parts):
+                return False
+            if [tuple(x.shape) for x in parts] != [cache, cache, (layers, dim)]:
+                return False
+            checked = len(tokens) == 0 or torch.compiler.is_compiling()
+            if not checked and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+                return False
+        return len(contexts) > 0
+
+    def embed(self, tokens: Tensor, state: State, cu: Boundaries | None) -> tuple[Tensor, Words | None]:
+        """The input of the first block [B, T, C]; for RWKV-7b also that for all earlier tokens."""
+        ln0 = self.blocks[0].ln0
+        if not self.config.dea_rank:
+            return ln0(self.emb(tokens)), None
+        words = Words.look_up(tokens, state.contexts, cu, lambda ids: ln0(self.emb(ids)))
+        return words.of_call().view(*tokens.shape, -1), words
 
     def forward(
         self,
@@ -243,20 +303,29 @@ class RWKV7(Model):
         state, cu = self.validate_inputs(tokens, state, cu_seqlens)
         if step := self.select_native_step(tokens, cu):
             return step(tokens, state, cu, last_only)
-        x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
+        x, words = self.embed(tokens, state, cu)  # [B, T, C]
         deep = (tokens, x) if self.config.deep_rank else None
         v_first = None
-        layers = []
-        for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, v_first, layer = self.run_block(block, x, layer, v_first, cu, deep)
+        layers, added = [], []
+        for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            past = [(context.kc[i], context.vc[i], context.q[i]) for context in state.contexts]
+            x, v_first, layer, more = self.run_block(block, x, layer, v_first, cu, deep, words, past)
             layers.append(layer)
+            added.append(more)
         if last_only:
             x = last_tokens(x, cu)
-        return self.head(self.ln_out(x)), State(layers, state.fingerprint)
+        contexts = () if words is None else extend(state.contexts, tokens, words.counts, added)
+        return self.head(self.ln_out(x)), State(layers, state.fingerprint, contexts=contexts)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The initialisation of the training recipe; a model that starts elsewhere ends up worse."""
+        """The initialisation of the training recipe; a model that starts elsewhere ends up worse.
+
+        Raises:
+            InputError: an RWKV-7b, for whose attention no initialisation was published.
+        """
+        if self.config.dea_rank:
+            raise InputError(f"no initialisation of {self.config.variant} was published: train from a checkpoint")
         c, a = self.config.n_embd, self.config.dim_att
         d = torch.arange(c) / c
         channel = torch.arange(a) / (a - 1)  # 0 .. 1 over all heads

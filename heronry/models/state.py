@@ -1,11 +1,15 @@
-"""The whole memory of an RWKV: a few tensors per layer, the same size after ten tokens or ten million."""
+"""The whole memory of an RWKV: a few tensors per layer, the same size after ten tokens or ten million.
+
+RWKV-7b is the exception: its attention looks back at every token, so its state also has a `Context` for each sequence,
+which grows.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +20,7 @@ from ..errors import InputError, show
 from ..files import atomic_write
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of what is read from files
+T = TypeVar("T", "LayerState", "Context")
 
 
 class LayerState(NamedTuple):
@@ -26,6 +31,15 @@ class LayerState(NamedTuple):
     ffn_shift: Tensor  # [S, C], the last normalised input of the channel mix
 
 
+class Context(NamedTuple):
+    """What RWKV-7b keeps of the T tokens that one sequence has read: 2 R numbers a token and layer, float32."""
+
+    tokens: Tensor  # [T] int64
+    kc: Tensor  # [L, T, R], of which its keys are computed
+    vc: Tensor  # [L, T, R], of which its values are computed
+    q: Tensor  # [L, D], the last query
+
+
 class State:
     """The memory of S sequences after the tokens they have read. Models return new states and never modify old ones,
     so a reference is a snapshot. A state created under inference_mode must be cloned before it can be trained from.
@@ -33,16 +47,26 @@ class State:
     rows: the number of sequences; len() gives the same, but not while a model is exported for any number of them.
     fingerprint: of the model it belongs to; another model refuses it.
     texts: what each row stands for, where known; "" where not.
+    contexts: of RWKV-7b, one for each row, of unequal lengths: its state grows by `bytes_per_token`. () for the others.
     """
 
-    def __init__(self, layers: Iterable[LayerState], fingerprint: str, texts: Sequence[str] | None = None):
+    def __init__(
+        self,
+        layers: Iterable[LayerState],
+        fingerprint: str,
+        texts: Sequence[str] | None = None,
+        contexts: Iterable[Context] = (),
+    ):
         self._layers: tuple[LayerState, ...] | None = tuple(layers)
         self._stacks: LayerState | None = None
         self.rows = self._layers[0].wkv.shape[0]
         self.fingerprint = fingerprint
         self._texts = None if texts is None else tuple(texts)
+        self.contexts = tuple(contexts)
         if self._texts is not None and len(self._texts) != self.rows:
             raise ValueError(f"{len(self._texts)} texts for {self.rows} rows")
+        if self.contexts and len(self.contexts) != self.rows:
+            raise ValueError(f"{len(self.contexts)} contexts for {self.rows} rows")
 
     @classmethod
     def from_stacked(cls, stacks: LayerState, fingerprint: str) -> State:
@@ -51,7 +75,7 @@ class State:
         state = cls.__new__(cls)
         state._layers, state._stacks = None, stacks
         state.rows = stacks.wkv.shape[1]
-        state.fingerprint, state._texts = fingerprint, None
+        state.fingerprint, state._texts, state.contexts = fingerprint, None, ()
         return state
 
     @property
@@ -72,7 +96,11 @@ class State:
         return compact.__dict__
 
     def __repr__(self) -> str:
-        return f"State({self.rows} rows, {len(self.layers)} layers, {self.nbytes / 1e6:.3g} MB)"
+        size = f"{self.nbytes / 1e6:.3g} MB"
+        if self.contexts:
+            lengths = ", ".join(str(len(context.tokens)) for context in self.contexts)
+            size += f" after {lengths} tokens, growing by {self.bytes_per_token:,} bytes a token"
+        return f"State({self.rows} rows, {len(self.layers)} layers, {size})"
 
     def __len__(self) -> int:
         """The number of sequences (rows)."""
@@ -88,7 +116,8 @@ class State:
                 raise TypeError("rows are picked by number, not by a mask")
             picked = [range(len(self))[i] for i in numbers]
         layers = (LayerState(*(x[picked] for x in layer)) for layer in self.layers)
-        return State(layers, self.fingerprint, [self.texts[i] for i in picked])
+        contexts = [self.contexts[i] for i in picked] if self.contexts else ()
+        return State(layers, self.fingerprint, [self.texts[i] for i in picked], contexts)
 
     @staticmethod
     def stack(states: Sequence[State]) -> State:
@@ -101,11 +130,14 @@ class State:
             LayerState(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
             for rows in zip(*(state.layers for state in states), strict=True)
         )
-        return State(layers, states[0].fingerprint, [text for state in states for text in state.texts])
+        texts = [text for state in states for text in state.texts]
+        contexts = [context for state in states for context in state.contexts]
+        return State(layers, states[0].fingerprint, texts, contexts)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         layers = (LayerState(*(change(x) for x in layer)) for layer in self.layers)
-        return State(layers, self.fingerprint, self._texts)
+        contexts = (Context(*(change(x) for x in context)) for context in self.contexts)
+        return State(layers, self.fingerprint, self._texts, contexts)
 
     def clone(self) -> State:
         """A copy with memory of its own."""
@@ -120,19 +152,26 @@ class State:
 
     def with_texts(self, texts: Sequence[str]) -> State:
         """The same rows with other texts."""
-        return State(self.layers, self.fingerprint, texts)
+        return State(self.layers, self.fingerprint, texts, self.contexts)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers for x in layer)
+        return sum(x.nbytes for part in (*self.layers, *self.contexts) for x in part)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """By how much a row grows with every token that it reads: 0, but for RWKV-7b."""
+        if not self.contexts:
+            return 0
+        tokens, kc, vc, _ = self.contexts[0]
+        return tokens.itemsize + sum(x.shape[0] * x.shape[2] * x.itemsize for x in (kc, vc))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, `blocks.i.{att_shift,wkv,ffn_shift}`, on the CPU."""
-        return {
-            f"blocks.{i}.{name}": x.detach().cpu().contiguous()
-            for i, layer in enumerate(self.layers)
-            for name, x in layer._asdict().items()
-        }
+        """The tensors by name, on the CPU: `blocks.i.{att_shift,wkv,ffn_shift}`, and for RWKV-7b
+        `rows.i.{tokens,kc,vc,q}`."""
+        parts = [(f"blocks.{i}", layer._asdict()) for i, layer in enumerate(self.layers)]
+        parts += [(f"rows.{i}", context._asdict()) for i, context in enumerate(self.contexts)]
+        return {f"{part}.{name}": x.detach().cpu().contiguous() for part, fields in parts for name, x in fields.items()}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], fingerprint: str, texts: Any) -> State:
@@ -142,12 +181,21 @@ class State:
             ValueError: the tensors are not those of a state or contain NaN or infinity, or texts is no list of as many
                 texts as there are rows.
         """
-        count = len(tensors) // len(LayerState._fields)
-        names = [[f"blocks.{i}.{name}" for name in LayerState._fields] for i in range(count)]
-        if not names or {name for layer in names for name in layer} != tensors.keys():
+
+        def parts(prefix: str, kind: type[T]) -> list[T]:
+            count = len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
+            names = [[f"{prefix}{i}.{name}" for name in kind._fields] for i in range(count)]
+            unknown.difference_update(name for part in names for name in part)
+            return [kind(*(tensors[name] for name in part)) for part in names]
+
+        unknown = set(tensors)
+        layers, contexts = parts("blocks.", LayerState), parts("rows.", Context)
+        if not layers or unknown:
             raise ValueError("its tensors are not those of a state")
-        rows = len(tensors[names[0][0]])
+        rows = len(layers[0].wkv) if layers[0].wkv.ndim else 0
         for name, x in tensors.items():
+            if name.startswith("rows."):
+                continue  # the model looks at those when it is given the state
             if x.dtype not in DTYPES or x.ndim < 2 or len(x) != rows:
                 dtype = str(x.dtype).removeprefix("torch.")
                 raise ValueError(f"{name} is {dtype} {list(x.shape)}, which is no part of a state of {rows} rows")
@@ -155,14 +203,13 @@ class State:
                 raise ValueError(f"{name} contains NaN or infinity")
         if not isinstance(texts, list) or len(texts) != rows or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"its texts are {show(texts)}, not those of {rows} rows")
-        return State([LayerState(*(tensors[name] for name in layer)) for layer in names], fingerprint, texts)
+        return State(layers, fingerprint, texts, contexts)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (atomically): `blocks.i.{att_shift,wkv,ffn_shift}`, fingerprint and texts."""
-        tensors = self.to_tensors()
+        """Writes a safetensors file (atomically): `to_tensors`, fingerprint and texts."""
         about = {"format": "heronry.state", "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
         with atomic_write(Path(path).expanduser()) as part:
-            save_file(tensors, part, metadata=about)
+            save_file(self.to_tensors(), part, metadata=about)
 
     @staticmethod
     def is_saved_state(path: str | Path) -> bool:

@@ -73,6 +73,8 @@ class LanguageModeling:
             )
         self.rows_per_step = lanes * config.data.tbptt_chunks
         self.rows_per_epoch = self.sampler.rows_per_epoch
+        if isinstance(self.sampler, LaneSampler) and model.initial_state().contexts:
+            raise InputError(f"data.order=carried is not for {model.generation}, whose state grows: use documents")
         self.states: dict[int, State] = {}
         self._states_before: dict[int, State] = {}  # at the start of the current step
 
@@ -82,7 +84,7 @@ class LanguageModeling:
             return None
         if not self.model.affine:
             raise InputError(
-                f"run.sequence_parallel is not for {self.model.name}: its output is not an affine function of the state"
+                f"run.sequence_parallel is not for {self.model.generation}: its output is not affine in the state"
             )
         if (n_processes := self.accelerator.num_processes) % self.pieces:
             raise InputError(
@@ -218,8 +220,10 @@ def count_in_loss(batch: Batch) -> int:
 
 
 def forward_flops_per_token(model: nn.Module) -> int:
-    """Two for every weight of a matrix, without the embedding, which is only looked up."""
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "emb.weight")
+    """Two for every weight of a matrix, without the embeddings, which are only looked up; those of RWKV-7b's attention,
+    which depend on the text before, are not counted."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
     return 2 * (matrices + packed)
 

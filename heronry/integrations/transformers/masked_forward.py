@@ -79,8 +79,8 @@ def _tokens(model: Model, input_ids: Tensor | None, inputs_embeds: Tensor | None
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != channels or not inputs_embeds.is_floating_point():
         got = f"{str(inputs_embeds.dtype).removeprefix('torch.')} {list(inputs_embeds.shape)}"
         raise InputError(f"inputs_embeds must be floating point numbers [B, T, {channels}], got {got}")
-    if getattr(model.config, "deep_rank", 0):
-        raise InputError("RWKV-7a (DeepEmbed) has a matrix for each token id: give input_ids, not inputs_embeds")
+    if variant := getattr(model.config, "variant", ""):
+        raise InputError(f"{variant} has a matrix for each token id: give input_ids, not inputs_embeds")
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 

@@ -144,6 +144,9 @@ class RwkvPreTrainedModel(PreTrainedModel):
         return self.rwkv.emb
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        variant = getattr(self.rwkv.config, "variant", "")
+        if variant and len(value.weight) != self.rwkv.config.vocab_size:
+            raise InputError(f"the vocabulary of {variant} cannot be resized: it has tables in every layer")
         self.rwkv.emb = value  # type: ignore[assignment]
         self._adopt_vocab_size()
 

@@ -41,8 +41,8 @@ class Captioner(nn.Module):
 
     def __init__(self, vision: VisionModel, language: Model):
         super().__init__()
-        if getattr(language.config, "deep_rank", 0):
-            raise InputError("RWKV-7a (DeepEmbed) has a matrix for each token id and cannot read pictures")
+        if variant := getattr(language.config, "variant", ""):
+            raise InputError(f"{variant} has a matrix for each token id and cannot read pictures")
         self.vision, self.language = vision, language
         like = vision.pos_embed
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -2,7 +2,7 @@
 
 from .adapter import Adapter, adapted_model, attach_adapter, merge_adapter
 from .matrices import adaptable_matrices
-from .peft_folder import SETTINGS, WEIGHTS, save_adapter
+from .peft_folder import SETTINGS, WEIGHTS, save_adapter, write_peft
 from .reading import apply_adapter, describe_adapter, identify_adapter, read_adapter, restore_adapter
 from .rwkv_lightning import write_lightning
 
@@ -21,4 +21,5 @@ __all__ = [
     "restore_adapter",
     "save_adapter",
     "write_lightning",
+    "write_peft",
 ]

@@ -31,13 +31,11 @@ class Adapter:
         changes: of matrices, by their names.
         parameters: values that take the place of other parameters (norms, mixes), by name, as RWKV-PEFT trains them.
         notes: see `heronry.save`.
-        alpha: as its file has it, for one that is written again; None: none.
     """
 
     changes: Mapping[str, Change]
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
-    alpha: float | None = None
 
     @property
     def fingerprint(self) -> str:

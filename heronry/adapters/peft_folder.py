@@ -71,7 +71,7 @@ def read_peft(folder: Path, model: Model) -> Adapter:
         raise InputError(f"{WEIGHTS} is empty")
     if settings["peft_type"] == "LORA":
         changes: dict[str, Change] = {**_lora_changes(tensors, settings)}
-        return Adapter(changes, notes=read_notes(header), alpha=settings["lora_alpha"])
+        return Adapter(changes, notes=read_notes(header))
     return Adapter(_miss_changes(tensors, settings, model), notes=read_notes(header))
 
 
@@ -189,15 +189,59 @@ def save_adapter(model: Model, folder: str | Path, notes: Mapping[str, Any] | No
     Raises:
         InputError: the model has no adapters that were trained here.
     """
-    from peft import get_peft_model_state_dict  # an optional package
-
     if not hasattr(model, "peft_config"):
         raise InputError("this model has no adapters")
-    state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
-    write_peft(Path(folder).expanduser(), state_dict, adapter_settings(model), model.adapted_from, notes or {})
+    tensors = {f"{name}.{BLOCK}": m.miss_block for name, m in model.named_modules() if isinstance(m, MiSSLinear)}
+    if not tensors:
+        from peft import get_peft_model_state_dict  # an optional package
+
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _write_files(Path(folder).expanduser(), tensors, adapter_settings(model), model.adapted_from, notes or {})
 
 
-def write_peft(
+def write_peft(adapter: Adapter, model: Model, folder: Path) -> None:
+    """Writes an adapter that was read from another layout as peft has it.
+
+    Args:
+        adapter: checked against `model`, the base model.
+        folder: created if it does not exist.
+
+    Raises:
+        InputError: several ranks, kinds or scales, a bat of RWKV-PEFT, or parameters that are no matrices: peft's
+            layout has no place for them.
+    """
+    if adapter.parameters:
+        raise InputError(f"peft has no place for {min(adapter.parameters)}; merge this adapter instead")
+    matrices = adaptable_matrices(model)
+    tensors: dict[str, Tensor] = {}
+    kinds: set[tuple[Any, ...]] = set()
+    for name, change in adapter.changes.items():
+        if isinstance(change, LoRA):
+            parts = {A: change.a, B: change.b, MAGNITUDE: change.magnitude}
+            tensors |= {f"{name}.{part}": x for part, x in parts.items() if x is not None}
+            kinds.add(("LORA", change.rank, change.scale * change.rank, change.magnitude is not None))
+            continue
+        if change.is_bat and change.axis == "in":
+            raise InputError(
+                f"{name} has a bat by columns of blocks, as RWKV-PEFT trains it, which peft has not; merge it instead"
+            )
+        tensors[f"{name}.{BLOCK}"] = change.block if change.scale == 1 else change.scale * change.block
+        mini = not change.is_bat and change.block.shape[1] != matrices[name].out_features
+        variant = "bat" if change.is_bat else "mini" if mini else True
+        kinds.add(("MISS", change.rank, variant, change.block.shape[1] if mini else 1))
+    if len(kinds) > 1:
+        raise InputError("peft's layout has one rank, scale and kind for all matrices; merge this adapter instead")
+    kind, rank, first, second = kinds.pop()
+    settings: dict[str, Any] = {"peft_type": kind, "r": rank, "target_modules": sorted(adapter.changes)}
+    settings |= {"bias": "none", "inference_mode": True}
+    if kind == "LORA":
+        settings |= {"lora_alpha": first, "use_dora": second}
+    else:
+        settings |= {"init_weights": first, "mini_r": second}
+    _write_files(folder, tensors, settings, model.fingerprint, adapter.notes)
+
+
+def _write_files(
     folder: Path,
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],

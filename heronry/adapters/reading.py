@@ -72,7 +72,9 @@ def read_adapter(
         if layout is None:
             if path.is_file():
                 formats.read(path)  # says what is wrong with a damaged one
-            raise InputError("not an adapter of peft, rwkv_lightning or RWKV-PEFT" if path.exists() else "no such file or folder")
+            raise InputError(
+                "not an adapter of peft, rwkv_lightning or RWKV-PEFT" if path.exists() else "no such file or folder"
+            )
         if layout != RWKV_PEFT and (alpha is not None or pissa_init is not None):
             raise InputError("--alpha and --pissa-init are for LoRA and PiSSA in files of RWKV-PEFT")
         if layout == PEFT:

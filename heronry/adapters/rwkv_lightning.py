@@ -60,7 +60,7 @@ def read_lightning(path: Path, base_file: Path | None = None) -> Adapter:
         if x.ndim != 2 or x.shape[1] != rank:
             raise InputError(f"{name}{D} has shape {list(x.shape)}, expected [out, {rank}]")
     _compare_base(settings.get("base_fingerprint"), base_file)
-    return Adapter({name: MiSS(x.T, scale) for name, x in blocks.items()}, alpha=scale * rank)
+    return Adapter({name: MiSS(x.T, scale) for name, x in blocks.items()})
 
 
 def read_settings(file: Path) -> dict[str, Any]:

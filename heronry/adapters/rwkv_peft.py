@@ -58,7 +58,7 @@ def read_rwkv_peft(file: Path, alpha: float | None = None, pissa_init: str | Pat
                 changes[matrix_name(name)] = _lora_change(tensors, initial, name, alpha)
         else:
             parameters[key] = lazy.read()
-    return Adapter(changes, parameters, alpha=alpha)
+    return Adapter(changes, parameters)
 
 
 def _lora_change(tensors: Tensors, initial: Tensors | None, name: str, alpha: float | None) -> LoRA:

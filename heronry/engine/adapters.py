@@ -40,7 +40,8 @@ class Adapters(Mapping[str, TextModel]):
     def add(self, name: str, path: str | Path) -> TextModel:
         """Reads an adapter and keeps it beside the weights under a name, in place of one that had the name.
 
-        Its notes (opening tokens, chat template) count for its texts. No weights are copied.
+        Its notes (opening tokens, chat template) count for its texts; a tuned state that the base begins from does not,
+        for it belongs to the base. No weights are copied.
 
         Args:
             path: a folder or file, see `heronry.adapters.read_adapter`.

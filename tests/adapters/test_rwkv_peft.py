@@ -84,7 +84,9 @@ def test_bad_input(random_checkpoint, tmp_path):
         return str(caught.value)
 
     assert "give either alpha=" in refusal(trained)
-    assert "not an adapter of peft, rwkv_lightning or RWKV-PEFT" in refusal({"blocks.0.ln1.weight": torch.ones(32)}, alpha=1)
+    assert "not an adapter of peft, rwkv_lightning or RWKV-PEFT" in refusal(
+        {"blocks.0.ln1.weight": torch.ones(32)}, alpha=1
+    )
     assert "blocks.0.att.key.lora_B is missing" in refusal({"blocks.0.att.key.lora_A": torch.ones(5, 32)}, alpha=1)
     assert "an adapter of another model: it changes blocks.9.att.key" in refusal(
         {"blocks.9.att.key.lora_A": torch.ones(5, 32), "blocks.9.att.key.lora_B": torch.ones(32, 5)}, alpha=1

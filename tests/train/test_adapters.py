@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import heronry
 from heronry.adapters import apply_adapter, merge_adapter, read_adapter, save_adapter
-from heronry.adapters.inject import inject_adapter
+from heronry.adapters.inject import inject_adapter, inject_miss
 from heronry.checkpoint import assemble, load, save
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
@@ -259,12 +259,15 @@ CUT = [
     ("rwkv7", "lora", "model.dropout=0.2"),
     ("rwkv4", "dora", "data.order=shuffle"),
     ("rwkv6", "lora", "model.quantize=int8"),
+    ("rwkv7", "miss", "model.dropout=0.2"),
+    ("rwkv5", "miss", "model.quantize=int4"),
+    ("rwkv7", "miss", "model.miss_variant=bat"),
 ]
 
 
 @pytest.mark.parametrize(("generation", "tune", "more"), CUT)
 def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, texts, tmp_path):
-    more = (more, "run.steps=6", "run.save_every=2")
+    more = (more, "run.steps=6", "run.save_every=2", *["model.alpha=32"] * (tune == "miss"))
     tuning(bases(generation), texts, tmp_path / "whole", *more, tune=tune).train()
     run = tuning(bases(generation), texts, tmp_path / "broken", *more, tune=tune)
     fails_at(run, 5)
@@ -275,6 +278,35 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, te
     whole, broken = (load_file(tmp_path / name / FILES[1]) for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(x, broken[name]) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("generation", MODELS)
+@pytest.mark.parametrize("more", [(), ("model.miss_variant=mini", "model.mini_r=4"), ("model.miss_variant=bat",)])
+def test_miss_learns(generation, more, bases, texts, tmp_path):
+    """Only its blocks do; merged, read by peft and beside, it is the model that was trained."""
+    base, out = bases(generation), tmp_path / "out"
+    tuned = tuning(base, texts, out, "model.alpha=32", *more, tune="miss").train()
+    found = [row[1] for row in losses(out)]
+    assert sum(found[-5:]) / 5 < found[0] - 0.3
+    plain = load(base)
+    weights, found = plain.state_dict(), tuned.state_dict()
+    assert all(
+        torch.equal(x, found.get(name, found.get(f"{name[:-6]}base_layer.weight"))) for name, x in weights.items()
+    )
+    trained = {name.removesuffix(".miss_block") for name, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {name for name, m in plain.named_modules() if type(m) is Linear and name != "head"}
+    expected = logits(tuned)
+    merged = load(base)
+    apply_adapter(merged, out)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    theirs = PeftModel.from_pretrained(load(base), str(out))
+    torch.testing.assert_close(logits(theirs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_block_of_miss_decays(bases):
+    model = inject_miss(load(bases("rwkv7")), 8, "bat")
+    lengths, blocks = ([len(group["params"]) for group in build_optimizer(model, OptimSection()).param_groups], 12)
+    assert lengths == [blocks]
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -452,6 +484,14 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert config("model.path=") == "model.tune=lora needs model.path, the model to tune"
     assert config("model.quantize=int3") == "model.quantize is 'int3'; known: int8, int4"
     assert config("model.tune=dora", "model.quantize=int8") == "model.quantize needs model.tune=lora or miss, got dora"
+    assert config("model.tune=miss") == "model.alpha is for lora and dora: MiSS has no scale"
+    assert config("model.miss_variant=bat") == "model.miss_variant needs model.tune=miss, got lora"
+    miss = ("model.tune=miss", "model.alpha=32")
+    assert config(*miss, "model.mini_r=4") == "model.mini_r needs model.miss_variant=mini, got default"
+    assert config(*miss, "model.miss_variant=bone").endswith("known: default, mini, bat")
+    assert config(*miss, "model.miss_variant=bat", "model.dropout=0.1") == (
+        "model.dropout does not work with model.miss_variant=bat, which changes the matrix itself"
+    )
     assert config("model.targets=key") == "model.targets must be a list of strings, got 'key'"
     assert config("model.targets=[1]") == "model.targets must be a string, got 1"
     assert "is called 'q_proj'; known: att.key, " in config('model.targets=["att.key", "q_proj"]')

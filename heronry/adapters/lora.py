@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.layers import matmul, widen
-from .matrices import Matrix, weight_of
+from .matrices import Matrix, beside_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,12 @@ class LoRALinear(nn.Module):
     def __init__(self, base: Matrix, change: LoRA):
         super().__init__()
         self.base_layer = base
-        weight = widen(weight_of(base))
-        self.a = nn.Parameter(change.a.to(weight), requires_grad=False)
-        self.b = nn.Parameter(change.b.to(weight), requires_grad=False)
+        self.a, self.b = beside_of(base, change.a), beside_of(base, change.b)
         self.scale = change.scale
         self.stretch: nn.Parameter | None = None  # of each row, DoRA's m / |W + s B A|
         if change.magnitude is not None:
-            lengths = torch.linalg.norm(weight + self.scale * (self.b @ self.a), dim=1)
-            self.stretch = nn.Parameter(change.magnitude.to(weight) / lengths, requires_grad=False)
+            lengths = torch.linalg.norm(widen(weight_of(base)) + self.scale * (self.b @ self.a), dim=1)
+            self.stretch = beside_of(base, change.magnitude.to(lengths) / lengths)
             if not self.stretch.isfinite().all():
                 raise InputError("has rows of zeros, which no magnitude of DoRA can scale")
 

@@ -29,6 +29,12 @@ def weight_of(matrix: nn.Module) -> Tensor:
     return weight
 
 
+def beside_of(matrix: Matrix, x: Tensor) -> nn.Parameter:
+    """A frozen copy of x where the matrix is, in float32, or float64 for a float64 matrix."""
+    dtype = torch.float64 if matrix.weight.dtype == torch.float64 else torch.float32
+    return nn.Parameter(x.to(matrix.weight.device, dtype), requires_grad=False)
+
+
 @torch.no_grad()
 def replace_weights(model: Model, merged: Mapping[str, Tensor]) -> None:
     """Gives parameters, by name, the values that an adapter has made of them: all, or none with an InputError if one

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.layers import PackedLinear, matmul, widen
-from .matrices import Matrix, weight_of
+from ..models.layers import matmul, widen
+from .matrices import Matrix, beside_of, weight_of
 
 Axis = Literal["out", "in"]
 
@@ -83,8 +83,7 @@ class MiSSLinear(nn.Module):
         """dropout: of the inputs of the block, in training; not for bat."""
         super().__init__()
         self.base_layer = base
-        dtype = torch.float32 if isinstance(base, PackedLinear) else widen(base.weight[:0]).dtype
-        self.miss_block = nn.Parameter(change.block.to(base.weight.device, dtype), requires_grad=False)
+        self.miss_block = beside_of(base, change.block)
         self.scale, self.axis, self.dropout = change.scale, change.axis, dropout
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ D, MASTER = ".weight.D", ".weight.D.master"
 EXPECTED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MAX_RANK = 1024
+MAX_JSON = 8 << 20  # bytes
 TARGETS = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
 
 
@@ -73,12 +74,16 @@ def read_settings(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             member = next((name for name in archive.namelist() if name.rpartition("/")[2] == MEMBER), None)
+            if member is not None and archive.getinfo(member).file_size > MAX_JSON:
+                raise InputError(f"{member} in its archive is larger than {MAX_JSON >> 20} MB, which no adapter needs")
             if member is not None:
                 text = archive.read(member).decode()
         beside = next((x for x in map(file.with_name, (SETTINGS, CHECKPOINT)) if x.is_file()), file)
         if text is None and beside != file:
             text = beside.read_text(encoding="utf-8")
         settings = None if text is None else json.loads(text)
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
         raise InputError(f"the JSON of the adapter cannot be read ({error})") from error
     if settings is None:

@@ -29,7 +29,7 @@ from .asynchronous import iterate
 from .batch import BatchCollector, PromptBatch, Row, alternate, stream_pieces
 from .chat import Chat
 from .completion import Completion
-from .generate import Generation, prefill
+from .generate import Generation, check_prompts, prefill
 from .options import DecodeOptions, GenerateOptions, Prompt, Prompts, check_names, resolve
 from .sampling import Sampling
 from .text_model import TextModel
@@ -297,13 +297,14 @@ class LLM(TextModel):
         if "" in stops:
             raise InputError("a stop string must not be empty")
         decoding = resolve(options, max_tokens, DEFAULT, self.model.config.vocab_size, len(batch.prompts), batch.n)
-        texts = [self.text_of(prompt) for prompt in batch.prompts]
-        if state is not None:
-            if len(state) == 1:
-                state = state[[0] * len(texts)]
-            texts = [before + text for before, text in zip(state.texts, texts, strict=False)]
-        speakers = self.adapters.choose_each(adapter, len(texts))
+        speakers = self.adapters.choose_each(adapter, len(batch.prompts))
         tokens = [x.encode(prompt, begins=state is None) for x, prompt in zip(speakers, batch.prompts, strict=True)]
+        texts = [self.text_of(prompt) for prompt in batch.prompts]
+        if state is not None and len(state) == 1:
+            state = state[[0] * len(tokens)]
+        check_prompts(tokens, state)
+        if state is not None:
+            texts = [before + text for before, text in zip(state.texts, texts, strict=True)]
         total, done = sum(map(len, tokens)), 0
         streams = []
         for speaker in dict.fromkeys(speakers):  # each once, in order: a model call is for one of them

@@ -225,3 +225,15 @@ def test_threads_add_remove_and_write(folder):
     llm.adapters.remove("lora")
     assert "".join(piece.text for piece in running) == expected["lora"]
     assert isinstance(llm.adapters, Adapters)
+
+
+def test_prompts_keep_their_numbers(folder):
+    """In messages, whichever adapter a prompt is computed with."""
+    llm = served(folder, kinds=["lora"])
+    names = ["lora", None, "lora", None]
+    with pytest.raises(InputError, match=r"^prompt 3 is empty$"):
+        llm.generate(["a", "b", "c", ""], adapter=names)
+    state = llm.state("a")
+    two = type(state).stack([state, state])
+    with pytest.raises(InputError, match=r"^a state of 2 sequences was given for 4 prompts$"):
+        llm.generate(["a", "b", "c", "d"], adapter=names, state=two)

@@ -1,9 +1,12 @@
-"""Adapters of RWKV-PEFT: a .pth with `NAME.lora_A` [rank, in] and `NAME.lora_B` [out, rank] for the adapted matrices
-and, under their own names, all other trained parameters (norms, mixes, decays).
+"""Adapters of RWKV-PEFT and OpenMOSE's RWKV-LM-RLHF: a .pth with tensors by the names of the adapted matrices and,
+under their own names, all other trained parameters (norms, mixes, decays).
 
-The file is not complete. LoRA also needs the alpha of the run: W + alpha / rank B A. PiSSA (arXiv 2404.02948) trains
-a part that it first takes out of the matrices, so it also needs the file with that part, `NAME.init_lora_A` and
-`NAME.init_lora_B`: W - B0 A0 + B A.
+- LoRA: `NAME.lora_A` [rank, in] and `NAME.lora_B` [out, rank]. The file is not complete: it also needs the alpha of the
+  run. PiSSA (arXiv 2404.02948) trains a part that it first takes out of the matrices, so it needs the file with that
+  part, `NAME.init_lora_A` and `NAME.init_lora_B`: W - B0 A0 + B A
+- MiSS: `NAME.disha`, once `NAME.bone`, [rank, out] or, of bat, [in / rank, rank, rank]. Its blocks belong to the
+  columns of blocks of the matrix, unlike peft's
+
 Source: merge.py of RWKV-PEFT.
 """
 
@@ -12,95 +15,72 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .. import formats
 from ..errors import InputError
-from ..formats.lazy_tensor import Tensors, same_numbers
-from ..models import Model
-from ..models.layers import widen
-from .matrices import adaptable_matrices, replace_weights
+from ..formats.lazy_tensor import Tensors
+from .adapter import Adapter, Change
+from .lora import LoRA
+from .miss import MiSS
+from .peft_folder import matrix_name
+
+MISS = (".disha", ".bone")
+LORA = (".lora_A", ".lora_B")
+INITIAL = (".init_lora_A", ".init_lora_B")
 
 
-@torch.no_grad()
-def merge_rwkv_peft(
-    model: Model, file: str | Path, alpha: float | None = None, pissa_init: str | Path | None = None
-) -> None:
-    """Merges an adapter of RWKV-PEFT into the weights of a model, in place, which gives it another fingerprint.
+def read_rwkv_peft(file: Path, alpha: float | None = None, pissa_init: str | Path | None = None) -> Adapter:
+    """The adapter in a file.
 
     Args:
-        model: the base model, plain and without adapters.
-        file: the .pth of the adapter.
         alpha: for LoRA: the --lora_alpha of the run.
         pissa_init: for PiSSA: the file of its initial matrices.
 
     Raises:
-        InputError: the file is missing, is something else or belongs to another model; neither or both of alpha and
-            pissa_init are given. The model is then unchanged.
+        InputError: damaged, one half of a LoRA is missing, neither or both of alpha and pissa_init are given for one.
     """
-    if model.quantization is not None or model.adapted_from is not None:
-        raise InputError("an adapter is merged into plain weights; load the model without quantize and adapters")
-    if (alpha is None) == (pissa_init is None):
+    tensors = formats.read(file).tensors
+    changes: dict[str, Change] = {}
+    parameters = {}
+    is_lora = any(key.endswith(LORA) for key in tensors)
+    if is_lora and (alpha is None) == (pissa_init is None):
         raise InputError("give either alpha= (--alpha) for LoRA, or pissa_init= (--pissa-init) for PiSSA")
-    try:
-        tensors = _read_adapter(file)
-        names = _matrix_names(tensors, "lora")
-        if not names:
-            raise InputError("not an adapter of RWKV-PEFT (no lora_A in it)")
-        initial = {} if pissa_init is None else _read_adapter(pissa_init)
-        for name in _matrix_names(initial, "init_lora"):
-            if name not in names:
-                raise InputError(f"not of the same run as {pissa_init}: {name} is only there")
-        merged = {f"{name}.weight": _merged_matrix(model, name, tensors, initial, alpha) for name in names}
-        parameters = dict(model.named_parameters())
-        for key, lazy in tensors.items():
-            if key.endswith((".lora_A", ".lora_B")):
-                continue
-            if key in merged:
-                raise InputError(f"holds {key} and also {key.removesuffix('.weight')}.lora_A")
-            if key not in parameters or not same_numbers(lazy.shape, parameters[key].shape):
-                raise InputError(f"an adapter of another model: unexpected tensor {key} {list(lazy.shape)}")
-            merged[key] = lazy.read().reshape(parameters[key].shape)
-        replace_weights(model, merged)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
+    if not is_lora and (alpha is not None or pissa_init is not None):
+        raise InputError("alpha and pissa_init are for LoRA and PiSSA; MiSS has neither")
+    initial = None if pissa_init is None else formats.read(Path(pissa_init).expanduser()).tensors
+    for key, lazy in tensors.items():
+        name, _, part = key.rpartition(".")
+        if key.endswith(MISS):
+            if matrix_name(name) in changes:
+                raise InputError(f"{name} has two adapters, also {key}")
+            changes[matrix_name(name)] = MiSS(lazy.read(), axis="in")
+        elif part in ("lora_A", "lora_B"):
+            if part == "lora_A" or f"{name}.lora_A" not in tensors:
+                changes[matrix_name(name)] = _lora_change(tensors, initial, name, alpha)
+        else:
+            parameters[key] = lazy.read()
+    for key in parameters:
+        if matrix_name(key.removesuffix(".weight")) in changes:
+            raise InputError(f"holds {key} and also {key.removesuffix('.weight')}.lora_A")
+    for key in initial or {}:
+        name = key.rpartition(".")[0]
+        if key.endswith(INITIAL) and matrix_name(name) not in changes:
+            raise InputError(f"not of the same run as {pissa_init}: {name} is only there")
+    return Adapter(changes, parameters)
 
 
-def _read_adapter(file: str | Path) -> Tensors:
-    """The tensors of a file, by name."""
-    path = Path(file).expanduser()
-    tensors = formats.read(path).tensors
-    if any(".disha" in key or ".bone" in key for key in tensors):
-        raise InputError(f"{path}: DiSHA and Bone adapters are not supported, only LoRA and PiSSA")
-    return tensors
-
-
-def _matrix_names(tensors: Tensors, kind: str) -> list[str]:
-    """The matrices of which there is an A or a B."""
-    ends = (f".{kind}_A", f".{kind}_B")
-    return sorted({key[: -len(ends[0])] for key in tensors if key.endswith(ends)})
-
-
-def _merged_matrix(model: Model, name: str, tensors: Tensors, initial: Tensors, alpha: float | None) -> Tensor:
-    """The matrix with its adapter, float32 [out, in]."""
-    matrices = adaptable_matrices(model)
-    if name not in matrices:
-        raise InputError(f"an adapter of another model: it changes {name}, which this {model.name} does not have")
-    weight = matrices[name].weight
-    a, b = _read_pair(tensors, name, "lora", weight.shape)
-    if alpha is not None:
-        return widen(weight) + alpha / a.shape[0] * (b @ a)
-    a0, b0 = _read_pair(initial, name, "init_lora", weight.shape)
-    return widen(weight) - b0 @ a0 + b @ a
-
-
-def _read_pair(tensors: Tensors, name: str, kind: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank], float32, of a matrix of this shape."""
-    for key in (f"{name}.{kind}_A", f"{name}.{kind}_B"):
-        if key not in tensors:
-            raise InputError(f"{key} is missing")
-    a, b = tensors[f"{name}.{kind}_A"], tensors[f"{name}.{kind}_B"]
-    if len(a.shape) != 2 or (b.shape[0], a.shape[1]) != tuple(shape) or b.shape[1:] != a.shape[:1]:
-        shapes = f"{kind}_A {list(a.shape)} and {kind}_B {list(b.shape)}"
-        raise InputError(f"an adapter of another model: {name} has {shapes} for a matrix {list(shape)}")
-    return a.read().float(), b.read().float()
+def _lora_change(tensors: Tensors, initial: Tensors | None, name: str, alpha: float | None) -> LoRA:
+    for kind, found in (("lora", tensors), ("init_lora", initial)):
+        for key in (f"{name}.{kind}_A", f"{name}.{kind}_B"):
+            if found is not None and key not in found:
+                raise InputError(f"{key} is missing")
+    a, b = (tensors[f"{name}{part}"].read() for part in LORA)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise InputError(f"{name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which do not fit each other")
+    if initial is None:
+        assert alpha is not None
+        return LoRA(a, b, alpha / len(a))
+    a0, b0 = (initial[f"{name}.init_{part[1:]}"].read() for part in LORA)
+    if a0.shape != a.shape or b0.shape != b.shape:
+        raise InputError(f"{name} has init_lora_A {list(a0.shape)} for lora_A {list(a.shape)}")
+    return LoRA(torch.cat([a, a0]), torch.cat([b, -b0], dim=1), 1.0)

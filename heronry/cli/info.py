@@ -50,14 +50,19 @@ def info(
 
 def describe(name: str) -> dict[str, Any]:
     """What the file or folder holds, by name; bytes as numbers."""
+    from ..adapters import describe_adapter
     from ..checkpoint import locate
     from ..data.token_file import prefix_file, strip_suffix
     from ..engine.conversation import is_conversation
     from ..models import State
 
     path = locate(name)
-    if (path / "adapter_config.json").is_file():
-        return _describe_adapter(path)
+    try:
+        adapter = describe_adapter(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if adapter is not None:
+        return adapter
     if all(prefix_file(strip_suffix(path), suffix).is_file() for suffix in (".bin", ".idx")):
         return _describe_token_file(path)
     if path.is_file() and is_conversation(path):
@@ -131,32 +136,6 @@ def _describe_conversation(path: Path) -> dict[str, Any]:
         "history": len(begin["history"]),
         "size": path.stat().st_size,
         "fingerprint": begin["fingerprint"],
-    }
-
-
-def _describe_adapter(path: Path) -> dict[str, Any]:
-    from ..adapters import SETTINGS, WEIGHTS
-    from ..formats import safetensors_file
-
-    try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        rank, alpha, dora = (settings.get(key) for key in ("r", "lora_alpha", "use_dora"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path / SETTINGS}: not the settings of an adapter") from error
-    if not (path / WEIGHTS).is_file():
-        raise InputError(f"{path}: has no {WEIGHTS}")
-    tensors = safetensors_file.read(path / WEIGHTS)
-    notes = safetensors_file.read_metadata(path / WEIGHTS)
-    return {
-        "kind": "adapter",
-        "method": "DoRA" if dora else str(settings.get("peft_type", "unknown")).replace("LORA", "LoRA"),
-        "rank": rank,
-        "alpha": alpha,
-        "matrices": len({name.rsplit(".lora_", 1)[0] for name in tensors}),
-        "parameters": sum(x.numel() for x in tensors.values()),
-        "size": sum(x.nbytes for x in tensors.values()),
-        "base model": settings.get("base_model_name_or_path"),
-        "fingerprint": notes.get("fingerprint"),
     }
 
 

@@ -15,7 +15,7 @@ from .output import print_result
 def merge(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="The model that the adapter was trained on.")],
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="The folder of a LoRA or DoRA adapter, or a file of RWKV-PEFT.")
+        Path, typer.Argument(metavar="ADAPTER", help="A LoRA, DoRA or MiSS adapter: a folder or a file.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     dtype: options.WrittenPrecision = None,
@@ -27,8 +27,7 @@ def merge(
     force: options.Force = False,
 ) -> None:
     """Merge an adapter into the weights of its model. See docs/adapters.md."""
-    from .. import adapters
-    from ..adapters.rwkv_peft import merge_rwkv_peft
+    from ..adapters import merge_adapter, read_adapter
     from ..checkpoint import load, save
     from .copies import companions, locate_source_and_target
     from .progress import progress_bar
@@ -39,19 +38,10 @@ def merge(
     with progress_bar("loading") as progress:
         model = load(original, dtype=dtype, ln_x_eps=ln_x_eps, progress=progress)
     tokenizer, notes = companions(original, model)
-    if adapter.is_file():
-        merge_rwkv_peft(model, adapter, alpha, pissa_init)
-        save(model, target, tokenizer, notes)
-        print_result(str(target))
-        return
-    if alpha is not None or pissa_init is not None:
-        raise InputError(f"{adapter}: --alpha and --pissa-init are for files of RWKV-PEFT, not for adapter folders")
-    folder = adapters.read_adapter(adapter, model)
-    if model.quantization is not None:
-        raise InputError(
-            f"{source}: cannot merge into {model.quantization} weights; merge into the original model and quantize "
-            "the result"
-        )
-    adapters.merge_adapter(model, folder)
-    save(model, target, tokenizer, notes | folder.notes)  # the adapter's notes take precedence
+    change = read_adapter(adapter, model, alpha=alpha, pissa_init=pissa_init, base_file=original)
+    try:
+        merge_adapter(model, change)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    save(model, target, tokenizer, {**notes, **change.notes})  # the adapter's notes take precedence
     print_result(str(target))

@@ -53,7 +53,7 @@ Quantize = Annotated[
 ]
 Adapter = Annotated[
     Path | None,
-    typer.Option("--adapter", help="The folder of a LoRA or DoRA adapter to merge into the weights."),
+    typer.Option("--adapter", help="A LoRA, DoRA or MiSS adapter, a folder or a file, to merge into the weights."),
 ]
 Device = Annotated[str, typer.Option("--device", envvar="HERONRY_DEVICE", help="cpu, cuda, cuda:1, ...")]
 Threads = Annotated[

@@ -128,3 +128,19 @@ def stream_pieces(generation: Generation, rows: list[Row], min_tokens: int) -> G
             generation.drop(event.index)
         if piece is not None:
             yield piece
+
+
+def alternate(streams: Sequence[Generator[Completion, None, None]]) -> Generator[Completion, None, None]:
+    """The pieces of several batches, one of each in turn. Closing it closes them all."""
+    running = list(streams)
+    try:
+        while running:
+            for stream in list(running):
+                piece = next(stream, None)
+                if piece is None:
+                    running.remove(stream)
+                else:
+                    yield piece
+    finally:
+        for stream in running:
+            stream.close()

@@ -201,17 +201,9 @@ def prefill(
     Raises:
         InputError: no prompts, an empty prompt, a state that does not fit.
     """
-    if not prompts:
-        raise InputError("there is no prompt")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            which = f"prompt {i} is empty" if len(prompts) > 1 else "the prompt is empty"
-            hint = "" if state is None else ": give at least one token, a state alone does not say what comes next"
-            raise InputError(which + hint)
+    check_prompts(prompts, state)
     if chunk < 1:
         raise InputError(f"chunk must be at least 1, got {chunk}")
-    if state is not None and len(state) != len(prompts):
-        raise InputError(f"a state of {len(state)} sequences was given for {len(prompts)} prompts")
     device = model.device
     rows = [model.initial_state() if state is None else state[i] for i in range(len(prompts))]
     logits: list[Tensor] = []  # a prompt's last part is never before that of the prompt in front of it
@@ -232,6 +224,19 @@ def prefill(
         if progress is not None:
             progress(done, total)
     return torch.stack(logits), State.stack(rows)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], state: State | None) -> None:
+    """InputError unless there are prompts, none of them empty, and a row of the state for each."""
+    if not prompts:
+        raise InputError("there is no prompt")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            which = f"prompt {i} is empty" if len(prompts) > 1 else "the prompt is empty"
+            hint = "" if state is None else ": give at least one token, a state alone does not say what comes next"
+            raise InputError(which + hint)
+    if state is not None and len(state) != len(prompts):
+        raise InputError(f"a state of {len(state)} sequences was given for {len(prompts)} prompts")
 
 
 def _packs(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:

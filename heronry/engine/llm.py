@@ -1,7 +1,8 @@
 """Text in, text out: a model, its tokenizer and the engine together.
 
-- nothing here changes after construction: a generation that is interrupted, by Ctrl-C, by closing it or by cancelling
-  its task, leaves everything as usable as before
+- nothing but the set of adapters changes after construction: a generation that is interrupted, by Ctrl-C, by closing it
+  or by cancelling its task, leaves everything as usable as before
+- an adapter by name is another `TextModel` on the same weights: choosing it changes neither the model nor other calls
 - a stop string never shows in the output, nor does a part of one while text is streamed
 """
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from .. import adapters
+from ..adapters import apply_adapter
 from ..catalog import BUNDLED
 from ..checkpoint import load_checkpoint, locate, select_notes
 from ..errors import InputError, show
@@ -23,11 +24,12 @@ from ..models import Model, State
 from ..progress import Progress
 from ..text.chat_templates import Template, read_messages
 from ..text.tokenizers import Tokenizer, guess_tokenizer, load_tokenizer, read_tokenizer_json
+from .adapters import Adapters
 from .asynchronous import iterate
-from .batch import BatchCollector, PromptBatch, Row, stream_pieces
+from .batch import BatchCollector, PromptBatch, Row, alternate, stream_pieces
 from .chat import Chat
 from .completion import Completion
-from .generate import Generation, prefill
+from .generate import Generation, check_prompts, prefill
 from .options import DecodeOptions, GenerateOptions, Prompt, Prompts, check_names, resolve
 from .sampling import Sampling
 from .text_model import TextModel
@@ -72,8 +74,9 @@ class LLM(TextModel):
             dtype: None keeps the file's; the bundled model gets float32.
             device: None = "cpu".
             quantize: "int8" or "int4" packs the matrices.
-            adapter: the folder of a LoRA or DoRA adapter. It is merged into the weights; beside packed ones it stays as
-                it is, and the plain model runs instead of the native step.
+            adapter: the folder or file of a LoRA, DoRA or MiSS adapter. It is merged into the weights; beside packed
+                ones it stays as it is, and the plain model runs instead of the native step. For several adapters over
+                one model see `adapters`.
             ln_x_eps: as for heronry.load.
             progress: called while a model is loaded, with (bytes read, bytes in all).
 
@@ -86,6 +89,7 @@ class LLM(TextModel):
         if not isinstance(path, str | Path | Model | None):
             raise InputError(f"give the path of a model, or a Model, got {show(path)}")
         described: dict[str, Any] = {}
+        base_file: Path | None = None
         if isinstance(path, Model):
             _refuse_with_model(dtype=dtype, device=device, quantize=quantize, adapter=adapter, ln_x_eps=ln_x_eps)
             model = path
@@ -96,6 +100,7 @@ class LLM(TextModel):
             path = locate(BUNDLED if path is None else path)
             if path == BUNDLED and dtype is None:  # so small that float32 is the fastest everywhere
                 dtype = "float32"
+            base_file = path if path.is_file() else None
             model, checkpoint = load_checkpoint(path, dtype, device or "cpu", ln_x_eps, quantize, progress=progress)
             described = select_notes(checkpoint.config)
             if tokenizer is None and checkpoint.tokenizer is not None:
@@ -105,8 +110,9 @@ class LLM(TextModel):
         model.check_has_weights()
         tokenizer = load_tokenizer(tokenizer, model.config.vocab_size)
         if adapter is not None:
-            described |= adapters.apply_adapter(model, adapter).notes
+            described |= apply_adapter(model, adapter, base_file).notes
         super().__init__(model, tokenizer, described.get("chat_template"), described.get("opening_tokens", ()))
+        self.adapters = Adapters(self, base_file)
 
     def __repr__(self) -> str:
         return f"LLM({self.model.name}, {self.num_parameters() / 1e6:,.3g} M parameters, {self.dtype}, {self.device})"
@@ -226,18 +232,21 @@ class LLM(TextModel):
     # fmt: off
     @overload
     def chat(self, messages: None = ..., *, template: str | Template | None = ...,
-             system: str | None = ...) -> Chat: ...
+             system: str | None = ..., adapter: str | None = ...) -> Chat: ...
     @overload
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
-             template: str | Template | None = ..., system: str | None = ..., stream: Literal[False] = ...,
+             template: str | Template | None = ..., system: str | None = ..., adapter: str | None = ...,
+             stream: Literal[False] = ...,
              **options: Unpack[DecodeOptions]) -> Completion: ...
     @overload
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
-             template: str | Template | None = ..., system: str | None = ..., stream: Literal[True],
+             template: str | Template | None = ..., system: str | None = ..., adapter: str | None = ...,
+             stream: Literal[True],
              **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
     @overload
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
-             template: str | Template | None = ..., system: str | None = ..., stream: bool,
+             template: str | Template | None = ..., system: str | None = ..., adapter: str | None = ...,
+             stream: bool,
              **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
     def chat(
@@ -247,6 +256,7 @@ class LLM(TextModel):
         *,
         template: str | Template | None = None,
         system: str | None = None,
+        adapter: str | None = None,
         stream: bool = False,
         **options: Unpack[DecodeOptions],
     ) -> Chat | Completion | Generator[Completion, None, None]:
@@ -256,13 +266,14 @@ class LLM(TextModel):
             messages: [{"role": "user", "content": ...}, ...]: at most one of "system" first, then "user" and
                 "assistant" in turn, one of the user last; None = a `Chat` that has not begun.
             template, system: see `Chat`.
+            adapter: who answers, one of `adapters` by its name; None = the model itself.
             max_tokens, stream, options: see `Chat.say`.
         """
         if messages is None:
             given = ["max_tokens"] * (max_tokens != 512) + ["stream"] * stream + list(options)
             if given:
                 raise InputError(f"{given[0]} is given to say(): without messages, chat() answers nothing yet")
-            return Chat(self, template, system)
+            return Chat(self.adapters.choose(adapter), template, system)
         if isinstance(messages, str | Template) or not isinstance(messages, Sequence):
             raise InputError(
                 f"messages must be a list of messages, got {show(messages)}; a template is named by template="
@@ -272,7 +283,7 @@ class LLM(TextModel):
         *history, last = read_messages(messages)
         if last["role"] != "user":
             raise InputError("the last message must be from the user")
-        chat = Chat(self, template, system, history)
+        chat = Chat(self.adapters.choose(adapter), template, system, history)
         if stream:
             return chat.say(last["content"], max_tokens, stream=True, **options)
         return chat.say(last["content"], max_tokens, **options)
@@ -282,6 +293,7 @@ class LLM(TextModel):
     ) -> Generator[Completion, None, None]:
         """Checks the options and reads the prompts; returns the pieces as they are decoded."""
         state: State | None = options.pop("state", None)
+        adapter = options.pop("adapter", None)
         stop = options.pop("stop", None)
         progress = options.pop("progress", None)
         if progress is not None and not callable(progress):
@@ -296,38 +308,49 @@ class LLM(TextModel):
         if "" in stops:
             raise InputError("a stop string must not be empty")
         decoding = resolve(options, max_tokens, DEFAULT, self.model.config.vocab_size, len(batch.prompts), batch.n)
-        tokens = [self.encode(prompt, begins=state is None) for prompt in batch.prompts]
+        speakers = self.adapters.choose_each(adapter, len(batch.prompts))
+        tokens = [x.encode(prompt, begins=state is None) for x, prompt in zip(speakers, batch.prompts, strict=True)]
         texts = [self.text_of(prompt) for prompt in batch.prompts]
+        if state is not None and len(state) == 1:
+            state = state[[0] * len(tokens)]
+        check_prompts(tokens, state)
         if state is not None:
-            if len(state) == 1:
-                state = state[[0] * len(tokens)]
-            texts = [before + text for before, text in zip(state.texts, texts, strict=False)]
-        elif self.start is not None:
-            state = self.start[[0] * len(tokens)]
-        logits, state = prefill(self.model, tokens, state, progress=progress)
-        logprobs = decoding.top_logprobs is not None
-        rows = [
-            Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j)
-            for i in range(len(tokens))
-            for j in range(batch.n)
-        ]
-        if batch.n > 1:
-            numbers = [row.index for row in rows]
-            logits, state = logits[numbers], state[numbers]
-        generation = Generation(
-            self.model,
-            logits,
-            state,
-            decoding.samplings,
-            decoding.max_tokens,
-            decoding.stop_ids(self.tokenizer),
-            min_tokens=decoding.min_tokens,
-            top_logprobs=decoding.top_logprobs,
-            masks=decoding.masks,
-            prompts=[row.prompt for row in rows],
-            decode=self.decode_token,
-        )
-        return stream_pieces(generation, rows, decoding.min_tokens)
+            texts = [before + text for before, text in zip(state.texts, texts, strict=True)]
+        total, done = sum(map(len, tokens)), 0
+        streams = []
+        for speaker in dict.fromkeys(speakers):  # each once, in order: a model call is for one of them
+            chosen = [i for i, x in enumerate(speakers) if x is speaker]
+            before = None if state is None else state if len(chosen) == len(texts) else state[chosen]
+            if before is None and speaker.start is not None:
+                before = speaker.start[[0] * len(chosen)]
+            report = progress and partial(_report, progress, done, total)
+            logits, after = prefill(speaker.model, [tokens[i] for i in chosen], before, progress=report)
+            done += sum(len(tokens[i]) for i in chosen)
+            rows = [(i, j) for i in chosen for j in range(batch.n)]
+            if batch.n > 1:
+                numbers = [k for k in range(len(chosen)) for _ in range(batch.n)]
+                logits, after = logits[numbers], after[numbers]
+            generation = Generation(
+                speaker.model,
+                logits,
+                after,
+                [decoding.samplings[i * batch.n + j] for i, j in rows],
+                decoding.max_tokens,
+                decoding.stop_ids(self.tokenizer),
+                min_tokens=decoding.min_tokens,
+                top_logprobs=decoding.top_logprobs,
+                masks=[decoding.masks[i * batch.n + j] for i, j in rows],
+                prompts=[tokens[i] for i, _ in rows],
+                decode=self.decode_token,
+            )
+            logprobs = decoding.top_logprobs is not None
+            completions = [Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j) for i, j in rows]
+            streams.append(stream_pieces(generation, completions, decoding.min_tokens))
+        return streams[0] if len(streams) == 1 else alternate(streams)
+
+
+def _report(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def _refuse_with_model(**options: object) -> None:

@@ -56,11 +56,13 @@ class GenerateOptions(DecodeOptions, total=False):
     """Also where to begin and where to end.
 
     state: go on from here (see `LLM.state`): a row for each prompt, or one for all.
+    adapter: one of `LLM.adapters` by its name, for all prompts, or a list with one (or None) a prompt.
     stop: strings that end the text; they are not part of it.
     progress: called while the prompts are read, with (tokens read, tokens in all).
     """
 
     state: State | None
+    adapter: str | Sequence[str | None] | None
     stop: str | Sequence[str] | None
     progress: Progress | None
 

@@ -80,7 +80,7 @@ def _recognise_names(format: str, tensors: Tensors, metadata: Mapping[str, str] 
 
 
 def _read_folder(path: Path) -> Checkpoint:
-    if (path / "adapter_config.json").is_file():
+    if any((path / name).is_file() for name in ("adapter_config.json", "adapter.json")):
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     if not (path / "config.json").is_file():
         raise InputError(f"no config.json in the folder{folder.training_shards_hint(path)}")

@@ -22,12 +22,21 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Linear(nn.Linear):
-    """y = W x with W [out, in] and no bias.
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times the transpose of weight [out, in].
 
     Without gradients, float32 on a CPU is multiplied by oneDNN instead of MKL, which torch would take and which is
     slow on processors that are not Intel's: on an AMD EPYC, 1 row takes 0.4 and 512 rows 0.8 of the time.
     """
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if plain or x.dtype != torch.float32 or x.device.type != "cpu" or ONEDNN is None:
+        return F.linear(x, weight)
+    y: Tensor = ONEDNN(x, weight, None, "none", [], "")
+    return y
+
+
+class Linear(nn.Linear):
+    """y = W x with W [out, in] and no bias."""
 
     if TYPE_CHECKING:  # nn.Module says Any
 
@@ -37,11 +46,7 @@ class Linear(nn.Linear):
         super().__init__(size_in, size_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if plain or x.dtype != torch.float32 or x.device.type != "cpu" or ONEDNN is None:
-            return F.linear(x, self.weight)
-        y: Tensor = ONEDNN(x, self.weight, None, "none", [], "")
-        return y
+        return matmul(x, self.weight)
 
 
 class PackedLinear(nn.Module):

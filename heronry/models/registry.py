@@ -33,6 +33,7 @@ UNSUPPORTED = (
     (("head_q.", "head_k."), "an experiment with head_qk, which is not supported"),
     (("tiny_q", "tiny_k", "tiny_v", "tiny_ln"), "an experiment with tiny attention, which is not supported"),
     (("pos_emb_",), "an experiment with position embeddings, which is not supported"),
+    ((".lora_A", ".disha", ".bone", ".weight.D"), "an adapter; give its model, and this file with --adapter"),
 )
 
 

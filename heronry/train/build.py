@@ -105,15 +105,20 @@ def build_model(config: Config, vocab_size: int, precision: str, device: str = "
     section = config.model
     if section.path:
         model = load(section.path, _weight_dtype(precision), device, quantize=section.quantize or None)
-        if model.quantization is not None and section.tune != "lora":
-            raise InputError(f"{section.path}: quantized weights cannot be trained, except with model.tune=lora")
+        if model.quantization is not None and section.tune not in ("lora", "miss"):
+            raise InputError(
+                f"{section.path}: quantized weights cannot be trained, except with model.tune=lora or miss"
+            )
         if section.tune == "state":
             model.tune_state()
         elif section.tune != "all":
-            from ..adapters.inject import inject_adapter  # needs peft, which takes seconds to import
+            from ..adapters.inject import inject_adapter, inject_miss  # needs peft, which takes seconds to import
 
-            dora = section.tune == "dora"
-            inject_adapter(model, section.rank, section.alpha, section.dropout, dora, section.targets, section.path)
+            rank, dropout, targets, path = section.rank, section.dropout, section.targets, section.path
+            if section.tune == "miss":
+                inject_miss(model, rank, section.miss_variant, section.mini_r, dropout, targets, path)
+            else:
+                inject_adapter(model, rank, section.alpha, dropout, section.tune == "dora", targets, path)
     else:
         cls = MODELS[section.generation]
         size = section.vocab_size or -(-vocab_size // 64) * 64

@@ -61,6 +61,9 @@ def setting(default: Any, help: str, limits: Limits | None = None, known: Sequen
     return field(default=default, metadata={"help": help, "limits": limits, "known": known})
 
 
+DEFAULT_ALPHA = 32
+
+
 @dataclass(frozen=True)
 class ModelSection:
     """The model."""
@@ -69,16 +72,20 @@ class ModelSection:
     tune: str = setting(
         "all",
         "what is trained: all weights; or, for a frozen model at `path`, its initial state (state) or adapters beside "
-        "its matrices (lora, dora)",
-        known=("all", "state", "lora", "dora"),
+        "its matrices (lora, dora, miss)",
+        known=("all", "state", "lora", "dora", "miss"),
     )
     rank: int = setting(16, "of adapters", POSITIVE)
-    alpha: int = setting(32, "the output of an adapter is scaled by alpha / rank", POSITIVE)
+    alpha: int = setting(DEFAULT_ALPHA, "the output of LoRA and DoRA is scaled by alpha / rank", POSITIVE)
+    miss_variant: str = setting("default", "of MiSS: default, mini or bat", known=("default", "mini", "bat"))
+    mini_r: int = setting(1, "with miss_variant=mini: outputs that have numbers of their own", POSITIVE)
     dropout: float = setting(0.0, "of the input of adapters", FRACTION)
     targets: tuple[str, ...] = setting(
         (), 'matrices that get adapters, like ["att.key", "value"]; without it all but the head'
     )
-    quantize: str = setting("", "with tune=lora: packs the frozen matrices, int8 or int4", known=("int8", "int4"))
+    quantize: str = setting(
+        "", "with tune=lora or miss: packs the frozen matrices, int8 or int4", known=("int8", "int4")
+    )
     generation: str = setting(
         "rwkv7", "rwkv4 to rwkv7; vrwkv and vrwkv6 classify images", known=(*GENERATIONS, *VISION_GENERATIONS)
     )
@@ -96,8 +103,16 @@ class ModelSection:
             raise InputError(f"model.tune={self.tune} and model.quantize do not work with {self.generation}")
         if self.tune != "all" and not self.path:
             raise InputError(f"model.tune={self.tune} needs model.path, the model to tune")
-        if self.quantize and self.tune != "lora":
-            raise InputError(f"model.quantize needs model.tune=lora, got {self.tune}")
+        if self.quantize and self.tune not in ("lora", "miss"):
+            raise InputError(f"model.quantize needs model.tune=lora or miss, got {self.tune}")
+        if self.tune == "miss" and self.alpha != DEFAULT_ALPHA:
+            raise InputError("model.alpha is for lora and dora: MiSS has no scale")
+        if self.tune != "miss" and self.miss_variant != "default":
+            raise InputError(f"model.miss_variant needs model.tune=miss, got {self.tune}")
+        if self.miss_variant != "mini" and self.mini_r != 1:
+            raise InputError(f"model.mini_r needs model.miss_variant=mini, got {self.miss_variant}")
+        if self.miss_variant == "bat" and self.dropout:
+            raise InputError("model.dropout does not work with model.miss_variant=bat, which changes the matrix itself")
 
 
 @dataclass(frozen=True)
@@ -263,7 +278,7 @@ class Config:
             )
         if self.run.ema and (self.run.shard != "none" or self.model.tune != "all"):
             raise InputError("run.ema does not work with run.shard or model.tune")
-        if self.run.shard != "none" and self.model.tune in ("lora", "dora"):
+        if self.run.shard != "none" and self.model.tune in ("lora", "dora", "miss"):
             raise InputError(
                 f"run.shard does not work with model.tune={self.model.tune}: adapters are too small to shard"
             )

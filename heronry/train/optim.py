@@ -69,9 +69,10 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 def _adapter_groups(model: Network, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """A and B decay, which pulls towards the base model; the magnitudes of DoRA do not, as they are not changes."""
+    """The blocks of MiSS, and A and B decay, which pulls towards the base model; the magnitudes of DoRA do not, as they
+    are not changes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim == 1], "lr": lr, "weight_decay": 0.0},
-        {"params": [p for p in trained if p.ndim == 2], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
     ]

@@ -7,7 +7,7 @@ import torch
 
 import heronry
 from heronry import InputError
-from heronry.adapters.rwkv_peft import merge_rwkv_peft
+from heronry.adapters import merge_adapter, read_adapter
 from heronry.checkpoint import assemble
 from heronry.cli.app import app
 
@@ -39,8 +39,8 @@ def test_lora_and_pissa(version, random_checkpoint, tmp_path):
     torch.save(initial, tmp_path / "init.pth")
     lora, pissa = assemble(dict(weights)), assemble(dict(weights))
     before = lora.fingerprint
-    merge_rwkv_peft(lora, tmp_path / "lora.pth", alpha=20)
-    merge_rwkv_peft(pissa, tmp_path / "lora.pth", pissa_init=tmp_path / "init.pth")
+    merge(lora, tmp_path / "lora.pth", alpha=20)
+    merge(pissa, tmp_path / "lora.pth", pissa_init=tmp_path / "init.pth")
     assert lora.fingerprint != before
     for name, x in weights.items():
         stem = name.removesuffix(".weight")
@@ -56,6 +56,10 @@ def test_lora_and_pissa(version, random_checkpoint, tmp_path):
                 torch.testing.assert_close(found[name].detach(), expected[key].reshape(found[name].shape))
 
 
+def merge(model, file, **options) -> None:
+    merge_adapter(model, read_adapter(file, model, **options))
+
+
 def test_on_the_command_line(random_checkpoint, tmp_path):
     weights = random_checkpoint("7", **SMALL)
     torch.save(weights, tmp_path / "a.pth")
@@ -63,7 +67,7 @@ def test_on_the_command_line(random_checkpoint, tmp_path):
     arguments = ["merge", str(tmp_path / "a.pth"), str(tmp_path / "lora.pth"), str(tmp_path / "out")]
     app([*arguments, "--alpha", "10"], standalone_mode=False)
     by_hand = assemble(dict(weights))
-    merge_rwkv_peft(by_hand, tmp_path / "lora.pth", alpha=10)
+    merge(by_hand, tmp_path / "lora.pth", alpha=10)
     assert heronry.load(tmp_path / "out").fingerprint == by_hand.fingerprint
 
 
@@ -76,7 +80,7 @@ def test_bad_input(random_checkpoint, tmp_path):
     def refusal(tensors, **options) -> str:
         torch.save(tensors, tmp_path / "lora.pth")
         with pytest.raises(InputError) as caught:
-            merge_rwkv_peft(model, tmp_path / "lora.pth", **options)
+            merge(model, tmp_path / "lora.pth", **options)
         return str(caught.value)
 
     assert "give either alpha=" in refusal(trained)
@@ -88,7 +92,9 @@ def test_bad_input(random_checkpoint, tmp_path):
     more = adapter(weights, "init_lora") | {"blocks.0.att.value.init_lora_A": torch.ones(5, 32)}
     torch.save(more, tmp_path / "init.pth")
     assert "init.pth: blocks.0.att.value is only there" in refusal(trained, pissa_init=tmp_path / "init.pth")
-    assert "not an adapter of RWKV-PEFT" in refusal({"blocks.0.ln1.weight": torch.ones(32)}, alpha=1)
+    assert "not an adapter of peft, rwkv_lightning or RWKV-PEFT" in refusal(
+        {"blocks.0.ln1.weight": torch.ones(32)}, alpha=1
+    )
     assert "blocks.0.att.key.lora_B is missing" in refusal({"blocks.0.att.key.lora_A": torch.ones(5, 32)}, alpha=1)
     assert "an adapter of another model: it changes blocks.9.att.key" in refusal(
         {"blocks.9.att.key.lora_A": torch.ones(5, 32), "blocks.9.att.key.lora_B": torch.ones(32, 5)}, alpha=1
@@ -98,9 +104,7 @@ def test_bad_input(random_checkpoint, tmp_path):
     turned = {"blocks.0.ffn.key.weight": weights["blocks.0.ffn.key.weight"].T}
     assert "unexpected tensor blocks.0.ffn.key.weight [32, 40]" in refusal(trained | turned, alpha=1)
     assert "contains NaN or infinity after merging" in refusal(trained, alpha=1e300)
-    assert "DiSHA and Bone adapters are not supported" in refusal(
-        {"blocks.0.att.key.disha": torch.ones(5, 32)}, alpha=1
-    )
+    assert "MiSS has neither" in refusal({"blocks.0.att.key.disha": torch.ones(5, 32)}, alpha=1)
     assert "init_lora_A is missing" in refusal(trained, pissa_init=tmp_path / "lora.pth")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -112,6 +116,6 @@ def test_what_overflows_the_weights_is_refused(random_checkpoint, tmp_path):
     model = assemble(dict(weights), dtype=torch.float16)
     before, fingerprint = {name: p.clone() for name, p in model.named_parameters()}, model.fingerprint
     with pytest.raises(InputError, match=r"blocks\.0\..*\.weight contains NaN or infinity after merging$"):
-        merge_rwkv_peft(model, tmp_path / "lora.pth", alpha=1e8)
+        merge(model, tmp_path / "lora.pth", alpha=1e8)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert model.fingerprint == fingerprint

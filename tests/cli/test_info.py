@@ -92,4 +92,4 @@ def test_damaged_files_of_every_kind(command, folder):
     refused(command("info", "talk"), "talk: damaged or truncated conversation file")
     Path("adapter").mkdir()
     Path("adapter", "adapter_config.json").write_text("[]")
-    refused(command("info", "adapter"), "adapter_config.json: not the settings of an adapter")
+    refused(command("info", "adapter"), "adapter: adapter_config.json is not a JSON object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import heronry
 from heronry.adapters import apply_adapter, merge_adapter, read_adapter, save_adapter
-from heronry.adapters.inject import inject_adapter
+from heronry.adapters.inject import inject_adapter, inject_miss
 from heronry.checkpoint import assemble, load, save
 from heronry.errors import InputError
 from heronry.models import MODELS, Model
@@ -243,26 +244,30 @@ def test_packed_base(format, bases, texts, tmp_path):
     assert losses(tmp_path / "a")[-1][1] < losses(tmp_path / "a")[0][1] - 1
     beside = heronry.LLM(small, tokenizer="bytes", adapter=tmp_path / "a").model
     assert beside.quantization == format
-    assert torch.equal(logits(beside), logits(tuned))
+    # the 8 bits of activations can magnify a difference in the last bit of float32
+    assert (logits(beside) - logits(tuned)).norm() < 0.01 * logits(tuned).norm()
     assert not any(p.requires_grad for p in beside.parameters())
     merged = heronry.LLM(base, tokenizer="bytes", adapter=tmp_path / "b").model
     far = (logits(load(base)) - logits(tuned)).norm()
     assert (logits(merged) - logits(tuned)).norm() < 0.5 * far
     assert beside.fingerprint not in (load(small).fingerprint, merged.fingerprint)
     with pytest.raises(InputError, match="cannot be merged into packed weights"):
-        beside.blocks[0].att.key.merge()
+        tuned.blocks[0].att.key.merge()
 
 
 CUT = [
     ("rwkv7", "lora", "model.dropout=0.2"),
     ("rwkv4", "dora", "data.order=shuffle"),
     ("rwkv6", "lora", "model.quantize=int8"),
+    ("rwkv7", "miss", "model.dropout=0.2"),
+    ("rwkv5", "miss", "model.quantize=int4"),
+    ("rwkv7", "miss", "model.miss_variant=bat"),
 ]
 
 
 @pytest.mark.parametrize(("generation", "tune", "more"), CUT)
 def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, texts, tmp_path):
-    more = (more, "run.steps=6", "run.save_every=2")
+    more = (more, "run.steps=6", "run.save_every=2", *["model.alpha=32"] * (tune == "miss"))
     tuning(bases(generation), texts, tmp_path / "whole", *more, tune=tune).train()
     run = tuning(bases(generation), texts, tmp_path / "broken", *more, tune=tune)
     fails_at(run, 5)
@@ -273,6 +278,35 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, te
     whole, broken = (load_file(tmp_path / name / FILES[1]) for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(x, broken[name]) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("generation", MODELS)
+@pytest.mark.parametrize("more", [(), ("model.miss_variant=mini", "model.mini_r=4"), ("model.miss_variant=bat",)])
+def test_miss_learns(generation, more, bases, texts, tmp_path):
+    """Only its blocks do; merged, read by peft and beside, it is the model that was trained."""
+    base, out = bases(generation), tmp_path / "out"
+    tuned = tuning(base, texts, out, "model.alpha=32", *more, tune="miss").train()
+    found = [row[1] for row in losses(out)]
+    assert sum(found[-5:]) / 5 < found[0] - 0.3
+    plain = load(base)
+    weights, found = plain.state_dict(), tuned.state_dict()
+    assert all(
+        torch.equal(x, found.get(name, found.get(f"{name[:-6]}base_layer.weight"))) for name, x in weights.items()
+    )
+    trained = {name.removesuffix(".miss_block") for name, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {name for name, m in plain.named_modules() if type(m) is Linear and name != "head"}
+    expected = logits(tuned)
+    merged = load(base)
+    apply_adapter(merged, out)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    theirs = PeftModel.from_pretrained(load(base), str(out))
+    torch.testing.assert_close(logits(theirs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_block_of_miss_decays(bases):
+    model = inject_miss(load(bases("rwkv7")), 8, "bat")
+    lengths, blocks = ([len(group["params"]) for group in build_optimizer(model, OptimSection()).param_groups], 12)
+    assert lengths == [blocks]
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -377,7 +411,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
         == "this adapter was trained on another model, goose"
     )
     assert "blocks.1.att.key, which this rwkv7 does not have" in told(tensors=good, model=bases("rwkv7", layers=1))
-    assert "lora_A.weight has shape [4, 64], expected [3, 64]" in told(tensors=good, r=3)
+    assert "lora_A.weight has shape [4, 64], but the rank in adapter_config.json is 3" in told(tensors=good, r=3)
     assert "has no blocks.0.att.key.lora_A.weight" in told(tensors={k: x for k, x in good.items() if k != a})
     assert "lora_magnitude_vector" in told(tensors=good, use_dora=True)
     assert "contains NaN or infinity" in told(tensors=good | {a: good[a] * torch.inf})
@@ -390,7 +424,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
         assert f"r must be a positive whole number, got {wrong!r}" in told(r=wrong)
     for wrong in ("8", True, None):
         assert f"lora_alpha must be a number, got {wrong!r}" in told(lora_alpha=wrong)
-    assert "unsupported peft_type 'IA3'; only 'LORA' is supported" in told(peft_type="IA3")
+    assert "unsupported peft_type 'IA3'; only LORA, MISS and BONE are supported" in told(peft_type="IA3")
     assert "unsupported init_lora_weights 'pissa'" in told(init_lora_weights="pissa")
     assert "use_dora must be true or false, got 'no'" in told(use_dora="no")
     assert "use_rslora must be true or false, got 1" in told(use_rslora=1)
@@ -411,15 +445,13 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     assert "adapter_config.json is not a JSON object" in told(lambda at: (at / FILES[0]).write_text("[]"))
     cut = (folder / FILES[1]).read_bytes()[:-5]
     assert "damaged or truncated safetensors file" in told(lambda at: (at / FILES[1]).write_bytes(cut))
-    assert refusal(apply_adapter, load(base), tmp_path / "none").endswith("none: no such folder")
+    assert refusal(apply_adapter, load(base), tmp_path / "none").endswith("none: no such file or folder")
     unchanged = load(base, dtype="float16")
     before = {name: p.clone() for name, p in unchanged.named_parameters()}
     large = read_adapter(folder, unchanged)
-    last = f"{large.matrices[-1]}.lora_B.weight"
-    large.tensors[last] = torch.full_like(large.tensors[last], 1e8)
-    assert refusal(merge_adapter, unchanged, large) == (
-        f"{large.matrices[-1]}.weight contains NaN or infinity after merging"
-    )
+    last, change = list(large.changes.items())[-1]
+    change.b.fill_(1e8)
+    assert refusal(merge_adapter, unchanged, large) == f"{last}.weight contains NaN or infinity after merging"
     assert all(torch.equal(p, before[name]) for name, p in unchanged.named_parameters())
     assert unchanged.fingerprint == load(base, dtype="float16").fingerprint
 
@@ -428,8 +460,7 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     code, _, line = command("merge", small, folder, tmp_path / "x")
     assert code == 2
     assert "cannot merge into int8 weights; merge into the original model" in line
-    save_adapter(adapted(base, dora=True), tmp_path / "dora")
-    assert "DoRA does not work beside packed weights" in refusal(apply_adapter, load(small), tmp_path / "dora")
+    assert "DoRA does not work beside packed weights" in refusal(inject_adapter, load(small), dora=True)
     model = adapted(base)
     assert "already has adapters" in refusal(apply_adapter, model, folder)
     assert "already has adapters" in refusal(inject_adapter, model)
@@ -446,13 +477,21 @@ def test_what_does_not_fit_is_refused(bases, random_checkpoint, texts, tmp_path,
     def config(*settings: str) -> str:
         return refusal(tuning, base, texts, tmp_path / "z", *settings)
 
-    assert config("model.tune=locon") == "model.tune is 'locon'; known: all, state, lora, dora"
+    assert config("model.tune=locon") == "model.tune is 'locon'; known: all, state, lora, dora, miss"
     assert config("model.rank=0") == "model.rank must be positive, got 0"
     assert config("model.alpha=-1") == "model.alpha must be positive, got -1"
     assert config("model.dropout=1") == "model.dropout must be in [0, 1), got 1.0"
     assert config("model.path=") == "model.tune=lora needs model.path, the model to tune"
     assert config("model.quantize=int3") == "model.quantize is 'int3'; known: int8, int4"
-    assert config("model.tune=dora", "model.quantize=int8") == "model.quantize needs model.tune=lora, got dora"
+    assert config("model.tune=dora", "model.quantize=int8") == "model.quantize needs model.tune=lora or miss, got dora"
+    assert config("model.tune=miss") == "model.alpha is for lora and dora: MiSS has no scale"
+    assert config("model.miss_variant=bat") == "model.miss_variant needs model.tune=miss, got lora"
+    miss = ("model.tune=miss", "model.alpha=32")
+    assert config(*miss, "model.mini_r=4") == "model.mini_r needs model.miss_variant=mini, got default"
+    assert config(*miss, "model.miss_variant=bone").endswith("known: default, mini, bat")
+    assert config(*miss, "model.miss_variant=bat", "model.dropout=0.1") == (
+        "model.dropout does not work with model.miss_variant=bat, which changes the matrix itself"
+    )
     assert config("model.targets=key") == "model.targets must be a list of strings, got 'key'"
     assert config("model.targets=[1]") == "model.targets must be a string, got 1"
     assert "is called 'q_proj'; known: att.key, " in config('model.targets=["att.key", "q_proj"]')
@@ -485,13 +524,13 @@ def test_the_base_must_stay_what_it_was(bases, texts, tmp_path):
 
 
 def test_without_peft(bases, tmp_path, monkeypatch):
-    """Merging needs none; training says what is missing."""
+    """Merging needs none, nor what stays beside packed weights; training says what is missing."""
     base = bases("rwkv7")
     save_adapter(adapted(base), tmp_path / "adapter")
     save(quantize(load(base), "int8"), tmp_path / "small")
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "heronry.adapters.inject")
     apply_adapter(load(base), tmp_path / "adapter")
-    assert refusal(apply_adapter, load(tmp_path / "small"), tmp_path / "adapter").endswith(
-        "pip install 'heronry[train]'"
-    )
+    apply_adapter(load(tmp_path / "small"), tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"training adapters needs peft: pip install 'heronry\[train\]'$"):
+        importlib.import_module("heronry.adapters.inject")

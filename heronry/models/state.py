@@ -185,12 +185,13 @@ class State:
         def parts(prefix: str, kind: type[T]) -> list[T]:
             count = len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
             names = [[f"{prefix}{i}.{name}" for name in kind._fields] for i in range(count)]
-            unknown.difference_update(name for part in names for name in part)
-            return [kind(*(tensors[name] for name in part)) for part in names]
+            expected.update(name for part in names for name in part)
+            return [kind(*(tensors.get(name, nothing) for name in part)) for part in names]
 
-        unknown = set(tensors)
+        expected: set[str] = set()
+        nothing = torch.empty(0)
         layers, contexts = parts("blocks.", LayerState), parts("rows.", Context)
-        if not layers or unknown:
+        if not layers or expected != tensors.keys():
             raise ValueError("its tensors are not those of a state")
         rows = len(layers[0].wkv) if layers[0].wkv.ndim else 0
         for name, x in tensors.items():

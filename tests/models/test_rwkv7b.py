@@ -594,5 +594,5 @@ def test_in_transformers(weights, tmp_path):
         model(inputs_embeds=torch.zeros(1, 2, 64, dtype=torch.float64))
     with pytest.raises(InputError, match=r"the vocabulary of RWKV-7b \(DeepEmbedAttention\) cannot be resized"):
         model.resize_token_embeddings(128)
-    with pytest.raises(InputError, match=r"Hugging Face's layout of RWKV-7 has no place for .*7a and 7b"):
+    with pytest.raises(InputError, match=r"Hugging Face's layouts of RWKV-7 have no place for .*7a and 7b"):
         model.save_pretrained(tmp_path / "saved")

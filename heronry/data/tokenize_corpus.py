@@ -12,16 +12,17 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from ..files import atomic_write
 from ..text.chat_templates import TEMPLATES
 from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
 from ..text.tokenizers import load_tokenizer
+from .rows import Content, PromptCompletion, check_options
 from .sources import (
     PIECE_SIZE,
     START,
-    Messages,
     Position,
     Record,
+    Rows,
     TemporaryError,
     find_sources,
     read_records,
@@ -51,6 +53,31 @@ MAX_WORKERS = 256  # all of them start at once
 CHUNK = 1 << 17  # characters that a worker gets at once
 SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
+MOST_NAMED = 5  # bad rows whose places are kept
+MOST_REASONS = 20
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The bad rows of a run that skips them.
+
+    Attributes:
+        rows: how many there were.
+        reasons: how many for each reason, without the details that differ from row to row.
+        first: the first ones, each with its place and the whole reason.
+    """
+
+    rows: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
+
+    def add(self, location: str, problem: str) -> Skipped:
+        reason = re.sub(r"(?<![\w-])\d+", "N", re.sub(r" \(.*\)", "", problem))
+        if reason not in self.reasons and len(self.reasons) >= MOST_REASONS:
+            reason = "other reasons"
+        reasons = {**self.reasons, reason: self.reasons.get(reason, 0) + 1}
+        first = (*self.first, f"{location}: {problem}") if self.rows < MOST_NAMED else self.first
+        return Skipped(self.rows + 1, reasons, first)
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Progress:
         documents: number of documents encoded so far, including held-out ones.
         written: how much of PREFIX has been written.
         held_out: how much of PREFIX-eval has been written.
+        skipped: the bad rows so far.
         sealed: everything is written, and only the .part files have to be renamed.
     """
 
@@ -69,6 +97,7 @@ class Progress:
     documents: int = 0
     written: Written = NOTHING
     held_out: Written = NOTHING
+    skipped: Skipped = Skipped()
     sealed: bool = False
 
     @property
@@ -84,7 +113,9 @@ def tokenize_corpus(
     out: str | Path,
     tokenizer: str | Path,
     *,
-    key: str = "text",
+    key: str | None = None,
+    shape: str | None = None,
+    skip_bad: bool = False,
     template: str | None = None,
     holdout: float = 0.0,
     workers: int = 1,
@@ -97,7 +128,9 @@ def tokenize_corpus(
         sources: files, folders, globs and hf:// names, see sources.py.
         out: PREFIX of the token file, with or without .bin or .idx.
         tokenizer: "bytes", "world", or the path of a tokenizer.json, which is copied to PREFIX.tokenizer.json.
-        key: the field of the text in rows that have several fields.
+        key: the field of a row that holds its text or messages; None: told by the names of the fields, see rows.py.
+        shape: which one is meant where a row has the fields of several, a name in rows.SHAPES.
+        skip_bad: leave out rows that cannot be read, which PREFIX.json counts by reason; by default they are errors.
         template: the name of the chat template for conversations, which are refused without one. It is recorded for
             models that are trained on the file.
         holdout: this fraction of the documents, every k-th, goes to PREFIX-eval instead.
@@ -114,7 +147,8 @@ def tokenize_corpus(
     """
     prefix = strip_suffix(out)
     try:
-        return _tokenize(sources, prefix, tokenizer, key, template, holdout, workers, restart, on_progress)
+        rows = Rows(key, shape, skip_bad)
+        return _tokenize(sources, prefix, tokenizer, rows, template, holdout, workers, restart, on_progress)
     except OSError as error:
         raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
 
@@ -123,7 +157,7 @@ def _tokenize(
     sources: list[str],
     prefix: Path,
     tokenizer: str | Path,
-    key: str,
+    rows: Rows,
     template: str | None,
     holdout: float,
     workers: int,
@@ -135,13 +169,14 @@ def _tokenize(
         raise InputError(f"the fraction to hold out must be above 0 and at most 0.5, got {holdout}")
     if not 1 <= workers <= MAX_WORKERS:
         raise InputError(f"workers must be from 1 to {MAX_WORKERS}, got {workers}")
+    check_options(rows.key, rows.shape)
     source_list = find_sources(sources)
     tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
-    encoder = Encoder(str(tokenizer), template)
+    encoder = Encoder(str(tokenizer), template, rows.skip_bad)
     options = {
         "sources": [list(asdict(source).values()) for source in source_list],
         "tokenizer": tokenizer if tokenizer_file is None else hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
-        "key": key,
+        **asdict(rows),
         "template": template,
         "holdout": holdout,
     }
@@ -150,7 +185,7 @@ def _tokenize(
     progress_file = prefix_file(prefix, ".progress.json")
     progress = _load_progress(progress_file, options, prefixes, restart)
     if not progress.sealed:
-        metadata = {
+        metadata: dict[str, Any] = {
             "tokenizer": tokenizer if tokenizer_file is None else f"{prefix.name}.tokenizer.json",
             "vocab_size": encoder.vocab_size,
             "end_of_text": encoder.end_of_text,
@@ -177,10 +212,13 @@ def _tokenize(
         _save_progress(progress_file, options, progress)
         report(progress)
         try:
-            records = read_records(source_list, key, progress.position)
+            records = read_records(source_list, rows, progress.position)
             for chunk, encoded in _encode_chunks(records, encoder, workers):
-                documents = progress.documents
-                for ids, mask, record in zip(*encoded.split(), chunk, strict=True):
+                documents, skipped = progress.documents, progress.skipped
+                for ids, mask, problem, record in zip(*encoded.split(), encoded.problems, chunk, strict=True):
+                    if problem is not None:
+                        skipped = skipped.add(record.location, problem)
+                        continue
                     held_out = eval_writer is not None and documents % eval_every == eval_every - 1
                     writer = eval_writer if eval_writer is not None and held_out else train_writer
                     writer.write(ids, mask, record.ends_document)
@@ -190,6 +228,7 @@ def _tokenize(
                     documents,
                     train_writer.written,
                     eval_writer.written if eval_writer is not None else NOTHING,
+                    skipped,
                 )
                 report(progress)
                 if time.monotonic() - last_saved > SAVE_SECONDS:
@@ -199,6 +238,8 @@ def _tokenize(
             sizes = zip(prefixes, (progress.written, progress.held_out), strict=False)
             empty = [path for path, written in sizes if not written.tokens]
             if not empty:
+                if rows.skip_bad:
+                    metadata["skipped"] = asdict(progress.skipped)
                 for writer in filter(None, (train_writer, eval_writer)):
                     writer.seal(metadata)
                 progress = replace(progress, sealed=True)
@@ -216,7 +257,10 @@ def _tokenize(
             for path in prefixes:
                 discard_parts(path)
             progress_file.unlink()
-            raise InputError(f"{empty[0]}: would be empty, as the sources have {count(progress.documents, 'document')}")
+            found = count(progress.documents, "document")
+            if progress.skipped.rows:
+                found += f" besides {count(progress.skipped.rows, 'bad row')}, the first {progress.skipped.first[0]}"
+            raise InputError(f"{empty[0]}: would be empty, as the sources have {found}")
     if tokenizer_file is not None:
         with atomic_write(prefix_file(prefix, ".tokenizer.json")) as copy:
             shutil.copyfile(tokenizer_file, copy)
@@ -241,6 +285,7 @@ def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], re
                 fields["documents"],
                 Written(**fields["written"]),
                 Written(**fields["held_out"]),
+                Skipped(**{**fields["skipped"], "first": tuple(fields["skipped"]["first"])}),
                 fields["sealed"],
             )
             refused = bool(saved["refused"])
@@ -276,6 +321,7 @@ class Encoded:
 
     ids: NDArray[Any]  # [n], in the dtype of the file
     lengths: list[int]  # of each record; their sum is n
+    problems: list[str | None]  # why a record has no ids
     mask: NDArray[Any] | None  # bool [n]: which count in the loss; None: all
 
     def split(self) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None]]:
@@ -288,38 +334,59 @@ class Encoded:
 class Encoder:
     """Encodes records; each document is followed by the end of text if the tokenizer has an id for it."""
 
-    def __init__(self, tokenizer: str, template: str | None):
-        """tokenizer, template: as for `tokenize_corpus`."""
+    def __init__(self, tokenizer: str, template: str | None, skip_bad: bool = False):
+        """tokenizer, template, skip_bad: as for `tokenize_corpus`."""
         if template is not None and template not in TEMPLATES:
             raise unknown_name("chat template", template, TEMPLATES)
-        self.tokenizer_spec, self.template = tokenizer, template
+        self.arguments = (tokenizer, template, skip_bad)
+        self.template, self.skip_bad = template, skip_bad
         self.tokenizer = load_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "int32"
         self.end_of_text = end_of_text(self.tokenizer)
 
     def __call__(self, records: list[Record]) -> Encoded:
+        ids, masks, problems = [], [], []
+        for record in records:
+            record_ids, mask, problem = np.empty(0, self.dtype), np.empty(0, bool), record.problem
+            if problem is None:
+                try:
+                    record_ids, mask = self._encode(record)
+                except InputError as error:
+                    if not self.skip_bad:
+                        raise InputError(f"{record.location}: {error}") from error
+                    problem = str(error)
+            ids.append(record_ids)
+            masks.append(mask)
+            problems.append(problem)
+        mask = np.concatenate(masks)
+        return Encoded(np.concatenate(ids), [len(x) for x in ids], problems, None if mask.all() else mask)
+
+    def _encode(self, record: Record) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The ids of a record, and for each whether it counts in the loss, bool."""
         arrays: list[NDArray[Any]] = []
         masks: list[NDArray[Any]] = []
-        lengths: list[int] = []
-        for record in records:
-            n_arrays = len(arrays)
-            try:
-                for piece in self._pieces(record.content):
-                    ids, n_counted = encode_piece(piece, self.tokenizer)
-                    arrays.append(np.array(ids, self.dtype))
-                    masks.append(np.arange(len(ids)) < n_counted)
-            except InputError as error:
-                raise InputError(f"{record.location}: {error}") from error
-            if record.ends_document and self.end_of_text is not None:
-                arrays.append(np.array([self.end_of_text], self.dtype))
-                masks.append(np.ones(1, bool))
-            lengths.append(sum(len(ids) for ids in arrays[n_arrays:]))
-        mask = np.concatenate(masks)
-        return Encoded(np.concatenate(arrays), lengths, None if mask.all() else mask)
+        counts = True  # the last piece, and so the end of text behind it
+        for piece in self._pieces(record.content):
+            ids, n_counted = encode_piece(piece, self.tokenizer)
+            arrays.append(np.array(ids, self.dtype))
+            masks.append(np.arange(len(ids)) < n_counted)
+            counts = piece.n_counted > 0 or not piece.text
+        if record.ends_document and self.end_of_text is not None:
+            arrays.append(np.array([self.end_of_text], self.dtype))
+            masks.append(np.array([counts]))
+        return np.concatenate(arrays), np.concatenate(masks)
 
-    def _pieces(self, content: str | Messages) -> Iterator[Piece]:
+    def _pieces(self, content: Content) -> Iterator[Piece]:
         """The parts of a text or a conversation that are encoded separately."""
+        if isinstance(content, PromptCompletion):
+            if self.template is None:
+                if not content.completion:
+                    raise InputError("the completion is empty")
+                yield Piece(content.prompt, 0)
+                yield Piece(content.completion, len(content.completion))
+                return
+            content = content.messages()
         if not isinstance(content, str):
             if self.template is None:
                 raise InputError("this is a conversation: choose a chat template with --template")
@@ -340,7 +407,7 @@ def _encode_chunks(records: Iterator[Record], encoder: Encoder, workers: int) ->
         return
     # spawned: forking is unsafe with threads, which the tokenizers and the progress bar have
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder.tokenizer_spec, encoder.template))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, encoder.arguments)
     pending: deque[tuple[list[Record], Future[Encoded]]] = deque()
     try:
         for chunk in _chunks(records):
@@ -374,7 +441,8 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 _encoder: Encoder  # of a worker process
 
 
-def _start_worker(tokenizer: str, template: str | None) -> None:
+def _start_worker(*arguments: Any) -> None:
+    """arguments: of `Encoder`."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that writes
     parent = multiprocessing.parent_process()
@@ -385,7 +453,7 @@ def _start_worker(tokenizer: str, template: str | None) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer, template)
+    _encoder = Encoder(*arguments)
 
 
 def _encode_in_worker(records: list[Record]) -> Encoded:

@@ -30,7 +30,14 @@ def data(
         str | None,
         typer.Option(help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8 here")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Encode on a Ray cluster: HOST:PORT, auto for the one of this machine, local for a new one.",
+        ),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(help="The field of a row that holds its text.", show_default="told by the names of the fields"),
@@ -83,7 +90,8 @@ def data(
                 skip_bad=skip_bad,
                 template=template,
                 holdout=holdout,
-                workers=MOST_WORKERS if workers is None else workers,
+                workers=MOST_WORKERS if workers is None and cluster is None else workers,
+                cluster=cluster,
                 restart=restart,
                 on_progress=show_progress,
             )

@@ -1,6 +1,6 @@
 """Texts to token files: worker processes encode, one process writes, and a killed run can be resumed.
 
-- the files are the same for any number of workers, and whether or not the run was interrupted
+- the files are the same for any number of workers, here or on a cluster, and whether or not the run was interrupted
 - only a few pieces of text per worker are in memory, however large the sources are
 - PREFIX.progress.json is written every second; what was written after it is cut off and encoded again
 - a run that its input has ended begins anew once the input or the options are corrected
@@ -10,47 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
 import shutil
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import InputError, count, unknown_name
+from ..errors import InputError, count
 from ..files import atomic_write
-from ..text.chat_templates import TEMPLATES
-from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
-from ..text.tokenizers import load_tokenizer
-from .rows import Content, PromptCompletion, check_options
-from .sources import (
-    PIECE_SIZE,
-    START,
-    Position,
-    Record,
-    Rows,
-    TemporaryError,
-    find_sources,
-    read_records,
-    split_point,
-)
+from .cluster import encode_on_cluster
+from .encoding import Encoder, encode_chunks
+from .rows import check_options
+from .sources import START, Position, Rows, TemporaryError, find_sources, read_records
 from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts, strip_suffix
 
 SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
 MAX_WORKERS = 256  # all of them start at once
-CHUNK = 1 << 17  # characters that a worker gets at once
 SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
 MOST_NAMED = 5  # bad rows whose places are kept
@@ -118,7 +96,8 @@ def tokenize_corpus(
     skip_bad: bool = False,
     template: str | None = None,
     holdout: float = 0.0,
-    workers: int = 1,
+    workers: int | None = None,
+    cluster: str | None = None,
     restart: bool = False,
     on_progress: OnProgress = lambda n_bytes, progress: None,
 ) -> Progress:
@@ -134,7 +113,8 @@ def tokenize_corpus(
         template: the name of the chat template for conversations, which are refused without one. It is recorded for
             models that are trained on the file.
         holdout: this fraction of the documents, every k-th, goes to PREFIX-eval instead.
-        workers: number of processes that encode.
+        workers: number of processes that encode; None: one here, or on a cluster one a core.
+        cluster: the address of a Ray cluster that encodes, see cluster.py; None: this machine does.
         restart: start over even if there are files of an earlier run, which stay until the new ones are complete.
         on_progress: called once it is known where to start, and then repeatedly.
 
@@ -148,7 +128,7 @@ def tokenize_corpus(
     prefix = strip_suffix(out)
     try:
         rows = Rows(key, shape, skip_bad)
-        return _tokenize(sources, prefix, tokenizer, rows, template, holdout, workers, restart, on_progress)
+        return _tokenize(sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress)
     except OSError as error:
         raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
 
@@ -160,14 +140,15 @@ def _tokenize(
     rows: Rows,
     template: str | None,
     holdout: float,
-    workers: int,
+    workers: int | None,
+    cluster: str | None,
     restart: bool,
     on_progress: OnProgress,
 ) -> Progress:
     """See `tokenize_corpus`; OSError if something cannot be written."""
     if holdout and not 0 < holdout <= 0.5:
         raise InputError(f"the fraction to hold out must be above 0 and at most 0.5, got {holdout}")
-    if not 1 <= workers <= MAX_WORKERS:
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise InputError(f"workers must be from 1 to {MAX_WORKERS}, got {workers}")
     check_options(rows.key, rows.shape)
     source_list = find_sources(sources)
@@ -212,8 +193,11 @@ def _tokenize(
         _save_progress(progress_file, options, progress)
         report(progress)
         try:
-            records = read_records(source_list, rows, progress.position)
-            for chunk, encoded in _encode_chunks(records, encoder, workers):
+            if cluster is None:
+                chunks = encode_chunks(read_records(source_list, rows, progress.position), encoder, workers or 1)
+            else:
+                chunks = encode_on_cluster(source_list, rows, progress.position, encoder, cluster, workers)
+            for chunk, encoded in chunks:
                 documents, skipped = progress.documents, progress.skipped
                 for ids, mask, problem, record in zip(*encoded.split(), encoded.problems, chunk, strict=True):
                     if problem is not None:
@@ -313,148 +297,3 @@ def _save_progress(file: Path, options: dict[str, Any], progress: Progress, refu
     content = {"options": options, "progress": asdict(progress), "refused": refused}
     with atomic_write(file) as part:
         part.write_text(json.dumps(content), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The ids of several records, in one array."""
-
-    ids: NDArray[Any]  # [n], in the dtype of the file
-    lengths: list[int]  # of each record; their sum is n
-    problems: list[str | None]  # why a record has no ids
-    mask: NDArray[Any] | None  # bool [n]: which count in the loss; None: all
-
-    def split(self) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None]]:
-        """The ids and the mask of each record."""
-        ends = np.cumsum(self.lengths)[:-1]
-        ids = np.split(self.ids, ends)
-        return ids, [None] * len(ids) if self.mask is None else list(np.split(self.mask, ends))
-
-
-class Encoder:
-    """Encodes records; each document is followed by the end of text if the tokenizer has an id for it."""
-
-    def __init__(self, tokenizer: str, template: str | None, skip_bad: bool = False):
-        """tokenizer, template, skip_bad: as for `tokenize_corpus`."""
-        if template is not None and template not in TEMPLATES:
-            raise unknown_name("chat template", template, TEMPLATES)
-        self.arguments = (tokenizer, template, skip_bad)
-        self.template, self.skip_bad = template, skip_bad
-        self.tokenizer = load_tokenizer(tokenizer)
-        self.vocab_size = self.tokenizer.vocab_size
-        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "int32"
-        self.end_of_text = end_of_text(self.tokenizer)
-
-    def __call__(self, records: list[Record]) -> Encoded:
-        ids, masks, problems = [], [], []
-        for record in records:
-            record_ids, mask, problem = np.empty(0, self.dtype), np.empty(0, bool), record.problem
-            if problem is None:
-                try:
-                    record_ids, mask = self._encode(record)
-                except InputError as error:
-                    if not self.skip_bad:
-                        raise InputError(f"{record.location}: {error}") from error
-                    problem = str(error)
-            ids.append(record_ids)
-            masks.append(mask)
-            problems.append(problem)
-        mask = np.concatenate(masks)
-        return Encoded(np.concatenate(ids), [len(x) for x in ids], problems, None if mask.all() else mask)
-
-    def _encode(self, record: Record) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The ids of a record, and for each whether it counts in the loss, bool."""
-        arrays: list[NDArray[Any]] = []
-        masks: list[NDArray[Any]] = []
-        counts = True  # the last piece, and so the end of text behind it
-        for piece in self._pieces(record.content):
-            ids, n_counted = encode_piece(piece, self.tokenizer)
-            arrays.append(np.array(ids, self.dtype))
-            masks.append(np.arange(len(ids)) < n_counted)
-            counts = piece.n_counted > 0 or not piece.text
-        if record.ends_document and self.end_of_text is not None:
-            arrays.append(np.array([self.end_of_text], self.dtype))
-            masks.append(np.array([counts]))
-        return np.concatenate(arrays), np.concatenate(masks)
-
-    def _pieces(self, content: Content) -> Iterator[Piece]:
-        """The parts of a text or a conversation that are encoded separately."""
-        if isinstance(content, PromptCompletion):
-            if self.template is None:
-                if not content.completion:
-                    raise InputError("the completion is empty")
-                yield Piece(content.prompt, 0)
-                yield Piece(content.completion, len(content.completion))
-                return
-            content = content.messages()
-        if not isinstance(content, str):
-            if self.template is None:
-                raise InputError("this is a conversation: choose a chat template with --template")
-            yield from render_conversation(content, TEMPLATES[self.template], self.end_of_text is not None)
-            return
-        while len(content) > PIECE_SIZE:  # lists of ids take twenty times the memory of their text
-            n = split_point(content[:PIECE_SIZE])
-            yield Piece(content[:n], n)
-            content = content[n:]
-        yield Piece(content, len(content))
-
-
-def _encode_chunks(records: Iterator[Record], encoder: Encoder, workers: int) -> Iterator[tuple[list[Record], Encoded]]:
-    """Yields the records in chunks, in order, each with its ids."""
-    if workers == 1:
-        for chunk in _chunks(records):
-            yield chunk, encoder(chunk)
-        return
-    # spawned: forking is unsafe with threads, which the tokenizers and the progress bar have
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, encoder.arguments)
-    pending: deque[tuple[list[Record], Future[Encoded]]] = deque()
-    try:
-        for chunk in _chunks(records):
-            pending.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(pending) > 2 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise TemporaryError("a worker was killed, perhaps for lack of memory; the same command resumes") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Groups records until they have CHUNK characters."""
-    chunk: list[Record] = []
-    size = 0
-    for record in records:
-        chunk.append(record)
-        content = record.content
-        size += len(content) if isinstance(content, str) else sum(len(str(message)) for message in content)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-_encoder: Encoder  # of a worker process
-
-
-def _start_worker(*arguments: Any) -> None:
-    """arguments: of `Encoder`."""
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that writes
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:  # which may be killed without notice
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = Encoder(*arguments)
-
-
-def _encode_in_worker(records: list[Record]) -> Encoded:
-    return _encoder(records)

@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,7 +184,14 @@ class MetricsLogger:
         if not type(args.thread).__module__.startswith("tensorboard"):
             self._thread_hook(args)
 
-    def log_step(self, progress: Progression, loss: float | None, grad_norm: float, lr: float) -> None:
+    def log_step(
+        self,
+        progress: Progression,
+        loss: float | None,
+        grad_norm: float,
+        lr: float,
+        source_metrics: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         """Call this after every step; writes a line every `log_every` steps and after the last one.
 
         Args:
@@ -193,6 +200,7 @@ class MetricsLogger:
                 gradients is reported at once. Neither kind is part of the mean.
             grad_norm: before clipping.
             lr: the learning rate of the step.
+            source_metrics: returns more for a line, see `Task`.
         """
         if math.isfinite(0.0 if loss is None else loss) and math.isfinite(grad_norm):
             self.unlogged_losses += [] if loss is None else [loss]
@@ -207,6 +215,7 @@ class MetricsLogger:
         loss_mean = sum(self.unlogged_losses) / len(self.unlogged_losses) if self.unlogged_losses else None
         row: dict[str, Any] = {"step": progress.step, f"{unit}s": progress.units, "seconds": round(progress.seconds, 3)}
         row |= {"loss": loss_mean, "grad_norm": grad_norm, "lr": lr, f"{unit}s_per_second": round(speed, 1)}
+        row |= source_metrics()
         if self._bar is not None:
             share = speed * self.info.flops_per_unit / (self._peak_flops * self.info.processes)
             row["flops_share"] = round(share, 4)

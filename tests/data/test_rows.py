@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heronry import InputError
+from heronry.data import encoding
 from heronry.data import json_items as json_module
+from heronry.data import tokenize_corpus as corpus
 from heronry.data.json_items import json_items
 from heronry.data.rows import SHAPES, PromptCompletion, read_row
 from heronry.data.sources import find_sources, read_records
@@ -297,9 +299,7 @@ def test_bad_rows_stop_a_run_or_are_skipped_counted_and_named(tmp_path, command)
 
 
 def test_skipped_rows_are_counted_once_by_any_number_of_workers_stopped_or_not(tmp_path, monkeypatch):
-    from heronry.data import tokenize_corpus as corpus
-
-    monkeypatch.setattr(corpus, "CHUNK", 40)
+    monkeypatch.setattr(encoding, "CHUNK", 40)
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"\n".join(BAD * 20))
     options = {"template": "world", "skip_bad": True, "holdout": 0.25}

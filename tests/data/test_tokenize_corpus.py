@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from heronry import LLM, RWKV7, InputError
-from heronry.data import sources
+from heronry.data import encoding, sources
 from heronry.data import tokenize_corpus as corpus
 from heronry.data.batching import DocumentSampler, collate
 from heronry.data.token_file import TokenFile
@@ -138,7 +138,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, t
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     write_lines(tmp_path / "b.jsonl", [{"text": text}])
     monkeypatch.setattr(sources, "PIECE_SIZE", 999)
-    monkeypatch.setattr(corpus, "PIECE_SIZE", 999)
+    monkeypatch.setattr(encoding, "PIECE_SIZE", 999)
     assert len(list(sources.read_records(sources.find_sources([str(tmp_path / "a.txt")])))) > 20
     for name in ("a.txt", "b.jsonl"):
         tokenize_corpus([str(tmp_path / name)], tmp_path / "x", tokenizer, restart=True)
@@ -153,8 +153,8 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, t
 
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_SIZE", 400)
-    monkeypatch.setattr(corpus, "PIECE_SIZE", 400)
-    monkeypatch.setattr(corpus, "CHUNK", 900)
+    monkeypatch.setattr(encoding, "PIECE_SIZE", 400)
+    monkeypatch.setattr(encoding, "CHUNK", 900)
     (tmp_path / "a.txt").write_text("\n".join(texts(8)), encoding="utf-8")
     (tmp_path / "b.txt").write_text("x" * 1200)  # pieces end exactly where it does
     write_lines(tmp_path / "c.jsonl", [{"text": text} for text in texts(30)])
@@ -394,7 +394,7 @@ def test_a_source_that_is_out_of_reach_costs_nothing(tmp_path, command, monkeypa
         raise sources.TemporaryError("a.jsonl: the network is gone")
 
     monkeypatch.setattr(corpus, "read_records", broken)
-    monkeypatch.setattr(corpus, "CHUNK", 1)
+    monkeypatch.setattr(encoding, "CHUNK", 1)
     words = ("data", source, "-o", tmp_path / "x", "--tokenizer", "bytes")
     assert command(*words) == (2, "", "heronry: a.jsonl: the network is gone\n")
     monkeypatch.undo()

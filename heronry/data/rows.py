@@ -50,6 +50,8 @@ PROMPTS = ("prompt", "question", "instruction")  # of preference data
 OTHERS = (*INPUTS, *SYSTEM, *TOOLS, *PROMPTS, "history", "label")
 FIELDS = frozenset([*OTHERS, *(field for ways in SHAPES.values() for fields in ways for field in fields)])
 
+WAYS = [(name, fields, frozenset(fields)) for name, ways in SHAPES.items() for fields in ways]
+
 ROLES = {"system": "system", "developer": "system", "human": "user", "user": "user"}
 ROLES |= dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant")
 TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
@@ -82,21 +84,17 @@ def read_row(row: Any, key: str | None = None, shape: str | None = None) -> Cont
         if key not in row:
             raise InputError(f"has no {key!r} ({_keys(row)})")
         return _text_or_messages(row, key)
-    found = {
-        name: fields
-        for name, ways in SHAPES.items()
-        if shape in (None, name)
-        for fields in ways
-        if row.keys() >= set(fields)
-    }
-    if len(found) > 1:
-        raise InputError(f"can be read as {' or '.join(found)} ({_keys(row)}); choose one with --shape")
+    known = row.keys() & FIELDS
+    found = [(name, fields) for name, fields, needed in WAYS if needed <= known and shape in (None, name)]
+    names = list(dict.fromkeys(name for name, _ in found))
     if not found:
         wanted = "a known shape" if shape is None else f"the shape {shape}"
         raise InputError(f"does not have {wanted} ({_keys(row)}); name the field of its text with --key")
-    [(name, fields)] = found.items()
-    if sum(row.keys() >= set(fields) for fields in SHAPES[name]) > 1:
-        raise InputError(f"can be read as {name} in two ways ({_keys(row)}); rename or remove a field")
+    if len(names) > 1:
+        raise InputError(f"can be read as {' or '.join(names)} ({_keys(row)}); choose one with --shape")
+    if len(found) > 1:
+        raise InputError(f"can be read as {names[0]} in two ways ({_keys(row)}); rename or remove a field")
+    [(name, fields)] = found
     if shape is None and (name == "chosen" or (name == "prompt-completion" and isinstance(row.get("label"), bool))):
         advice = f"--shape {name} reads " + ("the chosen answer" if name == "chosen" else "all answers alike")
         raise InputError(f"is preference data, for which there is no training yet; {advice}")

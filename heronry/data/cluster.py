@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -17,6 +18,9 @@ from typing import Any
 from ..errors import InputError
 from .encoding import Encoded, Encoder, split_into_chunks
 from .sources import Position, Record, Rows, Source, TemporaryError, read_records
+
+
+PATIENCE = 10.0  # seconds until a cluster answers
 
 
 def encode_on_cluster(
@@ -63,6 +67,12 @@ def encode_on_cluster(
 
 
 def _connect(ray: Any, address: str, workers: int | None) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host, int(port)), PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--cluster {address}: nothing answers there ({error})") from error
     options = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from heronry import InputError
-from heronry.data import encoding
+from heronry.data import cluster, encoding
 from heronry.data.tokenize_corpus import tokenize_corpus
 
 
@@ -70,3 +70,9 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, command):
     message = "heronry: --cluster needs Ray: pip install 'heronry[cluster]'\n"
     assert command(*words, "--cluster", "local") == (2, "", message)
     assert command(*words)[0] == 0  # and it is not in the way afterwards
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_does_not_answer_is_named_at_once(address):
+    with pytest.raises(InputError, match=rf"^--cluster {address}: nothing answers there \(.*\)$"):
+        cluster._connect(None, address, None)

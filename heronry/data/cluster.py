@@ -19,7 +19,6 @@ from ..errors import InputError
 from .encoding import Encoded, Encoder, split_into_chunks
 from .sources import Position, Record, Rows, Source, TemporaryError, read_records
 
-
 PATIENCE = 10.0  # seconds until a cluster answers
 
 

@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo test test-all test-lowest kernels test-llama test-arm wheel-test cross-check lint format bench storyteller constraints clean
+.PHONY: demo test test-all test-lowest kernels test-llama test-cluster test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -35,6 +35,11 @@ kernels: .venv/dev
 # what llama.cpp makes of the GGUF files written here; compiling it takes minutes, so make test leaves it out
 test-llama: .venv/bench
 	$(BIN)/python -m pytest tests/convert/test_peers.py
+
+# a real Ray on this machine; it is large, so make test leaves it out
+test-cluster: .venv/dev
+	$(INSTALL) -e ".[cluster]"
+	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py
 
 # the wheel with compiled libraries for this platform, run in an environment without a compiler
 wheel-test:
@@ -122,7 +127,7 @@ constraints:
 	$(BIN)/python -m pip install --quiet $(UV)
 	echo "$(TORCH)" > .venv/torch.txt
 	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra cli --extra dev --extra plots \
-		--extra train --extra convert --extra onnx --extra vision --extra bench --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
+		--extra train --extra convert --extra onnx --extra vision --extra bench --extra cluster --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
 

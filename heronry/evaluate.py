@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data.sources import describe, find_sources, read_records
+from .data.sources import Rows, describe, find_sources, read_records
 from .engine.llm import LLM
 from .errors import InputError
 from .models import Model, State
@@ -259,7 +259,7 @@ def read_texts(path: str | Path, key: str = "text") -> list[str]:
     path = Path(path).expanduser()
     texts: list[str] = []
     pieces: list[str] = []
-    for record in read_records([describe(path)] if path.is_file() else find_sources([str(path)]), key):
+    for record in read_records([describe(path)] if path.is_file() else find_sources([str(path)]), Rows(key)):
         if not isinstance(record.content, str):
             raise InputError(f"{record.location}: is a conversation, not a text")
         pieces.append(record.content)

@@ -19,7 +19,7 @@ def data(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help=".txt, .jsonl (also .gz, .bz2, .xz, .zst), .parquet, folders, globs, or hf://NAME[:SPLIT]."
+            help=".txt, .jsonl, .json (also .gz, .bz2, .xz, .zst), .parquet, folders, globs, or hf://NAME[:SPLIT]."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PREFIX", help="The token file, without its endings.")],
@@ -30,8 +30,28 @@ def data(
         str | None,
         typer.Option(help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8")] = None,
-    key: Annotated[str, typer.Option(help="The field of a row that holds its text.")] = "text",
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8 here")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Encode on a Ray cluster: HOST:PORT, auto for the one of this machine, local for a new one.",
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="The field of a row that holds its text.", show_default="told by the names of the fields"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="What a row is, if it could be several: text, messages, sharegpt, alpaca, prompt-completion, "
+            "question-answer or chosen."
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read, and count.")
+    ] = False,
     holdout: Annotated[float, typer.Option(help="This fraction of the documents goes to PREFIX-eval.")] = 0.0,
     restart: Annotated[bool, typer.Option("--restart", help="Start again and overwrite what exists.")] = False,
 ) -> None:
@@ -66,9 +86,12 @@ def data(
                 out,
                 tokenizer_spec,
                 key=key,
+                shape=shape,
+                skip_bad=skip_bad,
                 template=template,
                 holdout=holdout,
-                workers=MOST_WORKERS if workers is None else workers,
+                workers=MOST_WORKERS if workers is None and cluster is None else workers,
+                cluster=cluster,
                 restart=restart,
                 on_progress=show_progress,
             )
@@ -80,6 +103,11 @@ def data(
     if holdout:
         line += f"; {describe(result.held_out.documents, result.held_out.tokens)} held out"
     note(f"{strip_suffix(out)}: {line}")
+    if result.skipped.rows:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.skipped.reasons.items())
+        note(f"skipped {count(result.skipped.rows, 'bad row')}: {reasons}; the first:")
+        for row in result.skipped.first:
+            note(f"  {row}")
 
 
 def _tokenizer_spec(name: str) -> str:

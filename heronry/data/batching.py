@@ -36,6 +36,7 @@ class Row:
     mask: NDArray[Any] | None = None  # bool [T], which targets count in the loss; None: all
     starts: tuple[int, ...] = (0,)  # where documents begin, which must not see anything before
     continues: bool = False  # the first document started in an earlier row of this lane and needs its final state
+    source: int = 0  # which token file of a mixture it is from
 
     def piece(self, index: int, n_pieces: int) -> Row:
         """One of `n_pieces` consecutive pieces of nearly equal length. A document that is cut `continues` in the next
@@ -48,6 +49,7 @@ class Row:
             None if self.mask is None else self.mask[part],
             (0, *(start - first for start in self.starts if first < start < end)),
             self.continues if index == 0 else first not in self.starts,
+            self.source,
         )
 
 
@@ -70,6 +72,7 @@ class DocumentSampler:
 
     Attributes:
         rows_per_epoch: number of rows.
+        tokens_per_epoch: tokens that are targets in them.
         shortest_row: tokens of the shortest row.
     """
 
@@ -88,6 +91,7 @@ class DocumentSampler:
         lengths = np.diff(file.offsets)
         self._documents = np.flatnonzero(lengths)  # without empty ones
         self._lengths = lengths[self._documents]
+        self.tokens_per_epoch = len(file.tokens)
         self.rows_per_epoch = -(-len(file.tokens) // length)
         self.shortest_row = len(file.tokens) - (self.rows_per_epoch - 1) * length
         self._last: tuple[int, NDArray[Any], NDArray[Any]] | None = None
@@ -119,6 +123,11 @@ class DocumentSampler:
             position, filled, index = position + n, filled + n, index + 1
         return Row(inputs, targets, mask, tuple(starts), continues)
 
+    def tokens_read(self, n_rows: int, lane: int = 0) -> int:
+        """How many tokens are targets in the first rows. lane: there is only one."""
+        epoch, j = divmod(n_rows, self.rows_per_epoch)
+        return epoch * self.tokens_per_epoch + j * self.length
+
     def _epoch(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The documents of an epoch in order, and where each of them ends in its tokens, both int64."""
         last = self._last  # read once: another thread may store the next epoch meanwhile
@@ -137,6 +146,7 @@ class LaneSampler:
 
     Attributes:
         rows_per_epoch: number of rows.
+        tokens_per_epoch: tokens that are targets in them.
         shortest_row: tokens of the shortest row.
     """
 
@@ -147,6 +157,7 @@ class LaneSampler:
         """
         self.documents, self.lanes = DocumentSampler(file, length, seed), lanes
         self.rows_per_epoch, self.shortest_row = self.documents.rows_per_epoch, self.documents.shortest_row
+        self.tokens_per_epoch = self.documents.tokens_per_epoch
         if self.rows_per_epoch < lanes:
             raise InputError(
                 f"{file.prefix}: too small: {self.rows_per_epoch} rows of {length} tokens for {lanes} lanes"
@@ -155,10 +166,21 @@ class LaneSampler:
     def row(self, i: int) -> Row:
         """Row i >= 0, counted through all epochs."""
         step, lane = divmod(i, self.lanes)
-        first, end = (n * self.rows_per_epoch // self.lanes for n in (lane, lane + 1))
+        first, end = self._stretch(lane)
         epoch, j = divmod(step, end - first)
         row = self.documents.row(epoch * self.rows_per_epoch + first + j)
         return row if j else replace(row, continues=False)  # another lane has read the row before
+
+    def tokens_read(self, n_rows: int, lane: int) -> int:
+        """How many tokens are targets in the first rows of a lane."""
+        first, end = self._stretch(lane)
+        epoch, j = divmod(n_rows, end - first)
+        before_first, before_next, before_end = map(self.documents.tokens_read, (first, first + j, end))
+        return epoch * (before_end - before_first) + before_next - before_first
+
+    def _stretch(self, lane: int) -> tuple[int, int]:
+        """The rows of an epoch that a lane reads: the first, and the one behind the last."""
+        return lane * self.rows_per_epoch // self.lanes, (lane + 1) * self.rows_per_epoch // self.lanes
 
 
 class WindowSampler:
@@ -176,6 +198,7 @@ class WindowSampler:
 
     Attributes:
         rows_per_epoch: number of rows.
+        tokens_per_epoch: tokens that are targets in them.
         shortest_row: tokens of the shortest row.
     """
 
@@ -204,8 +227,10 @@ class WindowSampler:
                 raise InputError(
                     f"{file.prefix}: too small: the order magic_prime needs {3 * length} tokens, got {targets + 1}"
                 )
-        whole = order in ("magic_prime", "random")
-        self.shortest_row = min(length, targets) if whole else targets - (self.rows_per_epoch - 1) * length
+        self._equal = order in ("magic_prime", "random")  # all rows have the same length
+        whole_row = min(length, targets)
+        self.tokens_per_epoch = self.rows_per_epoch * whole_row if self._equal else targets
+        self.shortest_row = whole_row if self._equal else targets - (self.rows_per_epoch - 1) * length
         self._last: tuple[int, NDArray[Any]] | None = None
 
     def row(self, i: int) -> Row:
@@ -223,12 +248,24 @@ class WindowSampler:
         if self.order == "magic_prime":
             return int(n * GOLDEN_RATIO) * (i + 1) ** 3 % n * self.length
         epoch, j = divmod(i, n)
-        if self.order == "sequential":
-            return j * self.length
+        return j * self.length if self.order == "sequential" else int(self._epoch(epoch)[j]) * self.length
+
+    def tokens_read(self, n_rows: int, lane: int = 0) -> int:
+        """How many tokens are targets in the first rows. lane: there is only one."""
+        if self._equal:
+            return n_rows * self.shortest_row
+        epoch, j = divmod(n_rows, self.rows_per_epoch)
+        tokens = epoch * self.tokens_per_epoch + j * self.length
+        if self.order == "shuffle" and self.rows_per_epoch - 1 in self._epoch(epoch)[:j]:  # the shorter window
+            tokens -= self.length - self.shortest_row
+        return tokens
+
+    def _epoch(self, epoch: int) -> NDArray[Any]:
+        """The windows of an epoch in the order "shuffle", int64."""
         last = self._last
         if last is None or last[0] != epoch:
-            last = self._last = epoch, generator_for(self.seed, epoch).permutation(n)
-        return int(last[1][j]) * self.length
+            last = self._last = epoch, generator_for(self.seed, epoch).permutation(self.rows_per_epoch)
+        return last[1]
 
 
 def collate(rows: Sequence[Row], group: dist.ProcessGroup | None = None) -> Batch:

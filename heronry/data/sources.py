@@ -3,7 +3,7 @@
 - a record is a text, a conversation, or a piece of a text that is too long to be read at once
 - every record holds the position after it, from which reading can resume
 - nothing is kept: memory use is that of the largest record, or of one row group of a .parquet file
-- .txt and .jsonl may be compressed, see text_files.py
+- .txt, .jsonl and .json may be compressed, see text_files.py
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import glob
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .text_files import TextFile, decode, describe_bad_byte, kind, named_errors
+from .json_items import json_items, starts_with_array
+from .rows import FIELDS, Content, read_row
+from .text_files import TextFile, describe_bad_byte, kind, named_errors
 
 PIECE_SIZE = 1 << 20  # bytes; longer texts are read and encoded in pieces
-KINDS = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", ".jsonl", ".json", ".parquet")
 HUB = "hf://"
-Messages = list[dict[str, Any]]  # {"role", "content"}
 
 
 class TemporaryError(InputError):
@@ -45,10 +47,43 @@ START = Position()
 class Record:
     """A document, or a piece of one."""
 
-    content: str | Messages
+    content: Content
     ends_document: bool  # False: the next record is the next piece of the document
     position: Position  # after this record
     location: str  # file and line, for error messages
+    problem: str | None = None  # why this row has no content
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows are read.
+
+    Attributes:
+        key, shape: see `read_row`.
+        skip_bad: a row that cannot be read becomes a record with its problem instead of an error.
+    """
+
+    key: str | None = None
+    shape: str | None = None
+    skip_bad: bool = False
+
+    def record(self, load: Callable[[], Any], position: Position, location: str) -> Record:
+        """The record of a row. load: returns the row, or raises InputError."""
+        try:
+            return Record(read_row(load(), self.key, self.shape), True, position, location)
+        except InputError as error:
+            if not self.skip_bad:
+                raise InputError(f"{location}: {error}") from error
+            return Record("", True, position, location, str(error))
+
+    def columns(self, source: Source, names: list[str]) -> list[str]:
+        """Those of a table that are needed."""
+        if self.key is not None and self.key not in names:
+            raise InputError(f"{source.name}: has no column {self.key!r}; its columns are {', '.join(names)}")
+        needed = [name for name in names if name in FIELDS or name == self.key]
+        if not needed:
+            raise InputError(f"{source.name}: has no column of a known name; choose one with --key: {', '.join(names)}")
+        return needed
 
 
 @dataclass(frozen=True)
@@ -88,7 +123,8 @@ def _expand(path: Path) -> Iterator[Source]:
     """The sources in a folder, or the file or dataset at `path`."""
     if path.is_dir() and not _is_dataset(path):
         for file in sorted(path.iterdir()):
-            if file.is_dir() or kind(file.name) in KINDS:
+            # other .json files are settings, vocabularies, or what describes a token file
+            if file.is_dir() or (kind(file.name) in KINDS and (kind(file.name) != ".json" or starts_with_array(file))):
                 yield from _expand(file)
         return
     if path.is_file() and kind(path.name) not in KINDS:
@@ -107,35 +143,34 @@ def _is_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def read_records(sources: list[Source], key: str = "text", start: Position = START) -> Iterator[Record]:
+def read_records(sources: list[Source], rows: Rows | None = None, start: Position = START) -> Iterator[Record]:
     """Yields all records from `start` on, without empty texts.
 
-    Args:
-        key: the field of the text in objects and rows; "messages" is tried next.
-
     Raises:
-        InputError: something that is not a text; the message names the file and the line.
+        InputError: something that cannot be read; the message names the file and the line.
     """
+    rows = rows or Rows()
     for number in range(start.source, len(sources)):
         source = sources[number]
         position = start if number == start.source else Position(number)
         read = _reader(source)
         with named_errors(source.name):
-            for record in read(source, key, position):
-                if record.content or read is _read_text:  # the last piece of a text may be empty
+            for record in read(source, rows, position):
+                if record.content or record.problem or read is _read_text:  # the last piece of a text may be empty
                     yield record
 
 
-def _reader(source: Source) -> Callable[[Source, str, Position], Iterator[Record]]:
+def _reader(source: Source) -> Callable[[Source, Rows, Position], Iterator[Record]]:
     """The function that reads this kind of source from a position on."""
     if source.name.startswith(HUB):
         return _read_hub
     if not Path(source.name).is_file():
         return _read_dataset
-    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(kind(source.name), _read_text)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    return readers.get(kind(source.name), _read_text)
 
 
-def _read_text(source: Source, key: str, position: Position) -> Iterator[Record]:
+def _read_text(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
     """One document, in pieces. The end of a piece depends only on its beginning, not on where reading started."""
     if position.record == 1:
         return
@@ -174,39 +209,40 @@ def split_point(text: str) -> int:
     return end + 1 if end > 0 else text.rfind("\n") + 1 or len(text)
 
 
-def _read_jsonl(source: Source, key: str, position: Position) -> Iterator[Record]:
+def _read_jsonl(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
     with TextFile(source.name, position.offset) as file:
         for number, line in enumerate(file.lines(), position.record + 1):
             if not line.strip():
                 continue
-            location = f"{source.name}, line {number}"
-            try:
-                row = json.loads(decode(line, location))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{location}: not JSON ({error.msg} at character {error.pos + 1})") from error
-            except RecursionError as error:
-                raise InputError(f"{location}: not JSON (nested too deep)") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{location}: not a JSON object")
             byte = min(file.offset, file.bytes_on_disk)  # of a plain file, more has been read ahead
             after = Position(position.source, number, byte, file.offset)
-            yield Record(_content(row, key, location), True, after, location)
+            yield rows.record(partial(_parse_json, line), after, f"{source.name}, line {number}")
 
 
-def _content(row: dict[str, Any], key: str, location: str) -> str | Messages:
-    """The text or the conversation in an object or row."""
-    for name in (key, "messages"):
-        value = row.get(name)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-            return value
-        if value is not None:
-            raise InputError(f"{location}: {name!r} is neither a string nor a list of messages")
-    raise InputError(f"{location}: has neither {key!r} nor 'messages'")
+def _read_json(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
+    """An array, or objects one after another."""
+    with TextFile(source.name, position.offset) as file:
+        for number, item in enumerate(json_items(file, position.offset > 0), position.record + 1):
+            after = Position(position.source, number, min(item.end, file.bytes_on_disk), item.end)
+            yield rows.record(
+                partial(_parse_json, item.text), after, f"{source.name}, item {number} (line {item.line})"
+            )
 
 
-def _read_parquet(source: Source, key: str, position: Position) -> Iterator[Record]:
+def _parse_json(text: bytes) -> Any:
+    """The value; InputError if it is not JSON."""
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 ({describe_bad_byte(error)})") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
+    except (RecursionError, ValueError) as error:  # a number of too many digits is a ValueError
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise InputError(f"not JSON ({reason})") from error
+
+
+def _read_parquet(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -214,10 +250,8 @@ def _read_parquet(source: Source, key: str, position: Position) -> Iterator[Reco
         raise InputError(f"{source.name}: reading .parquet needs pyarrow: pip install 'heronry[train]'") from None
     try:
         file = parquet.ParquetFile(source.name)
-        columns = [name for name in (key, "messages") if name in file.schema_arrow.names]
-        if not columns:
-            raise InputError(f"{source.name}: has neither a column {key!r} nor 'messages'")
-        rows, number = file.metadata.num_rows, 0
+        columns = rows.columns(source, file.schema_arrow.names)
+        n_rows, number = file.metadata.num_rows, 0
         for group in range(file.num_row_groups):
             if number + file.metadata.row_group(group).num_rows <= position.record:
                 number += file.metadata.row_group(group).num_rows
@@ -226,45 +260,41 @@ def _read_parquet(source: Source, key: str, position: Position) -> Iterator[Reco
                 for row in batch.to_pylist():
                     number += 1
                     if number > position.record:
-                        yield _row_record(source, key, row, Position(position.source, number), rows)
+                        yield _row_record(source, rows, row, Position(position.source, number), n_rows)
     except pyarrow.ArrowException as error:
         raise InputError(f"{source.name}: damaged, or not a .parquet file ({error})") from error
 
 
-def _row_record(source: Source, key: str, row: dict[str, Any], after: Position, rows: int | None) -> Record:
-    """The record in a row of a table. after: the position after the row, whose byte is estimated from the number of
-    rows in the table."""
-    location = f"{source.name}, row {after.record}"
-    byte = source.size * after.record // rows if source.size is not None and rows else 0
-    return Record(_content(row, key, location), True, after._replace(byte=byte), location)
+def _row_record(source: Source, rows: Rows, row: dict[str, Any], after: Position, n_rows: int | None) -> Record:
+    """The record in a row of a table. after: the position after the row, whose byte is estimated from `n_rows`, the
+    number of rows in the table."""
+    byte = source.size * after.record // n_rows if source.size is not None and n_rows else 0
+    return rows.record(lambda: row, after._replace(byte=byte), f"{source.name}, row {after.record}")
 
 
-def _read_dataset(source: Source, key: str, position: Position) -> Iterator[Record]:
+def _read_dataset(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
     """A folder written by `Dataset.save_to_disk`; if it has several splits, the one called train."""
     datasets = _import_datasets(source)
-    rows = datasets.load_from_disk(source.name)
-    if isinstance(rows, datasets.DatasetDict):
-        if "train" not in rows:
+    table = datasets.load_from_disk(source.name)
+    if isinstance(table, datasets.DatasetDict):
+        if "train" not in table:
             raise InputError(
-                f"{source.name}: has no split train; give the folder of one of its splits: {', '.join(rows)}"
+                f"{source.name}: has no split train; give the folder of one of its splits: {', '.join(table)}"
             )
-        rows = rows["train"]
-    names = [name for name in (key, "messages") if name in rows.column_names]
-    if not names:
-        raise InputError(f"{source.name}: has neither a column {key!r} nor 'messages'")
-    rows = rows.select_columns(names)
-    for number in range(position.record, len(rows)):
-        yield _row_record(source, key, rows[number], Position(position.source, number + 1), len(rows))
+        table = table["train"]
+    table = table.select_columns(rows.columns(source, table.column_names))
+    for number in range(position.record, len(table)):
+        yield _row_record(source, rows, table[number], Position(position.source, number + 1), len(table))
 
 
-def _read_hub(source: Source, key: str, position: Position) -> Iterator[Record]:
+def _read_hub(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
     """A dataset of the Hugging Face hub, streamed."""
     datasets = _import_datasets(source)
     name, _, split = source.name.removeprefix(HUB).partition(":")
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True).skip(position.record)
-        for number, row in enumerate(rows, position.record + 1):
-            yield _row_record(source, key, row, Position(position.source, number), None)
+        table = datasets.load_dataset(name, split=split or "train", streaming=True).skip(position.record)
+        for number, row in enumerate(table, position.record + 1):
+            yield _row_record(source, rows, row, Position(position.source, number), None)
     except InputError:
         raise
     except Exception as error:  # many kinds: network, name, split, files

@@ -129,14 +129,6 @@ def named_errors(name: object) -> Iterator[None]:
         raise InputError(f"{name}: cannot be read ({reason})") from error
 
 
-def decode(text: bytes, location: str) -> str:
-    """A line, or a whole text; InputError, which begins with `location`, if it is not UTF-8."""
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{location}: is not UTF-8 ({describe_bad_byte(error)})") from error
-
-
 def describe_bad_byte(error: UnicodeDecodeError, offset: int = 0) -> str:
     """offset: where the decoded bytes begin."""
     return f"byte 0x{error.object[error.start]:02x} at position {offset + error.start}"

@@ -1,6 +1,6 @@
 """Texts to token files: worker processes encode, one process writes, and a killed run can be resumed.
 
-- the files are the same for any number of workers, and whether or not the run was interrupted
+- the files are the same for any number of workers, here or on a cluster, and whether or not the run was interrupted
 - only a few pieces of text per worker are in memory, however large the sources are
 - PREFIX.progress.json is written every second; what was written after it is cut off and encoded again
 - a run that its input has ended begins anew once the input or the options are corrected
@@ -10,47 +10,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
+import re
 import shutil
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import InputError, count, unknown_name
+from ..errors import InputError, count
 from ..files import atomic_write
-from ..text.chat_templates import TEMPLATES
-from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
-from ..text.tokenizers import load_tokenizer, plain_name
-from .sources import (
-    PIECE_SIZE,
-    START,
-    Messages,
-    Position,
-    Record,
-    TemporaryError,
-    find_sources,
-    read_records,
-    split_point,
-)
+from ..text.tokenizers import plain_name
+from .cluster import encode_on_cluster
+from .encoding import Encoder, encode_chunks
+from .rows import check_options
+from .sources import START, Position, Rows, TemporaryError, find_sources, read_records
 from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts, strip_suffix
 
 SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
 MAX_WORKERS = 256  # all of them start at once
-CHUNK = 1 << 17  # characters that a worker gets at once
 SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
+MOST_NAMED = 5  # bad rows whose places are kept
+MOST_REASONS = 20
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The bad rows of a run that skips them.
+
+    Attributes:
+        rows: how many there were.
+        reasons: how many for each reason, without the details that differ from row to row.
+        first: the first ones, each with its place and the whole reason.
+    """
+
+    rows: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
+
+    def add(self, location: str, problem: str) -> Skipped:
+        reason = re.sub(r"(?<![\w-])\d+", "N", re.sub(r" \(.*\)", "", problem))
+        if reason not in self.reasons and len(self.reasons) >= MOST_REASONS:
+            reason = "other reasons"
+        reasons = {**self.reasons, reason: self.reasons.get(reason, 0) + 1}
+        first = (*self.first, f"{location}: {problem}") if self.rows < MOST_NAMED else self.first
+        return Skipped(self.rows + 1, reasons, first)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Progress:
         documents: number of documents encoded so far, including held-out ones.
         written: how much of PREFIX has been written.
         held_out: how much of PREFIX-eval has been written.
+        skipped: the bad rows so far.
         sealed: everything is written, and only the .part files have to be renamed.
     """
 
@@ -69,6 +76,7 @@ class Progress:
     documents: int = 0
     written: Written = NOTHING
     held_out: Written = NOTHING
+    skipped: Skipped = Skipped()
     sealed: bool = False
 
     @property
@@ -84,10 +92,13 @@ def tokenize_corpus(
     out: str | Path,
     tokenizer: str | Path,
     *,
-    key: str = "text",
+    key: str | None = None,
+    shape: str | None = None,
+    skip_bad: bool = False,
     template: str | None = None,
     holdout: float = 0.0,
-    workers: int = 1,
+    workers: int | None = None,
+    cluster: str | None = None,
     restart: bool = False,
     on_progress: OnProgress = lambda n_bytes, progress: None,
 ) -> Progress:
@@ -97,11 +108,14 @@ def tokenize_corpus(
         sources: files, folders, globs and hf:// names, see sources.py.
         out: PREFIX of the token file, with or without .bin or .idx.
         tokenizer: "bytes", "world", or the path of a tokenizer.json, which is copied to PREFIX.tokenizer.json.
-        key: the field of the text in rows that have several fields.
+        key: the field of a row that holds its text or messages; None: told by the names of the fields, see rows.py.
+        shape: which one is meant where a row has the fields of several, a name in rows.SHAPES.
+        skip_bad: leave out rows that cannot be read, which PREFIX.json counts by reason; by default they are errors.
         template: the name of the chat template for conversations, which are refused without one. It is recorded for
             models that are trained on the file.
         holdout: this fraction of the documents, every k-th, goes to PREFIX-eval instead.
-        workers: number of processes that encode.
+        workers: number of processes that encode; None: one here, or on a cluster one a core.
+        cluster: the address of a Ray cluster that encodes, see cluster.py; None: this machine does.
         restart: start over even if there are files of an earlier run, which stay until the new ones are complete.
         on_progress: called once it is known where to start, and then repeatedly.
 
@@ -114,7 +128,8 @@ def tokenize_corpus(
     """
     prefix = strip_suffix(out)
     try:
-        return _tokenize(sources, prefix, tokenizer, key, template, holdout, workers, restart, on_progress)
+        rows = Rows(key, shape, skip_bad)
+        return _tokenize(sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress)
     except OSError as error:
         raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
 
@@ -123,26 +138,28 @@ def _tokenize(
     sources: list[str],
     prefix: Path,
     tokenizer: str | Path,
-    key: str,
+    rows: Rows,
     template: str | None,
     holdout: float,
-    workers: int,
+    workers: int | None,
+    cluster: str | None,
     restart: bool,
     on_progress: OnProgress,
 ) -> Progress:
     """See `tokenize_corpus`; OSError if something cannot be written."""
     if holdout and not 0 < holdout <= 0.5:
         raise InputError(f"the fraction to hold out must be above 0 and at most 0.5, got {holdout}")
-    if not 1 <= workers <= MAX_WORKERS:
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise InputError(f"workers must be from 1 to {MAX_WORKERS}, got {workers}")
+    check_options(rows.key, rows.shape)
     source_list = find_sources(sources)
     tokenizer = plain_name(tokenizer)
     tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
-    encoder = Encoder(str(tokenizer), template)
+    encoder = Encoder(str(tokenizer), template, rows.skip_bad)
     options = {
         "sources": [list(asdict(source).values()) for source in source_list],
         "tokenizer": tokenizer if tokenizer_file is None else hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
-        "key": key,
+        **asdict(rows),
         "template": template,
         "holdout": holdout,
     }
@@ -151,7 +168,7 @@ def _tokenize(
     progress_file = prefix_file(prefix, ".progress.json")
     progress = _load_progress(progress_file, options, prefixes, restart)
     if not progress.sealed:
-        metadata = {
+        metadata: dict[str, Any] = {
             "tokenizer": tokenizer if tokenizer_file is None else f"{prefix.name}.tokenizer.json",
             "vocab_size": encoder.vocab_size,
             "end_of_text": encoder.end_of_text,
@@ -178,10 +195,16 @@ def _tokenize(
         _save_progress(progress_file, options, progress)
         report(progress)
         try:
-            records = read_records(source_list, key, progress.position)
-            for chunk, encoded in _encode_chunks(records, encoder, workers):
-                documents = progress.documents
-                for ids, mask, record in zip(*encoded.split(), chunk, strict=True):
+            if cluster is None:
+                chunks = encode_chunks(read_records(source_list, rows, progress.position), encoder, workers or 1)
+            else:
+                chunks = encode_on_cluster(source_list, rows, progress.position, encoder, cluster, workers)
+            for chunk, encoded in chunks:
+                documents, skipped = progress.documents, progress.skipped
+                for ids, mask, problem, record in zip(*encoded.split(), encoded.problems, chunk, strict=True):
+                    if problem is not None:
+                        skipped = skipped.add(record.location, problem)
+                        continue
                     held_out = eval_writer is not None and documents % eval_every == eval_every - 1
                     writer = eval_writer if eval_writer is not None and held_out else train_writer
                     writer.write(ids, mask, record.ends_document)
@@ -191,6 +214,7 @@ def _tokenize(
                     documents,
                     train_writer.written,
                     eval_writer.written if eval_writer is not None else NOTHING,
+                    skipped,
                 )
                 report(progress)
                 if time.monotonic() - last_saved > SAVE_SECONDS:
@@ -200,6 +224,8 @@ def _tokenize(
             sizes = zip(prefixes, (progress.written, progress.held_out), strict=False)
             empty = [path for path, written in sizes if not written.tokens]
             if not empty:
+                if rows.skip_bad:
+                    metadata["skipped"] = asdict(progress.skipped)
                 for writer in filter(None, (train_writer, eval_writer)):
                     writer.seal(metadata)
                 progress = replace(progress, sealed=True)
@@ -217,7 +243,10 @@ def _tokenize(
             for path in prefixes:
                 discard_parts(path)
             progress_file.unlink()
-            raise InputError(f"{empty[0]}: would be empty, as the sources have {count(progress.documents, 'document')}")
+            found = count(progress.documents, "document")
+            if progress.skipped.rows:
+                found += f" besides {count(progress.skipped.rows, 'bad row')}, the first {progress.skipped.first[0]}"
+            raise InputError(f"{empty[0]}: would be empty, as the sources have {found}")
     if tokenizer_file is not None:
         with atomic_write(prefix_file(prefix, ".tokenizer.json")) as copy:
             shutil.copyfile(tokenizer_file, copy)
@@ -242,6 +271,7 @@ def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], re
                 fields["documents"],
                 Written(**fields["written"]),
                 Written(**fields["held_out"]),
+                Skipped(**{**fields["skipped"], "first": tuple(fields["skipped"]["first"])}),
                 fields["sealed"],
             )
             refused = bool(saved["refused"])
@@ -269,125 +299,3 @@ def _save_progress(file: Path, options: dict[str, Any], progress: Progress, refu
     content = {"options": options, "progress": asdict(progress), "refused": refused}
     with atomic_write(file) as part:
         part.write_text(json.dumps(content), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The ids of several records, in one array."""
-
-    ids: NDArray[Any]  # [n], in the dtype of the file
-    lengths: list[int]  # of each record; their sum is n
-    mask: NDArray[Any] | None  # bool [n]: which count in the loss; None: all
-
-    def split(self) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None]]:
-        """The ids and the mask of each record."""
-        ends = np.cumsum(self.lengths)[:-1]
-        ids = np.split(self.ids, ends)
-        return ids, [None] * len(ids) if self.mask is None else list(np.split(self.mask, ends))
-
-
-class Encoder:
-    """Encodes records; each document is followed by the end of text if the tokenizer has an id for it."""
-
-    def __init__(self, tokenizer: str, template: str | None):
-        """tokenizer, template: as for `tokenize_corpus`."""
-        if template is not None and template not in TEMPLATES:
-            raise unknown_name("chat template", template, TEMPLATES)
-        self.tokenizer_spec, self.template = tokenizer, template
-        self.tokenizer = load_tokenizer(tokenizer)
-        self.vocab_size = self.tokenizer.vocab_size
-        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "int32"
-        self.end_of_text = end_of_text(self.tokenizer)
-
-    def __call__(self, records: list[Record]) -> Encoded:
-        arrays: list[NDArray[Any]] = []
-        masks: list[NDArray[Any]] = []
-        lengths: list[int] = []
-        for record in records:
-            n_arrays = len(arrays)
-            try:
-                for piece in self._pieces(record.content):
-                    ids, n_counted = encode_piece(piece, self.tokenizer)
-                    arrays.append(np.array(ids, self.dtype))
-                    masks.append(np.arange(len(ids)) < n_counted)
-            except InputError as error:
-                raise InputError(f"{record.location}: {error}") from error
-            if record.ends_document and self.end_of_text is not None:
-                arrays.append(np.array([self.end_of_text], self.dtype))
-                masks.append(np.ones(1, bool))
-            lengths.append(sum(len(ids) for ids in arrays[n_arrays:]))
-        mask = np.concatenate(masks)
-        return Encoded(np.concatenate(arrays), lengths, None if mask.all() else mask)
-
-    def _pieces(self, content: str | Messages) -> Iterator[Piece]:
-        """The parts of a text or a conversation that are encoded separately."""
-        if not isinstance(content, str):
-            if self.template is None:
-                raise InputError("this is a conversation: choose a chat template with --template")
-            yield from render_conversation(content, TEMPLATES[self.template], self.end_of_text is not None)
-            return
-        while len(content) > PIECE_SIZE:  # lists of ids take twenty times the memory of their text
-            n = split_point(content[:PIECE_SIZE])
-            yield Piece(content[:n], n)
-            content = content[n:]
-        yield Piece(content, len(content))
-
-
-def _encode_chunks(records: Iterator[Record], encoder: Encoder, workers: int) -> Iterator[tuple[list[Record], Encoded]]:
-    """Yields the records in chunks, in order, each with its ids."""
-    if workers == 1:
-        for chunk in _chunks(records):
-            yield chunk, encoder(chunk)
-        return
-    # spawned: forking is unsafe with threads, which the tokenizers and the progress bar have
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder.tokenizer_spec, encoder.template))
-    pending: deque[tuple[list[Record], Future[Encoded]]] = deque()
-    try:
-        for chunk in _chunks(records):
-            pending.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(pending) > 2 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise TemporaryError("a worker was killed, perhaps for lack of memory; the same command resumes") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Groups records until they have CHUNK characters."""
-    chunk: list[Record] = []
-    size = 0
-    for record in records:
-        chunk.append(record)
-        content = record.content
-        size += len(content) if isinstance(content, str) else sum(len(str(message)) for message in content)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-_encoder: Encoder  # of a worker process
-
-
-def _start_worker(tokenizer: str, template: str | None) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that writes
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:  # which may be killed without notice
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer, template)
-
-
-def _encode_in_worker(records: list[Record]) -> Encoded:
-    return _encoder(records)

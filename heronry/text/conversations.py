@@ -38,7 +38,7 @@ def encode_conversation(
 
     Args:
         messages: {"role", "content"} of an optional system text, then of user and assistant in turn. A last message
-            without an answer is left out.
+            without an answer is left out. An answer with "weight": 0 is read, but does not count in the loss.
         template: see heronry.text.chat_templates.TEMPLATES.
         tokenizer: its end of text, if it has one, ends the ids.
 
@@ -57,7 +57,7 @@ def encode_conversation(
         mask += [i < n_counted for i in range(len(piece_ids))]
     if end is not None:
         ids.append(end)
-        mask.append(True)
+        mask.append(piece.n_counted > 0)
     return ids, mask
 
 
@@ -68,22 +68,22 @@ def render_conversation(
 
     has_end_of_text: whether an end of text will follow; otherwise the stop text is appended.
     """
-    turns = [_role_and_content(message) for message in messages]
+    turns = [(*_role_and_content(message), message.get("weight") != 0) for message in messages]
     pieces: list[Piece] = []
     if turns and turns[0][0] == "system":
         pieces.append(Piece(template.system.replace("{system}", template.clean(turns.pop(0)[1])), 0))
-    if len(turns) < 2 or any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns)):
+    if len(turns) < 2 or any(role != ("user", "assistant")[i % 2] for i, (role, *_) in enumerate(turns)):
         raise InputError("the messages do not alternate between user and assistant")
     stop, separator = template.stops[0], template.separator
     n_answers = len(turns) // 2
     for i in range(n_answers):
         turn = template.turn.replace("{user}", template.clean(turns[2 * i][1]))
         # the part of the stop text that is the beginning of this turn
-        n_counted = len(stop) - len(separator) if i and (separator + turn).startswith(stop) else 0
-        pieces.append(Piece(turn, max(0, n_counted)))
+        learned = i > 0 and turns[2 * i - 1][2] and (separator + turn).startswith(stop)
+        pieces.append(Piece(turn, max(0, len(stop) - len(separator)) if learned else 0))
         answer = _answer(turns[2 * i + 1][1], template)
         answer += separator if i < n_answers - 1 else "" if has_end_of_text else stop
-        pieces.append(Piece(answer, len(answer)))
+        pieces.append(Piece(answer, len(answer) if turns[2 * i + 1][2] else 0))
     return pieces
 
 

@@ -170,7 +170,7 @@ def prepare_model(model: Model, config: Config, vocab_size: int, precision: str)
     """
     if model.config.vocab_size < vocab_size:
         raise InputError(
-            f"{config.data.train}: has token ids up to {vocab_size - 1}, but the model's vocabulary ends at "
+            f"{config.data.name}: has token ids up to {vocab_size - 1}, but the model's vocabulary ends at "
             f"{model.config.vocab_size - 1}"
         )
     return model.to(_weight_dtype(precision))

@@ -42,6 +42,7 @@ class Limits:
 
 POSITIVE = Limits("be positive", lambda x: x > 0)
 NOT_NEGATIVE = Limits("not be negative", lambda x: x >= 0)
+MIXTURE_EXAMPLE = """'data.train=[{path="a", weight=3}, {path="b", weight=1}]'"""
 FRACTION = Limits("be in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -116,11 +117,21 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class WeightedSource:
+    """A token file of a mixture, and its share of the tokens that are read, in proportion to the other weights."""
+
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class DataSection:
     """The data and how they are read."""
 
-    train: str = setting(
-        "", "a token file from `heronry data` or a binidx pair; for images a folder, .parquet or hf://NAME[:SPLIT]"
+    train: str | tuple[WeightedSource, ...] = setting(
+        "",
+        "a token file from `heronry data` or a binidx pair, or a mixture, like "
+        '[{path="a", weight=3}, {path="b", weight=1}]; for images a folder, .parquet or hf://NAME[:SPLIT]',
     )
     eval: str = setting("", "another one, for evaluation")
     order: str = setting(
@@ -134,11 +145,36 @@ class DataSection:
         1, "with carried: consecutive rows of a lane per step, with gradients through their states", POSITIVE
     )
 
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """The token files of `train`."""
+        return (WeightedSource(self.train, 1.0),) if isinstance(self.train, str) else self.train
+
+    @property
+    def name(self) -> str:
+        """`train` in a message."""
+        return ", ".join(source.path for source in self.sources)
+
     def check(self) -> None:
         if not self.train:
             raise InputError("data.train is missing: a token file (see `heronry data --help`), or a folder of images")
+        if isinstance(self.train, str):
+            if self.train.startswith("[") and "path" in self.train:  # the shell has eaten the quotes
+                raise InputError(f"data.train is no list of TOML: {show(self.train)}; write it as {MIXTURE_EXAMPLE}")
+        else:
+            self._check_mixture(self.train)
         if self.tbptt_chunks > 1 and self.order != "carried":
             raise InputError(f"data.tbptt_chunks needs data.order=carried, got {self.order}")
+
+    def _check_mixture(self, sources: tuple[WeightedSource, ...]) -> None:
+        paths = [source.path for source in sources]
+        for source in sources:
+            if not source.path:
+                raise InputError("data.train: a path is empty")
+            if paths.count(source.path) > 1:
+                raise InputError(f"data.train: {source.path} is there twice; add up its weights")
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise InputError(f"data.train: the weight of {source.path} must be positive, got {source.weight}")
 
 
 @dataclass(frozen=True)
@@ -270,6 +306,8 @@ class Config:
         pieces, length = self.run.sequence_parallel, self.data.ctx_len
         if length % pieces:
             raise InputError(f"data.ctx_len is {length}, not a multiple of run.sequence_parallel = {pieces}")
+        if self.model.is_vision and not isinstance(self.data.train, str):
+            raise InputError(f"data.train must be one folder or data set of images for {self.model.generation}")
         if self.model.is_vision and (pieces > 1 or self.run.shard != "none"):
             raise InputError(f"run.sequence_parallel and run.shard do not work with {self.model.generation}")
         if not self.model.is_vision and self.vision != VisionSection():
@@ -313,7 +351,7 @@ def read_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise InputError(f"{path}: cannot be read ({reason})") from error
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{path}: not TOML ({error})") from error
-    strings = {name for name, kind in _setting_types().items() if kind is str}
+    kinds = _setting_types()
     for override in overrides:
         name, equals, value = override.partition("=")
         section, dot, key = name.strip().partition(".")
@@ -321,7 +359,7 @@ def read_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise InputError(f"{override!r} is not a setting; write section.key=value, like optim.lr=1e-3")
         settings = values.setdefault(section, {})
         if isinstance(settings, dict):  # what is no section is refused below
-            settings[key] = _parse_value(value.strip(), name.strip() in strings)
+            settings[key] = _parse_value(value.strip(), kinds.get(name.strip()))
     try:
         return from_dict(values).check()
     except InputError as error:
@@ -388,6 +426,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def _convert(name: str, kind: Any, value: Any) -> Any:
     """The value as an instance of the annotated type; InputError if it is of another type."""
+    if isinstance(kind, types.UnionType):
+        return value if isinstance(value, str) else _convert_mixture(name, value)
     if isinstance(kind, types.GenericAlias):  # a tuple of fixed length, or of any number of strings
         parts = typing.get_args(kind)
         if parts[-1] is ...:
@@ -405,6 +445,24 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
+def _convert_mixture(name: str, value: Any) -> tuple[WeightedSource, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{name} must be a string or a list of tables, got {show(value)}")
+    sources = []
+    for i, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise InputError(f"{name}[{i}] must be a table, {{path = ..., weight = ...}}, got {show(item)}")
+        kinds = typing.get_type_hints(WeightedSource)
+        for key in item:
+            if key not in kinds:
+                raise unknown_name(f"{name} setting", key, kinds)
+        for key in kinds:
+            if key not in item:
+                raise InputError(f"{name}[{i}] has no {key}")
+        sources.append(WeightedSource(**{key: _convert(f"{name}[{i}].{key}", kinds[key], item[key]) for key in kinds}))
+    return tuple(sources)
+
+
 def _check_value(name: str, value: Any, key: dataclasses.Field[Any]) -> None:
     """InputError for a value that the metadata of its field do not allow; nan and inf are never allowed."""
     known, limits = key.metadata["known"], key.metadata["limits"]
@@ -418,11 +476,12 @@ def _check_value(name: str, value: Any, key: dataclasses.Field[Any]) -> None:
             raise InputError(f"{name} must {limits.text}, got {shown}")
 
 
-def _parse_value(text: str, is_string: bool) -> Any:
+def _parse_value(text: str, kind: Any) -> Any:
     """A TOML value; anything else is a string, for which quotes are optional here, and so is everything without them
-    where a string is wanted: a file may be called 1984."""
+    where a string is wanted: a file may be called 1984. kind: the type of the setting, if it is known."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         return text
-    return text if is_string and not isinstance(value, str) else value
+    allowed = {str: str, str | tuple[WeightedSource, ...]: str | list}.get(kind, object)
+    return value if isinstance(value, allowed) else text

@@ -89,7 +89,7 @@ class ImageClassification:
         n_classes = len(data.class_names)
         if self.eval_data is not None and len(self.eval_data.class_names) > n_classes:
             raise InputError(
-                f"{config.data.eval}: has {len(self.eval_data.class_names)} classes, {config.data.train} {n_classes}"
+                f"{config.data.eval}: has {len(self.eval_data.class_names)} classes, {config.data.name} {n_classes}"
             )
         self.rows_per_epoch = len(data)
         self.rows_per_step = config.run.batch * config.run.accumulate * accelerator.num_processes
@@ -108,6 +108,9 @@ class ImageClassification:
     def describe(self) -> str:
         size = self.config.vision.size
         return f"{len(self.data):,} images of {size} x {size} in {len(self.data.class_names)} classes"
+
+    def source_metrics(self, step: int) -> dict[str, float]:
+        return {}
 
     def flops_per_unit(self, model: Network) -> int:
         """Those of the matrices."""

@@ -1,4 +1,4 @@
-"""Language modelling: rows of a token file, and the states that lanes carry from row to row.
+"""Language modelling: rows of token files, and the states that lanes carry from row to row.
 
 A step reads one row per lane (or `tbptt_chunks` of them): there are `batch` lanes in each of `accumulate` backward
 passes of each group of processes. A group is a single process or, with sequence_parallel, the processes that share each
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..data.batching import Batch, DocumentSampler, LaneSampler, Row, WindowSampler, collate
+from ..data.mixture import Mixture, MixtureSampler, SourceSampler
 from ..data.token_file import TokenFile
 from ..errors import InputError
 from ..models import LayerState, Model, Network, State
@@ -32,7 +33,7 @@ LaneBatch = tuple[dict[int, Row], Batch]  # the rows of one forward pass by thei
 EVAL_ROWS = 64  # if the configuration does not say
 
 
-def build_sampler(config: Config, file: TokenFile, lanes: int = 0) -> DocumentSampler | LaneSampler | WindowSampler:
+def build_sampler(config: Config, file: TokenFile, lanes: int = 0) -> SourceSampler:
     """The sampler for `data.order`. Without lanes, for evaluation, no state is carried from row to row."""
     data, seed = config.data, config.run.seed
     if data.order == "carried" and lanes:
@@ -46,37 +47,40 @@ class LanguageModeling:
     """Predicts the next token. See `tasks.Task`.
 
     Attributes:
-        data: the token file.
-        sampler: gives its rows by number.
-        states: with carried states, that of each lane of this process.
+        data: the token files.
+        sampler: gives their rows by number.
+        states: with carried states, that of each source in each lane of this process, where it has been read.
     """
 
     unit = "token"
 
-    def __init__(self, config: Config, file: TokenFile, model: Model, accelerator: Accelerator):
+    def __init__(self, config: Config, data: Mixture, model: Model, accelerator: Accelerator):
         """
         Raises:
             InputError: the evaluation data cannot be read, or the configuration does not fit the data, the model or the
                 number of processes.
         """
-        self.data = file
+        self.data, self.carries = data, config.data.order == "carried"
         self.eval_data = TokenFile(config.data.eval) if config.data.eval else None
         self.config, self.model, self.accelerator = config, model, accelerator
         self.pieces = config.run.sequence_parallel  # of each row, one per process
         self.group, self.groups = self._process_group(), accelerator.num_processes // self.pieces
         lanes = config.run.batch * config.run.accumulate * self.groups
-        self.sampler = build_sampler(config, file, lanes)
+        samplers = [build_sampler(config, file, lanes) for file in data.files]
+        self.sampler: SourceSampler | MixtureSampler = samplers[0]
+        if len(samplers) > 1:
+            self.sampler = MixtureSampler(samplers, data.weights, config.run.seed, lanes if self.carries else 0)
         if self.sampler.shortest_row < self.pieces:
             raise InputError(
-                f"{config.data.train}: the last row of {config.data.ctx_len} tokens has only "
+                f"{config.data.name}: the last row of {config.data.ctx_len} tokens has only "
                 f"{self.sampler.shortest_row}, too few for run.sequence_parallel = {self.pieces}; change data.ctx_len"
             )
         self.rows_per_step = lanes * config.data.tbptt_chunks
         self.rows_per_epoch = self.sampler.rows_per_epoch
-        if isinstance(self.sampler, LaneSampler) and model.initial_state().contexts:
+        if self.carries and model.initial_state().contexts:
             raise InputError(f"data.order=carried is not for {model.generation}, whose state grows: use documents")
-        self.states: dict[int, State] = {}
-        self._states_before: dict[int, State] = {}  # at the start of the current step
+        self.states: dict[tuple[int, int], State] = {}  # by source and lane
+        self._states_before = self.states  # at the start of the current step
 
     def _process_group(self) -> dist.ProcessGroup | None:
         """The processes that share the rows of this one."""
@@ -102,7 +106,7 @@ class LanguageModeling:
         """Those of the data; windows over texts without an end of text between them need no opening token."""
         notes = dict(self.data.notes)
         windows = self.config.data.order not in ("documents", "carried")
-        if windows and self.data.metadata.get("end_of_text") is None:
+        if windows and not self.data.has_end_of_text:
             del notes["opening_tokens"]
         return notes
 
@@ -111,7 +115,18 @@ class LanguageModeling:
         return self.eval_data is not None
 
     def describe(self) -> str:
-        return f"{len(self.data.tokens) / 1e6:.1f} M tokens, rows of {self.config.data.ctx_len} tokens"
+        number = len(self.data.files)
+        sources = f" in {number} sources" if number > 1 else ""
+        return f"{self.data.n_tokens / 1e6:.1f} M tokens{sources}, rows of {self.config.data.ctx_len} tokens"
+
+    def source_metrics(self, step: int) -> dict[str, float]:
+        if not isinstance(self.sampler, MixtureSampler):
+            return {}
+        metrics: dict[str, float] = {}
+        tokens_read = self.sampler.tokens_read(step * self.rows_per_step)
+        for source, sampler, n in zip(self.config.data.sources, self.sampler.samplers, tokens_read, strict=True):
+            metrics |= {f"tokens/{source.path}": n, f"epochs/{source.path}": n / sampler.tokens_per_epoch}
+        return metrics
 
     def flops_per_unit(self, model: Network) -> int:
         """The backward pass takes twice the operations of the forward pass, or as many if the weights are frozen."""
@@ -151,7 +166,7 @@ class LanguageModeling:
     def finish_step(self, applied: bool) -> None:
         """Keeps the states without their gradients, or goes back to those before a step that was skipped."""
         if applied:
-            self.states = {lane: state.detach() for lane, state in self.states.items()}
+            self.states = {key: state.detach() for key, state in self.states.items()}
         else:
             self.states = self._states_before
 
@@ -177,12 +192,12 @@ class LanguageModeling:
 
     def _initial_states(self, rows: dict[int, Row]) -> State | None:
         """The states at which the documents in these rows start; None: all start at the model's initial state."""
-        if not isinstance(self.sampler, LaneSampler):
+        if not self.carries:
             return None
         empty = self.model.initial_state()
         states = []
         for lane, row in rows.items():
-            carried = self.states.get(lane) if row.continues else None
+            carried = self.states.get((row.source, lane)) if row.continues else None
             # with the current fingerprint, as the weights have changed since
             first = empty if carried is None else State(carried.layers, empty.fingerprint)
             if carried is not None and self.model.config.time_state:  # every process needs a gradient of it
@@ -193,25 +208,34 @@ class LanguageModeling:
     def _keep_final_states(self, rows: dict[int, Row], batch: Batch, logits: Tensor, state: State) -> Tensor:
         """Stores the state at the end of each lane's row. Returns the logits, through which the gradients of states
         that other processes use have to flow."""
-        if isinstance(self.sampler, LaneSampler):
+        if self.carries:
             state = state[[end - 1 for end in itertools.accumulate(len(row.starts) for row in rows.values())]]
             if isinstance(batch.cu_seqlens, SequenceShard):
                 logits, state = batch.cu_seqlens.broadcast_final_state(logits, state)
-            self.states = self.states | {lane: state[i] for i, lane in enumerate(rows)}
+            self.states = self.states | {(row.source, lane): state[i] for i, (lane, row) in enumerate(rows.items())}
         return logits
 
     def carried_states(self) -> State | None:
-        """Those of all lanes, in order."""
+        """Those of all lanes, in order; of a mixture all those of the first source, then those of the second, ..."""
         if not self.states:
             return None
-        own = State.stack([self.states[lane] for lane in self._lanes(self.accelerator.process_index)])
+        nothing = self.model.initial_state().detach()  # in the place of a source that has not been read in a lane
+        own = State.stack([self.states.get(key, nothing) for key in self._keys(self.accelerator.process_index)])
         layers = [LayerState(*(self.accelerator.gather(x.contiguous()) for x in layer)) for layer in own.layers]
-        order = [lane for process in range(self.accelerator.num_processes) for lane in self._lanes(process)]
-        return State(layers, own.fingerprint)[[order.index(lane) for lane in range(len(order) // self.pieces)]]
+        order = [key for process in range(self.accelerator.num_processes) for key in self._keys(process)]
+        return State(layers, own.fingerprint)[[order.index(key) for key in sorted(set(order))]]
 
     def load_carried_states(self, file: Path) -> None:
-        states = State.load(file).to(self.accelerator.device)
-        self.states = {lane: states[lane] for lane in self._lanes(self.accelerator.process_index)}
+        states, n_lanes = (
+            State.load(file).to(self.accelerator.device),
+            self.rows_per_step // self.config.data.tbptt_chunks,
+        )
+        keys = self._keys(self.accelerator.process_index)
+        self.states = {(source, lane): states[source * n_lanes + lane] for source, lane in keys}
+
+    def _keys(self, process: int) -> list[tuple[int, int]]:
+        """The sources and lanes whose states a process carries."""
+        return [(source, lane) for source in range(len(self.data.files)) for lane in self._lanes(process)]
 
 
 def count_in_loss(batch: Batch) -> int:

@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -186,7 +186,15 @@ class MetricsLogger:
         if not type(args.thread).__module__.startswith("tensorboard"):
             self._thread_hook(args)
 
-    def log_step(self, progress: Progression, nats: float, n_counted: int, grad_norm: float, lr: float) -> None:
+    def log_step(
+        self,
+        progress: Progression,
+        nats: float,
+        n_counted: int,
+        grad_norm: float,
+        lr: float,
+        source_metrics: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         """Call this after every step; writes a line every `log_every` steps and after the last one.
 
         Args:
@@ -195,6 +203,7 @@ class MetricsLogger:
                 loss and finite gradients is reported at once, and is no part of the mean.
             grad_norm: before clipping.
             lr: the learning rate of the step.
+            source_metrics: returns more for a line, see `Task`.
         """
         if math.isfinite(nats) and math.isfinite(grad_norm):
             self.nats += nats
@@ -211,6 +220,7 @@ class MetricsLogger:
         loss = self.nats / self.n_counted if self.n_counted else None
         row: dict[str, Any] = {"step": progress.step, f"{unit}s": progress.units, "seconds": round(progress.seconds, 3)}
         row |= {"loss": loss, "grad_norm": grad_norm, "lr": lr, f"{unit}s_per_second": round(speed, 1)}
+        row |= source_metrics()
         if self._bar is not None:
             share = speed * self.info.flops_per_unit / (self._peak_flops * self.info.processes)
             row["flops_share"] = round(share, 4)

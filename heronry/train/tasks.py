@@ -48,6 +48,10 @@ class Task(Protocol[B]):
         """The training data in a few words."""
         ...
 
+    def source_metrics(self, step: int) -> dict[str, float]:
+        """Of a mixture: how much of each source the steps before `step` have read; the same on all processes."""
+        ...
+
     def flops_per_unit(self, model: Network) -> int:
         """Operations of the forward and the backward pass for one token or image."""
         ...

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..adapters import WEIGHTS
 from ..checkpoint import check_folder_name, time_state
-from ..data.token_file import TokenFile
+from ..data.mixture import Mixture
 from ..errors import InputError
 from ..models import Model, Network
 from . import build, checkpointing, fsdp
@@ -134,19 +135,21 @@ class Trainer:
     def _build_language(self, model: Network | None) -> tuple[Network, Task[Any]]:
         """The model, on the device, and the task."""
         config, accelerator = self.config, self.accelerator
-        data = TokenFile(config.data.train)
+        sources = config.data.sources
+        data = Mixture([source.path for source in sources], [source.weight for source in sources])
         if model is None:
             build.check_model_memory(config, 2 * (config.model.vocab_size or data.vocab_size), accelerator.device)
             built = build.build_on_devices(config, data.vocab_size, self.precision, accelerator)
         elif config.run.shard != "none":
             raise InputError("run.shard only works for models named by config.model")
         elif not isinstance(model, Model):
-            raise InputError(f"{config.data.train}: is a token file, but {model.name} is not a language model")
+            raise InputError(f"{config.data.name}: is a token file, but {model.name} is not a language model")
         else:
             built = build.prepare_model(model, config, data.vocab_size, self.precision)
         built = built.to(accelerator.device).train()
         task = LanguageModeling(config, data, built, accelerator)
-        row = min(config.data.ctx_len, len(data.tokens)) // config.run.sequence_parallel * config.data.tbptt_chunks
+        longest = max(len(file.tokens) for file in data.files)
+        row = min(config.data.ctx_len, longest) // config.run.sequence_parallel * config.data.tbptt_chunks
         self._check_memory(built, row, f"{row:,} tokens", "lower data.ctx_len or run.batch", config.run.checkpointing)
         if task.eval_data is not None:  # without gradients, nothing of a block is kept
             row = min(config.data.ctx_len, len(task.eval_data.tokens))
@@ -159,7 +162,7 @@ class Trainer:
         from .image_classification import ImageClassification
 
         config, device = self.config, self.accelerator.device
-        images = ImageDataset(config.data.train)
+        images = ImageDataset(config.data.name)
         if model is None:
             n_patches = (config.vision.size // config.vision.patch_size) ** 2
             build.check_model_memory(config, len(images.class_names) + n_patches, device)
@@ -219,6 +222,10 @@ class Trainer:
                     f"{path}: was trained with {key} = {value!r}, not {settings[key]!r}; choose another run.out to "
                     "start over"
                 )
+        if run_state["sources"] != self.task.source_metrics(run_state["step"]):
+            raise InputError(
+                f"{path}: the sources of data.train have changed in size since; choose another run.out to start over"
+            )
         checkpointing.restore_checkpoint(path, self.model, self.optimizer, self.ema)
         self.step, self.units, self.seconds = (run_state[key] for key in ("step", "units", "seconds"))
         if (path / checkpointing.CARRIED_STATES).exists():
@@ -246,6 +253,7 @@ class Trainer:
                 "units": self.units,
                 "seconds": self.seconds,
                 "unlogged": (self.logger.nats, self.logger.n_counted),
+                "sources": self.task.source_metrics(self.step),
                 "config": self._fixed_settings(),
             }
             try:
@@ -287,8 +295,8 @@ class Trainer:
                 bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
                 if bad_steps == MAX_BAD_STEPS:
                     raise InputError(f"no finite gradients in {MAX_BAD_STEPS} consecutive steps; lower optim.lr")
-                lr = self.optimizer.param_groups[0]["lr"]
-                self.logger.log_step(self._progression(), nats, n_counted, grad_norm, lr)
+                lr, sources = self.optimizer.param_groups[0]["lr"], partial(self.task.source_metrics, self.step)
+                self.logger.log_step(self._progression(), nats, n_counted, grad_norm, lr, sources)
                 ends = self.step == self.steps
                 if self.task.can_evaluate and (ends or (run.eval_every and self.step % run.eval_every == 0)):
                     self.logger.log_evaluation(self.step, self.evaluate())

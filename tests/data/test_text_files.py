@@ -69,7 +69,9 @@ def test_whole_texts(suffix, mark, tmp_path, monkeypatch):
 def test_any_other_file_is_a_text_to_measure(tmp_path):
     (tmp_path / "readme.md").write_text("A heron.\n")
     assert read_texts(tmp_path / "readme.md") == ["A heron.\n"]
-    with pytest.raises(InputError, match=r"readme.md: unsupported kind of file; expected .txt, .jsonl, .parquet"):
+    with pytest.raises(
+        InputError, match=r"readme.md: unsupported kind of file; expected .txt, .jsonl, .json, .parquet"
+    ):
         find_sources([str(tmp_path / "readme.md")])
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from heronry import LLM, RWKV7, InputError
-from heronry.data import sources
+from heronry.data import encoding, sources
 from heronry.data import tokenize_corpus as corpus
 from heronry.data.batching import DocumentSampler, collate
 from heronry.data.token_file import TokenFile
@@ -122,8 +122,8 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
             TALK,
             TALK[:2],
         ]
-    with pytest.raises(InputError, match=r"train.parquet: has neither a column 'words' nor 'messages'"):
-        list(sources.read_records(sources.find_sources(names[:1]), key="words"))
+    with pytest.raises(InputError, match=r"train.parquet: has no column 'words'; its columns are number, text"):
+        list(sources.read_records(sources.find_sources(names[:1]), sources.Rows("words")))
     with pytest.raises(InputError, match=r"^hf://.*nowhere"):
         list(sources.read_records(sources.find_sources([f"hf://{tmp_path}/nowhere"])))
     for module, name, package in (("pyarrow", names[0], r"'heronry\[train\]'"), ("datasets", names[1], "datasets")):
@@ -138,7 +138,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, t
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     write_lines(tmp_path / "b.jsonl", [{"text": text}])
     monkeypatch.setattr(sources, "PIECE_SIZE", 999)
-    monkeypatch.setattr(corpus, "PIECE_SIZE", 999)
+    monkeypatch.setattr(encoding, "PIECE_SIZE", 999)
     assert len(list(sources.read_records(sources.find_sources([str(tmp_path / "a.txt")])))) > 20
     for name in ("a.txt", "b.jsonl"):
         tokenize_corpus([str(tmp_path / name)], tmp_path / "x", tokenizer, restart=True)
@@ -153,8 +153,8 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, t
 
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_SIZE", 400)
-    monkeypatch.setattr(corpus, "PIECE_SIZE", 400)
-    monkeypatch.setattr(corpus, "CHUNK", 900)
+    monkeypatch.setattr(encoding, "PIECE_SIZE", 400)
+    monkeypatch.setattr(encoding, "CHUNK", 900)
     (tmp_path / "a.txt").write_text("\n".join(texts(8)), encoding="utf-8")
     (tmp_path / "b.txt").write_text("x" * 1200)  # pieces end exactly where it does
     write_lines(tmp_path / "c.jsonl", [{"text": text} for text in texts(30)])
@@ -370,8 +370,9 @@ def test_what_the_message_advises_is_not_refused(tmp_path, command):
     assert command(*words, "--template", "g1")[0] == 0
     lines = write_lines(tmp_path / "lines.jsonl", [{"text": text} for text in texts(20)] + [{"words": "x"}])
     words = ("data", lines, "-o", tmp_path / "y", "--tokenizer", "bytes")
+    unknown = "does not have a known shape (keys: 'words'); name the field of its text with --key"
     for _ in range(2):
-        assert command(*words) == (2, "", f"heronry: {lines}, line 21: has neither 'text' nor 'messages'\n")
+        assert command(*words) == (2, "", f"heronry: {lines}, line 21: {unknown}\n")
     write_lines(tmp_path / "lines.jsonl", [{"text": "corrected"}])
     assert command(*words)[0] == 0
     assert decoded(tmp_path / "y") == ["corrected"]
@@ -393,7 +394,7 @@ def test_a_source_that_is_out_of_reach_costs_nothing(tmp_path, command, monkeypa
         raise sources.TemporaryError("a.jsonl: the network is gone")
 
     monkeypatch.setattr(corpus, "read_records", broken)
-    monkeypatch.setattr(corpus, "CHUNK", 1)
+    monkeypatch.setattr(encoding, "CHUNK", 1)
     words = ("data", source, "-o", tmp_path / "x", "--tokenizer", "bytes")
     assert command(*words) == (2, "", "heronry: a.jsonl: the network is gone\n")
     monkeypatch.undo()
@@ -428,7 +429,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command):
     good = file("good.jsonl", b'{"text": "a"}\n')
     for words, said in [
         ([tmp_path / "missing"], "missing: no such file or folder"),
-        ([tmp_path / "nothing"], "nothing: contains no .txt, .jsonl, .parquet file"),
+        ([tmp_path / "nothing"], "nothing: contains no .txt, .jsonl, .json, .parquet file"),
         ([file("a.pdf", b"x")], "a.pdf: unsupported kind of file; expected .txt"),
         ([file("a.jsonl", b'{"text": "a"}\n{"text": \n')], "a.jsonl, line 2: not JSON"),
         ([file("b.jsonl", b'{"text": "a"}\n\n[1]\n')], "b.jsonl, line 3: not a JSON object"),
@@ -436,10 +437,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command):
         ([file("d.jsonl", b'{"text": "\xff"}\n')], "d.jsonl, line 1: is not UTF-8 (byte 0xff at position 10)"),
         ([file("e.jsonl", b'{"text": "\\ud800"}\n')], "e.jsonl, line 1: the text has a lone surrogate at character 0"),
         (
-            [file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')],
-            "f.jsonl, line 1: this is a conversation: choose a chat template",
+            [file("g.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n')],
+            "g.jsonl, line 1: this is a conversation: choose a chat template",
         ),
-        ([tmp_path / "f.jsonl", "--template", "g1"], "f.jsonl, line 1: a message has no role or no content"),
+        (
+            [file("f.jsonl", b'{"messages": [{"role": "user"}]}\n')],
+            "f.jsonl, line 1: a message has no text (messages[0])",
+        ),
         ([file("a.txt", b"abc\xff")], "a.txt, line 1: is not UTF-8 (byte 0xff at position 3)"),
         ([file("a.jsonl.gz", b"abc")], "a.jsonl.gz: cannot be read (Not a gzipped file"),
         (

@@ -146,6 +146,8 @@ def assemble(
         _warn_of_rounding(remaining.values(), dtype)
     if packed:
         model.quantization = config["quantization"]
+    # heronry's quantized files store the fingerprint of the original weights
+    stored = config.get("fingerprint") if packed else None
     if quantize is not None:
         check_quantizable(model, quantize)
         model.quantization = quantize
@@ -165,8 +167,11 @@ def assemble(
     for name, _ in quantizable_matrices(model):  # one matrix at a time, so that only one is in memory twice
         key = f"{name}.weight"
         if key in packed:
-            q, scales = packed.pop(key)
-            counter.add(q.nbytes + scales.nbytes)
+            lazy_q, lazy_scales = packed.pop(key)
+            counter.add(lazy_q.nbytes + lazy_scales.nbytes)
+            q, scales = (x.on_meta() if on_meta_device else x.read() for x in (lazy_q, lazy_scales))
+            if not on_meta_device and not stored:
+                samples[key] = sample(q) + sample(scales)
             replace_matrix(model, name, pack_quantized(key, q, scales, matrix_arena))
         elif quantize is not None:
             x = take(key)
@@ -182,8 +187,6 @@ def assemble(
             samples[key] = sample(x)  # after the copy, which reads a mapped file in order
     model.load_state_dict(copies, assign=True, strict=model.quantization is None)
     model.eval()
-    # a quantized file stores the fingerprint of the original weights
-    stored = config.get("fingerprint") if model.quantization and not quantize else None
     model.set_fingerprint(stored or (compute_fingerprint(cls.name, model_config, samples) if samples else None))
     return model
 

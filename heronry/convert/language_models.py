@@ -30,7 +30,7 @@ from . import onnx
 from .new_folder import new_folder
 from .result import Converted
 from .streamed_logits import compute_logits, sample_tokens
-from .target_formats import SUFFIXES
+from .target_formats import FOLDERS, SUFFIXES
 from .tokenizer_files import TokenizerFiles
 
 LIMIT = 1e-4  # of the largest logit; what is left are the decays that rwkv.cpp stores exponentiated
@@ -53,6 +53,8 @@ def convert_language_model(
     """As `convert`, for a checkpoint that was read from `source` and identified as a `cls` with `config`."""
     if getattr(config, "deep_rank", 0) and to in ("huggingface", "gguf", "ggml", "webrwkv"):
         raise InputError(f"{source}: the format {to} does not support RWKV-7a (DeepEmbed)")
+    if getattr(config, "ln0_folded", False) and to not in FOLDERS:
+        raise InputError(f"{source}: the format {to} always applies ln0, which this model's embedding already holds")
     notes = select_notes(checkpoint.config)
     tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
     tensors = _cast(checkpoint.tensors, to, dtype)

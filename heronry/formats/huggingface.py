@@ -152,10 +152,8 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     epsilon = hub_config.get("norm_eps" if fla else "layer_norm_epsilon", 1e-5)
     if epsilon != 1e-5:
         raise InputError(f"config.json has layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
-    if fla and (hub_config.get("hidden_act", "sqrelu") != "sqrelu" or not hub_config.get("norm_first", True)):
-        raise InputError(
-            "config.json has an activation other than sqrelu, or no norm before the first layer; neither is supported"
-        )
+    if fla and hub_config.get("hidden_act", "sqrelu") != "sqrelu":
+        raise InputError("config.json has an activation other than sqrelu, which is not supported")
     if fla and hub_config.get("attn"):
         raise InputError("config.json has attention in some layers, which RWKV-7 does not have")
     sizes = {
@@ -171,6 +169,7 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         size = sizes["head_size"]
         # fla's group norm has epsilon head_size * norm_eps
         sizes["ln_x_eps"] = hub_config.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
+        sizes["ln0_folded"] = not hub_config.get("norm_first", True)
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever config.json says
     elif kind != "rwkv":
@@ -222,7 +221,7 @@ def config_json(name: str, config: Any, notes: Mapping[str, Any], dtype: torch.d
             "value_dim": [config.dim_att] * config.n_layer,
             **{f"{name}_low_rank_dim": getattr(config, f"{ours}_rank") for ours, name in RANKS.items()},
             "hidden_act": "sqrelu",
-            "norm_first": True,
+            "norm_first": not config.ln0_folded,  # whether the first layer has ln0
             "norm_bias": True,
             "norm_eps": 1e-5,
             "fuse_norm": False,

@@ -124,7 +124,7 @@ class Model(Network):
     """
 
     affine: ClassVar[bool] = True  # outputs and final state are affine in the initial state (sequence_parallel.py)
-    config_only = ("ln_x_eps",)
+    config_only: ClassVar[tuple[str, ...]] = ("ln_x_eps",)
     native_step_enabled = True  # the C++ step may take the place of the modules, see `native_step`
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block

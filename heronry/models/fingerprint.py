@@ -22,6 +22,8 @@ from torch import Tensor
 
 VERSION = 2  # enters every fingerprint: raise it when the computation changes
 SAMPLES = 128  # elements of a tensor
+# These enter only where they are not the default, so that older states and adapters still fit.
+NEWER_SETTINGS = {"ln0_folded": False, "final_norm": True}
 
 
 def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) -> str:
@@ -35,7 +37,11 @@ def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) ->
         config: the configuration, a dataclass; `time_state` does not enter.
         samples: `sample` of each tensor by name, taken in the dtype of the file.
     """
-    settings = {field: value for field, value in asdict(config).items() if field != "time_state"}
+    settings = {
+        field: value
+        for field, value in asdict(config).items()
+        if field != "time_state" and (field, value) not in NEWER_SETTINGS.items()
+    }
     architecture = hashlib.sha256(json.dumps([VERSION, name, settings], sort_keys=True).encode())
     weights = hashlib.sha256()
     for key in sorted(samples):

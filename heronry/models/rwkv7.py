@@ -55,6 +55,7 @@ class RWKV7Config:
     ln_x_eps: float = 64e-5  # BlinkDL divides by 8 = head_size_divisor before a norm of eps 1e-5
     time_state: bool = False  # the initial state is a parameter (state tuning)
     deep_rank: int = 0  # RWKV-7a: rows and columns of a token's matrix; 0: RWKV-7
+    ln0_folded: bool = False  # emb.weight holds LN0(embedding), so block 0 has no ln0 (rwkv-rs)
 
     def __post_init__(self) -> None:
         check_heads(self)
@@ -190,7 +191,7 @@ class Block(nn.Module):
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
+            self.ln0 = nn.Identity() if config.ln0_folded else nn.LayerNorm(config.n_embd)
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer)
@@ -223,6 +224,7 @@ class RWKV7(Model):
     name = "rwkv7"
     Config = RWKV7Config
     ignored_keys = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 has no value residual
+    config_only = (*Model.config_only, "ln0_folded")
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, show
 
 # model_type, architecture or rwkv_architecture, in lower case, and what it is
 HYBRIDS = {
@@ -29,6 +29,8 @@ def check_config(config: Mapping[str, Any], known: Mapping[str, str]) -> None:
     known: the values of model_type that are read, and their classes.
     """
     kind, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str | None):
+        raise InputError(f"config.json has the model_type {show(kind)}; expected a name")
     words = [kind, config.get("rwkv_architecture"), *(architectures if isinstance(architectures, list) else [])]
     text = " ".join(str(word).lower() for word in words)
     for name, what in HYBRIDS.items():

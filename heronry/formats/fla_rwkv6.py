@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError, show
-from .lazy_tensor import Tensors, nth, transposed
+from .lazy_tensor import LazyTensor, Tensors, nth, transposed
 from .prefixes import strip_prefixes
 
 OUTSIDE = {
@@ -29,19 +30,10 @@ OUTSIDE = {
 ORDER = "rwkvg"  # of the mixes; BlinkDL's is w, k, v, r, g
 
 
-def _reordered(x: Tensor) -> Tensor:
-    """Five mixes in fla's order along the first axis -> in BlinkDL's."""
-    return x[[ORDER.index(mix) for mix in "wkvrg"]]
-
-
-def _mix_down(x: Tensor) -> Tensor:
-    """[5 D, C] -> time_maa_w1 [C, 5 D]."""
-    return _reordered(x.unflatten(0, (5, -1))).flatten(0, 1).T
-
-
-def _mix_up(x: Tensor) -> Tensor:
-    """[C, 5 D] -> time_maa_w2 [5, D, C]."""
-    return _reordered(x.T.unflatten(0, (5, -1)))
+def _reordered(x: LazyTensor) -> LazyTensor:
+    """Five mixes in fla's order, [5 D, C] -> in BlinkDL's, [5, D, C]."""
+    mixes = x.map(lambda x: torch.unflatten(x, 0, (5, -1)))
+    return LazyTensor.deferred(mixes.shape, x.dtype, lambda x: x[[ORDER.index(mix) for mix in "wkvrg"]], mixes)
 
 
 def _vector(x: Tensor) -> Tensor:
@@ -56,8 +48,6 @@ INSIDE: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {
     **{f"ffn_norm.{x}": (f"ln2.{x}", None) for x in ("weight", "bias")},
     **{f"attn.g_norm.{x}": (f"att.ln_x.{x}", None) for x in ("weight", "bias")},
     "attn.x_proj.0.mu": ("att.time_maa_x", _vector),
-    "attn.x_proj.0.linear.weight": ("att.time_maa_w1", _mix_down),
-    "attn.x_proj.2.weight": ("att.time_maa_w2", _mix_up),
     "attn.r_proj.linear.weight": ("att.receptance.weight", None),
     "attn.k_proj.linear.weight": ("att.key.weight", None),
     "attn.v_proj.linear.weight": ("att.value.weight", None),
@@ -93,6 +83,10 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
         elif part == "attn.x_bias":
             for i, mix in enumerate(ORDER):
                 renamed[f"blocks.{layer}.att.time_maa_{mix}"] = x.map(partial(nth, i, len(ORDER)))
+        elif part == "attn.x_proj.0.linear.weight":  # [5 D, C] -> [C, 5 D]
+            renamed[f"blocks.{layer}.att.time_maa_w1"] = _reordered(x).map(lambda x: x.flatten(0, 1).T)
+        elif part == "attn.x_proj.2.weight":  # [C, 5 D] -> [5, D, C]
+            renamed[f"blocks.{layer}.att.time_maa_w2"] = _reordered(x.map(transposed))
         elif part in INSIDE:
             ours, change = INSIDE[part]
             renamed[f"blocks.{layer}.{ours}"] = x.map(change) if change else x

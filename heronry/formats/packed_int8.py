@@ -40,7 +40,7 @@ def add_matrix(tensors: Tensors, name: str, q: LazyTensor, scales: LazyTensor, g
         tensors[name] = q
         tensors[f"{name.removesuffix('weight')}scales"] = scales.map(partial(_spread, group // GROUP, columns // GROUP))
     else:
-        tensors[name] = LazyTensor.computed(partial(_multiply, group), q, scales)
+        tensors[name] = LazyTensor.deferred(q.shape, torch.float32, partial(_multiply, group), q, scales)
 
 
 def holds_packed(tensors: Tensors) -> bool:

@@ -81,7 +81,8 @@ def _read_tensor(path: Path, file: BinaryIO, size: int, tensors: Tensors) -> Non
         group, q = columns, take(count, torch.int8, rows, columns)
     else:
         half = -(-columns // 2)
-        q = take(rows * half, torch.uint8, rows, half).map(partial(_unpack, columns))
+        packed = take(rows * half, torch.uint8, rows, half)
+        q = LazyTensor.deferred(shape, torch.int8, partial(_unpack, columns), packed)
     (n_scales,) = struct.unpack("<Q", file.read(8))
     packed_int8.add_matrix(tensors, name, q, take(n_scales, torch.float16, n_scales), group)
 

@@ -13,7 +13,7 @@ A tensor K is made of parts K::FIELD. Its kind is one of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from .packed_int8 import per_column
 
 KEY = "rwkvq"  # in the metadata
 VERSION = 2
+BLOCKS = {"sb6": 32, "sym": 16}  # columns that share a scale
+SUPERBLOCK = 256  # columns that share its factor
+CODES, INDICES = (torch.uint8, torch.int8), (torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SIZES = ("n_layer", "n_embd", "head_size", "vocab_size")
 
 
@@ -73,20 +77,50 @@ def _dequantized(kind: Any, shape: torch.Size, entry: Mapping[str, Any], parts: 
     """The tensor that the parts represent."""
     if kind == "dense":
         return parts["dense"]
-    decode = {"rtn": _rtn, "asym": _asym, "sb6": _sb6, "sym": _sym}.get(kind)
-    if decode is None or len(shape) != 2 or min(shape) < 1:
+    if kind not in DECODERS or len(shape) != 2 or min(shape) < 1:
         raise InputError(f"this kind with the shape {list(shape)} is not supported")
-    columns, block = shape[1], entry.get("gw_gs")
-    names = [name for name in parts if parts[name].numel()]
+    block = entry.get("gw_gs", BLOCKS.get(kind, 1))
+    if type(block) is not int or block < 1 or (kind in BLOCKS and (block != BLOCKS[kind] or shape[1] % block)):
+        raise InputError(f"blocks of {show(block)} columns, for {shape[1]} columns")
+    expected = _expected_parts(kind, *shape, block, parts)
+    for name, (part_shape, dtypes) in expected.items():
+        part = parts[name]
+        if part.shape != part_shape or part.dtype not in dtypes:
+            found = f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}"
+            raise InputError(f"{name} is {found}, expected {list(part_shape)}")
 
     def compute(*tensors: Tensor) -> Tensor:
-        x: Tensor = decode(dict(zip(names, tensors, strict=True)), columns, block)
+        x: Tensor = DECODERS[kind](dict(zip(expected, tensors, strict=True)), shape[1], block)
         return x
 
-    return LazyTensor.computed(compute, *(parts[name] for name in names))
+    return LazyTensor.deferred(shape, torch.float32, compute, *(parts[name] for name in expected))
 
 
-def _rtn(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
+def _expected_parts(
+    kind: str, rows: int, columns: int, block: int, parts: Mapping[str, LazyTensor]
+) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """The shapes and dtypes of the parts of a matrix [rows, columns]."""
+    blocks, groups = -(-columns // block), -(-columns // SUPERBLOCK)
+    packed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "codes_packed": ((rows, -(-columns // 2)), CODES)
+    }
+    planes = dict.fromkeys(("gw_qh", "gw_qh2"), ((rows, columns // 8), CODES))
+    plain = {"codes": ((rows, columns), CODES)}
+    if kind == "rtn":
+        outliers = parts["outlier_indices"].shape[0] if "outlier_indices" in parts else 0
+        replaced = {"outlier_indices": ((outliers, 2), INDICES), "outlier_values": ((outliers,), FLOATS)}
+        codes = plain if "codes" in parts else packed
+        return codes | {"scale": ((rows, 1), FLOATS)} | (replaced if outliers else {})
+    if kind == "asym":
+        return plain | dict.fromkeys(("gw_scale", "gw_min"), ((rows, blocks), FLOATS))
+    factor = ((rows, groups), FLOATS)
+    if kind == "sb6":
+        held = {name: plane for name, plane in planes.items() if name in parts}
+        return packed | held | {"gw_qsqm": ((rows, groups, 12), CODES), "gw_d": factor, "gw_dm": factor}
+    return (plain if "codes" in parts else packed | planes) | {"gw_qs": ((rows, blocks), CODES), "gw_d": factor}
+
+
+def _rtn(parts: dict[str, Tensor], columns: int, block: int) -> Tensor:
     if "codes" in parts:
         codes = parts["codes"].float()
     else:  # the first half of a row is in the low half of the bytes
@@ -95,22 +129,19 @@ def _rtn(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
     x = codes * parts["scale"].float()
     if "outlier_indices" in parts:
         places, values = parts["outlier_indices"].long(), parts["outlier_values"].float()
-        if not places.is_meta and not ((places >= 0) & (places < torch.tensor(x.shape))).all():
+        if not ((places >= 0) & (places < torch.tensor(x.shape))).all():
             raise InputError("outliers outside their matrix; the file is damaged")
         x[places[:, 0], places[:, 1]] = values
     return x
 
 
-def _asym(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
-    if type(block) is not int or block < 1:
-        raise InputError(f"blocks of {show(block)} columns")
+def _asym(parts: dict[str, Tensor], columns: int, block: int) -> Tensor:
     scale, low = (per_column(parts[name].float(), block, columns) for name in ("gw_scale", "gw_min"))
     x: Tensor = parts["codes"].float() * scale + low
     return x
 
 
-def _sb6(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
-    _check_block(block, 32)
+def _sb6(parts: dict[str, Tensor], columns: int, block: int) -> Tensor:
     codes = _halves(parts["codes_packed"], 32)
     for i, name in enumerate(("gw_qh", "gw_qh2")):
         if name in parts:
@@ -123,8 +154,7 @@ def _sb6(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
     return x.flatten(1)
 
 
-def _sym(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
-    _check_block(block, 16)
+def _sym(parts: dict[str, Tensor], columns: int, block: int) -> Tensor:
     if "codes" in parts:
         codes = parts["codes"]
     else:
@@ -132,11 +162,6 @@ def _sym(parts: dict[str, Tensor], columns: int, block: Any) -> Tensor:
     factors = per_column(parts["gw_d"].float(), 16, columns // 16)
     scales = (parts["gw_qs"].float() * factors).half().float()
     return (torch.unflatten(codes.float(), 1, (-1, 16)) * scales[..., None]).flatten(1)
-
-
-def _check_block(block: Any, only: int) -> None:
-    if block not in (None, only):
-        raise InputError(f"blocks of {show(block)} columns, supported are {only}")
 
 
 def _halves(packed: Tensor, block: int) -> Tensor:
@@ -156,3 +181,11 @@ def _six_bits(x: Tensor) -> Tensor:
     threes = torch.unflatten(x.int(), -1, (2, 3))  # [..., 2, 3]: four numbers in three bytes
     word = threes[..., 0] | threes[..., 1] << 8 | threes[..., 2] << 16
     return (word[..., None] >> torch.arange(0, 24, 6, device=x.device) & 63).flatten(-2)
+
+
+DECODERS: dict[str, Callable[[dict[str, Tensor], int, int], Tensor]] = {
+    "rtn": _rtn,
+    "asym": _asym,
+    "sb6": _sb6,
+    "sym": _sym,
+}

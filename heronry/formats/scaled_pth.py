@@ -5,14 +5,16 @@ The matrix keeps its name K, and a scale is K with a suffix:
 - .scale float16 [N]: int8 K, a scale a row; heronry's int8 holds it without loss
 - .fp8_scale: float8 K, one scale
 - .nf4_b_scale float8 [N, K / 16] and .nvfp4_t_scale: two E2M1 numbers in a byte, the even column low ("nf4" is not that
-  of bitsandbytes); K was multiplied by .awq_scale [K] where there is one; .res_fp8 and .res_fp8_scale are the remainder
+  of bitsandbytes); K was multiplied by .awq_scale [K] where there is one; .res_fp8 and .res_fp8_scale are the residual
 
 All but int8 become float32 when they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,10 +24,11 @@ from . import packed_int8
 from .lazy_tensor import LazyTensor, Tensors
 
 SCALE, FP8, BLOCKS, WHOLE, AWQ = ".scale", ".fp8_scale", ".nf4_b_scale", ".nvfp4_t_scale", ".awq_scale"
-REMAINDER = (".res_fp8", ".res_fp8_scale")
-SUFFIXES = (SCALE, FP8, BLOCKS, WHOLE, AWQ, *REMAINDER)
+RESIDUAL, RESIDUAL_SCALE = ".res_fp8", ".res_fp8_scale"
+SUFFIXES = (SCALE, FP8, BLOCKS, WHOLE, AWQ, RESIDUAL, RESIDUAL_SCALE)
+NVFP4 = ({BLOCKS, WHOLE}, {BLOCKS, WHOLE, AWQ}, {BLOCKS, WHOLE, AWQ, RESIDUAL, RESIDUAL_SCALE})
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-FLOAT8 = (torch.float8_e4m3fn,)
+FLOAT8 = torch.float8_e4m3fn
 META = "meta"  # a dict about the file, not a tensor
 
 
@@ -59,37 +62,45 @@ def _owner(name: str) -> str:
 
 def _add(result: Tensors, name: str, x: LazyTensor, scales: dict[str, LazyTensor]) -> None:
     kinds = scales.keys()
+
+    def need(suffix: str, *shape: int) -> LazyTensor:
+        """A scale, which has so many numbers."""
+        if scales[suffix].numel() != math.prod(shape):
+            raise InputError(f"{name}{suffix} has the shape {list(scales[suffix].shape)} instead of {list(shape)}")
+        return scales[suffix].map(partial(torch.reshape, shape=shape))
+
     if x.dtype == torch.int8 and kinds == {SCALE}:
         packed_int8.add_matrix(result, name, x, scales[SCALE], x.shape[-1] if x.shape else 1)
-    elif x.dtype in FLOAT8 and kinds == {FP8}:
-        result[name] = LazyTensor.computed(_times_one, x, scales[FP8])
-    elif x.dtype == torch.uint8 and {BLOCKS, WHOLE} <= kinds and scales[BLOCKS].dtype in FLOAT8:
-        value = LazyTensor.computed(_nvfp4, x, scales[BLOCKS], scales[WHOLE])
-        if set(REMAINDER) <= kinds:
-            value = LazyTensor.computed(_plus, value, *(scales[suffix] for suffix in REMAINDER))
+    elif x.dtype == FLOAT8 and kinds == {FP8}:
+        result[name] = LazyTensor.deferred(x.shape, torch.float32, _times, x, need(FP8))
+    elif x.dtype == torch.uint8 and kinds in NVFP4 and scales[BLOCKS].dtype == FLOAT8 and len(x.shape) == 2:
+        shape = (x.shape[0], 2 * x.shape[1])
+        value = _deferred(_nvfp4, x, need(BLOCKS, shape[0], shape[1] // 16), need(WHOLE), shape=shape)
+        if RESIDUAL in kinds:
+            residual = _deferred(_times, need(RESIDUAL, *shape), need(RESIDUAL_SCALE), shape=shape)
+            value = _deferred(torch.add, value, residual, shape=shape)
         if AWQ in kinds:
-            value = LazyTensor.computed(_divided, value, scales[AWQ])
+            value = _deferred(_divided, value, need(AWQ, shape[1]), shape=shape)
         result[name] = value
     else:
         what = f"{str(x.dtype).removeprefix('torch.')} with {', '.join(sorted(kinds))}"
         raise InputError(f"{name} is quantized in a way that is not supported ({what}); use the original checkpoint")
 
 
-def _times_one(x: Tensor, scale: Tensor) -> Tensor:
-    return x.float() * scale.float().reshape(())
+def _deferred(function: Callable[..., Tensor], *inputs: LazyTensor, shape: tuple[int, int]) -> LazyTensor:
+    return LazyTensor.deferred(shape, torch.float32, function, *inputs)
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    return x.float() * scale.float()
 
 
 def _nvfp4(q: Tensor, blocks: Tensor, whole: Tensor) -> Tensor:
     """[N, K / 2] bytes -> [N, K]."""
     codes = torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
-    levels = torch.tensor(E2M1, device=q.device)[codes.int()]
-    scaled = torch.unflatten(levels, 1, (-1, 16)) * blocks.float()[..., None]
-    return scaled.flatten(1) * whole.float().reshape(())
-
-
-def _plus(x: Tensor, remainder: Tensor, scale: Tensor) -> Tensor:
-    return x + _times_one(remainder, scale).reshape(x.shape)
+    scaled = torch.unflatten(torch.tensor(E2M1)[codes.int()], 1, (-1, 16)) * blocks.float()[..., None]
+    return scaled.flatten(1) * whole.float()
 
 
 def _divided(x: Tensor, scales: Tensor) -> Tensor:
-    return x / scales.float().reshape(1, x.shape[1])
+    return x / scales.float()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -362,7 +364,7 @@ def test_damaged_rwkv_quant(weights, tmp_path):
             tensors={key: {"kind": kind, "shape": shape}} | entries | {key: {"kind": kind, "shape": shape}}
         ) == (f"{key} is not complete as {kind!r} (this kind with the shape {shape} is not supported)")
     assert told(tensors={key: entry} | entries | {key: entry}) == (
-        f"{key} has the shape [64, 64], but its metadata say [{1 << 40}, {1 << 40}]"
+        f"{key} is not complete as 'rtn' (codes is int8 [64, 64], expected [{1 << 40}, {1 << 40}])"
     )
     assert told(tensors={key: entry}) == "blocks.0.att.a0 is in the file, but not in its metadata 'rwkvq'"
     save_file(
@@ -381,3 +383,13 @@ def test_damaged_rwkv_quant(weights, tmp_path):
     assert refusal(path) == (
         "rwkv-quant's first .rwkvq, a pickle of its own classes; write it again with its newer versions"
     )
+
+
+def test_reading_does_not_import_pytorchs_compiler(weights, tmp_path):
+    """Arithmetic on the meta device imports it, for seconds and 100 MB."""
+    write_rwkvq(tmp_path / "a.rwkvq", weights, ["head.weight"])
+    write_rwkv_quant(tmp_path / "b.rwkvq", weights, "sb6 6 bits")
+    code = "import heronry, sys; [heronry.load(path) for path in sys.argv[1:]]; print('sympy' in sys.modules)"
+    files = [str(tmp_path / name) for name in ("a.rwkvq", "b.rwkvq")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -93,5 +93,8 @@ def _map(path: Path, begin: int, n_bytes: int, dtype: torch.dtype, shape: tuple[
 
 def _unpack(columns: int, q: Tensor) -> Tensor:
     """Two codes of 4 bits in two's complement in a byte, the lower half first: [out, in / 2] -> int8 [out, in]."""
-    codes = torch.stack([q << 4, q & 0xF0], dim=-1).flatten(1)[:, :columns]
-    return codes.view(torch.int8) >> 4
+    halves = q.view(torch.int8)
+    codes = torch.empty(*q.shape, 2, dtype=torch.int8)
+    torch.bitwise_right_shift(halves << 4, 4, out=codes[..., 0])
+    torch.bitwise_right_shift(halves, 4, out=codes[..., 1])
+    return codes.flatten(1)[:, :columns]

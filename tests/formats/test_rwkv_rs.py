@@ -201,3 +201,19 @@ def test_contradictions(weights, tmp_path):
         config = json.loads((saved / "config.json").read_text())
         (saved / "config.json").write_text(json.dumps(config | {"ln0_folded": value}))
         assert message in refusal(saved)
+
+
+def test_in_transformers(weights, tmp_path):
+    """The Auto classes take its model_type, "rwkv", for RWKV-4."""
+    transformers = pytest.importorskip("transformers")
+    from heronry.integrations.transformers import register
+
+    register()
+    folder = write(tmp_path / "b", named("b", folded_weights(weights)), embedding_layer_norm_fused=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "RWKV7ForCausalLM"
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, logits(heronry.load(folder)))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(heronry.load(tmp_path / "saved")), logits(heronry.load(folder)))

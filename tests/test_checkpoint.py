@@ -190,8 +190,8 @@ def test_paths_and_damage(weights, tmp_path):
             assert refusal(tmp_path / "cut").startswith(f"damaged or truncated {kind} file"), (name, size)
     torch.save([1, 2], tmp_path / "list.pth")
     assert refusal(tmp_path / "list.pth") == "holds a list, not a dictionary of named tensors"
-    torch.save({"epoch": 3, "model": weights}, tmp_path / "nested.pth")
-    assert refusal(tmp_path / "nested.pth") == "not an RWKV checkpoint (it holds epoch, model)"
+    torch.save({"epoch": 3, "weights": weights}, tmp_path / "nested.pth")
+    assert refusal(tmp_path / "nested.pth") == "not an RWKV checkpoint (it holds epoch, weights)"
     torch.save({**weights, "step": 7}, tmp_path / "step.pth")
     assert refusal(tmp_path / "step.pth").startswith("step is int, not a floating point tensor")
 
@@ -284,7 +284,16 @@ def test_tensors_that_do_not_make_a_model(weights, tmp_path):
         ("head_q.weight", "head_qk"),
         ("blocks.1.tiny_q.weight", "tiny attention"),
         ("blocks.0.pos_emb_x", "position embeddings"),
-        ("_strategy", "converted by the rwkv package"),
+        ("moba.0.q.weight", "RWKV-X"),
+        ("blocks.1.att.k0", "HRWKV .hxa079."),
+        ("blocks.1.att.r_norm.weight", "HRWKV .hxa079."),
+        ("blocks.0.ffn.down.weight", "cxa076"),
+        ("blocks.0.att.key.disha", "adapter"),
+        ("blocks.0.att.key.weight.D", "adapter"),
+        ("base_model.model.blocks.0.att.key.miss_block", "adapter"),
+        ("blocks.0.att.key.weight.qstate", "bitsandbytes"),
+        ("model.layers.0.attn.r_proj.qweight", "sglang"),
+        ("model.layers.0.self_attn.w0", "QRWKV7"),
     ],
 )
 def test_relatives_are_refused_by_name(weights, key, name):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..formats.lazy_tensor import Tensors, same_numbers
 from ..formats.prefixes import strip_prefixes
 from ..models import MODELS, VISION_MODELS, Network, detect
@@ -91,6 +91,8 @@ def _read_config(
         settings["ln_x_eps"] = ln_x_eps
     if "ln_x_eps" in settings:
         settings["ln_x_eps"] = _check_ln_x_eps(cls, settings["ln_x_eps"], "ln_x_eps" in from_tensors)
+    if not isinstance(settings.get("ln0_folded", False), bool):
+        raise InputError(f"config.json: ln0_folded must be true or false, got {show(settings['ln0_folded'])}")
     try:
         return replace(model_config, **settings)
     except TypeError as error:

@@ -151,6 +151,8 @@ def assemble(
         _warn_of_rounding(remaining.values(), dtype)
     if packed:
         model.quantization = config["quantization"]
+    # heronry's quantized files store the fingerprint of the original weights
+    stored = config.get("fingerprint") if packed else None
     if quantize is not None:
         check_quantizable(model, quantize)
         model.quantization = quantize
@@ -170,8 +172,11 @@ def assemble(
     for name, _ in quantizable_matrices(model):  # one matrix at a time, so that only one is in memory twice
         key = f"{name}.weight"
         if key in packed:
-            q, scales = packed.pop(key)
-            counter.add(q.nbytes + scales.nbytes)
+            lazy_q, lazy_scales = packed.pop(key)
+            counter.add(lazy_q.nbytes + lazy_scales.nbytes)
+            q, scales = (x.on_meta() if on_meta_device else x.read() for x in (lazy_q, lazy_scales))
+            if not on_meta_device and not stored:
+                samples[key] = sample(q) + sample(scales)
             replace_matrix(model, name, pack_quantized(key, q, scales, matrix_arena))
         elif quantize is not None:
             x = take(key)
@@ -189,8 +194,6 @@ def assemble(
     model.eval()
     if isinstance(model, Model) and not model.native_step_enabled and not on_meta_device:
         log.warning("heronry: %s has no step in C++: each token runs in PyTorch, which takes longer", model.generation)
-    # a quantized file stores the fingerprint of the original weights
-    stored = config.get("fingerprint") if model.quantization and not quantize else None
     model.set_fingerprint(stored or (compute_fingerprint(cls.name, model_config, samples) if samples else None))
     return model
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..formats.lazy_tensor import Tensors
+from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models.layers import PackedLinear
 from ..ops.packed import GROUP, untile
 from ..quantization import FORMATS
@@ -59,10 +59,10 @@ def logical_shapes(tensors: Tensors, format: Any) -> dict[str, torch.Size]:
     return shapes
 
 
-def pop_packed(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def pop_packed(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """Removes the quantized matrices from `tensors` and returns their weights and scales, by the matrix's name."""
     packed = {}
     for key in [key for key in tensors if config.get("quantization") and key.endswith(".scales")]:
         weight = f"{key.removesuffix('scales')}weight"
-        packed[weight] = (tensors.pop(weight).read(), tensors.pop(key).read())
+        packed[weight] = (tensors.pop(weight), tensors.pop(key))
     return packed

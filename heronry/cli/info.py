@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..models import State
 
 SHOWN = 60  # characters of a text
+MANIFEST = "release-manifest.json"  # in official folders
+CONTEXT = re.compile(r"ctx-?(\d{1,9})(k?)(?![0-9a-z])", re.IGNORECASE)  # in the name of a checkpoint
 
 
 def info(
@@ -32,7 +35,8 @@ def info(
 ) -> None:
     """Show what a file holds.
 
-    Of a checkpoint: its generation, sizes, memory, dtype and tokenizer. No weights are read.
+    Of a checkpoint: what file it is and who writes such files, its generation, sizes, memory, dtype, tokenizer, and the
+    length of the texts it was trained on. No weights are read.
     """
     from .table import print_columns
 
@@ -69,21 +73,21 @@ def describe(name: str) -> dict[str, Any]:
         return _describe_conversation(path)
     if path.is_file() and State.is_saved_state(path):
         return _describe_state(State.load(path))
-    return _describe_tuned_state(path) or _describe_checkpoint(path)
+    return _describe_tuned_state(path) or _describe_checkpoint(path, name)
 
 
-def _describe_checkpoint(path: Path) -> dict[str, Any]:
+def _describe_checkpoint(path: Path, name: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ..checkpoint import load
+    from ..checkpoint import load_checkpoint
     from ..models import Model, Network
     from ..text.tokenizers import guess_tokenizer
 
-    network = load(path, device="meta", kind=Network)
+    network, checkpoint = load_checkpoint(path, device="meta", kind=Network)
     config = asdict(network.config)
     n_parameters = network.num_parameters()
     config.pop("version", None)  # part of the generation
-    fields: dict[str, Any] = {"generation": network.generation}
+    fields: dict[str, Any] = {"file": checkpoint.description, "generation": network.generation}
     fields["dtype"] = str(network.dtype).removeprefix("torch.")
     if network.quantization:
         fields["quantization"] = network.quantization
@@ -98,6 +102,8 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     else:
         fields["weights"] = {"float32": 4 * n_parameters, "bfloat16 or float16": 2 * n_parameters}
     if isinstance(network, Model):
+        if length := trained_context(path, name):
+            fields["trained context"] = length
         try:
             fields["tokenizer"] = str(
                 guess_tokenizer(network.config.vocab_size, path if path.is_dir() else path.parent)
@@ -105,6 +111,23 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         except InputError as error:
             fields["tokenizer"] = str(error)
     return fields
+
+
+def trained_context(path: Path, name: str) -> int | None:
+    """The length in tokens of the texts that a checkpoint was trained on, which is no limit; None where neither the
+    release-manifest.json of its folder nor its name ("ctx4096") says it.
+
+    name: what `path` was found under.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        length = manifest["identity"]["training_context_length"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        length = None
+    if type(length) is int and length > 0:
+        return length
+    found = next((found for text in (path.name, name) if (found := CONTEXT.search(text))), None)
+    return int(found[1]) * (1024 if found[2] else 1) if found else None
 
 
 def _describe_state(state: State) -> dict[str, Any]:
@@ -164,15 +187,23 @@ def _describe_tuned_state(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        tensors = formats.read(path).tensors
+        checkpoint = formats.read(path)
     except InputError:
         return None
+    tensors = checkpoint.tensors
     if not tensors or not all(name.endswith("att.time_state") for name in tensors):
         return None
     metadata = safetensors_file.read_metadata(path)
     first = next(iter(tensors.values()))
+    if "fingerprint" in metadata:
+        file = "a tuned state of heronry's"
+    elif checkpoint.format == "webrwkv":
+        file = "a tuned state of Ai00's or web-rwkv's: float16 and transposed, which is undone"
+    else:
+        file = "a tuned state as RWKV-LM, RWKV-PEFT and rwkv_lightning write it"
     return {
         "kind": "tuned state",
+        "file": file,
         "n_layer": len(tensors),
         "shape": list(first.shape),
         "dtype": str(first.dtype).removeprefix("torch."),

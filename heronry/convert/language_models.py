@@ -55,6 +55,8 @@ def convert_language_model(
     """As `convert`, for a checkpoint that was read from `source` and identified as a `cls` with `config`."""
     if to == "fla" and cls.name != "rwkv7":
         raise InputError(f"{source}: fla is a layout of RWKV-7; {cls.name} goes into the format huggingface")
+    if getattr(config, "ln0_folded", False) and to not in ("heronry", "fla"):
+        raise InputError(f"{source}: the format {to} always applies ln0, which this model's embedding already holds")
     notes = select_notes(checkpoint.config)
     tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
     tensors = _cast(checkpoint.tensors, to, dtype)

@@ -24,11 +24,13 @@ def read(folder: Path) -> Tensors:
             return _read_shards(folder, index, read_file)
         if single.is_file():
             return read_file(single)
-    raise InputError(f"no model.safetensors in the folder{training_shards_hint(folder)}")
+    raise InputError(f"no model.safetensors in the folder{unfinished_hint(folder)}")
 
 
-def training_shards_hint(folder: Path) -> str:
-    """The end of an error message where the folder holds only shards of an unfinished training run."""
+def unfinished_hint(folder: Path) -> str:
+    """The end of an error message where the folder holds only shards of a training run."""
+    if (folder / "zero_to_fp32.py").is_file():
+        return ": a checkpoint of DeepSpeed's, whose script zero_to_fp32.py, inside, writes the weights as one file"
     if any(folder.glob("shard-*.safetensors")):
         return ", only the shards of a training run, which writes its model at the end"
     return ""

@@ -109,17 +109,22 @@ def _to_blinkdl(tensors: Tensors) -> Tensors:
         if name.endswith(TRANSPOSED):
             x = x.map(transposed)
         elif name.endswith("att.time_decay") and is_v4:
-            x = x.map(lambda x: _invert(x, lambda w: -w.exp(), lambda y: (-y).log()))
+            x = _inverted(x, lambda w: -w.exp(), lambda y: (-y).log())
         elif name.endswith("att.time_decay") and is_v5:
-            x = x.map(_flat).map(lambda x: _invert(x, lambda w: (-w.exp()).exp(), lambda y: (-y.log()).log()))
+            x = _inverted(x.map(_flat), lambda w: (-w.exp()).exp(), lambda y: (-y.log()).log())
         elif name.endswith("att.time_decay"):
             x = x.map(lambda x: x.reshape(1, 1, -1))
         elif name.endswith("att.time_first") and is_v5 and not has_gate:
-            x = x.map(_flat).map(lambda x: _invert(x, Tensor.exp, Tensor.log))
+            x = _inverted(x.map(_flat), Tensor.exp, Tensor.log)
         elif name.endswith("att.time_faaaa"):
             x = x.map(_flat)
         renamed[name] = x
     return renamed
+
+
+def _inverted(y: LazyTensor, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> LazyTensor:
+    """`_invert`, when it is read."""
+    return LazyTensor.deferred(y.shape, torch.float32, lambda y: _invert(y, function, inverse), y)
 
 
 def _invert(y: Tensor, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Tensor:
@@ -172,20 +177,23 @@ def _from_blinkdl(tensors: Tensors) -> Tensors:
         if f"att.{part}" in MIXES:
             if part == "x_r":
                 parts = [tensors[f"{prefix}.{mix}"] for mix in MIXES]
-                renamed[f"{prefix}.att.x_rwkvag"] = LazyTensor.computed(_stack, *parts)
+                shape = (len(parts), 1, x.numel())
+                renamed[f"{prefix}.att.x_rwkvag"] = LazyTensor.deferred(shape, x.dtype, _stack, *parts)
             continue
         if ".time_" in name or name.endswith(("w0", "a0", "v0", "k_k", "k_a", "ffn.x_k")):
             x = x.map(squeezed)
         if name.endswith(TRANSPOSED):
             x = x.map(transposed)
         elif name.endswith("att.time_decay") and is_v4:
-            x = x.map(lambda x: -x.float().exp())
+            x = LazyTensor.deferred(x.shape, torch.float32, lambda x: -x.float().exp(), x)
         elif name.endswith("att.time_decay") and is_v5:
-            x = x.map(lambda x: (-x.float().exp()).exp()).map(partial(_per_head, heads))
+            x = LazyTensor.deferred(x.shape, torch.float32, lambda x: (-x.float().exp()).exp(), x)
+            x = x.map(partial(_per_head, heads))
         elif name.endswith(("att.time_decay", "att.time_faaaa")):
             x = x.map(partial(_per_head, heads))
         elif name.endswith("att.time_first") and is_v5:
-            x = x.map(lambda x: x.float().exp()).map(partial(_per_head, heads))
+            x = LazyTensor.deferred(x.shape, torch.float32, lambda x: x.float().exp(), x)
+            x = x.map(partial(_per_head, heads))
         renamed[name] = x
     return renamed
 

@@ -188,7 +188,8 @@ def _to_blinkdl(tensors: Tensors, kind: str, head_size: int, rescale_every: int)
         elif ours == "att.r_k":
             x = x.map(lambda x: x.reshape(-1, head_size))
         elif rescale_every and ours in ("att.output", "ffn.value"):
-            x = x.map(partial(times, 2.0 ** (int(layer) // rescale_every)))
+            factor = 2.0 ** (int(layer) // rescale_every)
+            x = LazyTensor.deferred(x.shape, x.dtype, partial(times, factor), x)
         renamed[prefix + ours + ("" if BARE.fullmatch(ours) else f".{last}")] = x
     return renamed
 
@@ -342,8 +343,11 @@ def _from_blinkdl(tensors: Tensors, name: str) -> Tensors:
         if part in mixes:
             if part == mixes[0]:
                 parts = [tensors[f"blocks.{layer}.{mix}"] for mix in mixes]
-                renamed[prefix + FUSED] = LazyTensor.computed(
-                    lambda *vectors: torch.stack([x.reshape(1, 1, -1) for x in vectors]), *parts
+                renamed[prefix + FUSED] = LazyTensor.deferred(
+                    (len(parts), 1, 1, x.numel()),
+                    x.dtype,
+                    lambda *vectors: torch.stack([x.reshape(1, 1, -1) for x in vectors]),
+                    *parts,
                 )
             continue
         stem, last = (part, "weight") if BARE.fullmatch(part) else part.rsplit(".", 1)

@@ -141,6 +141,7 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         # the group norm has epsilon head_dim * norm_eps
         sizes["ln_x_eps"] = hub_config.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
         sizes["deep_rank"] = DEEP_RANK if hub_config.get("use_deep_embed") else None
+        sizes["ln0_folded"] = not hub_config.get("norm_first", True)
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever config.json says
     elif kind != "rwkv":
@@ -164,7 +165,6 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
 # of RWKV-7: the one value that is supported, and what any other means
 UNSUPPORTED = {
     "hidden_act": ("sqrelu", "RWKV-7 has no other activation than sqrelu"),
-    "norm_first": (True, "RWKV-7 has a norm before the first layer"),
     "sparse_channel_mix": (False, "a sparse channel mix is not supported"),
 }
 # additional keys: the hub's RWKV-5 and 6 are of one variant each, so their config.json does not name it
@@ -195,9 +195,11 @@ def config_json(
         config: its configuration.
         notes: see `heronry.save`.
         dtype: of the weights.
-        layout: of RWKV-7, one of LAYOUTS.
+        layout: of RWKV-7, one of LAYOUTS; a model whose embedding holds ln0 is always "fla", which can say so.
     """
     kind = MODEL_TYPES[name]
+    if getattr(config, "ln0_folded", False):
+        layout = "fla"
     hub_config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -225,7 +227,7 @@ def config_json(
                 "architectures": [FLA_ARCHITECTURE],
                 "value_dim": [config.dim_att] * config.n_layer,
                 "hidden_act": "sqrelu",
-                "norm_first": True,
+                "norm_first": not config.ln0_folded,  # whether the first layer has ln0
                 "fuse_norm": False,
             }
         else:

@@ -31,13 +31,30 @@ class LazyTensor:
 
     @classmethod
     def computed(cls, function: Callable[..., Tensor], *inputs: LazyTensor) -> LazyTensor:
-        """function(*inputs), recomputed each time it is read; InputError where their shapes do not allow it."""
+        """function(*inputs), recomputed each time it is read; InputError where their shapes do not allow it.
+
+        The function is also called with tensors on the meta device, where arithmetic would make PyTorch import its
+        compiler, for seconds and 100 MB: it may change shapes and dtypes only, else see `deferred`.
+        """
         try:
-            result = function(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs))
+            result = function(*(x.on_meta() for x in inputs))
+        except InputError:
+            raise
         except (RuntimeError, IndexError, ValueError) as error:
             shapes = " and ".join(str(list(x.shape)) for x in inputs)
             raise InputError(f"a tensor of the shape {shapes} is in the place of one of another shape") from error
         return cls(result.shape, result.dtype, lambda: function(*(x.read() for x in inputs)))
+
+    @classmethod
+    def deferred(
+        cls, shape: Sequence[int], dtype: torch.dtype, function: Callable[..., Tensor], *inputs: LazyTensor
+    ) -> LazyTensor:
+        """function(*inputs), which has this shape and dtype, recomputed each time it is read."""
+        return cls(torch.Size(shape), dtype, lambda: function(*(x.read() for x in inputs)))
+
+    def on_meta(self) -> Tensor:
+        """A tensor of this shape and dtype without numbers."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LazyTensor:
         """function(self), computed when it is read."""

@@ -1,4 +1,4 @@
-"""BlinkDL's .pth files: a pickled dictionary of tensors, as torch.save writes it."""
+"""BlinkDL's .pth files: a pickled dictionary of tensors, as torch.save writes it; also in a trainer's checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..progress import ByteCounter
+from . import scaled_pth
 from .lazy_tensor import Tensors, as_lazy
 from .safetensors_file import write_numbers
+
+# where trainers store the weights: Lightning and image classification, DeepSpeed, others
+WRAPPERS = ("state_dict", "module", "model", "model_state_dict")
 
 
 def is_pth(head: bytes) -> bool:
@@ -37,16 +41,28 @@ def read(path: Path) -> Tensors:
             tensors = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(_explain(path, error)) from None
+    tensors = _unwrap(tensors)
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise InputError(f"holds a {type(tensors).__name__}, not a dictionary of named tensors")
-    for key in ("state_dict", "model"):  # image classification codebases store the weights under one of these
-        nested = tensors.get(key)
-        if isinstance(nested, dict) and any("patch_embed." in str(name) for name in nested):
-            tensors = nested
+    if "_strategy" in tensors:
+        raise InputError("converted by the rwkv package for one strategy; use the original")
+    if scaled_pth.is_scaled(tensors):
+        tensors = {name: x for name, x in tensors.items() if name != scaled_pth.META}
     if not any(isinstance(x, Tensor) for x in tensors.values()):
         keys = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
         raise InputError(f"not an RWKV checkpoint (it holds {keys or 'nothing'})")
     return as_lazy(tensors)
+
+
+def _unwrap(contents: Any) -> Any:
+    """The weights in a trainer's checkpoint, beside which are its optimizer's states and others; `contents` itself if
+    it is none."""
+    while isinstance(contents, dict):
+        nested = next((contents[key] for key in WRAPPERS if isinstance(contents.get(key), dict)), None)
+        if nested is None:
+            break
+        contents = nested
+    return contents
 
 
 def _explain(path: Path, error: Exception) -> str:
@@ -64,6 +80,10 @@ def _explain(path: Path, error: Exception) -> str:
     code = (
         named[1] if named else next((name for name in names if not name.startswith(("torch.", "collections."))), None)
     )
+    if code is not None and code.startswith("bitsandbytes."):
+        return "quantized by bitsandbytes, which is not supported; use the original checkpoint"
+    if code is not None and path.suffix == ".rwkvq":
+        return "rwkv-quant's first .rwkvq, a pickle of its own classes; write it again with its newer versions"
     if code is not None:
         return f"would run {code}; refused, because a checkpoint holds tensors and no code (save its state_dict())"
     if protocol > 2 and "Unsupported operand" in str(error):

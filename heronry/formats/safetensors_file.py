@@ -32,10 +32,15 @@ def is_safetensors(head: bytes) -> bool:
 
 def read(path: Path) -> Tensors:
     """The tensors of a .safetensors file, mapped."""
+    return as_lazy(read_mapped(path))
+
+
+def read_mapped(path: Path) -> dict[str, Tensor]:
+    """As `read`, also for tensors without elements."""
     try:
         with safe_open(path, "pt") as file:
             keys = file.keys()
-            return as_lazy({key: file.get_tensor(key) for key in keys})
+            return {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise InputError(f"damaged or truncated safetensors file ({error})") from error
 

@@ -60,6 +60,7 @@ class VisionRwkvConfig(BackboneConfigMixin, PreTrainedConfig):
     head_size: int = 64  # vrwkv6 only, like the ranks
     mix_rank: int = 32
     decay_rank: int = 64
+    final_norm: bool = True
     post_norm: bool = False
     init_values: float | None = None
     drop_path: float = 0.0

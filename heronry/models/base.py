@@ -133,8 +133,8 @@ class Model(Network):
     A generation's time mix defines `initial_wkv`.
     """
 
-    affine = True  # outputs and final state are affine in the initial state (sequence_parallel.py)
-    config_only = ("ln_x_eps",)
+    affine: bool = True  # outputs and final state are affine in the initial state (sequence_parallel.py)
+    config_only: ClassVar[tuple[str, ...]] = ("ln_x_eps",)
     native_step_enabled = True  # the C++ step may take the place of the modules, see `native_step`
     emb: nn.Embedding
     blocks: Any  # a ModuleList of the generation's Block

@@ -22,7 +22,8 @@ from torch import Tensor
 
 VERSION = 2  # enters every fingerprint: raise it when the computation changes
 SAMPLES = 128  # elements of a tensor
-ADDED_SETTINGS = ("dea_rank", "dea_dim")  # since VERSION: they enter only where a model has them, and is not 0
+# These enter only where they are not the default, so that older states and adapters still fit.
+NEWER_SETTINGS = {"ln0_folded": False, "final_norm": True, "dea_rank": 0, "dea_dim": 0}
 
 
 def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) -> str:
@@ -36,8 +37,11 @@ def compute_fingerprint(name: str, config: Any, samples: Mapping[str, bytes]) ->
         config: the configuration, a dataclass; `time_state` does not enter.
         samples: `sample` of each tensor by name, taken in the dtype of the file.
     """
-    settings = {field: value for field, value in asdict(config).items() if field != "time_state"}
-    settings = {field: value for field, value in settings.items() if value or field not in ADDED_SETTINGS}
+    settings = {
+        field: value
+        for field, value in asdict(config).items()
+        if field != "time_state" and (field, value) not in NEWER_SETTINGS.items()
+    }
     architecture = hashlib.sha256(json.dumps([VERSION, name, settings], sort_keys=True).encode())
     weights = hashlib.sha256()
     for key in sorted(samples):

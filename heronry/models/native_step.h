@@ -76,11 +76,12 @@ INLINE Moments moments(const float* x, int64_t n, double eps) {
 
 constexpr double LN_EPS = 1e-5;
 
-// x = ln0(emb[token]); the rows are dealt out to the threads
+// x = ln0(emb[token]), or emb[token] where there is no ln0; the rows are dealt out to the threads
 inline void embed(const Member& me, const Call& c, const Tensor& emb, const Tensor& weight, const Tensor& bias,
                   const Rows& x) {
     for (int64_t m = me.index; m < c.rows; m += me.count) {
         for (int64_t i = 0; i < c.channels; i += 16) store(x.row(m) + i, at(emb, i, c.tokens[m]));
+        if (!weight.data) continue;
         const Moments of = moments(x.row(m), c.channels, LN_EPS);
         for (int64_t i = 0; i < c.channels; i += 16)
             store(x.row(m) + i, (load(x.row(m) + i) - of.mean) * of.scale * at(weight, i) + at(bias, i));

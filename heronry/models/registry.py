@@ -17,9 +17,11 @@ VISION_MODELS: dict[str, type[VisionModel]] = {cls.name: cls for cls in (VRWKV, 
 
 # Parts of keys by which unsupported relatives are recognised, the most specific first. Loaded as the nearest supported
 # model such a file would silently give wrong numbers.
+ADAPTER = "an adapter without its model; give the model, and this with --adapter, or to `heronry merge`"
 UNSUPPORTED = (
-    (("_strategy", "_version", "_rescale_layer"), "converted by the rwkv package for one strategy; use the original"),
     (("moba.",), "RWKV-X, RWKV-7 with layers of sparse attention (moba), which is not supported"),
+    ((".att.k0", ".r_norm.", ".ln_k."), "HRWKV (hxa079), RWKV-7 with attention layers, which is not supported"),
+    ((".down.weight",), "cxa076, RWKV-7 with a Qwen channel mix, which is not supported"),
     (("rosa",), "RWKV-8 with ROSA, which is not supported"),
     (("ffn.enn.",), "RWKV-8 rc00, which is not supported"),
     ((".qkv.kk.", ".qkv.ennk."), "a hybrid of RWKV-8 rc00 with attention, which is not supported"),
@@ -27,6 +29,11 @@ UNSUPPORTED = (
         (".s_emb.0", ".k_emb.0"),
         "an RWKV-7a or 7b with merged tables (for phones), which is not supported; use the original",
     ),
+    ((".miss_block", ".disha", ".bone", ".weight.D", ".lora_A", ".lora_B"), ADAPTER),
+    ((".weight.qstate", ".weight.quant_state"), "quantized by bitsandbytes, which is not supported; use the original"),
+    ((".qweight",), "quantized for sglang or another server, which is not supported; use the original"),
+    (("self_attn.w0",), "QRWKV7 (RADLADS), a converted Qwen2, which is not supported"),
+    (("self_attn.time_maa_x",), "QRWKV6, a converted Qwen2, which is not supported"),
     (("time_maa_rkvw_",), "the experiment RWKV-6b or 6c, which is not supported"),
     (("att.gate_w1", "att.gate_w2"), "the experiment RWKV-6a, which is not supported"),
     (("ffnPre.",), "an experiment with a channel mix in place of the first time mix (ffnPre), which is not supported"),

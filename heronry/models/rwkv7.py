@@ -60,6 +60,7 @@ class RWKV7Config:
     deep_rank: int = 0  # RWKV-7a: rows and columns of a token's matrix; 0: RWKV-7
     dea_rank: int = 0  # RWKV-7b: numbers that a token's key, and its value, are kept as; 0: no DeepEmbedAttention
     dea_dim: int = 0  # RWKV-7b: of a query and a key
+    ln0_folded: bool = False  # emb.weight holds LN0(embedding), so block 0 has no ln0 (rwkv-rs)
 
     def __post_init__(self) -> None:
         check_heads(self)
@@ -204,7 +205,7 @@ class Block(nn.Module):
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
+            self.ln0 = nn.Identity() if config.ln0_folded else nn.LayerNorm(config.n_embd)
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer)
@@ -245,6 +246,7 @@ class RWKV7(Model):
     name = "rwkv7"
     Config = RWKV7Config
     ignored_keys = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 has no value residual
+    config_only = (*Model.config_only, "ln0_folded")
 
     def __init__(self, config: RWKV7Config):
         super().__init__(config)

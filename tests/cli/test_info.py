@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from faulty import refused
+from safetensors.torch import save_file
 
 import heronry
 from heronry import LLM, catalog
@@ -44,6 +46,18 @@ def test_info_of_a_checkpoint(command, folder, tmp_path):
     long = tmp_path / ("a" * 200) / ("b" * 200)
     heronry.save(heronry.load("bundled"), long, catalog.BUNDLED / "tokenizer.json")
     assert str(long / "tokenizer.json") in command("info", long)[1]  # not cut
+    assert about["file"] == "a .pth under BlinkDL's names, as RWKV-LM and most trainers write it"
+    assert "trained context" not in about
+    for name, length in (("x-ctx25600.pth", 25600), ("x-CTX8k.pth", 8192), ("x-20260930-ctx4096.pth", 4096)):
+        shutil.copy(folder / "m.pth", tmp_path / name)
+        assert info(command, tmp_path / name)["trained context"] == length
+    (long / "release-manifest.json").write_text('{"identity": {"training_context_length": 10240}}')
+    about = info(command, long)
+    assert about["trained context"] == 10240
+    assert about["file"] == "a folder of heronry's, as save and convert write it"
+    for wrong in ("{", "[]", '{"identity": {"training_context_length": -1}}', '{"identity": 3}'):
+        (long / "release-manifest.json").write_text(wrong)
+        assert "trained context" not in info(command, long)
 
 
 def test_info_of_all_else(command, folder):
@@ -79,6 +93,14 @@ def test_info_of_all_else(command, folder):
     about = info(command, "tuned.safetensors")
     assert (about["kind"], about["n_layer"], about["shape"]) == ("tuned state", 2, [1, 64, 64])
     assert about["notes"] == {"chat_template": "world"}
+    assert about["file"] == "a tuned state of heronry's"
+    states = {f"blocks.{i}.att.time_state": torch.randn(1, 64, 64) for i in range(2)}
+    torch.save(states, "peft.pth")
+    save_file({name: x.half() for name, x in states.items()}, "ai00.state")
+    assert info(command, "peft.pth")["file"] == "a tuned state as RWKV-LM, RWKV-PEFT and rwkv_lightning write it"
+    assert info(command, "ai00.state")["file"] == (
+        "a tuned state of Ai00's or web-rwkv's: float16 and transposed, which is undone"
+    )
     torch.save({f"blocks.{i}.att.time_state": torch.zeros(1, 64, 64) for i in range(2)}, "tuned.pth")
     assert info(command, "tuned.pth")["kind"] == "tuned state"
 

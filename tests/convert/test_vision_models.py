@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import heronry
-from heronry import InputError
+from heronry import InputError, formats
 from heronry.convert import convert
+from heronry.formats.reader import DESCRIPTIONS
 from heronry.models.vision import VRWKV, VRWKV6, VRWKV6Config, VRWKVConfig
 
 SMALL = {"num_classes": 7, "image_size": 32, "patch_size": 8}
@@ -98,3 +99,36 @@ def test_what_a_format_cannot_say_is_not_lost_in_silence(tmp_path):
         convert(tmp_path / "model", tmp_path / "a.pth")
     assert not (tmp_path / "a.pth").exists()
     assert convert(tmp_path / "model", tmp_path / "copy").difference == 0
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_the_backbone_of_a_dense_prediction(kind, model, tmp_path, caplog):
+    vision, _ = model
+    others = ["level_embed", "spm.stem.0.weight", "interactions.0.injector.gamma", "up.weight", "norm1.weight"]
+    heads = ["decode_head.conv_seg.weight", "auxiliary_head.conv_seg.weight"]
+    if kind == "detection":
+        heads = ["neck.lateral_convs.0.conv.weight", "rpn_head.rpn_cls.weight", "roi_head.bbox_head.fc_cls.weight"]
+    tensors = {f"backbone.{name}": x for name, x in vision.state_dict().items() if not name.startswith(("head", "ln1"))}
+    tensors |= {f"backbone.{name}": torch.ones(3) for name in others} | {name: torch.ones(3) for name in heads}
+    torch.save({"meta": {"CLASSES": ["wall"]}, "state_dict": tensors, "optimizer": {"state": {}}}, tmp_path / "a.pth")
+    backbone = heronry.load(tmp_path / "a.pth", kind=heronry.VisionModel)
+    names = sorted([name.split(".")[0] for name in others + heads])
+    assert caplog.messages == [
+        f"heronry: the backbone is read, without {len(others + heads)} other tensors ({', '.join(names)})"
+    ]
+    assert (backbone.config.num_classes, backbone.config.final_norm) == (0, False)
+    x = torch.randn(1, 3, 40, 32)
+    with torch.no_grad():
+        tokens, grid = vision.embed(x)
+        for block in vision.layers:
+            tokens = block(tokens, grid)
+        expected = tokens.transpose(1, 2).unflatten(2, grid)
+        assert torch.equal(backbone.forward_features(x), expected)  # without the norm that it does not have
+        heronry.save(backbone, tmp_path / "saved")
+        again = heronry.load(tmp_path / "saved", kind=heronry.VisionModel)
+        assert torch.equal(again.forward_features(x), expected)
+        assert convert(tmp_path / "a.pth", tmp_path / "b.pth").difference == 0
+    assert formats.read(tmp_path / "a.pth").description == DESCRIPTIONS["vrwkv_adapter"]
+    torch.save({"state_dict": {**tensors, "head.fc.weight": torch.ones(7, 24)}}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match=r"ln1.bias|ln1.weight|head"):  # a classifier has its last norm
+        heronry.load(tmp_path / "c.pth", kind=heronry.VisionModel)

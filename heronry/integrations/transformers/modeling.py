@@ -35,6 +35,8 @@ from .state_dict_names import rename_from_hub, rename_to_hub
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+# layouts whose config.json has a model_type of another class, with other keys: their tensors say what they are
+OWN_CONFIGS = ("rwkv_rs", "fla_rwkv6")
 # of from_pretrained: what only concerns how transformers itself reads files, or chooses among its kernels
 WITHOUT_EFFECT = (
     *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "attn_implementation", "code_revision"),
@@ -213,6 +215,8 @@ class RwkvPreTrainedModel(PreTrainedModel):
         if options:
             raise InputError(f"from_pretrained has no option {next(iter(options))!r}")
         weights = None if path is None or state_dict is not None else _Weights.read(path, cls._read)
+        if weights is not None and (weights.checkpoint.layout or weights.checkpoint.format) in OWN_CONFIGS:
+            config = None  # also one that an Auto class has read
         if config is None:
             if weights is None:
                 raise InputError("give a folder, or config= and state_dict=")

@@ -53,6 +53,8 @@ def common_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "head_hidden": shapes["head.0.weight"][0] if "head.0.weight" in shapes else 0,
         "post_norm": scaled,
         "init_values": 1.0 if scaled else None,
+        # the backbones of segmentation and detection have none, nor a head
+        "final_norm": "ln1.weight" in shapes or head[0] > 0,
     }
 
 
@@ -183,7 +185,7 @@ class VisionModel(Network):
         side = config.image_size // config.patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, side * side, config.n_embd))
         self.layers: Any = nn.ModuleList(Block(config, i, self.SpatialMix) for i in range(config.n_layer))
-        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(config.n_embd) if config.final_norm else nn.Identity()
         self.head = _head(config)
 
     @property

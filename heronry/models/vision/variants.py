@@ -68,7 +68,7 @@ def create(
         for key in ("n_embd", "n_layer", "dim_ffn", "patch_size", "key_norm", "head_size"):
             if kind is not type(config) or getattr(read, key, None) != getattr(config, key, None):
                 raise InputError(f"holds {_describe(read)}, not {name}")
-        sizes = {key: getattr(read, key) for key in ("image_size", "num_classes", "head_hidden")}
+        sizes = {key: getattr(read, key) for key in ("image_size", "num_classes", "head_hidden", "final_norm")}
         model = _kind(config)(replace(config, **sizes))
         _fill(model, tensors)
     except InputError as error:

@@ -35,6 +35,7 @@ class VRWKVConfig:
     patch_size: int = 16
     head_hidden: int = 0  # of a head with a hidden layer, as L has
     key_norm: bool = False
+    final_norm: bool = True  # after the last layer; the backbones of segmentation and detection have none
     # settings that the tensors of a checkpoint do not show
     post_norm: bool = False
     init_values: float | None = None  # initial value of the gammas; None: there are none

@@ -35,6 +35,7 @@ class VRWKV6Config:
     head_size: int = 64
     mix_rank: int = 32
     decay_rank: int = 64
+    final_norm: bool = True
     # settings that the tensors of a checkpoint do not show
     post_norm: bool = False
     init_values: float | None = None

@@ -198,9 +198,17 @@ def plain_name(spec: str | Path) -> str | Path:
     """ "world" where `spec` is a file or folder that holds World in the form of others, else `spec` itself."""
     if spec in WORLD_NAMES:
         return "world"
-    if spec == "bytes" or not (path := _find_tokenizer_file(Path(spec))).is_file():
+    path = _find_tokenizer_file(Path(spec))
+    if spec == "bytes" or not path.is_file():
         return spec
-    return "world" if isinstance(_read_tokenizer_file(path), WorldTokenizer) else spec
+    try:
+        return "world" if _is_world(path, path.read_text(encoding="utf-8")) else spec
+    except (OSError, ValueError):  # said when it is loaded
+        return spec
+
+
+def _is_world(path: Path, content: str) -> bool:
+    return is_world_text(content) if path.suffix == ".txt" else is_world_json(content)
 
 
 def _find_tokenizer_file(path: Path) -> Path:
@@ -218,11 +226,11 @@ def _read_tokenizer_file(path: Path) -> Tokenizer:
         content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    if path.suffix != ".txt":
-        return read_tokenizer_json(content, path)
-    if not is_world_text(content):
+    if _is_world(path, content):
+        return WorldTokenizer()
+    if path.suffix == ".txt":
         raise InputError(f"{path}: not World's vocabulary, the only one that is read from a .txt file")
-    return WorldTokenizer()
+    return HFTokenizer(path, content)
 
 
 def read_tokenizer_json(content: str, path: str | Path) -> Tokenizer:

@@ -241,7 +241,7 @@ def test_every_format_says_what_it_is(random_checkpoint, tmp_path):
     weights = random_checkpoint("7", vocab=256, **SMALL)
     torch.save(weights, tmp_path / "a.pth")
     said = {}
-    for target, to in (("a.pth", None), ("b.safetensors", None), ("c", None), ("d", "huggingface"), ("e.bin", None)):
+    for target, to in (("a.pth", None), ("b.safetensors", None), ("c", None), ("d", "fla"), ("e.bin", None)):
         if target != "a.pth":
             convert(tmp_path / "a.pth", tmp_path / target, to)
         said[target] = formats.read(tmp_path / target).description

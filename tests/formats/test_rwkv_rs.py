@@ -151,7 +151,7 @@ def test_a_folded_model_everywhere(weights, tmp_path):
     expected = logits(model)
     heronry.save(model, tmp_path / "saved")
     convert(source, tmp_path / "ours")
-    convert(source, tmp_path / "fla", "huggingface")
+    convert(source, tmp_path / "fla", "fla")
     assert json.loads((tmp_path / "fla" / "config.json").read_text())["norm_first"] is False
     for name in ("saved", "ours", "fla"):
         again = heronry.load(tmp_path / name)
@@ -162,6 +162,8 @@ def test_a_folded_model_everywhere(weights, tmp_path):
         with pytest.raises(InputError, match="always applies ln0, which this model's embedding already holds"):
             convert(source, tmp_path / name)
         assert not (tmp_path / name).exists()
+    with pytest.raises(InputError, match="the format huggingface always applies ln0"):
+        convert(source, tmp_path / "official", "huggingface")
     unfolded = RWKV7(heronry.load(write(tmp_path / "b", named("b", weights))).config)
     assert unfolded.fingerprint[:16] != model.fingerprint[:16]
     model.train()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,37 +20,19 @@ from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, Logit
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.utils.generic import ModelOutput
 
-from ... import formats, hub
-from ...checkpoint import assemble, identify, locate, parse_device, parse_dtype, select_notes
+from ... import formats
+from ...checkpoint import parse_dtype
 from ...errors import InputError
-from ...files import read_json
 from ...formats import huggingface
 from ...formats.lazy_tensor import Tensors, as_lazy
 from ...models import Model, State
 from ...quantization import quantize as heronry_quantize
-from .configs import CONFIGS, Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
+from .configs import Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvBaseConfig, RwkvConfig
 from .masked_forward import masked_forward
 from .state_dict_names import rename_from_hub, rename_to_hub
+from .weights import HUB_OPTIONS, OWN_CONFIGS, WITHOUT_EFFECT, Weights, find, parse_device_map, read_config
 
 logger = logging.getLogger(__name__)
-
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-# layouts whose config.json has a model_type of another class, with other keys: their tensors say what they are
-OWN_CONFIGS = ("rwkv_rs", "fla_rwkv6")
-# of from_pretrained: what only concerns how transformers itself reads files, or chooses among its kernels
-WITHOUT_EFFECT = (
-    *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "attn_implementation", "code_revision"),
-    *(
-        "low_cpu_mem_usage",
-        "max_memory",
-        "offload_folder",
-        "proxies",
-        "trust_remote_code",
-        "tqdm_class",
-        "use_safetensors",
-    ),
-    "weights_only",
-)
 
 
 @dataclass
@@ -206,15 +188,15 @@ class RwkvPreTrainedModel(PreTrainedModel):
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         for name in WITHOUT_EFFECT:
             options.pop(name, None)
-        device, dtype = _parse_device_map(device_map), torch_dtype if dtype is None else dtype
-        path = _locate(pretrained_model_name_or_path, subfolder, hub_options)
+        device, dtype = parse_device_map(device_map), torch_dtype if dtype is None else dtype
+        path = find(pretrained_model_name_or_path, subfolder, hub_options)
         if not isinstance(config, RwkvBaseConfig | None):
-            config = _read_config(_locate(config, "", hub_options), {})[0]
+            config = read_config(find(config, "", hub_options), {})[0]
         elif config is None and path is not None:
-            config, options = _read_config(path, options)
+            config, options = read_config(path, options)
         if options:
             raise InputError(f"from_pretrained has no option {next(iter(options))!r}")
-        weights = None if path is None or state_dict is not None else _Weights.read(path, cls._read)
+        weights = None if path is None or state_dict is not None else Weights.read(path, cls._read)
         if weights is not None and (weights.checkpoint.layout or weights.checkpoint.format) in OWN_CONFIGS:
             config = None  # also one that an Auto class has read
         if config is None:
@@ -453,78 +435,6 @@ def _without_head(model: Model) -> Model:
     body.quantization, body.gradient_checkpointing = model.quantization, model.gradient_checkpointing
     body.native_step_enabled = False  # the C++ step returns logits
     return body.train(model.training)
-
-
-@dataclass
-class _Weights:
-    """The weights of a file or folder, and the heronry model that they are."""
-
-    path: Path
-    checkpoint: formats.Checkpoint
-    model_class: type[Model]
-    config: Any
-
-    @classmethod
-    def read(cls, path: Path, read: Callable[[Path], formats.Checkpoint]) -> _Weights:
-        try:
-            checkpoint = read(path)
-            model_class, config = identify(checkpoint.tensors, checkpoint.config)
-            if not issubclass(model_class, Model):
-                raise InputError(f"this model ({model_class.name}) reads pictures, not text")
-            return cls(path, checkpoint, model_class, config)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-
-    def describe(self) -> RwkvBaseConfig:
-        """The configuration that says of them what config.json would."""
-        dtype = self.checkpoint.tensors["emb.weight"].dtype
-        notes = select_notes(self.checkpoint.config)
-        config = huggingface.config_json(self.model_class.name, self.config, notes, dtype)
-        return CONFIGS[config["model_type"]](**config)
-
-    def assemble(self, dtype: str | torch.dtype | None, device: torch.device | str, quantize: str | None) -> Model:
-        try:
-            target = None if dtype is None else parse_dtype(dtype)
-            return assemble(self.checkpoint.tensors, self.checkpoint.config, target, device, quantize=quantize)
-        except InputError as error:
-            raise InputError(f"{self.path}: {error}") from error
-
-
-def _locate(name: str | os.PathLike[str] | None, subfolder: str, hub_options: Mapping[str, Any]) -> Path | None:
-    """The local path of a model by its path or its name on the hub."""
-    if name is None:
-        return None
-    path = Path(name)
-    if not path.exists() and hub.is_name(path):
-        path = hub.fetch(path, **{key: value for key, value in hub_options.items() if value is not None})
-    if not (path / subfolder).exists():
-        raise InputError(f"{path / subfolder}: no such file or folder")
-    return locate(path / subfolder)
-
-
-def _read_config(path: Path | None, options: dict[str, Any]) -> tuple[RwkvBaseConfig | None, dict[str, Any]]:
-    """The configuration in a folder of Hugging Face's layout, changed by the options that it knows, and the others."""
-    if path is None or not (path / "config.json").is_file():
-        return None, options
-    model_type = read_json(path / "config.json").get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIGS:
-        return None, options
-    config: RwkvBaseConfig
-    config, options = CONFIGS[model_type].from_pretrained(path, return_unused_kwargs=True, **options)
-    return config, options
-
-
-def _parse_device_map(device_map: Any) -> torch.device | str:
-    """The device for the whole model."""
-    if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise InputError("a model cannot be split over devices; use device_map={'': device}")
-        device_map = device_map[""]
-    if device_map is None:
-        return "cpu"
-    if device_map in ("auto", "balanced", "sequential"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return parse_device(f"cuda:{device_map}" if isinstance(device_map, int) else device_map)
 
 
 class RwkvForCausalLM(_CausalLM):

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..models import Model, VisionModel
 from ..progress import Progress
 from . import target_formats
-from .language_models import convert_language_model, convert_to_onnx
+from .language_models import convert_language_model, convert_packed_model, convert_to_onnx
 from .result import Converted
 from .vision_models import convert_vision_model
 
@@ -58,7 +58,7 @@ def convert(
     try:
         checkpoint = formats.read(source)
         if any(checkpoint.config.get(key) for key in QUANTIZATION_KEYS):
-            raise InputError("its matrices are quantized; convert the original")
+            return convert_packed_model(source, target, to, dtype, ln_x_eps, tokenizer, progress)
         cls, config = identify(checkpoint.tensors, checkpoint.config, ln_x_eps)
         if ln_x_eps is not None:
             checkpoint.config = {**checkpoint.config, "model": cls.name, "ln_x_eps": config.ln_x_eps}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..checkpoint import DTYPES, assemble, identify, select_notes
+from ..checkpoint import DTYPES, assemble, identify, load, load_checkpoint, save, select_notes
 from ..errors import InputError
 from ..files import atomic_write, check_free_space
 from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, webrwkv
@@ -140,6 +140,29 @@ def _take_near(x: Tensor, quantized: Tensor) -> Tensor:
     """The numbers of `quantized` that can come from those of x, and x where they cannot."""
     quantized = quantized.reshape(x.shape)
     return quantized.where((quantized - x.float()).abs() <= Q8_0_STEP * x.abs().max(), x.float())
+
+
+@torch.inference_mode()
+def convert_packed_model(
+    source: Path,
+    target: Path,
+    to: str,
+    dtype: str | None,
+    ln_x_eps: float | None,
+    tokenizer: str | Path | None,
+    progress: Progress | None,
+) -> Converted:
+    """Writes a model whose matrices are packed in 8 or 4 bits, as they are, as a folder of heronry's."""
+    if to != "heronry":
+        raise InputError("its matrices are quantized, which only a folder of heronry's can hold; convert the original")
+    model, checkpoint = load_checkpoint(source, dtype, ln_x_eps=ln_x_eps, progress=progress)
+    tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, model.config.vocab_size, tokenizer)
+    check_free_space(sum(x.nbytes for x in (*model.parameters(), *model.buffers())), target)
+    tokens = sample_tokens(model.config.vocab_size)
+    with new_folder(target, json.dumps([str(source.resolve()), os.stat(source).st_mtime_ns, to])) as part:
+        save(model, part, notes=select_notes(checkpoint.config))
+        tokenizer_files.write(part)
+        return Converted.compare(to, part, model(tokens)[0], load(part)(tokens)[0])
 
 
 def convert_to_onnx(checkpoint: formats.Checkpoint, target: Path, to: str, dtype: str | None) -> Converted:

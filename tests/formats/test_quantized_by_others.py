@@ -121,6 +121,8 @@ def test_rwkvq_of_rwkv_lightning(group, weights, tmp_path):
     again = heronry.load(tmp_path / "saved", dtype="float32")
     assert torch.equal(logits(again), logits(model))
     assert again.fingerprint == model.fingerprint
+    assert convert(path, tmp_path / "converted").difference == 0
+    assert torch.equal(logits(heronry.load(tmp_path / "converted", dtype="float32")), logits(model))
     assert heronry.load(path, device="meta").quantization == "int8"
     other = {name: x + 0.01 if is_matrix(name) else x for name, x in weights.items()}
     write_rwkvq(tmp_path / "other.rwkvq", other, int4, group)

@@ -23,6 +23,7 @@ NAMES = {
     "safetensors": ".safetensors",
     "heronry": "ours",
     "huggingface": "Hugging Face",
+    "fla": "fla",
     "gguf": "GGUF",
     "ggml": "rwkv.cpp",
     "webrwkv": "web-rwkv",

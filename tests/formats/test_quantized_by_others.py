@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import heronry
 from heronry import InputError, formats
+from heronry.convert import convert
 from heronry.formats import rwkv_lightning
 from heronry.models.layers import PackedLinear
 

@@ -20,6 +20,18 @@ T = TypeVar("T")  # Tensor or LazyTensor
 
 PREFIX = "backbone."
 BACKBONE = ("patch_embed", "pos_embed", "layers", "ln1")  # its parts; those of VRWKV-Adapter are beside them
+# parts by which a checkpoint of segmentation or detection is known
+DENSE = (
+    "decode_head",
+    "auxiliary_head",
+    "neck",
+    "rpn_head",
+    "roi_head",
+    "bbox_head",
+    "mask_head",
+    "spm",
+    "interactions",
+)
 
 log = logging.getLogger("heronry")
 
@@ -31,14 +43,14 @@ def is_vision_rwkv(tensors: Tensors) -> bool:
 
 def is_dense(names: Iterable[str]) -> bool:
     """Whether these are names of a segmentation or detection checkpoint."""
-    return any(_foreign_part(name) not in ("", "head") for name in names)
+    return any(_foreign_part(name) in DENSE for name in names)
 
 
 def to_heronry(tensors: Tensors) -> Tensors:
     """The same tensors under the names of heronry.models.vision; those of a dense prediction are left out, which is
     logged."""
     others = Counter(_foreign_part(name) for name in tensors)
-    left_out = sorted(others.keys() - {"", "head"})
+    left_out = sorted(others.keys() - {"", "head"}) if is_dense(tensors) else []
     if left_out:
         number = sum(others[part] for part in left_out)
         log.warning(f"heronry: the backbone is read, without {number} other tensors ({', '.join(left_out)})")

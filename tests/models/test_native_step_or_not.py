@@ -215,7 +215,7 @@ def test_every_setting_is_seen(model, taken):
         value = getattr(config, field.name)
         if field.name not in ("time_state", "version", "log_bonus", "deep_rank", "dea_rank", "dea_dim"):
             changed = copy.copy(config)
-            object.__setattr__(changed, field.name, 2 * value)
+            object.__setattr__(changed, field.name, not value if isinstance(value, bool) else 2 * value)
             model.config = changed
             model.invalidate_fingerprint()
             taken.clear()

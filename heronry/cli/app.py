@@ -48,7 +48,7 @@ from .train import train
 COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, data, train, bench)
 app = typer.Typer(
     help="RWKV, every generation: trained like a Transformer, run like an RNN.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -147,6 +147,8 @@ def _begin(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
     context.default_map = read_defaults()
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "/switch NAME": "move to another branch; without a name: list them",
     "/clear": "start a branch with nothing said yet",
     "/history": "show the conversation so far",
-    "/system TEXT": "start again with this system text; without one: show it",
+    "/system TEXT": "start a branch with this system text; without one: show it",
     "/set NAME VALUE": "change temperature, top_p, max_tokens, ...; without a name: show what was set",
     "/save FILE": "save all branches with their states",
     "/load FILE": "continue a saved conversation",
@@ -176,17 +176,14 @@ class Loop:
                 chat.switch(name)
                 self._show()
             case ["clear"]:
-                before = chat.branch
-                chat.begin(next(name for n in count(2) if (name := str(n)) not in chat.branches))
-                self._note(f"a new branch, {chat.branch}; /switch {before} goes back")
+                self._begin()
             case ["history"]:
                 self._show()
             case ["system"]:
                 first = chat.messages[:1]
                 self._note(first[0]["content"] if first and first[0]["role"] == "system" else "no system text")
             case ["system", text]:
-                self._refuse_in_session()
-                self.chat = Chat(chat.llm, chat.template, text)
+                self._begin(text)
             case ["set"]:
                 settings = {"max_tokens": self.max_tokens, "seed": self.seed}
                 for name, value in {**chat.template.sampling, **self.sampling, **settings}.items():
@@ -197,7 +194,12 @@ class Loop:
                 self._save(Path(path))
                 self._note(f"saved to {path}")
             case ["load", path]:
-                self._refuse_in_session()
+                if self.session is not None:  # its file would be overwritten
+                    raise InputError(
+                        f"this conversation is saved in {self.session}: leave it and start again with --session FILE"
+                    )
+                if not chat.is_saved:
+                    raise InputError("this conversation is not saved, and would be lost: /save FILE first")
                 chat.load(path)
                 self._show()
             case ["help"]:
@@ -206,11 +208,11 @@ class Loop:
                 raise InputError(f"{line} is not a command, or has the wrong arguments; see /help")
         return None
 
-    def _refuse_in_session(self) -> None:
-        if self.session is not None:  # its file would be overwritten
-            raise InputError(
-                f"this conversation is saved in {self.session}: leave it and start again with --session FILE"
-            )
+    def _begin(self, system: str | None = None) -> None:
+        """Goes on in a branch with nothing said yet."""
+        chat, before = self.chat, self.chat.branch
+        chat.begin(next(name for n in count(2) if (name := str(n)) not in chat.branches), system)
+        self._note(f"a new branch, {chat.branch}; /switch {before} goes back")
 
     def _set(self, name: str, text: str) -> None:
         """Change an option of the answers from now on."""

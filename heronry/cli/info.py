@@ -106,13 +106,13 @@ def _describe_conversation(path: Path) -> dict[str, Any]:
 
     records = [record for record, _, _ in read_records(path)]
     begin, *rest = records
-    turns = [record["turn"] for record in rest if "turn" in record]
+    nodes = [record.get("turn") for record in rest if "turn" in record or "beginning" in record]
     branches: Mapping[str, Any] = next((x for x in reversed(records) if "heads" in x), {"heads": {"main": None}})
     lengths = {}
     for branch, number in branches["heads"].items():
         lengths[branch] = 0
-        while number is not None:
-            lengths[branch], number = lengths[branch] + 1, turns[number]["before"]
+        while number is not None and (turn := nodes[number]) is not None:
+            lengths[branch], number = lengths[branch] + 1, turn["before"]
     return {
         "kind": "conversation",
         "branches": lengths,

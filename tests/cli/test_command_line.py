@@ -21,6 +21,7 @@ from heronry.adapters.inject import inject_adapter
 from heronry.bench.topics import TOPICS
 from heronry.cli import app as app_file
 from heronry.cli.chat_loop import Loop
+from heronry.cli.info import describe
 from heronry.cli.signals import Terminated
 from heronry.convert import target_formats
 from heronry.engine.chat import Chat
@@ -31,6 +32,11 @@ pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 # Typing
+
+
+def test_nothing_at_all_shows_the_help(command):
+    assert command() == command("--help")
+    assert command()[1].count("\n") > 20
 
 
 def test_version_and_short_help(command):
@@ -315,13 +321,36 @@ def test_many_lines_are_one_message(command, folder):
 
 
 def test_a_session_cannot_be_left_by_accident(command, folder):
-    words = ("chat", "-m", folder / "m.pth", "--max-tokens", 2, "--session", "talk")
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2, "--session", "talk")
     assert command(*words, stdin="Hello\n")[0] == 0
-    code, out, err = command(*words, stdin="/system Be kind.\n/load talk\n/clear\n")
+    code, out, err = command(*words, stdin="/load talk\n/clear\n")
     assert code == 2
-    assert err.count("this conversation is saved in talk: leave it") == 2
+    assert err.count("this conversation is saved in talk: leave it") == 1
     _, out, _ = command(*words, stdin="/switch main\n")
     assert "user: Hello" in out
+
+
+def test_a_new_system_text_keeps_the_conversation(command, folder):
+    """In a branch, also in the file of a session."""
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2)
+    for session in ([], ["--session", "talk"]):
+        code, out, err = command(*words, *session, stdin="Hello\n/system Be kind.\n/history\nHi\n/switch main\n")
+        assert (code, err) == (0, "")
+        assert "a new branch, 2; /switch main goes back\nsystem: Be kind.\n" in out
+        assert "user: Hello" in out.partition("system: Be kind.")[2]
+    assert describe("talk")["branches"] == {"main": 1, "2": 1}
+    out = command(*words, "--session", "talk", stdin="/switch 2\n")[1]
+    assert "system: Be kind.\nuser: Hi\n" in out
+
+
+def test_what_is_not_saved_is_not_loaded_over(command, folder):
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2)
+    LLM(folder / "m.pth").chat().save("other")
+    code, out, err = command(
+        *words, stdin="/load other\nHello\n/load other\n/history\n/save talk\n/load other\n/history\n"
+    )
+    assert (code, err) == (2, "heronry: this conversation is not saved, and would be lost: /save FILE first\n")
+    assert out.count("user: Hello") == 1
 
 
 def test_standard_input_stays_as_it_is(command, folder, monkeypatch):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -90,3 +92,15 @@ def find(name: str | Path) -> Path | None:
         size = published()[name].size / 1e9
         raise InputError(f"{name}: not downloaded yet; `heronry pull {name}` does it ({size:.1f} GB)")
     return local
+
+
+def hint(name: str) -> str:
+    """What to say of a name that is neither a short name nor a file, after "no such file or folder"."""
+    if os.sep in name or "/" in name:
+        return ""
+    known = ["bundled", *published()]
+    with suppress(InputError):
+        known += downloaded()
+    if close := get_close_matches(name, known, n=1):
+        return f"; did you mean {close[0]}? `heronry list` shows the short names of models"
+    return "" if "." in name else "; `heronry list` shows the short names of models"

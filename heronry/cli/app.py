@@ -74,7 +74,7 @@ def _report(error: BaseException) -> int:
     code, line = 2, ""
     broken = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)  # typer exits then
     if isinstance(error, Terminated):
-        code, line = int(error.code or 0), "terminated"
+        code, line = int(error.code or 0), error.line
     elif broken:
         code = 141  # what a shell shows for a program that SIGPIPE ended
     elif isinstance(error, SystemExit):
@@ -102,12 +102,15 @@ def _report(error: BaseException) -> int:
     if broken:  # what is left in the buffer must not be tried again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if line:
-        _print_error(line)
+        _print_error(line, new_line=code == 130)
     return code
 
 
-def _print_error(line: str) -> None:
+def _print_error(line: str, new_line: bool = False) -> None:
+    """new_line: a terminal shows "^C" at the beginning of this one."""
     try:
+        if new_line and sys.stderr.isatty():
+            print(file=sys.stderr)
         print("heronry: " + printable(" ".join(line.splitlines())), file=sys.stderr, flush=True)
     except OSError:  # there is nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

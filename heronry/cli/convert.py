@@ -34,14 +34,16 @@ def convert(
     force: options.Force = False,
 ) -> None:
     """Convert a model to another format. The logits of both are compared. See docs/conversion.md."""
-    from ..convert import conversion
+    from ..convert import conversion, target_formats
     from .copies import locate_source_and_target, replaced_folder
     from .progress import note, progress_bar
 
     if not 1e-9 <= shard <= 1e9:  # nor NaN
         raise InputError(f"--shard must be a number of GB from 1e-9 to 1e9, got {shard}")
     original, target = locate_source_and_target(source, target, force, "name")
-    with progress_bar("reading", in_bytes=True) as update, replaced_folder(target) as written:
+    is_graph = (to or target_formats.format_of(target)) in target_formats.GRAPHS
+    bar = progress_bar("exporting to ONNX") if is_graph else progress_bar("reading", in_bytes=True)
+    with bar as update, replaced_folder(target) as written:
 
         def show_progress(done: int, total: int) -> None:
             update(done, total, "writing")

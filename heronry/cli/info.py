@@ -53,11 +53,12 @@ def describe(name: str) -> dict[str, Any]:
     from ..engine.conversation import is_conversation
     from ..models import State
 
+    path = Path(name).expanduser()
+    if path.name not in ("", "..") and all(prefix_file(strip_suffix(path), x).is_file() for x in (".bin", ".idx")):
+        return _describe_token_file(path)
     path = locate(name)
     if (path / "adapter_config.json").is_file():
         return _describe_adapter(path)
-    if all(prefix_file(strip_suffix(path), suffix).is_file() for suffix in (".bin", ".idx")):
-        return _describe_token_file(path)
     if path.is_file() and is_conversation(path):
         return _describe_conversation(path)
     if path.is_file() and State.is_saved_state(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from ..errors import InputError
 from ..train.config import describe_settings, parse_arguments
 from .output import print_result
+from .signals import Terminated
 
 if TYPE_CHECKING:
     from ..models import Network
@@ -51,9 +51,7 @@ def train(
     try:
         trainer.train()
     except Interrupted as stopped:
-        if trainer.accelerator.is_main_process:
-            print(f"heronry: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
+        raise Terminated(stopped.signal, str(stopped) if trainer.accelerator.is_main_process else "") from None
     if trainer.accelerator.is_main_process:
         print_result(str(trainer.out))
 

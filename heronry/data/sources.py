@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import hub
 from ..errors import InputError
 from .text_files import TextFile, decode, describe_bad_byte, kind, named_errors
 
@@ -259,15 +260,14 @@ def _read_dataset(source: Source, key: str, position: Position) -> Iterator[Reco
 
 def _read_hub(source: Source, key: str, position: Position) -> Iterator[Record]:
     """A dataset of the Hugging Face hub, streamed."""
-    datasets = _import_datasets(source)
-    name, _, split = source.name.removeprefix(HUB).partition(":")
+    _import_datasets(source)
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True).skip(position.record)
+        rows = hub.load_dataset(source.name, streaming=True).skip(position.record)
         for number, row in enumerate(rows, position.record + 1):
             yield _row_record(source, key, row, Position(position.source, number), None)
-    except InputError:
-        raise
     except Exception as error:  # many kinds: network, name, split, files
+        if isinstance(error, InputError) and str(error).startswith(source.name):
+            raise  # of a row
         raise TemporaryError(f"{source.name}: {' '.join(str(error).split())}") from error
 
 

@@ -120,6 +120,23 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(chat):
     assert terminal.end() == 0
 
 
+def test_what_is_typed_during_an_answer_does_not_disturb_it(chat):
+    """Neither "^C" nor letters are shown by the terminal."""
+    terminal = chat("--max-tokens", "100000", "--temperature", "1.5", "--top-p", "1")
+    terminal.type("Hello\r")
+    terminal.wait("Hello")
+    terminal.wait("t")
+    terminal.type("zqzqzq")
+    terminal.wait("e")
+    assert "zqzq" not in terminal.text
+    terminal.type("\x03")
+    terminal.wait("tokens/s")
+    assert "^C" not in terminal.text
+    terminal.wait(">")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
 def test_sigterm_at_the_prompt(chat):
     terminal = chat()
     terminal.signal(signal.SIGTERM)

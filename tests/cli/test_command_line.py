@@ -55,7 +55,7 @@ def test_version_and_short_help(command):
         ("generate a b", "unexpected extra argument"),
         ("convert a", "Missing argument"),
         ("gnerate x", "No such command 'gnerate'. Did you mean 'generate'"),
-        ("generate", "give a PROMPT or --prompt-file"),
+        ("generate", "give a PROMPT, - to read it from standard input, or --prompt-file"),
         ("generate x --prompt-file y", "give a PROMPT or --prompt-file, not both"),
         ("info a --model b", "give FILE or --model, not both"),
         ("generate x --model bundled --max-tokens -3", "heronry: --max-tokens must be a whole number"),
@@ -205,6 +205,14 @@ def test_json_prompt_file_and_saved_state(command, folder):
     refused(command("generate", "", *words, "--state", "s"), "a state alone does not say what comes next")
 
 
+def test_a_pipe_is_the_prompt(command, folder):
+    words = ("-m", folder / "m.pth", "--max-tokens", 4, "--seed", 1)
+    expected = command("generate", "Hello", *words)
+    assert expected[0] == 0
+    for prompt in ([], ["-"]):
+        assert command("generate", *prompt, *words, stdin="Hello\n") == expected
+
+
 def test_a_stop_may_be_a_line_break(command, monkeypatch):
     seen = {}
     monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **options: seen.update(options) or iter(()))
@@ -232,7 +240,10 @@ def test_quiet_and_verbose(command, folder):
     code, _, err = command("info", "nothing", "-v")
     assert code == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1] == "heronry: nothing: no such file or folder"
+    assert (
+        err.splitlines()[-1]
+        == "heronry: nothing: no such file or folder; `heronry list` shows the short names of models"
+    )
     refused(command("info", "nothing"), "nothing: no such file")
 
 
@@ -351,6 +362,20 @@ def test_what_is_not_saved_is_not_loaded_over(command, folder):
     )
     assert (code, err) == (2, "heronry: this conversation is not saved, and would be lost: /save FILE first\n")
     assert out.count("user: Hello") == 1
+
+
+def test_a_stopped_command_begins_a_line(command, folder, monkeypatch):
+    """Behind the "^C" of a terminal."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", stop)
+    assert command("generate", "x", "-m", folder / "m.pth") == (130, "", "heronry: stopped\n")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert command("generate", "x", "-m", folder / "m.pth", "-q")[0] == 130
+    assert screen.getvalue() == "\nheronry: stopped\n"
 
 
 def test_standard_input_stays_as_it_is(command, folder, monkeypatch):

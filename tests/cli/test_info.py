@@ -69,7 +69,7 @@ def test_info_of_all_else(command, folder):
     assert about["matrices"] == 12
 
     assert command("data", folder / "t.txt", "-o", "tokens", "--tokenizer", "bytes", "--workers", 1)[0] == 0
-    for name in ("tokens", "tokens.bin", "tokens.idx"):
+    for name in ("tokens", "tokens.bin", "tokens.idx", "tokens.json"):
         about = info(command, name)
         assert (about["kind"], about["documents"], about["tokens"]) == ("token file", 1, 11)
         assert (about["tokenizer"], about["vocab_size"]) == ("bytes", 256)

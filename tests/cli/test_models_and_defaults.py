@@ -91,6 +91,21 @@ def test_a_local_path_comes_before_a_short_name(command, folder):
     assert command("info", "g1-1.5b")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("g1-1b", "; did you mean g1-1.5b? `heronry list` shows the short names of models"),
+        ("bundeld", "; did you mean bundled? `heronry list` shows the short names of models"),
+        ("storyteller", "; `heronry list` shows the short names of models"),
+        ("rwkv-7.pth", ""),
+        ("./g1-1b", ""),
+    ],
+)
+def test_a_misspelt_name(command, name, hint):
+    for words in (("generate", "x", "-m", name), ("info", name), ("convert", name, "out.pth")):
+        refused(command(*words), f"heronry: {name}: no such file or folder{hint}\n")
+
+
 def test_the_table():
     rows = json.loads((Path(heronry.__file__).parent / "published.json").read_text())
     assert len({row["name"] for row in rows}) == len({row["file"] for row in rows}) == len(rows)
@@ -163,10 +178,20 @@ def test_an_error_names_the_place_of_a_default(command, configure, folder, monke
     refused(command(*words, "--threads", "few"), f"{message}; see heronry generate --help\n")
     monkeypatch.setenv("HERONRY_THREADS", "")  # as if it was not set
     words = (*words, "--threads", 1)
-    refused(command(*words), f"nothing: no such file or folder (model comes from {file})\n")
-    refused(command(*words, "-m", "none"), "heronry: none: no such file or folder\n")
+    refused(
+        command(*words),
+        f"nothing: no such file or folder; `heronry list` shows the short names of models (model comes from {file})\n",
+    )
+    refused(
+        command(*words, "-m", "none"),
+        "heronry: none: no such file or folder; `heronry list` shows the short names of models\n",
+    )
     monkeypatch.setenv("HERONRY_MODEL", "nowhere")
-    refused(command(*words), "nowhere: no such file or folder (model comes from HERONRY_MODEL)\n")
+    refused(
+        command(*words),
+        "nowhere: no such file or folder; `heronry list` shows the short names of models "
+        "(model comes from HERONRY_MODEL)\n",
+    )
     words = (*words, "-m", folder / "m.pth")
     configure('dtype = "int3"')
     refused(
@@ -176,7 +201,10 @@ def test_an_error_names_the_place_of_a_default(command, configure, folder, monke
     assert command(*words, "--dtype", "float32")[0] == 0
     configure(r'model = "a\u0000b"')
     monkeypatch.delenv("HERONRY_MODEL")
-    refused(command("generate", "x"), "a␀b: no such file or folder (model comes from ")
+    refused(
+        command("generate", "x"),
+        "a␀b: no such file or folder; `heronry list` shows the short names of models (model comes from ",
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows looks for them elsewhere")

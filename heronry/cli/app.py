@@ -171,9 +171,10 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
             function(**options)
         except InputError as error:
             message = _as_typed(str(error), arguments)
-            for name in DEFAULTS:
+            for name in DEFAULTS.keys() & options.keys():
                 place = _place(context, name)
-                if place is not None and str(options[name]) in message:
+                shown = options[name] if DEFAULTS[name] is str else f"--{name.replace('_', '-')} "
+                if place is not None and str(shown) in message:
                     message += f" ({name} comes from {place})"
             raise InputError(message) from error
 

@@ -142,9 +142,27 @@ def test_defaults_of_file_and_environment(command, folder, configure, monkeypatc
     assert heronry.load("q").dtype == torch.float32
 
 
+def test_defaults_of_sampling(command, folder, configure, tmp_path):
+    words = ("generate", "Hello", "-m", folder / "m.pth", "--seed", 1)
+    wanted = command(*words, "--temperature", 0.5, "--top-p", 1, "--max-tokens", 5)
+    configure("temperature = 0.5\ntop_p = 1\nmax_tokens = 5")
+    assert command(*words) == wanted
+    assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[1] == "temperature 0.5\n"
+    configure("top_p = 3")
+    refused(command(*words), f"--top-p must be from 0 to 1, got 3.0 (top_p comes from {tmp_path}/config")
+
+
+def test_short_names_of_dtypes(command, folder):
+    for short, name in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("fp64", "float64")):
+        assert heronry.load(folder / "m.pth", dtype=short).dtype == getattr(torch, name)
+        assert command("convert", folder / "m.pth", f"{short}.pth", "--dtype", short)[0] == 0
+        assert heronry.load(f"{short}.pth").dtype == getattr(torch, name)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("temperature = 'hot'", "config.toml: temperature must be a number, got 'hot'"),
         ("modle = 3", "config.toml: unknown setting 'modle'; did you mean 'model'?"),
         ("threads = 'four'", "config.toml: threads must be a whole number, got 'four'"),
         ("threads = true", "config.toml: threads must be a whole number, got True"),

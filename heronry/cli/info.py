@@ -163,10 +163,16 @@ def _describe_graph(path: Path) -> dict[str, Any]:
         proto = onnx.load_model(path, load_external_data=False)
     except Exception as error:  # of protobuf, whose classes differ
         raise InputError(f"{path}: damaged, or not an ONNX file") from error
+    shapes = {
+        x.name: [size.dim_param or size.dim_value for size in x.type.tensor_type.shape.dim]
+        for x in (*proto.graph.input, *proto.graph.output)
+    }
+    names = dict(zip(next(iter(shapes.values()), []), ("batch", "tokens"), strict=False))  # of the first input
 
     def describe(values: Iterable[Any]) -> str:
-        shapes = ([size.dim_param or size.dim_value for size in x.type.tensor_type.shape.dim] for x in values)
-        return ", ".join(f"{x.name} {shape}".replace("'", "") for x, shape in zip(values, shapes, strict=True))
+        return ", ".join(
+            f"{x.name} [{', '.join(str(names.get(size, size)) for size in shapes[x.name])}]" for x in values
+        )
 
     notes = {entry.key: entry.value for entry in proto.metadata_props}
     fields: dict[str, Any] = {"kind": "ONNX graph", "generation": notes.get("model")}

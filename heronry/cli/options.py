@@ -9,6 +9,7 @@ import typer
 
 from ..catalog import BUNDLED
 from ..errors import InputError
+from . import complete
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -24,6 +25,7 @@ Model = Annotated[
         "--model",
         "-m",
         envvar="HERONRY_MODEL",
+        autocompletion=complete.model,
         help="A file or folder of any format, hf://OWNER/REPOSITORY/FILE, a name in `heronry list`, or bundled.",
         show_default="bundled",
     ),

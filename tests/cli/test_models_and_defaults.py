@@ -67,11 +67,13 @@ def test_pull_list_and_rm(command, folder, monkeypatch):
     refused(command("pull", "g1-1.b"), "unknown model 'g1-1.b'; did you mean 'g1-1.5b'?")
 
     lines = command("list")[1].splitlines()
-    assert lines[0].split() == ["name", "generation", "parameters", "size", "memory", "context", "licence", "here"]
-    assert [line.split()[0] for line in lines[1:4]] == ["bundled", "folder", "x"]
+    assert lines[0].split() == ["name", "generation", "parameters", "size", "memory", "context", "license", "here"]
+    assert lines[1].split() == ["bundled", "rwkv7", "3.8", "M", "7.6", "MB", "0.4", "GB", "1,024", "Apache-2.0", "yes"]
+    assert [line.split()[0] for line in lines[-2:]] == ["folder", "x"]
     row = next(line for line in lines if line.startswith("g1-0.1b"))
-    assert row.endswith(f"0.2 B       0.4 GB   0.8 GB   8,192    Apache-2.0  {models / model.file}")
+    assert row.endswith("0.2 B       0.4 GB   0.8 GB   8,192    Apache-2.0  yes")
     assert len(lines) == 4 + len(catalog.published())
+    assert max(map(len, lines)) < 80
     assert all(line == line.rstrip() for line in lines)
     listed = {about["name"]: about for about in json.loads(command("list", "--json")[1])}
     assert listed["g1-0.1b"]["path"] == str(models / model.file)
@@ -172,7 +174,7 @@ def test_short_names_of_dtypes(command, folder):
         ("model = 'a'\nmodel = 'b'", "config.toml: not a TOML file"),
         ("model = " + "[" * 100_000, "config.toml: not a TOML file"),
         (b"model = '\xe9'", "config.toml: not a TOML file"),
-        ("[generate]\nmodel = 'a'", "config.toml: unknown setting 'generate'; choose from model, dtype"),
+        ("[chat]\nmodel = 'a'", "config.toml: unknown setting 'chat'; choose from model, dtype"),
     ],
 )
 def test_a_wrong_configuration(command, configure, text, message):

@@ -151,7 +151,7 @@ def test_defaults_of_sampling(command, folder, configure, tmp_path):
     assert command(*words) == wanted
     assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[1] == "temperature 0.5\n"
     configure("top_p = 3")
-    refused(command(*words), f"--top-p must be from 0 to 1, got 3.0 (top_p comes from {tmp_path}/config")
+    refused(command(*words), f"--top-p must be a number from 0 to 1, got 3.0 (top_p comes from {tmp_path}/config")
 
 
 def test_short_names_of_dtypes(command, folder):

@@ -1,14 +1,16 @@
 """Models by short names: the bundled one, those in the default folder, and a table of published checkpoints.
 
 The table, published.json, works without a network: names, files on the hub, numbers of parameters, the length of the
-texts that a model was trained on (its context, which is no limit), and licences.
+texts that a model was trained on (its context, which is no limit), and licenses.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +30,7 @@ class Published:
     generation: str
     parameters: int
     context: int  # tokens
-    licence: str
+    license: str
 
     @property
     def size(self) -> int:
@@ -39,6 +41,9 @@ class Published:
     def memory(self) -> int:
         """Bytes that a process with it takes, about."""
         return self.size + RUNTIME
+
+
+BUNDLED_MODEL = Published("bundled", "", "", "rwkv7", 3_819_456, 1024, "Apache-2.0")
 
 
 @cache
@@ -90,3 +95,15 @@ def find(name: str | Path) -> Path | None:
         size = published()[name].size / 1e9
         raise InputError(f"{name}: not downloaded yet; `heronry pull {name}` does it ({size:.1f} GB)")
     return local
+
+
+def hint(name: str) -> str:
+    """What to say of a name that is neither a short name nor a file, after "no such file or folder"."""
+    if os.sep in name or "/" in name:
+        return ""
+    known = ["bundled", *published()]
+    with suppress(InputError):
+        known += downloaded()
+    if close := get_close_matches(name, known, n=1):
+        return f"; did you mean {close[0]}? `heronry list` shows the short names of models"
+    return "" if "." in name else "; `heronry list` shows the short names of models"

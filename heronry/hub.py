@@ -95,8 +95,41 @@ def _parse(path: str | Path) -> tuple[str, str | None, str | None]:
     return f"{owner}/{name}", revision, file
 
 
-def _outage(repository: str) -> str:
-    """Why the hub cannot be used now, found within PATIENCE seconds; "" if it can."""
+def load_dataset(name: str, **options: Any) -> Any:
+    """The split of a dataset, by the package `datasets`.
+
+    Args:
+        name: hf://NAME or hf://NAME:SPLIT, of a dataset of the hub or a local folder; without a split, train.
+        options: for datasets.load_dataset.
+
+    Raises:
+        InputError: it is not in the cache, and the hub cannot be reached.
+        Exception: of many kinds, if there is no such dataset or split, or its files are damaged.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    name, _, split = name.removeprefix("hf://").partition(":")
+    outage = "" if os.path.exists(name) else _outage(name, "datasets")
+    places: tuple[Any, ...] = (constants, datasets.config)
+    offline = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        if outage:  # else the packages would try for half a minute
+            for place in places:
+                place.HF_HUB_OFFLINE = True
+        with _without_warnings():
+            return datasets.load_dataset(name, split=split or "train", **options)
+    except Exception as error:
+        if outage:
+            raise InputError(f"not in the hub's cache, and {outage}") from error
+        raise
+    finally:
+        for place, value in zip(places, offline, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _outage(repository: str, kind: str = "models") -> str:
+    """Why the hub cannot be used now, found within PATIENCE seconds; "" if it can. kind: or "datasets"."""
     # imported here because it is slow to import and most paths are local
     from huggingface_hub import constants, get_session
 
@@ -104,7 +137,7 @@ def _outage(repository: str) -> str:
 
     def ask() -> None:
         with suppress(Exception):
-            address = f"{constants.ENDPOINT}/api/models/{repository}"
+            address = f"{constants.ENDPOINT}/api/{kind}/{repository}"
             statuses.append(get_session().head(address, timeout=PATIENCE).status_code)
 
     thread = Thread(target=ask, daemon=True)  # looking up the name of a host has no timeout of its own

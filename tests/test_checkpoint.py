@@ -110,7 +110,7 @@ def test_dtypes(weights, tmp_path):
         model = heronry.load(path, dtype=asked)
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert model(torch.tensor([[1, 2]]))[0].dtype == dtype
-    for wrong in ("bf16", torch.int8, "int8"):
+    for wrong in ("half", torch.int8, "int8"):
         with pytest.raises(InputError, match="choose one of float64, float32, bfloat16, float16"):
             heronry.load(path, dtype=wrong)
     with pytest.raises(InputError, match="device nowhere cannot be used"):
@@ -547,19 +547,29 @@ def test_loading_costs_the_model_and_no_more(large, file, dtype):
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16])
 def test_a_file_of_several_dtypes_says_what_is_rounded(random_checkpoint, wide, tmp_path, caplog):
-    tensors = {name: x.bfloat16() for name, x in random_checkpoint("7").items()}
+    """Only what has other numbers then: many files have vectors in float32 that were 16 bits long."""
+    numbers = random_checkpoint("7")
+    tensors = {name: x.bfloat16() for name, x in numbers.items()}
     torch.save(tensors, tmp_path / "one.pth")
-    tensors["blocks.0.att.r_k"] = tensors["blocks.0.att.r_k"].to(wide)
-    tensors["blocks.1.att.w0"] = tensors["blocks.1.att.w0"].to(wide)
+    names = ("blocks.0.att.r_k", "blocks.1.att.w0", "blocks.1.att.a0")
+    torch.save(tensors | {name: tensors[name].to(wide) for name in names}, tmp_path / "same.pth")
+    tensors |= {name: (numbers if i < 2 else tensors)[name].to(wide) for i, name in enumerate(names)}
     torch.save(tensors, tmp_path / "two.pth")
     assert heronry.load(tmp_path / "one.pth").dtype == torch.bfloat16
+    assert heronry.load(tmp_path / "same.pth").dtype == torch.bfloat16
     assert heronry.load(tmp_path / "two.pth", dtype="float32").dtype == torch.float32
+    assert heronry.load(tmp_path / "two.pth", device="meta").dtype == torch.bfloat16
     assert not caplog.messages
     assert heronry.load(tmp_path / "two.pth").dtype == torch.bfloat16
     assert caplog.messages == [
-        f"heronry: 2 tensors of the file are {str(wide).removeprefix('torch.')}, but a model has one dtype: they are "
-        "rounded to bfloat16, that of most weights; give dtype (--dtype) to choose another"
+        f"heronry: 2 tensors of the file in {str(wide).removeprefix('torch.')} rounded to bfloat16, the dtype of most "
+        "weights, because a model has one dtype; give dtype (--dtype) to choose another"
     ]
+    caplog.clear()
+    for suffix in ("gguf", "st"):  # what heronry writes
+        convert("bundled", tmp_path / f"a.{suffix}")
+        heronry.load(tmp_path / f"a.{suffix}")
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -142,6 +142,26 @@ def test_a_hub_that_does_not_answer(cache):
             call.close()
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from heronry.data import sources; list(sources.read_records(sources.find_sources(['hf://a/b'])))",
+        "from heronry.data.image_dataset import ImageDataset; ImageDataset('hf://a/b')",
+    ],
+)
+def test_a_data_set_without_a_network(code, cache):
+    """In a line and in seconds, by the same door."""
+    code = f"import sys, time, heronry\ntime.sleep = lambda _: sys.exit('waits')\ntry: {code}\n"
+    done = run(
+        code + "except heronry.InputError as error: print(error)",
+        cache,
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "hf://a/b: not in the hub's cache, and the hub cannot be reached (offline, or no network)\n"
+
+
 class Hub(BaseHTTPRequestHandler):
     """A hub with two repositories, and errors."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from .. import catalog, formats, hub
-from ..errors import InputError
+from ..errors import InputError, count
 from ..files import read_json
 from ..formats.lazy_tensor import LazyTensor, as_lazy
 from ..memory import Arena
@@ -37,6 +37,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 log = logging.getLogger("heronry")
 
@@ -58,8 +59,8 @@ def load(
     Args:
         path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or a name on the Hugging
             Face hub: "hf://OWNER/REPOSITORY/FILE", "OWNER/REPOSITORY".
-        dtype: of the weights, as a string ("float32", "bfloat16", "float16", "float64") or as a torch.dtype; None keeps
-            that of the file, or of most of its weights.
+        dtype: of the weights, as a string ("float32", "bfloat16", "float16", "float64", or "fp32", "bf16", "fp16",
+            "fp64") or as a torch.dtype; None keeps that of the file, or of most of its weights.
         device: of the weights.
         ln_x_eps: epsilon of the norm after the recurrence (RWKV-5 to 7), for files made with another one than 64e-5.
         quantize: "int8" or "int4" quantizes the large matrices as they are read; `dtype` then applies to the rest.
@@ -102,13 +103,16 @@ def locate(path: str | Path) -> Path:
     config.json may contain what the tensors do not show.
 
     Raises:
-        InputError: the name is empty, or it is known but the file not downloaded.
+        InputError: there is no such file, or it is known but not downloaded.
     """
     if not str(path):
         raise InputError("the name of a model must not be empty")
-    path = catalog.find(path) or (hub.fetch(path) if hub.is_name(path) else Path(path).expanduser())
-    if not os.path.exists(path) and os.path.isfile(f"{path}.pth"):  # as PyPI's rwkv names files
-        return Path(f"{path}.pth")
+    name = str(path)
+    path = catalog.find(name) or (hub.fetch(name) if hub.is_name(name) else Path(name).expanduser())
+    if not os.path.exists(path):
+        if os.path.isfile(f"{path}.pth"):  # as PyPI's rwkv names files
+            return Path(f"{path}.pth")
+        raise InputError(f"{name}: no such file or folder{catalog.hint(name)}")
     if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
         try:
             config = read_json(path.parent / "config.json")
@@ -144,11 +148,12 @@ def assemble(
     model = on_meta(cls, model_config)
     expected: dict[str, Tensor] = model.state_dict()
     on_meta_device = torch.device(device).type == "meta"
+    may_round = False  # with a dtype that was asked for, it is no surprise
     if dtype is None:
         dtype = _main_dtype(remaining.values())
         if dtype not in DTYPES.values() and not on_meta_device:
             raise InputError(f"its weights are {_name(dtype)}, in which models cannot compute; give a dtype (--dtype)")
-        _warn_of_rounding(remaining.values(), dtype)
+        may_round = True
     if packed:
         model.quantization = config["quantization"]
     # heronry's quantized files store the fingerprint of the original weights
@@ -183,13 +188,21 @@ def assemble(
             samples[key] = sample(x)
             replace_matrix(model, name, pack_matrix(key, x, quantize, matrix_arena))
     matrix_keys = {f"{name}.weight" for name, _ in quantizable_matrices(model)}
-    copies = {}
+    copies, rounded = {}, []
     for key in list(remaining):
         empty = (matrix_arena if key in matrix_keys else arena).allocate(expected[key].shape, dtype)
         x = take(key)
         copies[key] = empty.copy_(x)
+        if may_round and not x.is_meta and _is_rounded(empty, x):
+            rounded.append(x.dtype)
         if not x.is_meta:
             samples[key] = sample(x)  # after the copy, which reads a mapped file in order
+    if rounded:
+        widest = max(rounded, key=lambda x: torch.finfo(x).bits)
+        log.warning(
+            f"heronry: {count(len(rounded), 'tensor')} of the file in {_name(widest)} rounded to {_name(dtype)}, the "
+            "dtype of most weights, because a model has one dtype; give dtype (--dtype) to choose another"
+        )
     model.load_state_dict(copies, assign=True, strict=model.quantization is None)
     model.eval()
     if isinstance(model, Model) and not model.native_step_enabled and not on_meta_device:
@@ -215,16 +228,12 @@ def _main_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def _warn_of_rounding(tensors: Iterable[LazyTensor], dtype: torch.dtype) -> None:
-    """Says which tensors lose precision because a model has one dtype."""
-    bits = torch.finfo(dtype).bits
-    rounded = [x.dtype for x in tensors if x.dtype != dtype and torch.finfo(x.dtype).bits >= bits]
-    if rounded:
-        widest = max(rounded, key=lambda x: torch.finfo(x).bits)
-        log.warning(
-            f"heronry: {len(rounded)} tensors of the file are {_name(widest)}, but a model has one dtype: they are "
-            f"rounded to {_name(dtype)}, that of most weights; give dtype (--dtype) to choose another"
-        )
+def _is_rounded(copy: Tensor, x: Tensor) -> bool:
+    """Whether a copy in another dtype has other numbers."""
+    if copy.dtype == x.dtype or torch.finfo(x.dtype).bits < torch.finfo(copy.dtype).bits:
+        return False
+    parts = zip(copy.flatten().split(1 << 20), x.flatten().split(1 << 20), strict=True)  # a little memory at a time
+    return not all(torch.equal(a.to(x), b) for a, b in parts)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -234,7 +243,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype by its name or as it is; InputError unless models can have it."""
-    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    parsed = DTYPES.get(DTYPE_ALIASES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in DTYPES.values():
         raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
     return parsed

@@ -29,7 +29,7 @@ def convert(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Of an adapter: the model it is for.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16, float16, for GGUF also q8_0.", show_default="as in IN"),
+        typer.Option(help=options.DTYPES + ", for GGUF q8_0.", show_default="as in IN"),
     ] = None,
     tokenizer: options.Tokenizer = None,
     ln_x_eps: options.LnXEps = None,
@@ -41,7 +41,7 @@ def convert(
     An adapter can be converted too: see docs/adapters.md.
     """
     from ..adapters import identify_adapter
-    from ..convert import conversion
+    from ..convert import conversion, target_formats
     from .copies import locate_source_and_target, replaced_folder
     from .progress import note, progress_bar
 
@@ -53,7 +53,9 @@ def convert(
         return
     if model is not None:
         raise InputError(f"{source}: is a model; --model is for adapters")
-    with progress_bar("reading", in_bytes=True) as update, replaced_folder(target) as written:
+    is_graph = (to or target_formats.format_of(target)) in target_formats.GRAPHS
+    bar = progress_bar("exporting to ONNX") if is_graph else progress_bar("reading", in_bytes=True)
+    with bar as update, replaced_folder(target) as written:
 
         def show_progress(done: int, total: int) -> None:
             update(done, total, "writing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,8 @@ import typer
 
 from ..catalog import BUNDLED
 from ..errors import InputError, count
+from . import complete
+from .signals import Terminated
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
 
@@ -28,7 +30,10 @@ def data(
     ] = "world",
     template: Annotated[
         str | None,
-        typer.Option(help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story."),
+        typer.Option(
+            help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story.",
+            autocompletion=complete.template,
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8 here")] = None,
     cluster: Annotated[
@@ -96,8 +101,7 @@ def data(
                 on_progress=show_progress,
             )
     except KeyboardInterrupt:
-        print("heronry: stopped; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
+        raise Terminated(signal.SIGINT, "stopped; the same command continues from here") from None
     speed = (result.tokens - (first or result).tokens) / (time.monotonic() - start)
     line = f"{describe(result.documents, result.tokens)} of {count(bytes_read, 'byte')}, {speed:,.0f} tokens/s"
     if holdout:

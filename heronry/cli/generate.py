@@ -20,7 +20,10 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; - reads it from standard input.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The text to continue; - or a pipe: standard input, to its last line break.", show_default=False
+        ),
     ] = None,
     model: options.Model = None,
     tokenizer: options.Tokenizer = None,
@@ -46,6 +49,7 @@ def generate(
         typer.Option(
             "--penalize-digits/--no-penalize-digits",
             help="Without, digits may come again at no cost, as in PyPI's rwkv.",
+            show_default="on",
         ),
     ] = True,
     repetition_penalty: Annotated[
@@ -138,15 +142,19 @@ def generate(
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """The text to continue: as given, from standard input or from a file."""
-    if (prompt is None) == (file is None):
-        raise InputError("give a PROMPT or --prompt-file" + (", not both" if file else ""))
+    if prompt is not None and file is not None:
+        raise InputError("give a PROMPT or --prompt-file, not both")
     if file is not None:
         try:
             return file.read_text(encoding="utf-8-sig").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: byte {error.start} is not UTF-8") from error
-    assert prompt is not None
-    return sys.stdin.read() if prompt == "-" else prompt
+    if prompt is not None and prompt != "-":
+        return prompt
+    text = sys.stdin.read() if prompt == "-" or not sys.stdin.isatty() else ""
+    if prompt is None and not text:
+        raise InputError("give a PROMPT, - to read it from standard input, or --prompt-file")
+    return text.removesuffix("\n")
 
 
 def _unescape(text: str) -> str:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 
+from .output import no_echo
+
 # What a model writes as HTML or as the target of a link is part of its answer: it is shown, not obeyed.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 
@@ -16,19 +18,20 @@ PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "tab
 def print_markdown(console: Console, pieces: Iterable[str]) -> None:
     """Prints a text that comes in pieces. Words are not cut at the edge, and a line break stays one."""
     block = ""
-    live = Live(console=console, refresh_per_second=10)
-    live.start()
-    try:
-        for piece in pieces:
-            *done, block = split_blocks(block + piece)
-            for text in done:
-                _finish(live, text)
-                console.print()
-                live = Live(console=console, refresh_per_second=10)
-                live.start()
-            live.update(_render(block))
-    finally:
-        _finish(live, block)
+    with no_echo():
+        live = Live(console=console, refresh_per_second=10)
+        live.start()
+        try:
+            for piece in pieces:
+                *done, block = split_blocks(block + piece)
+                for text in done:
+                    _finish(live, text)
+                    console.print()
+                    live = Live(console=console, refresh_per_second=10)
+                    live.start()
+                live.update(_render(block))
+        finally:
+            _finish(live, block)
 
 
 def split_blocks(text: str) -> list[str]:

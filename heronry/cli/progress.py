@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..text.terminal import printable
+from .output import no_echo
 
 PATIENCE = 0.5  # seconds before a bar is shown
 
@@ -24,24 +25,30 @@ class Update(Protocol):
 
 @contextmanager
 def progress_bar(description: str, in_bytes: bool = False) -> Iterator[Update]:
-    """A function to call with (done, in all). On a terminal it shows a bar on standard error once PATIENCE is over, and
-    removes it at the end; so a refusal, which comes before, is not preceded by one."""
+    """A function to call with (done, in all). On a terminal there is a bar on standard error once PATIENCE is over,
+    which is removed at the end; so a refusal, which comes before, is not preceded by one."""
     console = stderr()
     amount = DownloadColumn() if in_bytes else TaskProgressColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal or console.quiet)
     task = bar.add_task(printable(description), total=None)
-    start = time.monotonic()
 
     def update(done: int, total: int | None, description: str | None = None) -> None:
         bar.update(task, completed=done, total=total, description=description)
-        if time.monotonic() - start > PATIENCE and (total is None or done < total):
-            bar.start()
 
-    try:
+    if bar.disable:
         yield update
-    finally:
-        bar.stop()
+        return
+    timer = threading.Timer(PATIENCE, bar.start)
+    timer.daemon = True
+    with no_echo():
+        timer.start()
+        try:
+            yield update
+        finally:
+            timer.cancel()
+            timer.join()
+            bar.stop()
 
 
 def note(line: str) -> None:

@@ -14,10 +14,11 @@ TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasatt
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP came; the code is what a shell shows for a program that it ended."""
+    """A signal came; the code is what a shell shows for a program that it ended. line: what to say."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, line: str = "terminated"):
         super().__init__(128 + number)
+        self.line = line
 
 
 @contextmanager

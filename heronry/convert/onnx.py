@@ -14,8 +14,10 @@ torch.export traces the model; the recurrence, a single operator there, becomes 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +250,7 @@ def export(model: Model, step: bool) -> torch.export.ExportedProgram:
     tokens: dict[int, Any] = {0: batch} if step else {0: batch, 1: torch.export.Dim("tokens", min=3)}
     state = stack_layers(model.initial_state(2))
     shapes = {"tokens": tokens, "state": tuple({1: batch} for _ in state)}
-    with torch.no_grad():
+    with torch.no_grad(), _quietly():
         return torch.export.export(Graph(model).eval(), (example, *state), dynamic_shapes=shapes)
 
 
@@ -272,7 +274,7 @@ def write_vision_model(model: VisionModel, path: Path, name: str) -> None:
         raise InputError("ONNX export does not support causal picture models or segments")
     size = model.config.image_size
     example = torch.zeros(2, 3, size, size)
-    with torch.no_grad():
+    with torch.no_grad(), _quietly():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     metadata = {"image_size": size, "mean": list(MEAN), "std": list(STD)}
     _write(model, program, ("images",), ("logits",), metadata, path, name)
@@ -309,16 +311,15 @@ def _write(
     """Writes an exported model; the values of `metadata` are strings, or become JSON."""
     import onnx
 
-    program = program.run_decompositions(
-        {
-            torch.ops.heronry.biwkv.default: _biwkv,
-            torch.ops.heronry.wkv4.default: _wkv4,
-            torch.ops.heronry.wkv6.default: _wkv6,
-            torch.ops.heronry.wkv7.default: _wkv7,
-        }
-    )
-    with warnings.catch_warnings():  # the exporter warns about its own deprecations
-        warnings.simplefilter("ignore")
+    with _quietly():
+        program = program.run_decompositions(
+            {
+                torch.ops.heronry.biwkv.default: _biwkv,
+                torch.ops.heronry.wkv4.default: _wkv4,
+                torch.ops.heronry.wkv6.default: _wkv6,
+                torch.ops.heronry.wkv7.default: _wkv7,
+            }
+        )
         onnx_program = torch.onnx.export(
             program, dynamo=True, verbose=False, opset_version=20, input_names=inputs, output_names=outputs
         )
@@ -339,6 +340,20 @@ def _write(
             onnx.save_model(proto, path)
     else:
         onnx.save_model(proto, path)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within the block the exporter says nothing of its own deprecations and of packages that it could use."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def run_graph(path: Path, tokens: Tensor, model: Model) -> Tensor:

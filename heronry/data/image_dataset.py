@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import hub
 from ..errors import InputError
 from .images import open_image
 
@@ -33,14 +34,14 @@ class ImageDataset:
         try:
             import datasets  # an optional package that takes seconds to import
         except ModuleNotFoundError as error:
-            raise InputError(f"image datasets need {error.name}: pip install 'heronry[vision]'") from error
+            package = str(error.name).partition(".")[0]
+            raise InputError(f"image datasets need {package}: pip install 'heronry[vision]'") from error
         self.source = source
         path = Path(source).expanduser()
         datasets.disable_progress_bars()
         try:
             if source.startswith(HUB):
-                name, _, split = source.removeprefix(HUB).partition(":")
-                rows = datasets.load_dataset(name, split=split or "train")
+                rows = hub.load_dataset(source)
             elif path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
                 files = [str(path)] if path.is_file() else sorted(map(str, path.glob("*.parquet")))
                 if not path.exists():

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import hub
 from ..errors import InputError
 from .json_items import json_items, starts_with_array
 from .rows import FIELDS, Content, read_row
@@ -127,7 +128,7 @@ def _expand(path: Path) -> Iterator[Source]:
             if file.is_dir() or (kind(file.name) in KINDS and (kind(file.name) != ".json" or starts_with_array(file))):
                 yield from _expand(file)
         return
-    if path.is_file() and kind(path.name) not in KINDS:
+    if not path.is_dir() and kind(path.name) not in KINDS:
         raise InputError(f"{path}: unsupported kind of file; expected {', '.join(KINDS)} or a dataset folder")
     yield describe(path)
 
@@ -289,15 +290,14 @@ def _read_dataset(source: Source, rows: Rows, position: Position) -> Iterator[Re
 
 def _read_hub(source: Source, rows: Rows, position: Position) -> Iterator[Record]:
     """A dataset of the Hugging Face hub, streamed."""
-    datasets = _import_datasets(source)
-    name, _, split = source.name.removeprefix(HUB).partition(":")
+    _import_datasets(source)
     try:
-        table = datasets.load_dataset(name, split=split or "train", streaming=True).skip(position.record)
+        table = hub.load_dataset(source.name, streaming=True).skip(position.record)
         for number, row in enumerate(table, position.record + 1):
             yield _row_record(source, rows, row, Position(position.source, number), None)
-    except InputError:
-        raise
     except Exception as error:  # many kinds: network, name, split, files
+        if isinstance(error, InputError) and str(error).startswith(source.name):
+            raise  # of a row
         raise TemporaryError(f"{source.name}: {' '.join(str(error).split())}") from error
 
 

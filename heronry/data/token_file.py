@@ -51,7 +51,7 @@ class TokenFile:
     def __init__(self, prefix: str | Path):
         """
         Args:
-            prefix: its path, with or without .bin or .idx.
+            prefix: its path, with or without .bin, .idx or .json.
 
         Raises:
             InputError: a missing, damaged or truncated file, files that contradict each other, no tokens.
@@ -169,7 +169,7 @@ class TokenWriter:
     def __init__(self, prefix: str | Path, dtype: str, written: Written | None = None):
         """
         Args:
-            prefix: its path, with or without .bin or .idx.
+            prefix: its path, with or without .bin, .idx or .json.
             dtype: of the ids: "uint16", "int32", or another of DTYPES.
             written: the result of an earlier `flush`, to resume from there; anything after it is cut off.
 
@@ -287,11 +287,11 @@ def discard_parts(prefix: Path) -> None:
 
 
 def strip_suffix(path: str | Path) -> Path:
-    """PREFIX, given PREFIX, PREFIX.bin or PREFIX.idx."""
+    """PREFIX, given it or the name of a file: PREFIX.bin, .idx or .json."""
     path = Path(path).expanduser()
     if path.name in ("", ".."):
         raise InputError(f"{path}: is a folder; give the name of a token file")
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
 
 
 def prefix_file(prefix: Path, suffix: str) -> Path:

@@ -24,8 +24,9 @@ from ..errors import InputError, show, unknown_name
 from ..models import State
 from ..text.chat_templates import TEMPLATES, Template, read_messages, usual_template
 from ..text.tokenizers import WorldTokenizer
+from ..text.utf8 import encode_utf8
 from .completion import Completion, FinishReason, TokenLogprob, Usage, join
-from .conversation import ConversationTree, Turn, lineage
+from .conversation import Beginning, ConversationTree, Turn, beginning, lineage
 from .generate import Generation, prefill
 from .options import DecodeOptions, Decoding, check_names, resolve
 from .sampling import Sampling
@@ -73,14 +74,8 @@ class Chat:
             messages = [*read_messages([{"role": "system", "content": system}]), *messages]
         if messages and messages[-1]["role"] == "user":
             raise InputError("the history must end with an answer")
-        if messages and messages[0]["role"] == "system":
-            messages[0]["content"] = chosen.clean(messages[0]["content"])
         self._llm = llm
-        opening, self._history_tokens = None, 0
-        if messages:
-            text = chosen.render_history(messages)
-            opening, self._history_tokens = llm.state(text), len(llm.encode(text, begins=True))
-        self._tree = ConversationTree(chosen, messages, opening)
+        self._tree = ConversationTree(chosen, _read_beginning(llm, chosen, messages))
         self._lock = threading.Lock()  # held while a piece of an answer is made
 
     @property
@@ -106,8 +101,8 @@ class Chat:
     def messages(self) -> list[dict[str, str]]:
         """The conversation of this branch: [{"role": "user", "content": ...}, ...]. An answer is without white space
         around it, and with its thought from the "<think" on that the template begins it with."""
-        messages = [dict(message) for message in self._tree.history]
-        for turn in lineage(self._tree.heads[self.branch]):
+        messages = [dict(message) for message in beginning(self._tree.head).history]
+        for turn in lineage(self._tree.head):
             messages.append({"role": "user", "content": turn.message})
             messages.append({"role": "assistant", "content": (self.template.opening + turn.answer).strip()})
         return messages
@@ -118,9 +113,14 @@ class Chat:
         return self._tree.path
 
     @property
+    def is_saved(self) -> bool:
+        """Whether all that was said is in that file."""
+        return self._tree.is_saved
+
+    @property
     def text(self) -> str:
         """All of this branch as the model sees it, up to where the next message begins."""
-        return self._tree.text(self._tree.heads[self.branch])
+        return self._tree.head.text
 
     # fmt: off
     @overload
@@ -142,6 +142,7 @@ class Chat:
             stream: an iterator of its pieces, the last of which has a finish_reason.
             options: see `DecodeOptions`; by default the sampling of the template.
         """
+        encode_utf8(message)  # an error counts the characters of the message
         pieces = self._answer(self.template.clean(message), self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
@@ -179,10 +180,15 @@ class Chat:
         self._tree.heads[self.branch] = turn.before
         return turn.message
 
-    def begin(self, name: str) -> None:
-        """Begins a branch in which nothing was said yet, and goes on in it."""
+    def begin(self, name: str, system: str | None = None) -> None:
+        """Begins a branch in which nothing was said yet, and goes on in it. system: its system text; None = it has the
+        history of the branch we come from."""
+        start = beginning(self._tree.head)
+        if system:
+            messages = read_messages([{"role": "system", "content": system}])
+            start = _read_beginning(self._llm, self.template, messages)
         self.fork(name)
-        self._tree.heads[name] = None
+        self._tree.heads[name] = start
 
     def fork(self, name: str) -> None:
         """Begins a branch here and goes on in it; the branch we come from stays as it is."""
@@ -190,7 +196,7 @@ class Chat:
             raise InputError(f"a branch needs a name, got {name!r}")
         if name in self._tree.heads:
             raise InputError(f"branch {name!r} already exists")
-        self._tree.heads[name] = self._tree.heads[self.branch]
+        self._tree.heads[name] = self._tree.head
         self._tree.branch = name
 
     def switch(self, name: str) -> None:
@@ -200,8 +206,8 @@ class Chat:
         self._tree.branch = name
 
     def _last(self, purpose: str) -> Turn:
-        turn = self._tree.heads[self.branch]
-        if turn is None:
+        turn = self._tree.head
+        if isinstance(turn, Beginning):
             raise InputError(f"nothing was said yet, or all of it was taken back: there is no message {purpose}")
         return turn
 
@@ -226,18 +232,18 @@ class Chat:
 
     def _draw(self, message: str | None, decoding: Decoding) -> Generator[Completion, None, None]:
         """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
-        branch, old, retried = self.branch, self._tree.heads[self.branch], message is None
+        branch, old, retried = self.branch, self._tree.head, message is None
         before = old
         if message is None:
             last = self._last("to answer again")
             before, message = last.before, last.message
-        state = before.state if before is not None else self._tree.opening
+        state = before.state
         question = self.template.turn.replace("{user}", message)
-        prompt = (before.owed if before is not None else "") + question
+        prompt = before.owed + question
         tokens = self._llm.encode(prompt, begins=state is None)
         logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
         asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
-        read_tokens = len(tokens) + (self._history_tokens if before is None and not retried else 0)
+        read_tokens = len(tokens) + (before.n_tokens if isinstance(before, Beginning) and not retried else 0)
         turn = Turn(before, message, "", asked, self.template.separator)
         buffer, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
         read = ""  # what the model wrote
@@ -316,6 +322,16 @@ class Chat:
             InputError: no such file, not a conversation, of another model, or damaged; this one then stays.
         """
         self._tree = ConversationTree.load(path, self._llm.model)
+
+
+def _read_beginning(llm: TextModel, template: Template, messages: list[dict[str, str]]) -> Beginning:
+    """The model reads what comes before the first message."""
+    if not messages:
+        return Beginning(messages)
+    if messages[0]["role"] == "system":
+        messages[0]["content"] = template.clean(messages[0]["content"])
+    text = template.render_history(messages)
+    return Beginning(messages, len(llm.encode(text, begins=True)), llm.state(text))
 
 
 def _state_of(turn: Turn) -> State:

@@ -3,7 +3,8 @@
 The file is a line MAGIC and then records, each of which adds to those before it, so that saving a turn appends one:
 
 - the first has the template, the history with the state after it, and the fingerprint of the model
-- the others may have a turn with its state, and have all branches as they then are
+- the others may have a turn, or the history of branches that begin with another one, with the state after it; and have
+  all branches as they then are. Turns and such histories are numbered together
 - a record is HEADER (bytes of JSON, of tensors, CRC of both numbers), JSON, a safetensors file, their SHA-256, END
 
 What ends before its END is the trace of a crash while it was written: it is left out, and said.
@@ -18,7 +19,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,14 +42,34 @@ END = b"end\n"
 
 
 @dataclass(frozen=True, eq=False)
+class Beginning:
+    """What comes before the first turn of a branch."""
+
+    history: list[dict[str, str]]  # messages
+    n_tokens: int = 0  # that these are
+    state: State | None = None  # after them; None = there are none
+    owed: str = ""
+
+    @property
+    def text(self) -> str:
+        """Up to where the first message begins."""
+        return "" if self.state is None else self.state.texts[0]
+
+
+@dataclass(frozen=True, eq=False)
 class Turn:
     """A message and its answer."""
 
-    before: Turn | None
+    before: Turn | Beginning
     message: str
     answer: str  # as the model wrote it, without white space at its end
     state: State  # one row
     owed: str  # what the conversation's text has beyond that of `state`
+
+    @property
+    def text(self) -> str:
+        """Up to where the next message begins."""
+        return self.state.texts[0] + self.owed
 
 
 @dataclass
@@ -57,8 +78,8 @@ class _File:
 
     size: its bytes; with others it was changed by somebody else.
     end: of its last whole record; what follows is the trace of a crash.
-    turns: the numbers of the turns in it.
-    count: of its turns, with those that are in no branch any more.
+    numbers: of the turns and beginnings in it.
+    count: of these, with those that are in no branch any more.
     branches: as they were last written.
     is_stale: it was read, and holds turns that are in no branch any more: the next save leaves them out.
     """
@@ -66,7 +87,7 @@ class _File:
     path: Path
     size: int
     end: int
-    turns: WeakKeyDictionary[Turn, int]
+    numbers: WeakKeyDictionary[Turn | Beginning, int | None]
     count: int
     branches: dict[str, Any]
     is_stale: bool = False
@@ -76,23 +97,35 @@ class _File:
 class ConversationTree:
     """All branches of a conversation; turns that branches share are shared in memory and in the file.
 
-    history: the messages that came before the first turn.
-    opening: the state after the history, which the first message goes on from; None = there is none.
+    beginning: of the first branch.
     branch: the name of the current branch.
-    heads: each branch's last turn, by name; None = it has none.
+    heads: each branch's last turn, by name; its beginning if it has none.
     """
 
     template: Template
-    history: list[dict[str, str]]
-    opening: State | None
+    beginning: Beginning
     branch: str = "main"
-    heads: dict[str, Turn | None] = field(default_factory=lambda: {"main": None})
+    heads: dict[str, Turn | Beginning] = field(init=False)
     _file: _File | None = None
+
+    def __post_init__(self) -> None:
+        self.heads = {self.branch: self.beginning}
+
+    @property
+    def head(self) -> Turn | Beginning:
+        """The end of the current branch."""
+        return self.heads[self.branch]
 
     @property
     def path(self) -> Path | None:
         """Of the file that this conversation was last saved to or loaded from."""
         return None if self._file is None else self._file.path
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether every turn is in the file."""
+        turns = [node for node in self._nodes() if isinstance(node, Turn)]
+        return not turns or (self._file is not None and all(turn in self._file.numbers for turn in turns))
 
     def save(self, path: str | Path, fingerprint: str) -> None:
         """Writes all branches: the file that this conversation was last saved to or loaded from gets what is new
@@ -102,9 +135,9 @@ class ConversationTree:
             OSError: the disk is full, ...; the file then is as it was.
             InputError: somebody else has changed the file since; it stays as it is.
         """
-        path = Path(path).expanduser().resolve()
+        path = Path(path).expanduser()
         file = self._file
-        if file is None or path != file.path or not path.exists():
+        if file is None or path.resolve() != file.path or not path.exists():
             self._file = self._write_whole(path, fingerprint)
             return
         with _locked(path):
@@ -113,56 +146,58 @@ class ConversationTree:
             self._file = self._write_whole(path, fingerprint) if file.is_stale else self._append(file)
 
     def _write_whole(self, path: Path, fingerprint: str) -> _File:
-        begin = {"template": asdict(self.template), "history": self.history, "fingerprint": fingerprint}
-        if self.opening is not None:
-            begin["opening"] = self.opening.texts[0]
-        turns: WeakKeyDictionary[Turn, int] = WeakKeyDictionary()
+        first = self.beginning
+        begin = {"template": asdict(self.template), "fingerprint": fingerprint, **_describe_beginning(first)}
+        numbers: WeakKeyDictionary[Turn | Beginning, int | None] = WeakKeyDictionary()
+        numbers[first] = None
         with atomic_write(path) as part, open(part, "wb") as out:
             out.write(MAGIC)
-            _write_record(out, begin, self.opening)
-            count, branches = self._write_turns(out, turns, 0)
+            _write_record(out, begin, first.state)
+            count, branches = self._write_new(out, numbers, 0)
             size = out.tell()
-        return _File(path, size, size, turns, count, branches)
+        return _File(path.resolve(), size, size, numbers, count, branches)
 
     def _append(self, file: _File) -> _File:
-        turns = WeakKeyDictionary(file.turns)
+        numbers = WeakKeyDictionary(file.numbers)
         with naming(file.path), open(file.path, "rb+", buffering=0) as out:
             out.truncate(file.end)
             file.size = out.seek(file.end)
             try:
-                count, branches = self._write_turns(out, turns, file.count, file.branches)
+                count, branches = self._write_new(out, numbers, file.count, file.branches)
                 os.fsync(out.fileno())
             except BaseException:
                 out.truncate(file.end)
                 raise
             size = out.tell()
-        return _File(file.path, size, size, turns, count, branches)
+        return _File(file.path, size, size, numbers, count, branches)
 
-    def _write_turns(
+    def _write_new(
         self,
         out: BinaryIO,
-        turns: WeakKeyDictionary[Turn, int],
+        numbers: WeakKeyDictionary[Turn | Beginning, int | None],
         count: int,
         written: dict[str, Any] | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """Writes the turns that have no number yet, and gives them one; a record for each, the last of which has the
-        branches. Without new turns there is a record of the branches, unless they are as they were `written` last.
-        Returns how many turns there are then, and the branches."""
-        new = list(dict.fromkeys(turn for head in self.heads.values() for turn in lineage(head) if turn not in turns))
-        for turn in new:
-            turns[turn] = count
+        """Writes the turns and beginnings that have no number yet, and gives them one; a record for each, the last of
+        which has the branches. Without new ones there is a record of the branches, unless they are as they were
+        `written` last. Returns how many there are then, and the branches."""
+        new = [node for node in self._nodes() if node not in numbers]
+        for node in new:
+            numbers[node] = count
             count += 1
-        numbers = {name: None if head is None else turns[head] for name, head in self.heads.items()}
-        branches: dict[str, Any] = {"branch": self.branch, "heads": numbers}
-        for turn in new:
-            record = {
-                "before": None if turn.before is None else turns[turn.before],
-                "message": turn.message,
-                "answer": turn.answer,
-                "text": turn.state.texts[0][len(self.text(turn.before)) :],
-                "owed": turn.owed,
-            }
-            _write_record(out, {"turn": record} | (branches if turn is new[-1] else {}), turn.state)
+        branches: dict[str, Any] = {
+            "branch": self.branch,
+            "heads": {name: numbers[head] for name, head in self.heads.items()},
+        }
+        for node in new:
+            record: dict[str, Any]
+            if isinstance(node, Beginning):
+                record = {"beginning": _describe_beginning(node)}
+            else:
+                turn = {"before": numbers[node.before], "message": node.message, "answer": node.answer}
+                turn |= {"text": node.state.texts[0][len(node.before.text) :], "owed": node.owed}
+                record = {"turn": turn}
+            _write_record(out, record | (branches if node is new[-1] else {}), node.state)
         if not new and branches != written:
             _write_record(out, branches, None)
         return count, branches
@@ -175,7 +210,7 @@ class ConversationTree:
         Raises:
             InputError: no such file, not a conversation, of another model, or damaged.
         """
-        path = Path(path).expanduser().resolve()
+        path = Path(path).expanduser()
         try:
             return cls._from_records(path, model)
         except InputError:
@@ -191,40 +226,53 @@ class ConversationTree:
         begin, opening, whole = next(records)
         if begin["fingerprint"] != model.fingerprint:
             raise InputError(f"{path}: this conversation was held with another model")
-        tree = cls(template_from(begin["template"]), begin["history"], None)
-        if opening:
-            tree.opening = _state(opening, begin["opening"], model)
-        turns: list[Turn] = []
-        numbers: dict[str, int | None] = {"main": None}
+        tree = cls(template_from(begin["template"]), _beginning(begin, opening, model))
+        nodes: list[Turn | Beginning] = []
+        branches: dict[str, Any] = {"branch": "main", "heads": {"main": None}}
         for record, tensors, end in records:
-            if (turn := record.get("turn")) is not None:
-                before = None if turn["before"] is None else turns[turn["before"]]
-                state = _state(tensors, tree.text(before) + turn["text"], model)
-                turns.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"]))
+            if "beginning" in record:
+                nodes.append(_beginning(record["beginning"], tensors, model))
+            elif (turn := record.get("turn")) is not None:
+                before = tree.beginning if turn["before"] is None else nodes[turn["before"]]
+                state = _state(tensors, before.text + turn["text"], model)
+                nodes.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"]))
             if "heads" in record:
-                tree.branch, numbers = record["branch"], record["heads"]
+                branches = {"branch": record["branch"], "heads": record["heads"]}
             whole = end
-        tree.heads = {name: None if number is None else turns[number] for name, number in numbers.items()}
-        in_use = {turn for head in tree.heads.values() for turn in lineage(head)}
-        known = WeakKeyDictionary({turn: i for i, turn in enumerate(turns)})
-        branches = {"branch": tree.branch, "heads": numbers}
-        tree._file = _File(path, size, whole, known, len(turns), branches, is_stale=len(in_use) < len(turns))
+        tree.branch = branches["branch"]
+        tree.heads = {
+            name: tree.beginning if number is None else nodes[number] for name, number in branches["heads"].items()
+        }
+        numbers: WeakKeyDictionary[Turn | Beginning, int | None] = WeakKeyDictionary()
+        numbers[tree.beginning] = None
+        for i, node in enumerate(nodes):
+            numbers[node] = i
+        is_stale = not tree._nodes() >= set(nodes)
+        tree._file = _File(path.resolve(), size, whole, numbers, len(nodes), branches, is_stale)
         return tree
 
-    def text(self, turn: Turn | None) -> str:
-        """All text up to the end of a turn, to where the next message begins."""
-        if turn is None:
-            return "" if self.opening is None else self.opening.texts[0]
-        return turn.state.texts[0] + turn.owed
+    def _nodes(self) -> KeysView[Turn | Beginning]:
+        """What is in any branch, each after what it goes on from."""
+        nodes: dict[Turn | Beginning, None] = {}
+        for head in self.heads.values():
+            nodes |= dict.fromkeys([beginning(head), *lineage(head)])
+        return nodes.keys()
 
 
-def lineage(turn: Turn | None) -> list[Turn]:
+def lineage(head: Turn | Beginning) -> list[Turn]:
     """The turns from the first to this one."""
     turns = []
-    while turn is not None:
-        turns.append(turn)
-        turn = turn.before
+    while isinstance(head, Turn):
+        turns.append(head)
+        head = head.before
     return turns[::-1]
+
+
+def beginning(head: Turn | Beginning) -> Beginning:
+    """Of the branch that ends here."""
+    while isinstance(head, Turn):
+        head = head.before
+    return head
 
 
 def is_conversation(path: Path) -> bool:
@@ -278,6 +326,18 @@ def _write_record(out: BinaryIO, description: dict[str, Any], state: State | Non
         view = memoryview(part)
         while view:  # an unbuffered file may take less than all
             view = view[out.write(view) :]
+
+
+def _describe_beginning(node: Beginning) -> dict[str, Any]:
+    """As it is in a record."""
+    described: dict[str, Any] = {"history": node.history, "n_tokens": node.n_tokens}
+    return described if node.state is None else described | {"opening": node.text}
+
+
+def _beginning(record: dict[str, Any], tensors: bytes, model: Model) -> Beginning:
+    """The one in a record."""
+    state = _state(tensors, record["opening"], model) if tensors else None
+    return Beginning(record["history"], record.get("n_tokens", 0), state)
 
 
 def _state(data: bytes, text: str, model: Model) -> State:

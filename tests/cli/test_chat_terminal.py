@@ -39,7 +39,8 @@ def test_a_talk(chat, tmp_path):
     terminal.wait("bird")
     terminal.type("\r")
     terminal.wait("40 tokens, ")
-    terminal.wait(" tokens/s")
+    terminal.wait(" tokens/s; cut at max_tokens, /set max_tokens")
+    terminal.wait("80 allows more")
     terminal.wait(">")
     terminal.type("/hist\t")
     terminal.wait("ory")
@@ -84,7 +85,7 @@ def test_a_talk(chat, tmp_path):
     later.type("\x03")  # Ctrl-C discards the line
     later.wait("leave with Ctrl-D or /quit")
     later.wait(">")
-    later.type("\x04")
+    later.type("exit\r")
     assert later.end() == 0
 
 
@@ -117,6 +118,23 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(chat):
     terminal.wait("tokens/s")
     terminal.wait(">")
     terminal.type("/quit\r")
+    assert terminal.end() == 0
+
+
+def test_what_is_typed_during_an_answer_does_not_disturb_it(chat):
+    """Neither "^C" nor letters are shown by the terminal."""
+    terminal = chat("--max-tokens", "100000", "--temperature", "1.5", "--top-p", "1")
+    terminal.type("Hello\r")
+    terminal.wait("Hello")
+    terminal.wait("t")
+    terminal.type("zqzqzq")
+    terminal.wait("e")
+    assert "zqzq" not in terminal.text
+    terminal.type("\x03")
+    terminal.wait("tokens/s")
+    assert "^C" not in terminal.text
+    terminal.wait(">")
+    terminal.type("\x04")
     assert terminal.end() == 0
 
 

@@ -15,22 +15,29 @@ import pytest
 from faulty import refused
 
 import heronry
-from heronry import LLM, State
+from heronry import LLM, State, catalog
 from heronry.adapters import save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.bench.topics import TOPICS
 from heronry.cli import app as app_file
-from heronry.cli.chat_loop import Loop
+from heronry.cli.chat_loop import SETTINGS, Loop
+from heronry.cli.info import describe
 from heronry.cli.signals import Terminated
 from heronry.convert import target_formats
 from heronry.engine.chat import Chat
 from heronry.engine.completion import Usage
+from heronry.errors import unknown_name
 from heronry.text.chat_templates import TEMPLATES
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 # Typing
+
+
+def test_nothing_at_all_shows_the_help(command):
+    assert command() == command("--help")
+    assert command()[1].count("\n") > 20
 
 
 def test_version_and_short_help(command):
@@ -48,8 +55,14 @@ def test_version_and_short_help(command):
         ("generate x --threads 0", "--threads"),
         ("generate a b", "unexpected extra argument"),
         ("convert a", "Missing argument"),
-        ("gnerate x", "No such command 'gnerate'. Did you mean 'generate'"),
-        ("generate", "give a PROMPT or --prompt-file"),
+        ("gnerate x", "No such command 'gnerate'; did you mean generate? See heronry --help\n"),
+        ("quit", "No such command 'quit'; see heronry --help\n"),
+        (
+            "generate x --temprature 2",
+            "option: --temprature; did you mean --temperature? See heronry generate --help\n",
+        ),
+        ("generate x --zzz", "No such option: --zzz; see heronry generate --help\n"),
+        ("generate", "give a PROMPT, - to read it from standard input, or --prompt-file"),
         ("generate x --prompt-file y", "give a PROMPT or --prompt-file, not both"),
         ("info a --model b", "give FILE or --model, not both"),
         ("generate x --model bundled --max-tokens -3", "heronry: --max-tokens must be a whole number"),
@@ -83,9 +96,9 @@ def test_a_typing_error_is_one_line(command, line, message):
         ("convert '' x", "the name of a model must not be empty"),
         ("quantize bundled ''", "a path must not be empty"),
         ("merge bundled '' x", "a path must not be empty"),
-        ("eval ''", "Invalid value for 'files': a path must not be empty"),
-        ("eval x ''", "Invalid value for 'files': a path must not be empty"),
-        ("see '' -m v", "Invalid value for 'pictures': a path must not be empty"),
+        ("eval ''", "Invalid value for 'FILES': a path must not be empty"),
+        ("eval x ''", "Invalid value for 'FILES': a path must not be empty"),
+        ("see '' -m v", "Invalid value for 'PICTURES': a path must not be empty"),
         ("data '' -o x", "the name of a text must not be empty"),
         ("data x -o ''", "Invalid value for '--out' / '-o': a path must not be empty"),
         ("data x -o x --tokenizer ''", "the name of a tokenizer must not be empty"),
@@ -122,6 +135,10 @@ def test_no_control_characters_on_a_terminal(command, folder, monkeypatch):
 def test_messages_speak_of_options():
     names = ("max_tokens", "tokenizer", "stop", "alpha")
     for message, expected in [
+        (
+            "its weights are float8; give a dtype (--dtype)",
+            "its weights are float8; give a dtype (`heronry convert --dtype`)",
+        ),
         ("max_tokens must be 3", "--max-tokens must be 3"),
         ("supply one with tokenizer=", "supply one with --tokenizer"),
         ("trained with (tokenizer= or --tokenizer)", "trained with (--tokenizer)"),
@@ -131,6 +148,19 @@ def test_messages_speak_of_options():
         ("a stop string must not be empty", "a stop string must not be empty"),
     ]:
         assert app_file._as_typed(message, names) == expected
+    message = "choose the tokenizer it was trained with (tokenizer= or --tokenizer)"
+    assert app_file._as_typed(message, ["settings"]).endswith("(`heronry data --tokenizer`)")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_in_any_width(columns):
+    """No Python types, no line that is too long, no word that is cut."""
+    environment = os.environ | {"COLUMNS": str(columns)}
+    for name in ["", *app_file.COMMAND_NAMES] if columns == 80 else ["generate", "train"]:
+        words = [sys.executable, "-m", "heronry", *name.split(), "--help"]
+        text = subprocess.run(words, capture_output=True, text=True, env=environment).stdout
+        assert not re.search(r"<\w+|[{}]|list\[|\.{4}|[a-z]\.\.\.$", text, re.MULTILINE), text
+        assert max(map(len, text.splitlines())) <= max(columns, 60)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +179,30 @@ def test_what_needs_no_model_imports_nothing_heavy(words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_completion():
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("gen", ["generate"]),
+        ("pull world-1", ["world-1.5b"]),
+        ("rm m", ["mine"]),
+        ("chat --template g1-t", ["g1-think"]),
+        ("data x --template g1-f", ["g1-fast-think"]),
+        ("generate x --model bun", ["bundled"]),
+        ("eval x -m m", ["mine", "model.pth"]),
+        ("train optim.l", ["optim.lr=", "optim.lr_final=", "optim.l2wrap="]),
+        ("train run", ["run.out=", "run.toml"]),
+    ],
+)
+def test_completion(line, completed):
     code = "import sys; sys.argv = ['heronry']; from heronry.__main__ import main; main()"
-    environment = os.environ | {"_HERONRY_COMPLETE": "complete_bash", "COMP_WORDS": "heronry gen", "COMP_CWORD": "1"}
+    for file in ("model.pth", "run.toml", catalog.models_folder() / "mine.pth"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("")
+    environment = os.environ | {"_HERONRY_COMPLETE": "complete_bash", "COMP_WORDS": f"heronry {line}"}
+    environment["COMP_CWORD"] = str(len(line.split()))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["generate"]
+    assert set(done.stdout.split()) >= set(completed)
+    assert all(word.startswith(line.split()[-1]) for word in done.stdout.split())
 
 
 def test_help_lists_what_there_is(command):
@@ -199,6 +248,14 @@ def test_json_prompt_file_and_saved_state(command, folder):
     refused(command("generate", "", *words, "--state", "s"), "a state alone does not say what comes next")
 
 
+def test_a_pipe_is_the_prompt(command, folder):
+    words = ("-m", folder / "m.pth", "--max-tokens", 4, "--seed", 1)
+    expected = command("generate", "Hello", *words)
+    assert expected[0] == 0
+    for prompt in ([], ["-"]):
+        assert command("generate", *prompt, *words, stdin="Hello\n") == expected
+
+
 def test_a_stop_may_be_a_line_break(command, monkeypatch):
     seen = {}
     monkeypatch.setattr(LLM, "generate", lambda self, prompt, n, **options: seen.update(options) or iter(()))
@@ -226,7 +283,10 @@ def test_quiet_and_verbose(command, folder):
     code, _, err = command("info", "nothing", "-v")
     assert code == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1] == "heronry: nothing: no such file or folder"
+    assert (
+        err.splitlines()[-1]
+        == "heronry: nothing: no such file or folder; `heronry list` shows the short names of models"
+    )
     refused(command("info", "nothing"), "nothing: no such file")
 
 
@@ -308,6 +368,38 @@ def test_settings_and_branches_of_a_pipe(command, folder):
     assert [line.partition(" ")[0] for line in err.splitlines()] == ["heronry:"] * 4
 
 
+def test_one_setting_and_its_default(command, folder):
+    lines = [
+        "/set top_p",
+        "/set seed",
+        "/set seed 3",
+        "/set seed",
+        "/set seed none",
+        "/set top_p 0.5",
+        "/set top-p",
+        "/set top_p none",
+    ]
+    lines += ["/set top_p", "/set seed", "/set max_tokens none", "/set nothing"]
+    _, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    usual = f"top_p {TEMPLATES['world'].sampling['top_p']}"
+    assert out.splitlines() == [usual, "seed None", "seed 3", "top_p 0.5", usual, "seed None"]
+    assert err.splitlines() == [
+        "heronry: max_tokens must be a number, got 'none'",
+        f"heronry: {unknown_name('setting', 'nothing', SETTINGS)}",
+    ]
+
+
+def test_errors_name_what_was_typed(command, folder):
+    """Not the temporary file beside it, nor the prompt around the message."""
+    lines = ["/save file/talk", "a \udce9"]
+    Path("file").write_text("")
+    code, _, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    assert (code, err) == (
+        2,
+        "heronry: file/talk: Not a directory\nheronry: the text is not UTF-8: byte 0xe9 (U+DCE9) after 2 characters\n",
+    )
+
+
 def test_many_lines_are_one_message(command, folder):
     text = '"""\none\n/two\n"""\n/history\n'
     _, out, _ = command("chat", "-m", folder / "m.pth", "--template", "story", "--max-tokens", 2, stdin=text)
@@ -315,13 +407,50 @@ def test_many_lines_are_one_message(command, folder):
 
 
 def test_a_session_cannot_be_left_by_accident(command, folder):
-    words = ("chat", "-m", folder / "m.pth", "--max-tokens", 2, "--session", "talk")
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2, "--session", "talk")
     assert command(*words, stdin="Hello\n")[0] == 0
-    code, out, err = command(*words, stdin="/system Be kind.\n/load talk\n/clear\n")
+    code, out, err = command(*words, stdin="/load talk\n/clear\n")
     assert code == 2
-    assert err.count("this conversation is saved in talk: leave it") == 2
+    assert err.count("this conversation is saved in talk: leave it") == 1
     _, out, _ = command(*words, stdin="/switch main\n")
     assert "user: Hello" in out
+
+
+def test_a_new_system_text_keeps_the_conversation(command, folder):
+    """In a branch, also in the file of a session."""
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2)
+    for session in ([], ["--session", "talk"]):
+        code, out, err = command(*words, *session, stdin="Hello\n/system Be kind.\n/history\nHi\n/switch main\n")
+        assert (code, err) == (0, "")
+        assert "a new branch, 2; /switch main goes back\nsystem: Be kind.\n" in out
+        assert "user: Hello" in out.partition("system: Be kind.")[2]
+    assert describe("talk")["branches"] == {"main": 1, "2": 1}
+    out = command(*words, "--session", "talk", stdin="/switch 2\n")[1]
+    assert "system: Be kind.\nuser: Hi\n" in out
+
+
+def test_what_is_not_saved_is_not_loaded_over(command, folder):
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2)
+    LLM(folder / "m.pth").chat().save("other")
+    code, out, err = command(
+        *words, stdin="/load other\nHello\n/load other\n/history\n/save talk\n/load other\n/history\n"
+    )
+    assert (code, err) == (2, "heronry: this conversation is not saved, and would be lost: /save FILE first\n")
+    assert out.count("user: Hello") == 1
+
+
+def test_a_stopped_command_begins_a_line(command, folder, monkeypatch):
+    """Behind the "^C" of a terminal."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", stop)
+    assert command("generate", "x", "-m", folder / "m.pth") == (130, "", "heronry: stopped\n")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert command("generate", "x", "-m", folder / "m.pth", "-q")[0] == 130
+    assert screen.getvalue() == "\nheronry: stopped\n"
 
 
 def test_standard_input_stays_as_it_is(command, folder, monkeypatch):

@@ -46,6 +46,16 @@ def run(path: Path, tokens: torch.Tensor, state) -> list[torch.Tensor]:
     return [torch.from_numpy(x) for x in session.run(list(OUTPUTS), feeds)]
 
 
+@pytest.mark.slow
+def test_the_exporter_is_quiet(random_checkpoint, tmp_path):
+    """Neither warnings nor log lines of torch; and no lasting change of what is shown."""
+    torch.save(random_checkpoint("7", **SMALL), tmp_path / "a.pth")
+    words = [sys.executable, "-m", "heronry", "convert", str(tmp_path / "a.pth"), str(tmp_path / "a.onnx")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1), done.stderr
+    assert "a.onnx: onnx, " in done.stderr
+
+
 BETWEEN = [pytest.param(version, marks=pytest.mark.slow) for version in ("5.0", "5.2", "6")]  # exporting takes seconds
 
 

@@ -69,6 +69,41 @@ def test_save_and_load(llm, tmp_path, system):
     assert len({id(turn) for turn in (last(other), other._tree.heads["other"].before)}) == 1
 
 
+def test_branches_begin_with_system_texts_of_their_own(llm, tmp_path):
+    """Each reads what a conversation of its own would; appended or written as a whole, the file holds them all."""
+    path, options = tmp_path / "talk", {"max_tokens": 6, "seed": 3}
+    texts = {"main": "Be kind.", "2": "Be brief.", "3": "Be brief.", "4": "Be bold."}
+    chat = llm.chat(template="world", system="Be kind.")
+    chat.say("a", **options)
+    assert not chat.is_saved
+    chat.save(path)
+    chat.begin("2", "Be brief.")
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+    assert chat.is_saved  # nothing was said that is not
+    chat.save(path)
+    chat.say("a", **options)
+    chat.begin("3")
+    chat.say("b", **options)
+    chat.begin("4", "Be bold.")
+    assert not chat.is_saved
+    chat.save(path)
+    assert chat.is_saved
+    chat.save(tmp_path / "whole")
+    for file in (path, tmp_path / "whole"):
+        loaded = llm.chat(template="story")
+        loaded.load(file)
+        assert (loaded.branch, loaded.branches) == ("4", ("main", "2", "3", "4"))
+        for name, system in texts.items():
+            alone = llm.chat(template="world", system=system)
+            if name != "4":
+                alone.say("b" if name == "3" else "a", **options)
+            loaded.switch(name)
+            assert loaded.messages == alone.messages
+            mine, other = loaded.say("more", **options), alone.say("more", **options)
+            assert (mine.token_ids, mine.usage) == (other.token_ids, other.usage)
+            assert torch.equal(mine.state.layers[0].wkv, other.state.layers[0].wkv)
+
+
 def test_an_empty_conversation_is_saved_too(llm, tmp_path):
     llm.chat(template="g1").save(tmp_path / "talk")
     chat = llm.chat(template="story")

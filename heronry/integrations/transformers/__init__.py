@@ -8,6 +8,10 @@ flash-linear-attention's RWKV/RWKV7-Goose-* ("rwkv7"). For RWKV-4 they replace t
 """
 
 from ...text.jinja_templates import chat_template
+from .. import require
+
+require("transformers", "heronry[transformers]")
+
 from .configs import Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvConfig
 from .modeling import (
     Rwkv5ForCausalLM,

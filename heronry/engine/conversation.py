@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from ..errors import InputError
 from ..files import atomic_write, naming
 from ..models import Model, State
-from ..text.chat_templates import Template, template_from
+from ..text.template_choice import AnyTemplate, restore_template
 
 log = logging.getLogger("heronry")
 
@@ -49,6 +49,12 @@ class Turn:
     answer: str  # as the model wrote it, without white space at its end
     state: State  # one row
     owed: str  # what the conversation's text has beyond that of `state`
+    input: str = ""  # what the message is about, for templates with a place for it
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The message as one of a list of messages."""
+        return {"role": "user", "content": self.message} | ({"input": self.input} if self.input else {})
 
 
 @dataclass
@@ -82,7 +88,7 @@ class ConversationTree:
     heads: each branch's last turn, by name; None = it has none.
     """
 
-    template: Template
+    template: AnyTemplate
     history: list[dict[str, str]]
     opening: State | None
     branch: str = "main"
@@ -158,8 +164,9 @@ class ConversationTree:
             record = {
                 "before": None if turn.before is None else turns[turn.before],
                 "message": turn.message,
+                "input": turn.input,
                 "answer": turn.answer,
-                "text": turn.state.texts[0][len(self.text(turn.before)) :],
+                **self._new_text(turn),
                 "owed": turn.owed,
             }
             _write_record(out, {"turn": record} | (branches if turn is new[-1] else {}), turn.state)
@@ -191,7 +198,7 @@ class ConversationTree:
         begin, opening, whole = next(records)
         if begin["fingerprint"] != model.fingerprint:
             raise InputError(f"{path}: this conversation was held with another model")
-        tree = cls(template_from(begin["template"]), begin["history"], None)
+        tree = cls(restore_template(begin["template"]), begin["history"], None)
         if opening:
             tree.opening = _state(opening, begin["opening"], model)
         turns: list[Turn] = []
@@ -199,16 +206,17 @@ class ConversationTree:
         for record, tensors, end in records:
             if (turn := record.get("turn")) is not None:
                 before = None if turn["before"] is None else turns[turn["before"]]
-                state = _state(tensors, tree.text(before) + turn["text"], model)
-                turns.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"]))
+                known = "" if turn.get("anew") else tree.text(before)
+                state = _state(tensors, known + turn["text"], model)
+                turns.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"], turn.get("input", "")))
             if "heads" in record:
                 tree.branch, numbers = record["branch"], record["heads"]
             whole = end
         tree.heads = {name: None if number is None else turns[number] for name, number in numbers.items()}
         in_use = {turn for head in tree.heads.values() for turn in lineage(head)}
-        known = WeakKeyDictionary({turn: i for i, turn in enumerate(turns)})
+        numbered = WeakKeyDictionary({turn: i for i, turn in enumerate(turns)})
         branches = {"branch": tree.branch, "heads": numbers}
-        tree._file = _File(path, size, whole, known, len(turns), branches, is_stale=len(in_use) < len(turns))
+        tree._file = _File(path, size, whole, numbered, len(turns), branches, is_stale=len(in_use) < len(turns))
         return tree
 
     def text(self, turn: Turn | None) -> str:
@@ -216,6 +224,26 @@ class ConversationTree:
         if turn is None:
             return "" if self.opening is None else self.opening.texts[0]
         return turn.state.texts[0] + turn.owed
+
+    def text_before_answer(self, turn: Turn) -> str:
+        """All text up to where the answer of a turn begins."""
+        text = self.text(turn)
+        return text[: len(text) - len(turn.answer + self.template.separator)]
+
+    def messages(self, turn: Turn | None) -> list[dict[str, str]]:
+        """All messages up to the end of a turn. An answer is with the thought that the template begins it with."""
+        messages = [dict(message) for message in self.history]
+        opening = self.template.opening
+        for x in lineage(turn):
+            begins = opening if self.text_before_answer(x).endswith(opening) else ""
+            messages += [x.asked, {"role": "assistant", "content": (begins + x.answer).strip()}]
+        return messages
+
+    def _new_text(self, turn: Turn) -> dict[str, Any]:
+        """The text of a turn's state beyond that of the turn before; all of it where a template has shown the earlier
+        turns anew."""
+        text, known = turn.state.texts[0], self.text(turn.before)
+        return {"text": text[len(known) :]} if text.startswith(known) else {"text": text, "anew": True}
 
 
 def lineage(turn: Turn | None) -> list[Turn]:

@@ -25,12 +25,14 @@ class Checkpoint:
         config: the settings stored with the tensors, as heronry's config.json has them, notes for LLM included; empty
             for a format that stores none.
         tokenizer: the text of a tokenizer.json stored inside the file.
+        template: the chat template stored inside the file, in Jinja or as a name of llama.cpp's.
     """
 
     format: str
     tensors: Tensors
     config: Mapping[str, Any]
     tokenizer: str | None = None
+    template: str | None = None
 
 
 def read(path: Path) -> Checkpoint:

@@ -12,6 +12,7 @@ from ..checkpoint import check_folder_name, locate, select_notes
 from ..errors import InputError
 from ..files import read_json
 from ..models import Model, Network
+from ..text.template_choice import read_folder
 from ..text.tokenizers import guess_tokenizer
 from .options import check_target
 
@@ -56,4 +57,8 @@ def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any
             tokenizer = guess_tokenizer(model.config.vocab_size, source if source.is_dir() else source.parent)
     config = read_json(source / "config.json") if source.is_dir() else {}
     config |= config.get("heronry") or {}  # a config.json of Hugging Face keeps the notes under this key
-    return tokenizer if isinstance(tokenizer, Path) else None, select_notes(config)
+    notes = select_notes(config)
+    own = read_folder(source) if source.is_dir() else None
+    if own is not None and "chat_template" not in notes:
+        notes["chat_template"] = own.text
+    return tokenizer if isinstance(tokenizer, Path) else None, notes

@@ -75,11 +75,12 @@ def describe(name: str) -> dict[str, Any]:
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ..checkpoint import load
+    from ..checkpoint import load_checkpoint, select_notes
     from ..models import Model, Network
+    from ..text.template_choice import describe_template, model_template
     from ..text.tokenizers import guess_tokenizer
 
-    network = load(path, device="meta", kind=Network)
+    network, checkpoint = load_checkpoint(path, device="meta", kind=Network)
     config = asdict(network.config)
     n_parameters = network.num_parameters()
     config.pop("version", None)  # part of the generation
@@ -104,6 +105,12 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
             )
         except InputError as error:
             fields["tokenizer"] = str(error)
+        notes, is_world = select_notes(checkpoint.config), fields["tokenizer"] == "world"
+        try:
+            template = model_template(path, notes, checkpoint.template, network.name, is_world)
+            fields["template"] = describe_template(template)
+        except InputError as error:
+            fields["template"] = str(error)
     return fields
 
 

@@ -1,5 +1,5 @@
-"""Conversations as a tree of kept states: nothing is read twice, except the message that `retry` answers again, or whose
-answer `go_on` goes on with.
+"""Conversations as a tree of kept states: nothing is read twice, except the message that `retry` answers again and
+what `go_on` goes on with.
 
 A turn keeps one state, after its answer: the next message continues from there; `undo`, `fork` and `switch` only choose
 which.
@@ -11,9 +11,9 @@ of these, take the longest whose text is a prefix of the conversation; the rest 
 message. Mostly that is the separator. If a token crosses the end (".\\n\\nU"), its share before the end is owed as
 well: at most a part of one token is read again.
 
-A template in Jinja shows the whole conversation, with each new message. What it shows beyond the last state is read. If it
-shows earlier turns otherwise than they were read (without their thoughts, say), it goes on from the last state that still
-fits, or from nothing.
+A template in Jinja shows the whole conversation with each new message, and what it shows beyond the last state is read.
+If it shows earlier turns otherwise than they were read, say without their thoughts, it goes on from the last state that
+still fits, or from nothing.
 """
 
 from __future__ import annotations
@@ -198,9 +198,7 @@ class Chat:
 
         def begin(_: Turn | None) -> _Request:
             last = self._last("to answer again")
-            text = self.template.extend(
-                self._tree.text(last.before), [*self._tree.messages(last.before), last.asked]
-            )
+            text = self.template.extend(self._tree.text(last.before), [*self._tree.messages(last.before), last.asked])
             return _Request(last.before, last.asked, text, "", again=True)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
@@ -293,9 +291,7 @@ class Chat:
         finally:
             pieces.close()
 
-    def _draw(
-        self, begin: Callable[[Turn | None], _Request], decoding: Decoding
-    ) -> Generator[Completion, None, None]:
+    def _draw(self, begin: Callable[[Turn | None], _Request], decoding: Decoding) -> Generator[Completion, None, None]:
         """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
         branch, old = self.branch, self._tree.heads[self.branch]
         request = begin(old)
@@ -318,7 +314,9 @@ class Chat:
         turn = replace(turn, input=request.message.get("input", ""))
         buffer, decoder = StopStringBuffer(self.template.stops, beginning), self._llm.tokenizer.stream()
         read = beginning  # what the model wrote
-        certain = beginning.removesuffix(buffer.held)  # the beginning of it that is certain to come before a stop string
+        certain = beginning.removesuffix(
+            buffer.held
+        )  # the beginning of it that is certain to come before a stop string
         shown = len(beginning)  # characters of the answer that were handed out
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] | None = None if decoding.top_logprobs is None else []

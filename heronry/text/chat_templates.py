@@ -18,8 +18,8 @@ FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "pen
 class Template:
     """How a model was shown conversations in training.
 
-    turn: a message, in place of {user}, and the beginning of the answer; no space at the end, the answer brings it. After
-        a line break the answer has none.
+    turn: a message, in place of {user}, and the beginning of the answer; no space at the end, the answer brings it
+        (none after a line break).
     turn_with_input: the same for a message with an input, what the message is about, in place of {input}. Without it an
         input is shown on the next line of the message.
     system: what a system text looks like, in front of everything.
@@ -65,8 +65,8 @@ class Template:
         return re.sub(r"\{(user|input)\}", lambda place: user if place[1] == "user" else about, self.turn_with_input)
 
     def begin_answer(self, text: str) -> tuple[str, str]:
-        """What an answer begins with in front of a text of it (the `opening`, or "" if the text is without the thought),
-        and the text behind that."""
+        """An answer in two parts: the `opening`, or "" if the answer is without its thought, and what the model writes
+        behind that."""
         text = self._one_turn(text)
         if f"{self.space}{text}".startswith(self.opening):
             return self.opening, f"{self.space}{text}"[len(self.opening) :]
@@ -145,12 +145,12 @@ ALPACA = Template(
     stops=("\n\n### Instruction:", "\n### Instruction:"),
     turn_with_input="### Instruction: {user}\n### Input: {input}\n### Response:",
 )
+BELOW = "Below is an instruction that describes a task"
+COMPLETE = "Write a response that appropriately completes the request.\n\n"
 RAVEN_ALPACA = Template(
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "# Instruction:\n{user}\n\n# Response:\n",
-    stops=("\n\nBelow is an instruction that describes a task", "\n\n# Instruction:"),
-    turn_with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    f"{BELOW}. {COMPLETE}# Instruction:\n{{user}}\n\n# Response:\n",
+    stops=(f"\n\n{BELOW}", "\n\n# Instruction:"),
+    turn_with_input=f"{BELOW}, paired with an input that provides further context. {COMPLETE}"
     "# Instruction:\n{user}\n\n# Input:\n{input}\n\n# Response:\n",
 )
 INSTRUCTION = Template(
@@ -190,16 +190,15 @@ def usual_template(generation: str, world: bool, file_name: str = "") -> str:
 
 
 def parse_template(text: str) -> Template:
-    """A template written as one turn, such as "Bob: {user}\\n\\nAlice:", perhaps with a system text in front of it:
-    "System: {system}\\n\\nBob: {user}\\n\\nAlice:". An answer ends where the model writes the beginning of the next turn.
+    r"""A template written as one turn, such as "Bob: {user}\n\nAlice:", perhaps with a system text in front of it:
+    "System: {system}\n\nBob: {user}\n\nAlice:". An answer ends where the model begins the next turn.
     """
-    system = re.match(r".*\{system\}\s*", text, re.DOTALL)
-    turn = text[system.end() if system else 0 :].rstrip(" ")
+    first = re.match(r".*\{system\}\s*", text, re.DOTALL)
+    system = first[0] if first else WORLD.system
+    turn = text[len(system) if first else 0 :].rstrip(" ")
     label, _, lead = turn.partition("{user}")
-    line_breaks = re.match(r"\n*", lead)
-    separator = (line_breaks and line_breaks[0]) or "\n\n"
-    stops = (separator + label.rstrip(),)
-    return Template(turn, **({"system": system[0]} if system else {}), separator=separator, stops=stops)
+    separator = lead[: len(lead) - len(lead.lstrip("\n"))] or "\n\n"
+    return Template(turn, system, separator, (separator + label.rstrip(),))
 
 
 def template_from(fields: dict[str, Any]) -> Template:

@@ -48,7 +48,9 @@ class JinjaProcess:
             finally:
                 is_late = not timer.is_alive()
                 timer.cancel()
-                if not line.endswith(b"\n"):  # also after Ctrl-C: its answer would be taken for that of the next request
+                if not line.endswith(
+                    b"\n"
+                ):  # also after Ctrl-C: its answer would be taken for that of the next request
                     self.close()
         if not line.endswith(b"\n"):
             raise InputError(f"takes longer than {PATIENCE:g} seconds" if is_late else "its process was ended")

@@ -180,7 +180,7 @@ class JinjaTemplate:
         if re.search(r"\{%-?\s*generation\b", self.source):
             return self._find_marked(messages)
         text = self.render(messages, False)
-        answers = []
+        answers: list[Answer] = []
         for i in range(1, len(messages)):
             if messages[i]["role"] == "assistant":
                 asked, answered = self.render(messages[:i], True), self.render(messages[: i + 1], False)

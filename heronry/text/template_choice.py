@@ -43,7 +43,7 @@ def find_template(text: str | AnyTemplate) -> AnyTemplate:
     raise unknown_name("chat template", text, TEMPLATES)
 
 
-def template_text(text: str | AnyTemplate) -> str:
+def template_text(text: str) -> str:
     """The same template as a text that `find_template` takes, without the file that it may be in: what notes and token
     files keep.
 
@@ -51,10 +51,15 @@ def template_text(text: str | AnyTemplate) -> str:
         InputError: as `find_template`; or a template in Jinja is damaged.
     """
     template = find_template(text)
-    if isinstance(template, JinjaTemplate):
-        _ = template.separator  # shows a conversation
-        return template.text
-    return text if isinstance(text, str) else describe_template(template)
+    if not isinstance(template, JinjaTemplate):
+        return text
+    _ = template.separator  # shows a conversation
+    return template.text
+
+
+def in_jinja(template: AnyTemplate) -> str:
+    """A template as a chat_template.jinja has it."""
+    return template.source if isinstance(template, JinjaTemplate) else to_jinja(template)
 
 
 def is_jinja(text: str) -> bool:
@@ -121,11 +126,11 @@ def read_folder(folder: Path) -> JinjaTemplate | None:
     if not isinstance(source, str):
         raise InputError(f"{where}: chat_template must be a text, got {show(source)}")
     stops = _read_settings(folder / "generation_config.json").get("stop_strings") or ()
-    stops = (stops,) if isinstance(stops, str) else tuple(stops)
-    if not all(isinstance(stop, str) and stop for stop in stops):
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) and stop for stop in stops):
         raise InputError(f"{folder / 'generation_config.json'}: stop_strings must be texts, got {show(stops)}")
     tokens = {name: x.get("content") if isinstance(x := settings.get(name), dict) else x for name in TOKENS}
-    return JinjaTemplate(source, where, stops, {name: x for name, x in tokens.items() if isinstance(x, str)})
+    return JinjaTemplate(source, where, tuple(stops), {name: x for name, x in tokens.items() if isinstance(x, str)})
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

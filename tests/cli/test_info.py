@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_info_of_a_checkpoint(command, folder, tmp_path):
     long = tmp_path / ("a" * 200) / ("b" * 200)
     heronry.save(heronry.load("bundled"), long, catalog.BUNDLED / "tokenizer.json")
     assert str(long / "tokenizer.json") in command("info", long)[1]  # not cut
+
+
+def test_info_names_the_chat_template(command, folder, tmp_path):
+    assert info(command, folder / "m.pth")["template"] == "world"
+    assert info(command, "bundled")["template"] == "story"
+    shutil.copy(folder / "m.pth", tmp_path / "rwkv7-g1a-0.1b.pth")
+    assert info(command, tmp_path / "rwkv7-g1a-0.1b.pth")["template"] == "g1"
+    heronry.save(heronry.load(folder / "m.pth"), tmp_path / "own")
+    file = tmp_path / "own" / "chat_template.jinja"
+    file.write_text("{{ messages }}")
+    assert info(command, tmp_path / "own")["template"] == f"Jinja ({file})"
+    file.write_bytes(b"\xff")
+    assert info(command, tmp_path / "own")["template"] == f"{file}: byte 0 is not UTF-8"
 
 
 def test_info_of_all_else(command, folder):

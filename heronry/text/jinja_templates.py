@@ -67,7 +67,7 @@ def to_jinja(template: Template) -> str:
 
 
 class Answer(NamedTuple):
-    """Where an answer is in the text of a conversation."""
+    """Where an answer is in the text of a conversation, with the space in front of it."""
 
     begin: int
     end: int
@@ -128,7 +128,7 @@ class JinjaTemplate:
         if QUESTION not in whole or ANSWER not in whole or not re.search(f"{ANSWER}.*{NEXT}", longer, re.DOTALL):
             raise InputError(f"{self.name}: does not show the messages of a conversation")
         before, separator = whole.split(ANSWER, 1)
-        lead = before[: _common(before, prompt)]
+        lead = before[: _common(before, prompt)].rstrip(" ")  # a word is one token with the space in front of it
         stop = longer.split(ANSWER, 1)[1].split(NEXT)[0].rstrip()
         return _Look(prompt[len(lead) :], before[len(lead) :], separator, stop or separator)
 
@@ -190,7 +190,7 @@ class JinjaTemplate:
                         f"{self.name}: shows earlier answers otherwise than the last one, so it must mark answers with "
                         "{% generation %}"
                     )
-                answers.append(Answer(begin, len(answered)))
+                answers.append(Answer(len(text[:begin].rstrip(" ")), len(answered)))
         return text, answers
 
     def _find_marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Answer]]:
@@ -200,10 +200,11 @@ class JinjaTemplate:
         n_answers = sum(message["role"] == "assistant" for message in messages)
         if len(pieces) != 2 * n_answers + 1:
             raise InputError(f"{self.name}: marks {len(pieces) // 2} texts with {{% generation %}}, not {n_answers}")
-        ends = [0]
-        for piece in pieces:
-            ends.append(ends[-1] + len(piece))
-        return "".join(pieces), [Answer(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
+        text, answers = pieces[0], []
+        for answer, rest in zip(pieces[1::2], pieces[2::2], strict=True):
+            answers.append(Answer(len(text.rstrip(" ")), len(text + answer)))
+            text += answer + rest
+        return text, answers
 
 
 def _with_input(message: Mapping[str, Any]) -> dict[str, Any]:

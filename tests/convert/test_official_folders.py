@@ -267,7 +267,7 @@ def test_the_folders_own_template(weights, tmp_path, command):
     assert command("data", tmp_path / "a.jsonl", "-o", tmp_path / "made", "--tokenizer", folder)[0] == 0
     file = TokenFile(tmp_path / "made")
     assert bytes(file.tokens.tolist()).decode() == "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser:"
-    assert bytes(file.tokens[file.mask.astype(bool)].tolist()).decode() == "Hello!\n\nUser:"
+    assert bytes(file.tokens[file.mask.astype(bool)].tolist()).decode() == " Hello!\n\nUser:"
     assert file.notes["chat_template"] == TEMPLATE
     # transformers
     transformers = pytest.importorskip("transformers")

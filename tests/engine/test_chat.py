@@ -619,6 +619,11 @@ def test_a_jinja_template_that_drops_thoughts(scripted, tmp_path):
     assert again.messages == chat.messages
     answer = llm.chat(chat.messages[:3], template=DROPS)
     assert answer.state.texts == (shown,)
+    chat.retry(max_tokens=0)
+    assert chat.go_on().text == "Yes"
+    assert chat.text == shown + "\n\n"
+    begun = llm.chat([*chat.messages[:3], {"role": "assistant", "content": "Yes"}], 0, template=DROPS)
+    assert begun.state.texts == ("User: a\n\nAssistant: Hi\n\nUser: b\n\nAssistant: Yes",)
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))

@@ -46,9 +46,9 @@ def test_bytes():
     assert official.extend("", TALK[:4]) == (
         "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser: Bye\n\nAssistant: <think></think>\n"
     )
-    assert (official.opening, official.separator, official.stops) == ("<think></think>\n", "\n\n", ("\n\nUser:",))
-    assert official.begin_answer(" Hello! ") == ("", "Hello!")
-    assert official.begin_answer("<think></think>\nHello!") == ("<think></think>\n", "Hello!")
+    assert (official.opening, official.separator, official.stops) == (" <think></think>\n", "\n\n", ("\n\nUser:",))
+    assert official.begin_answer(" Hello! ") == ("", " Hello!")
+    assert official.begin_answer("<think></think>\nHello!") == (" <think></think>\n", "Hello!")
     chatml = JinjaTemplate(CHATML)
     assert chatml.extend("", TALK[1:4]) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -110,13 +110,13 @@ def test_ids_and_mask_of_a_marked_template(source):
     assert bytes(ids).decode() == (
         "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser: Bye\n\nAssistant: See you.\n\nUser:"
     )
-    assert learned == "Hello!\n\nUser:See you.\n\nUser:"
+    assert learned == " Hello!\n\nUser: See you.\n\nUser:"
 
 
 def test_marks_in_the_texts_of_messages():
     talk = [TALK[1], {"role": "assistant", "content": "\x020\x03 and \x021\x03"}]
     text, [answer] = JinjaTemplate(OFFICIAL).find_answers(talk)
-    assert text[answer.begin : answer.end] == "\x020\x03 and \x021\x03\n\n"
+    assert text[answer.begin : answer.end] == " \x020\x03 and \x021\x03\n\n"
 
 
 @pytest.mark.parametrize(

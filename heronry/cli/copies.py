@@ -12,7 +12,8 @@ from ..checkpoint import check_folder_name, locate, select_notes
 from ..errors import InputError
 from ..files import read_json
 from ..models import Model, Network
-from ..text.template_choice import read_folder
+from ..text.jinja_templates import JinjaTemplate
+from ..text.template_choice import model_template
 from ..text.tokenizers import guess_tokenizer
 from .options import check_target
 
@@ -58,7 +59,7 @@ def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any
     config = read_json(source / "config.json") if source.is_dir() else {}
     config |= config.get("heronry") or {}  # a config.json of Hugging Face keeps the notes under this key
     notes = select_notes(config)
-    own = read_folder(source) if source.is_dir() else None
-    if own is not None and "chat_template" not in notes:
-        notes["chat_template"] = own.text
+    template = model_template(source, notes)
+    if template is not None:
+        notes["chat_template"] = template.text if isinstance(template, JinjaTemplate) else template
     return tokenizer if isinstance(tokenizer, Path) else None, notes

@@ -27,7 +27,7 @@ def data(
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", help="bytes, world, bundled, a tokenizer.json, or a model's folder.")
     ] = "world",
-    template: options.Template = None,
+    template: options.DataTemplate = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8 here")] = None,
     cluster: Annotated[
         str | None,

@@ -77,6 +77,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
     from ..checkpoint import load_checkpoint, select_notes
     from ..models import Model, Network
+    from ..text.chat_templates import usual_template
     from ..text.template_choice import describe_template, model_template
     from ..text.tokenizers import guess_tokenizer
 
@@ -105,10 +106,10 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
             )
         except InputError as error:
             fields["tokenizer"] = str(error)
-        notes, is_world = select_notes(checkpoint.config), fields["tokenizer"] == "world"
+        usual = usual_template(network.name, fields["tokenizer"] == "world")
         try:
-            template = model_template(path, notes, checkpoint.template, network.name, is_world)
-            fields["template"] = describe_template(template)
+            template = model_template(path, select_notes(checkpoint.config), checkpoint.template)
+            fields["template"] = describe_template(template or usual)
         except InputError as error:
             fields["template"] = str(error)
     return fields

@@ -80,14 +80,18 @@ LnXEps = Annotated[
     float | None,
     typer.Option("--ln-x-eps", help="Epsilon of the norm after the recurrence.", show_default="64e-5, or the file's"),
 ]
+TEMPLATE = (
+    "How conversations are shown: raven, world, g1, g1-think, g1-fast-think, story, alpaca, raven-alpaca, instruction, "
+    r"qa; a file FILE.jinja; or a turn of your own, such as 'Bob: {user}\n\nAlice:'."
+)
 Template = Annotated[
     str | None,
+    typer.Option("--template", callback=_template, help=TEMPLATE, show_default="that of the model, see heronry info"),
+]
+DataTemplate = Annotated[
+    str | None,
     typer.Option(
-        "--template",
-        callback=_template,
-        help="How conversations are shown: raven, world, g1, g1-think, g1-fast-think, story, alpaca, raven-alpaca, "
-        r"instruction, qa; a file FILE.jinja; or a turn of your own, such as 'Bob: {user}\n\nAlice:'.",
-        show_default="the model's, see heronry info",
+        "--template", callback=_template, help=TEMPLATE, show_default="the Jinja template beside the tokenizer"
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]

@@ -26,6 +26,7 @@ from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, we
 from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models import Model
 from ..progress import ByteCounter, Progress
+from ..text.chat_templates import usual_template
 from ..text.jinja_templates import JinjaTemplate
 from ..text.template_choice import find_template, in_jinja, model_template
 from . import onnx
@@ -58,15 +59,13 @@ def convert_language_model(
         raise InputError(f"{source}: fla is a layout of RWKV-7; {cls.name} goes into the format huggingface")
     notes = select_notes(checkpoint.config)
     tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
-    is_world = tokenizer_files.name == "world"
-    chosen = model_template(source, notes, checkpoint.template, cls.name, is_world)
-    is_known = (
-        is_world or "chat_template" in notes or isinstance(chosen, JinjaTemplate)
-    )  # else of a base model, perhaps
-    template = find_template(chosen) if is_known else None
+    chosen = model_template(source, notes, checkpoint.template)
+    if chosen is not None and to not in huggingface.LAYOUTS:  # where it is a file of its own
+        notes["chat_template"] = chosen.text if isinstance(chosen, JinjaTemplate) else chosen
+    if chosen is None and tokenizer_files.name == "world":  # which only chat models have
+        chosen = usual_template(cls.name, world=True)
+    template = None if chosen is None else find_template(chosen)
     stops = {} if template is None else {"stop_strings": list(template.stops)}
-    if isinstance(template, JinjaTemplate) and to not in huggingface.LAYOUTS:
-        notes.setdefault("chat_template", template.text)
     tensors = _cast(checkpoint.tensors, to, dtype)
     matrix_dtype = dtype or _name_of_dtype(tensors["emb.weight"].dtype)
     size = sum(x.nbytes for x in tensors.values())

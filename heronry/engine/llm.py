@@ -25,7 +25,7 @@ from ..progress import Progress
 from ..text.chat_templates import read_messages
 from ..text.jinja_templates import JinjaTemplate
 from ..text.template_choice import AnyTemplate, model_template
-from ..text.tokenizers import Tokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer, read_tokenizer_json
+from ..text.tokenizers import Tokenizer, guess_tokenizer, load_tokenizer, read_tokenizer_json
 from .adapters import Adapters
 from .asynchronous import iterate
 from .batch import BatchCollector, PromptBatch, Row, alternate, stream_pieces
@@ -113,8 +113,7 @@ class LLM(TextModel):
         tokenizer = load_tokenizer(tokenizer, model.config.vocab_size)
         template: str | JinjaTemplate | None = None
         if isinstance(path, Path):
-            is_world = isinstance(tokenizer, WorldTokenizer)
-            template = model_template(path, described, checkpoint.template, model.name, is_world)
+            template = model_template(path, described, checkpoint.template)
         if adapter is not None:
             notes = apply_adapter(model, adapter, base_file).notes
             template = notes.get("chat_template", template)

@@ -178,12 +178,17 @@ NAMED_AFTER = {  # words in the names of the files that models are published in
 }
 
 
-def usual_template(generation: str, world: bool, file_name: str = "") -> str:
-    """The name of the template that a model was trained with: told by the name of its file or folder, as in
-    rwkv7-g1a-0.1b, else what its generation usually was trained with. world: with that vocabulary."""
+def template_by_name(file_name: str) -> str | None:
+    """The name of the template that a model was trained with, told by the name of its file or folder, as in
+    rwkv7-g1a-0.1b; None if that says nothing."""
     for words, template in NAMED_AFTER.items():
         if re.search(rf"(?<![a-z0-9])({words})(?![a-z0-9])", file_name.lower()):
             return template
+    return None
+
+
+def usual_template(generation: str, world: bool) -> str:
+    """The name of the template that models of a generation usually were trained with. world: with that vocabulary."""
     if generation == "rwkv4" and not world:
         return "raven"
     return "g1" if generation == "rwkv7" and world else "world"

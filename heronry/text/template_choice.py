@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError, show, unknown_name
 from ..files import read_json
-from .chat_templates import TEMPLATES, Template, parse_template, template_from, usual_template
+from .chat_templates import TEMPLATES, Template, parse_template, template_by_name, template_from
 from .jinja_templates import JinjaTemplate, to_jinja
 
 AnyTemplate = Template | JinjaTemplate
@@ -82,15 +82,13 @@ def describe_template(template: str | AnyTemplate) -> str:
     return next((name for name, x in TEMPLATES.items() if x == found), "of its own")
 
 
-def model_template(
-    path: Path, notes: Mapping[str, Any], stored: str | None, generation: str, world: bool
-) -> str | JinjaTemplate:
-    """The chat template of a model: its own in Jinja, else that of its notes, else the usual one, see `usual_template`.
+def model_template(path: Path, notes: Mapping[str, Any], stored: str | None = None) -> str | JinjaTemplate | None:
+    """The chat template of a model: its own in Jinja, else that of its notes, else the one that its name means; None if
+    nothing says it (see `usual_template`).
 
     path: its file or folder.
     notes: what its config.json says, see heronry.save.
     stored: the text of a template inside the file.
-    generation, world: of the model, and whether its vocabulary is World's.
 
     Raises:
         InputError: the folder's template cannot be read.
@@ -103,7 +101,7 @@ def model_template(
     if note is not None:
         return str(note)
     repository = path.parent.parent.name if path.parent.name == "snapshots" else ""  # in the cache of huggingface_hub
-    return usual_template(generation, world, repository or path.name)
+    return template_by_name(repository or path.name)
 
 
 def read_folder(folder: Path) -> JinjaTemplate | None:

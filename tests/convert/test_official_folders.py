@@ -16,6 +16,8 @@ import heronry
 from heronry.convert import convert
 from heronry.data.token_file import TokenFile
 from heronry.errors import InputError
+from heronry.text.chat_templates import TEMPLATES
+from heronry.text.jinja_templates import chat_template
 from heronry.text.tokenizers import WorldTokenizer
 from heronry.text.world_files import world_json
 
@@ -288,3 +290,20 @@ def test_a_template_inside_a_gguf(weights, tmp_path, monkeypatch):
     llm = heronry.LLM(tmp_path / "a.gguf")
     asked = "User: Hi\n\nAssistant: <think></think>\n"
     assert llm.chat([{"role": "user", "content": "Hi"}], 0).state.texts == (asked,)
+
+
+def test_the_name_of_a_file_is_not_lost(weights, tmp_path, command):
+    """What it says of the template goes into folders and GGUF files of any name."""
+    torch.save(weights(vocab=65536), tmp_path / "rwkv7-g0-0.1b.pth")
+    assert heronry.LLM(tmp_path / "rwkv7-g0-0.1b.pth").chat_template == "world"
+    for name in ("a", "a.gguf"):
+        convert(tmp_path / "rwkv7-g0-0.1b.pth", tmp_path / name)
+        assert heronry.LLM(tmp_path / name, dtype="float32").chat_template == "world"
+    convert(tmp_path / "rwkv7-g0-0.1b.pth", tmp_path / "hf", to="huggingface")
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == chat_template("world")
+    assert heronry.LLM(tmp_path / "hf").chat_template == "world"
+    assert command("quantize", tmp_path / "rwkv7-g0-0.1b.pth", tmp_path / "int8")[0] == 0
+    assert heronry.LLM(tmp_path / "int8").chat_template == "world"
+    (tmp_path / "rwkv7-g0-0.1b.pth").rename(tmp_path / "a.pth")
+    llm = heronry.LLM(tmp_path / "a.pth")
+    assert (llm.chat_template, llm.chat().template) == (None, TEMPLATES["g1"])

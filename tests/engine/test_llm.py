@@ -200,7 +200,7 @@ def test_from_a_folder(tmp_path, random_checkpoint, llm):
     assert next(loaded.model.parameters()).dtype == torch.float32
     assert written(LLM(str(tmp_path / "model"), dtype="float64"), "a", 10, seed=1) == written(loaded, "a", 10, seed=1)
     assert loaded.opening == []
-    assert loaded.chat_template == "world"
+    assert loaded.chat_template is None
 
 
 def test_what_a_folder_says_about_its_texts(tmp_path, random_checkpoint):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heronry import InputError
-from heronry.text.chat_templates import TEMPLATES, Template, parse_template, read_messages, usual_template
+from heronry.text.chat_templates import TEMPLATES, Template, parse_template, read_messages, template_by_name
 from heronry.text.conversations import encode_conversation, render_conversation
 from heronry.text.tokenizers import load_tokenizer
 
@@ -84,7 +84,7 @@ def test_a_turn_of_ones_own():
 @pytest.mark.parametrize(
     ("name", "template"),
     [
-        ("RWKV-4-Pile-169M-20220807-8023.pth", "raven"),
+        ("RWKV-4-Pile-169M-20220807-8023.pth", None),
         ("RWKV-4-Raven-7B-v12-Eng98%-Other2%-20230521-ctx8192.pth", "raven"),
         ("RWKV-4-World-7B-v1-20230626-ctx4096.pth", "world"),
         ("RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth", "world"),
@@ -102,13 +102,4 @@ def test_a_turn_of_ones_own():
     ],
 )
 def test_the_template_by_the_name_of_the_file(name, template):
-    for generation, world, usual in [
-        ("rwkv4", False, "raven"),
-        ("rwkv4", True, "world"),
-        ("rwkv6", True, "world"),
-        ("rwkv7", True, "g1"),
-        ("rwkv7", False, "world"),
-    ]:
-        if "Pile" not in name or not world:
-            expected = usual if "Pile" in name else template or usual
-            assert usual_template(generation, world, name) == expected
+    assert template_by_name(name) == template

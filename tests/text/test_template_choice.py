@@ -79,20 +79,20 @@ def test_a_folder(tmp_path):
 
 
 def test_the_template_of_a_model(tmp_path):
-    """Its own in Jinja, then its notes, then its name, then its generation."""
+    """Its own in Jinja, then its notes, then its name."""
     folder = tmp_path / "rwkv7-g1a-0.1b"
     folder.mkdir()
-    assert model_template(folder, {}, None, "rwkv6", True) == "g1"
-    assert model_template(folder, {"chat_template": "story"}, None, "rwkv6", True) == "story"
+    assert model_template(folder, {}) == "g1"
+    assert model_template(folder, {"chat_template": "story"}) == "story"
     file = folder / "chat_template.jinja"
     file.write_text(JINJA)
     own = JinjaTemplate(JINJA, str(file))
-    assert model_template(folder, {"chat_template": "story"}, None, "rwkv6", True) == own
+    assert model_template(folder, {"chat_template": "story"}) == own
     file.write_text(chat_template("raven"))  # as `heronry convert` writes it
-    assert model_template(folder, {}, None, "rwkv6", True) == "raven"
+    assert model_template(folder, {}) == "raven"
     stored = tmp_path / "RWKV-4-Raven.gguf"
-    assert model_template(stored, {}, JINJA, "rwkv6", True) == JinjaTemplate(JINJA, str(stored))
-    assert model_template(stored, {}, "rwkv-world", "rwkv6", True) == "raven"
+    assert model_template(stored, {}, JINJA) == JinjaTemplate(JINJA, str(stored))
+    assert model_template(stored, {}, "rwkv-world") == "raven"
     snapshot = tmp_path / "models--BlinkDL--rwkv-4-raven" / "snapshots" / "0a1b"
-    assert model_template(snapshot, {}, None, "rwkv7", True) == "raven"
-    assert model_template(tmp_path / "x.pth", {}, None, "rwkv7", True) == "g1"
+    assert model_template(snapshot, {}) == "raven"
+    assert model_template(tmp_path / "x.pth", {}) is None

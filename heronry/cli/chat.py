@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import complete, options
+from . import options
 
 if TYPE_CHECKING:
     from ..engine.options import DecodeOptions
@@ -23,14 +23,7 @@ def chat(
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
     ln_x_eps: options.LnXEps = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="raven, world, g1, g1-think, g1-fast-think or story.",
-            show_default="by the model",
-            autocompletion=complete.template,
-        ),
-    ] = None,
+    template: options.Template = None,
     system: Annotated[str | None, typer.Option(help="A system text at the start of the conversation.")] = None,
     state: Annotated[
         Path | None, typer.Option(help="Start from a tuned state (time_state.safetensors, a .pth).")

@@ -19,11 +19,13 @@ from ..engine.options import DecodeOptions
 from ..engine.sampling import UnseededOptions
 from ..errors import InputError, count, unknown_name
 from ..faults import describe
+from ..text.template_choice import describe_template
 from ..text.terminal import printable
 
 COMMANDS = {
     "/undo": "take back the last message and its answer",
     "/retry": "another answer to the last message",
+    "/continue": "more of the last answer, if it was cut off",
     "/fork NAME": "start a branch here; the current one stays as it is",
     "/switch NAME": "move to another branch; without a name: list them",
     "/clear": "start a branch with nothing said yet",
@@ -93,7 +95,11 @@ class Loop:
             read = Prompt(self.chat_branches).read
             llm = self.chat.llm
             model = f"{llm.model.name}, {llm.num_parameters() / 1e6:,.3g} M parameters, {llm.dtype} on {llm.device}"
-            self._note(f"{model}; template {self._template_name()}; /help lists the commands".replace("torch.", ""))
+            self._note(
+                f"{model}; template {describe_template(self.chat.template)}; /help lists the commands".replace(
+                    "torch.", ""
+                )
+            )
         if self.chat.messages:
             self._show()
         while (line := read("> " if self.chat.branch == "main" else f"{self.chat.branch} > ")) is not None:
@@ -168,6 +174,8 @@ class Loop:
                 if self.terminal:
                     self._note(f"again: {chat.messages[-2]['content']}")
                 return answer
+            case ["continue"]:
+                return chat.go_on(stream=True, max_tokens=self.max_tokens, **options)
             case ["fork", name]:
                 chat.fork(name)
             case ["switch"]:
@@ -270,11 +278,6 @@ class Loop:
             if last.finish_reason == "length":
                 line += f"; cut at max_tokens, /set max_tokens {2 * self.max_tokens} allows more"
             self._note(line)
-
-    def _template_name(self) -> str:
-        from ..text.chat_templates import TEMPLATES
-
-        return next((name for name, template in TEMPLATES.items() if template == self.chat.template), "of its own")
 
     def _note(self, text: str) -> None:
         """Print what a command has done, dimmed."""

@@ -12,6 +12,8 @@ from ..checkpoint import check_folder_name, locate, select_notes
 from ..errors import InputError
 from ..files import read_json
 from ..models import Model, Network
+from ..text.jinja_templates import JinjaTemplate
+from ..text.template_choice import model_template
 from ..text.tokenizers import guess_tokenizer
 from .options import check_target
 
@@ -56,4 +58,8 @@ def companions(source: Path, model: Network) -> tuple[Path | None, dict[str, Any
             tokenizer = guess_tokenizer(model.config.vocab_size, source if source.is_dir() else source.parent)
     config = read_json(source / "config.json") if source.is_dir() else {}
     config |= config.get("heronry") or {}  # a config.json of Hugging Face keeps the notes under this key
-    return tokenizer if isinstance(tokenizer, Path) else None, select_notes(config)
+    notes = select_notes(config)
+    template = model_template(source, notes)
+    if template is not None:
+        notes["chat_template"] = template.text if isinstance(template, JinjaTemplate) else template
+    return tokenizer if isinstance(tokenizer, Path) else None, notes

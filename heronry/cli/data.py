@@ -11,7 +11,7 @@ import typer
 
 from ..catalog import BUNDLED
 from ..errors import InputError, count
-from . import complete
+from . import options
 from .signals import Terminated
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
@@ -28,13 +28,7 @@ def data(
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", help="bytes, world, bundled, a tokenizer.json, or a model's folder.")
     ] = "world",
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story.",
-            autocompletion=complete.template,
-        ),
-    ] = None,
+    template: options.DataTemplate = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8 here")] = None,
     cluster: Annotated[
         str | None,
@@ -67,12 +61,16 @@ def data(
     from ..data.sources import find_sources
     from ..data.token_file import strip_suffix
     from ..files import naming
+    from ..text.template_choice import read_folder
     from .progress import note, progress_bar
 
     def describe(documents: int, tokens: int) -> str:
         return f"{count(documents, 'document')}, {count(tokens, 'token')}"
 
     tokenizer_spec = _tokenizer_spec(tokenizer)
+    own = read_folder(Path(tokenizer).expanduser()) if template is None else None
+    if own is not None:
+        template = own.text
     sizes = [source.size for source in find_sources(sources)]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     start = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,8 +13,6 @@ import typer
 from ..errors import InputError
 from . import options
 from .output import print_result
-
-ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 def generate(
@@ -98,7 +95,7 @@ def generate(
             max_tokens,
             stream=True,
             state=saved_state,
-            stop=None if stop is None else [_unescape(x) for x in stop],
+            stop=None if stop is None else [options.unescape(x) for x in stop],
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -155,8 +152,3 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is None and not text:
         raise InputError("give a PROMPT, - to read it from standard input, or --prompt-file")
     return text.removesuffix("\n")
-
-
-def _unescape(text: str) -> str:
-    r"""With a line break for \n, as shells pass it on."""
-    return re.sub(r"\\([nrt\\])", lambda found: ESCAPES[found[1]], text)

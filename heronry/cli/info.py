@@ -125,6 +125,8 @@ def _describe_checkpoint(path: Path, name: str) -> dict[str, Any]:
 
     from ..checkpoint import load_checkpoint, select_notes
     from ..models import Model, Network
+    from ..text.chat_templates import usual_template
+    from ..text.template_choice import describe_template, model_template
     from ..text.tokenizers import guess_tokenizer
 
     network, checkpoint = load_checkpoint(path, device="meta", kind=Network)
@@ -161,8 +163,12 @@ def _describe_checkpoint(path: Path, name: str) -> dict[str, Any]:
             )
         except InputError:
             fields["tokenizer"] = "none found: name one with --tokenizer to generate"
-        if template := select_notes(checkpoint.config).get("chat_template"):
-            fields["chat template"] = template
+        usual = usual_template(network.name, fields["tokenizer"] == "world")
+        try:
+            template = model_template(path, select_notes(checkpoint.config), checkpoint.template)
+            fields["template"] = describe_template(template or usual)
+        except InputError as error:
+            fields["template"] = str(error)
     return fields
 
 

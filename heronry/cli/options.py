@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 
 def _tokenizer(name: str | None) -> str | None:
     return str(BUNDLED / "tokenizer.json") if name == "bundled" else name
+
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    r"""With a line break for \n, as shells pass it on."""
+    return re.sub(r"\\([nrt\\])", lambda found: ESCAPES[found[1]], text)
+
+
+def _template(text: str | None) -> str | None:
+    """A turn is written with \\n for line breaks; names stay as they are."""
+    return unescape(text) if text is not None and "{user}" in text else text
 
 
 Model = Annotated[
@@ -66,6 +80,30 @@ Threads = Annotated[
 LnXEps = Annotated[
     float | None,
     typer.Option("--ln-x-eps", help="Epsilon of the norm after the recurrence.", show_default="64e-5, or the file's"),
+]
+TEMPLATE = (
+    "How conversations are shown: raven, world, g1, g1-think, g1-fast-think, story, alpaca, raven-alpaca, instruction, "
+    r"qa; a file FILE.jinja; or a turn of your own, such as 'Bob: {user}\n\nAlice:'."
+)
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        callback=_template,
+        help=TEMPLATE,
+        show_default="that of the model, see heronry info",
+        autocompletion=complete.template,
+    ),
+]
+DataTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        callback=_template,
+        help=TEMPLATE,
+        show_default="the Jinja template beside the tokenizer",
+        autocompletion=complete.template,
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists under that name.")]

@@ -26,7 +26,9 @@ from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, we
 from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models import Model
 from ..progress import ByteCounter, Progress
-from ..text.chat_templates import TEMPLATES
+from ..text.chat_templates import usual_template
+from ..text.jinja_templates import JinjaTemplate
+from ..text.template_choice import find_template, in_jinja, model_template
 from . import onnx
 from .new_folder import new_folder
 from .result import Converted
@@ -59,6 +61,13 @@ def convert_language_model(
         raise InputError(f"{source}: the format {to} always applies ln0, which this model's embedding already holds")
     notes = select_notes(checkpoint.config)
     tokenizer_files = TokenizerFiles(source, checkpoint.tokenizer, config.vocab_size, tokenizer)
+    chosen = model_template(source, notes, checkpoint.template)
+    if chosen is not None and to not in huggingface.LAYOUTS:  # where it is a file of its own
+        notes["chat_template"] = chosen.text if isinstance(chosen, JinjaTemplate) else chosen
+    if chosen is None and tokenizer_files.name == "world":  # which only chat models have
+        chosen = usual_template(cls.name, world=True)
+    template = None if chosen is None else find_template(chosen)
+    stops = {} if template is None else {"stop_strings": list(template.stops)}
     tensors = _cast(checkpoint.tensors, to, dtype)
     matrix_dtype = dtype or _name_of_dtype(tensors["emb.weight"].dtype)
     size = sum(x.nbytes for x in tensors.values())
@@ -92,10 +101,8 @@ def convert_language_model(
         config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype], to)
         config_json |= {key: end for key in END_KEYS if key in config_json}
         write_json(part / "config.json", config_json)
-        template = notes.get("chat_template") or tokenizer_files.usual_template(cls.name)
-        tokenizer_files.write_for_transformers(part, template)
+        tokenizer_files.write_for_transformers(part, None if template is None else in_jinja(template))
         generation = dict.fromkeys(END_KEYS, end) | {"use_cache": True}
-        stops = {"stop_strings": list(TEMPLATES[template].stops)} if template else {}
         write_json(part / "generation_config.json", generation | stops)
 
     if to == "gguf":

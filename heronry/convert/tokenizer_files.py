@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..text.chat_templates import usual_template
-from ..text.jinja_templates import chat_template as jinja_template
 from ..text.pack_world_vocabulary import vocabulary_text
 from ..text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer, plain_name
 from ..text.world import read_vocabulary
@@ -59,11 +57,6 @@ class TokenizerFiles:
         assert isinstance(tokenizer, ByteTokenizer | WorldTokenizer)
         return tokenizer.vocabulary
 
-    def usual_template(self, generation: str) -> str | None:
-        """The name of the chat template of a model of this generation; None unless the vocabulary is World's, which
-        only chat models have."""
-        return usual_template(generation, world=True) if self.name == "world" else None
-
     def write(self, folder: Path) -> None:
         """Writes tokenizer.json, unless the tokenizer needs no file."""
         text = self.json_text()
@@ -74,7 +67,7 @@ class TokenizerFiles:
         """Writes what transformers reads without this package: tokenizer.json, tokenizer_config.json with the special
         tokens, chat_template.jinja. For World also the vocabulary as a text, for llama.cpp's conversion script.
 
-        template: the name of the chat template; None = unknown.
+        template: the chat template in Jinja; None = unknown.
         """
         text = self.json_text()
         if text is None and self.name is None:
@@ -95,4 +88,4 @@ class TokenizerFiles:
             (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if template is not None:
-            (folder / "chat_template.jinja").write_text(jinja_template(template), encoding="utf-8", newline="\n")
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")

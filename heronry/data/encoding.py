@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, unknown_name
-from ..text.chat_templates import TEMPLATES
+from ..errors import InputError
 from ..text.conversations import Piece, encode_piece, end_of_text, render_conversation
+from ..text.template_choice import find_template
 from ..text.tokenizers import load_tokenizer
 from .rows import Content, PromptCompletion
 from .sources import PIECE_SIZE, Record, TemporaryError, split_point
@@ -47,10 +47,8 @@ class Encoder:
 
     def __init__(self, tokenizer: str, template: str | None, skip_bad: bool = False):
         """tokenizer, template, skip_bad: as for `tokenize_corpus`."""
-        if template is not None and template not in TEMPLATES:
-            raise unknown_name("chat template", template, TEMPLATES)
         self.arguments = (tokenizer, template, skip_bad)
-        self.template, self.skip_bad = template, skip_bad
+        self.template, self.skip_bad = None if template is None else find_template(template), skip_bad
         self.tokenizer = load_tokenizer(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "int32"
@@ -101,7 +99,7 @@ class Encoder:
         if not isinstance(content, str):
             if self.template is None:
                 raise InputError("this is a conversation: choose a chat template with --template")
-            yield from render_conversation(content, TEMPLATES[self.template], self.end_of_text is not None)
+            yield from render_conversation(content, self.template, self.end_of_text is not None)
             return
         while len(content) > PIECE_SIZE:  # lists of ids take twenty times the memory of their text
             n = split_point(content[:PIECE_SIZE])

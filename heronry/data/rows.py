@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError, show, unknown_name
 
-Messages = list[dict[str, Any]]  # {"role", "content"} and perhaps "weight", see text/conversations.py
+Messages = list[dict[str, Any]]  # {"role", "content"}, perhaps "weight" and "input", see text/conversations.py
 
 
 class PromptCompletion(NamedTuple):
@@ -118,7 +118,10 @@ def _read_shape(row: dict[str, Any], name: str, fields: tuple[str, ...]) -> Cont
     if plain and not any(_is_set(row.get(field)) for field in (*SYSTEM, *TOOLS)):
         return PromptCompletion(question, reply)
     parts = [question, *(_string(row, field) for field in INPUTS if field in row)]
-    messages = _turn("\n".join(filter(None, parts)), reply)
+    asked, *about = [part for part in parts if part.strip()] or [""]
+    messages = _turn(asked, reply)
+    if about:
+        messages[0]["input"] = "\n".join(about)
     return _with_system(row, [*_history(row), *messages])
 
 

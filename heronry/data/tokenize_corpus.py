@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import InputError, count
 from ..files import atomic_write
+from ..text.template_choice import template_text
 from ..text.tokenizers import plain_name
 from .cluster import encode_on_cluster
 from .encoding import Encoder, encode_chunks
@@ -111,8 +112,8 @@ def tokenize_corpus(
         key: the field of a row that holds its text or messages; None: told by the names of the fields, see rows.py.
         shape: which one is meant where a row has the fields of several, a name in rows.SHAPES.
         skip_bad: leave out rows that cannot be read, which PREFIX.json counts by reason; by default they are errors.
-        template: the name of the chat template for conversations, which are refused without one. It is recorded for
-            models that are trained on the file.
+        template: the chat template for conversations, which are refused without one: the name of one, of a .jinja file,
+            or a turn, see text/template_choice.py. It is recorded for models that are trained on the file.
         holdout: this fraction of the documents, every k-th, goes to PREFIX-eval instead.
         workers: number of processes that encode; None: one here, or on a cluster one a core.
         cluster: the address of a Ray cluster that encodes, see cluster.py; None: this machine does.
@@ -155,6 +156,8 @@ def _tokenize(
     source_list = find_sources(sources)
     tokenizer = plain_name(tokenizer)
     tokenizer_file = None if tokenizer in ("bytes", "world") else Path(tokenizer)
+    if template is not None:
+        template = template_text(template)
     encoder = Encoder(str(tokenizer), template, rows.skip_bad)
     options = {
         "sources": [list(asdict(source).values()) for source in source_list],

@@ -1,4 +1,5 @@
-"""Conversations as a tree of kept states: nothing is read twice, except the message that `retry` answers again.
+"""Conversations as a tree of kept states: nothing is read twice, except the message that `retry` answers again and
+what `go_on` goes on with.
 
 A turn keeps one state, after its answer: the next message continues from there; `undo`, `fork` and `switch` only choose
 which.
@@ -9,24 +10,29 @@ white space, half a character), so the states of the last steps are kept until i
 of these, take the longest whose text is a prefix of the conversation; the rest is `owed`, and read in front of the next
 message. Mostly that is the separator. If a token crosses the end (".\\n\\nU"), its share before the end is owed as
 well: at most a part of one token is read again.
+
+A template in Jinja shows the whole conversation with each new message, and what it shows beyond the last state is read.
+If it shows earlier turns otherwise than they were read, say without their thoughts, it goes on from the last state that
+still fits, or from nothing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from ..errors import InputError, show, unknown_name
 from ..models import State
-from ..text.chat_templates import TEMPLATES, Template, read_messages, usual_template
+from ..text.chat_templates import read_messages, usual_template
+from ..text.template_choice import AnyTemplate, find_template
 from ..text.tokenizers import WorldTokenizer
 from ..text.utf8 import encode_utf8
 from .completion import Completion, FinishReason, TokenLogprob, Usage, join
-from .conversation import Beginning, ConversationTree, Turn, beginning, lineage
+from .conversation import Beginning, ConversationTree, Turn, beginning_of, lineage
 from .generate import Generation, prefill
 from .options import DecodeOptions, Decoding, check_names, resolve
 from .sampling import Sampling
@@ -35,6 +41,23 @@ from .text_model import TextModel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class _Request(NamedTuple):
+    """What is to be answered.
+
+    before: what it follows.
+    message: of the user.
+    text: all of the conversation, up to where the answer begins.
+    answer: what the answer begins with already.
+    again: the message was said before, in the last turn of the branch.
+    """
+
+    before: Turn | Beginning
+    message: dict[str, str]
+    text: str
+    answer: str
+    again: bool = False
 
 
 class Chat:
@@ -47,14 +70,14 @@ class Chat:
     def __init__(
         self,
         llm: TextModel,
-        template: str | Template | None = None,
+        template: str | AnyTemplate | None = None,
         system: str | None = None,
         history: Sequence[Mapping[str, str]] = (),
     ):
         """
         Args:
-            template: a Template or the name of one in TEMPLATES; None = what the model's folder names, else raven
-                for RWKV-4, g1 for RWKV-7 with the World vocabulary, world for the rest.
+            template: a Template or JinjaTemplate, or what `find_template` takes: the name of one in TEMPLATES, of a
+                .jinja file, or a turn with {user} in it; None = the model's (see `heronry info`).
             system: read once, in front of everything.
             history: messages of an earlier conversation, read at once: [{"role": "user", "content": ...}, ...], the
                 last of "assistant". `undo` does not reach into them.
@@ -62,11 +85,8 @@ class Chat:
         name = llm.chat_template if template is None else template
         if name is None:
             name = usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
-        if not isinstance(name, str | Template):
-            raise InputError(f"template must be a Template or the name of one, got {show(name)}")
-        if isinstance(name, str) and name not in TEMPLATES:
-            raise unknown_name("chat template", name, TEMPLATES)
-        chosen: Template = TEMPLATES[name] if isinstance(name, str) else name
+        chosen = find_template(name)
+        _ = chosen.separator  # InputError for a template that is damaged
         messages = read_messages(history)
         if system:
             if messages and messages[0]["role"] == "system":
@@ -84,7 +104,7 @@ class Chat:
         return self._llm
 
     @property
-    def template(self) -> Template:
+    def template(self) -> AnyTemplate:
         """How messages are shown to the model."""
         return self._tree.template
 
@@ -101,11 +121,7 @@ class Chat:
     def messages(self) -> list[dict[str, str]]:
         """The conversation of this branch: [{"role": "user", "content": ...}, ...]. An answer is without white space
         around it, and with its thought from the "<think" on that the template begins it with."""
-        messages = [dict(message) for message in beginning(self._tree.head).history]
-        for turn in lineage(self._tree.head):
-            messages.append({"role": "user", "content": turn.message})
-            messages.append({"role": "assistant", "content": (self.template.opening + turn.answer).strip()})
-        return messages
+        return self._tree.messages(self._tree.head)
 
     @property
     def path(self) -> Path | None:
@@ -124,26 +140,45 @@ class Chat:
 
     # fmt: off
     @overload
-    def say(self, message: str, max_tokens: int = ..., *, stream: Literal[False] = ...,
-            **options: Unpack[DecodeOptions]) -> Completion: ...
+    def say(self, message: str, max_tokens: int = ..., *, input: str = ..., beginning: str = ...,
+            stream: Literal[False] = ..., **options: Unpack[DecodeOptions]) -> Completion: ...
     @overload
-    def say(self, message: str, max_tokens: int = ..., *, stream: Literal[True],
-            **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    def say(self, message: str, max_tokens: int = ..., *, input: str = ..., beginning: str = ...,
+            stream: Literal[True], **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
     @overload
-    def say(self, message: str, max_tokens: int = ..., *, stream: bool,
+    def say(self, message: str, max_tokens: int = ..., *, input: str = ..., beginning: str = ..., stream: bool,
             **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
     def say(
-        self, message: str, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
+        self,
+        message: str,
+        max_tokens: int = 512,
+        *,
+        input: str = "",
+        beginning: str = "",
+        stream: bool = False,
+        **options: Unpack[DecodeOptions],
     ) -> Completion | Generator[Completion, None, None]:
         """The answer to a message, without white space around it. Its state is that of the conversation after it.
 
         Args:
+            input: what the message is about; templates such as alpaca have a place for it.
+            beginning: what the answer begins with; only what the model writes after it is returned.
             stream: an iterator of its pieces, the last of which has a finish_reason.
             options: see `DecodeOptions`; by default the sampling of the template.
         """
         encode_utf8(message)  # an error counts the characters of the message
-        pieces = self._answer(self.template.clean(message), self._decoding(max_tokens, options))
+        [asked] = read_messages([{"role": "user", "content": self.template.clean(message), "input": input}])
+        if not isinstance(beginning, str):
+            raise InputError(f"beginning must be a text, got {show(beginning)}")
+        opening, answer = self.template.begin_answer(beginning) if beginning.strip() else (self.template.opening, "")
+
+        def begin(old: Turn | Beginning) -> _Request:
+            before = self._tree.messages(old)
+            text = self.template.extend(old.text, [*before, asked])
+            return _Request(old, asked, text.removesuffix(self.template.opening) + opening, answer)
+
+        pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
     # fmt: off
@@ -162,7 +197,38 @@ class Chat:
     ) -> Completion | Generator[Completion, None, None]:
         """Another answer to the last message, in place of the one it has; see `say`. The message is read again."""
         self._last("to answer again")  # raises now, not when the stream is read
-        pieces = self._answer(None, self._decoding(max_tokens, options))
+
+        def begin(_: Turn | Beginning) -> _Request:
+            last = self._last("to answer again")
+            text = self.template.extend(last.before.text, [*self._tree.messages(last.before), last.asked])
+            return _Request(last.before, last.asked, text, "", again=True)
+
+        pieces = self._answer(begin, self._decoding(max_tokens, options))
+        return pieces if stream else join(pieces)
+
+    # fmt: off
+    @overload
+    def go_on(self, max_tokens: int = ..., *, stream: Literal[False] = ...,
+              **options: Unpack[DecodeOptions]) -> Completion: ...
+    @overload
+    def go_on(self, max_tokens: int = ..., *, stream: Literal[True],
+              **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+    @overload
+    def go_on(self, max_tokens: int = ..., *, stream: bool,
+              **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
+    # fmt: on
+    def go_on(
+        self, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
+    ) -> Completion | Generator[Completion, None, None]:
+        """More of the last answer, which max_tokens or Ctrl-C has cut off; see `say`. What is returned follows on from
+        its last character; nothing, if the model has ended it. The message and the answer are read again."""
+        self._last("whose answer could go on")
+
+        def begin(_: Turn | Beginning) -> _Request:
+            last = self._last("whose answer could go on")
+            return _Request(last.before, last.asked, self._tree.text_before_answer(last), last.answer, again=True)
+
+        pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
     def check_options(self, max_tokens: int = 512, **options: Unpack[DecodeOptions]) -> None:
@@ -183,7 +249,7 @@ class Chat:
     def begin(self, name: str, system: str | None = None) -> None:
         """Begins a branch in which nothing was said yet, and goes on in it. system: its system text; None = it has the
         history of the branch we come from."""
-        start = beginning(self._tree.head)
+        start = beginning_of(self._tree.head)
         if system:
             messages = read_messages([{"role": "system", "content": system}])
             start = _read_beginning(self._llm, self.template, messages)
@@ -211,9 +277,11 @@ class Chat:
             raise InputError(f"nothing was said yet, or all of it was taken back: there is no message {purpose}")
         return turn
 
-    def _answer(self, message: str | None, decoding: Decoding) -> Generator[Completion, None, None]:
-        """The answer to a message (None: to the last one, again), one thread at a time."""
-        pieces = self._draw(message, decoding)
+    def _answer(
+        self, begin: Callable[[Turn | Beginning], _Request], decoding: Decoding
+    ) -> Generator[Completion, None, None]:
+        """The answer to what `begin` makes of the branch's last turn, one thread at a time."""
+        pieces = self._draw(begin, decoding)
         end = object()
         try:
             while True:
@@ -230,25 +298,35 @@ class Chat:
         finally:
             pieces.close()
 
-    def _draw(self, message: str | None, decoding: Decoding) -> Generator[Completion, None, None]:
+    def _draw(
+        self, begin: Callable[[Turn | Beginning], _Request], decoding: Decoding
+    ) -> Generator[Completion, None, None]:
         """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
-        branch, old, retried = self.branch, self._tree.head, message is None
-        before = old
-        if message is None:
-            last = self._last("to answer again")
-            before, message = last.before, last.message
-        state = before.state
-        question = self.template.turn.replace("{user}", message)
-        prompt = before.owed + question
-        tokens = self._llm.encode(prompt, begins=state is None)
+        branch, old = self.branch, self._tree.head
+        request = begin(old)
+        before, beginning = request.before, request.answer
+        kept = (*(turn.state for turn in reversed(lineage(before))), beginning_of(before).state)
+        state = next((x for x in kept if x is not None and request.text.startswith(x.texts[0])), None)
+        said = "" if state is None else state.texts[0]
+        tokens = self._llm.encode(request.text[len(said) :], begins=state is None)
         logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
-        asked = asked.with_texts([(state.texts[0] if state is not None else "") + prompt])
-        read_tokens = len(tokens) + (before.n_tokens if isinstance(before, Beginning) and not retried else 0)
-        turn = Turn(before, message, "", asked, self.template.separator)
-        buffer, decoder = StopStringBuffer(self.template.stops), self._llm.tokenizer.stream()
-        read = ""  # what the model wrote
-        certain = ""  # the beginning of it that is certain to come before a stop string
+        asked = asked.with_texts([request.text])
         marks = {0: asked}  # characters of `read` -> the state after them
+        if beginning:
+            more = self._llm.tokenizer.encode(beginning)
+            logits, asked = prefill(self._llm.model, [more], asked)
+            asked = asked.with_texts([request.text + beginning])
+            marks[len(beginning)] = asked
+            tokens += more
+        read_tokens = len(tokens) + (before.n_tokens if isinstance(before, Beginning) and not request.again else 0)
+        turn = Turn(before, request.message["content"], beginning, asked, self.template.separator)
+        turn = replace(turn, input=request.message.get("input", ""))
+        buffer, decoder = StopStringBuffer(self.template.stops, beginning), self._llm.tokenizer.stream()
+        read = beginning  # what the model wrote
+        certain = beginning.removesuffix(
+            buffer.held
+        )  # the beginning of it that is certain to come before a stop string
+        shown = len(beginning)  # characters of the answer that were handed out
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] | None = None if decoding.top_logprobs is None else []
         passed_on = 0  # tokens that a piece was made of
@@ -262,7 +340,7 @@ class Chat:
             min_tokens=decoding.min_tokens,
             top_logprobs=decoding.top_logprobs,
             masks=decoding.masks,
-            prompts=[self._llm.tokenizer.encode(question)],
+            prompts=[self._llm.tokenizer.encode(request.text.removeprefix(before.text) + beginning)],
             decode=self._llm.decode_token,
         )
         self._tree.heads[branch] = turn  # the options are right
@@ -282,9 +360,10 @@ class Chat:
                 if self._tree.heads.get(branch) is not turn:
                     return  # the conversation moved on while this stream was open
                 answer = certain.rstrip()
-                new = answer[len(turn.answer) :] if turn.answer else answer.lstrip()
+                new = answer[shown:] if shown else answer.lstrip()
+                shown = max(shown, len(answer))
                 marks = _useful(marks, answer, certain, self.template.separator)
-                turn = _settled(turn, asked.texts[0], answer + self.template.separator, len(answer), read, marks)
+                turn = _settled(turn, request.text, answer + self.template.separator, len(answer), read, marks)
                 self._tree.heads[branch] = turn
                 finish_reason: FinishReason | None = "stop" if buffer.stopped else event.finish_reason
                 if new or finish_reason is not None:
@@ -300,7 +379,8 @@ class Chat:
                 if buffer.stopped:
                     return
         except BaseException as error:  # Ctrl-C keeps what was said, if anything was
-            if self._tree.heads.get(branch) is turn and (isinstance(error, Exception) or (retried and not turn.answer)):
+            is_nothing_new = request.again and len(turn.answer) <= len(beginning)
+            if self._tree.heads.get(branch) is turn and (isinstance(error, Exception) or is_nothing_new):
                 self._tree.heads[branch] = old
             raise
 
@@ -324,7 +404,7 @@ class Chat:
         self._tree = ConversationTree.load(path, self._llm.model)
 
 
-def _read_beginning(llm: TextModel, template: Template, messages: list[dict[str, str]]) -> Beginning:
+def _read_beginning(llm: TextModel, template: AnyTemplate, messages: list[dict[str, str]]) -> Beginning:
     """The model reads what comes before the first message."""
     if not messages:
         return Beginning(messages)

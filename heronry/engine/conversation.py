@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from ..errors import InputError
 from ..files import atomic_write, naming
 from ..models import Model, State
-from ..text.chat_templates import Template, template_from
+from ..text.template_choice import AnyTemplate, restore_template
 
 log = logging.getLogger("heronry")
 
@@ -48,7 +48,6 @@ class Beginning:
     history: list[dict[str, str]]  # messages
     n_tokens: int = 0  # that these are
     state: State | None = None  # after them; None = there are none
-    owed: str = ""
 
     @property
     def text(self) -> str:
@@ -65,6 +64,12 @@ class Turn:
     answer: str  # as the model wrote it, without white space at its end
     state: State  # one row
     owed: str  # what the conversation's text has beyond that of `state`
+    input: str = ""  # what the message is about, for templates with a place for it
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The message as one of a list of messages."""
+        return {"role": "user", "content": self.message} | ({"input": self.input} if self.input else {})
 
     @property
     def text(self) -> str:
@@ -102,7 +107,7 @@ class ConversationTree:
     heads: each branch's last turn, by name; its beginning if it has none.
     """
 
-    template: Template
+    template: AnyTemplate
     beginning: Beginning
     branch: str = "main"
     heads: dict[str, Turn | Beginning] = field(init=False)
@@ -194,8 +199,8 @@ class ConversationTree:
             if isinstance(node, Beginning):
                 record = {"beginning": _describe_beginning(node)}
             else:
-                turn = {"before": numbers[node.before], "message": node.message, "answer": node.answer}
-                turn |= {"text": node.state.texts[0][len(node.before.text) :], "owed": node.owed}
+                turn = {"before": numbers[node.before], "message": node.message, "input": node.input}
+                turn |= {"answer": node.answer, "owed": node.owed, **_new_text(node)}
                 record = {"turn": turn}
             _write_record(out, record | (branches if node is new[-1] else {}), node.state)
         if not new and branches != written:
@@ -226,7 +231,7 @@ class ConversationTree:
         begin, opening, whole = next(records)
         if begin["fingerprint"] != model.fingerprint:
             raise InputError(f"{path}: this conversation was held with another model")
-        tree = cls(template_from(begin["template"]), _beginning(begin, opening, model))
+        tree = cls(restore_template(begin["template"]), _beginning(begin, opening, model))
         nodes: list[Turn | Beginning] = []
         branches: dict[str, Any] = {"branch": "main", "heads": {"main": None}}
         for record, tensors, end in records:
@@ -234,8 +239,9 @@ class ConversationTree:
                 nodes.append(_beginning(record["beginning"], tensors, model))
             elif (turn := record.get("turn")) is not None:
                 before = tree.beginning if turn["before"] is None else nodes[turn["before"]]
-                state = _state(tensors, before.text + turn["text"], model)
-                nodes.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"]))
+                known = "" if turn.get("anew") else before.text
+                state = _state(tensors, known + turn["text"], model)
+                nodes.append(Turn(before, turn["message"], turn["answer"], state, turn["owed"], turn.get("input", "")))
             if "heads" in record:
                 branches = {"branch": record["branch"], "heads": record["heads"]}
             whole = end
@@ -251,11 +257,24 @@ class ConversationTree:
         tree._file = _File(path.resolve(), size, whole, numbers, len(nodes), branches, is_stale)
         return tree
 
+    def text_before_answer(self, turn: Turn) -> str:
+        """All text up to where the answer of a turn begins."""
+        return turn.text[: len(turn.text) - len(turn.answer + self.template.separator)]
+
+    def messages(self, head: Turn | Beginning) -> list[dict[str, str]]:
+        """All messages up to here. An answer is with the thought that the template begins it with."""
+        messages = [dict(message) for message in beginning_of(head).history]
+        opening = self.template.opening
+        for turn in lineage(head):
+            begins = opening if self.text_before_answer(turn).endswith(opening) else ""
+            messages += [turn.asked, {"role": "assistant", "content": (begins + turn.answer).strip()}]
+        return messages
+
     def _nodes(self) -> KeysView[Turn | Beginning]:
         """What is in any branch, each after what it goes on from."""
         nodes: dict[Turn | Beginning, None] = {}
         for head in self.heads.values():
-            nodes |= dict.fromkeys([beginning(head), *lineage(head)])
+            nodes |= dict.fromkeys([beginning_of(head), *lineage(head)])
         return nodes.keys()
 
 
@@ -268,11 +287,17 @@ def lineage(head: Turn | Beginning) -> list[Turn]:
     return turns[::-1]
 
 
-def beginning(head: Turn | Beginning) -> Beginning:
+def beginning_of(head: Turn | Beginning) -> Beginning:
     """Of the branch that ends here."""
     while isinstance(head, Turn):
         head = head.before
     return head
+
+
+def _new_text(turn: Turn) -> dict[str, Any]:
+    """The text of a turn's state beyond that of what comes before; all of it where a template has shown that anew."""
+    text, known = turn.state.texts[0], turn.before.text
+    return {"text": text[len(known) :]} if text.startswith(known) else {"text": text, "anew": True}
 
 
 def is_conversation(path: Path) -> bool:

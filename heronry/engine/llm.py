@@ -22,7 +22,9 @@ from ..checkpoint import load_checkpoint, locate, select_notes
 from ..errors import InputError, show
 from ..models import Model, State
 from ..progress import Progress
-from ..text.chat_templates import Template, read_messages
+from ..text.chat_templates import read_messages
+from ..text.jinja_templates import JinjaTemplate
+from ..text.template_choice import AnyTemplate, model_template
 from ..text.tokenizers import Tokenizer, guess_tokenizer, load_tokenizer, read_tokenizer_json
 from .adapters import Adapters
 from .asynchronous import iterate
@@ -109,9 +111,14 @@ class LLM(TextModel):
                 tokenizer = guess_tokenizer(model.config.vocab_size, path if path.is_dir() else path.parent)
         model.check_has_weights()
         tokenizer = load_tokenizer(tokenizer, model.config.vocab_size)
+        template: str | JinjaTemplate | None = None
+        if isinstance(path, Path):
+            template = model_template(path, described, checkpoint.template)
         if adapter is not None:
-            described |= apply_adapter(model, adapter, base_file).notes
-        super().__init__(model, tokenizer, described.get("chat_template"), described.get("opening_tokens", ()))
+            notes = apply_adapter(model, adapter, base_file).notes
+            template = notes.get("chat_template", template)
+            described |= notes
+        super().__init__(model, tokenizer, template, described.get("opening_tokens", ()))
         self.adapters = Adapters(self, base_file)
 
     def __repr__(self) -> str:
@@ -231,21 +238,21 @@ class LLM(TextModel):
 
     # fmt: off
     @overload
-    def chat(self, messages: None = ..., *, template: str | Template | None = ...,
+    def chat(self, messages: None = ..., *, template: str | AnyTemplate | None = ...,
              system: str | None = ..., adapter: str | None = ...) -> Chat: ...
     @overload
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
-             template: str | Template | None = ..., system: str | None = ..., adapter: str | None = ...,
+             template: str | AnyTemplate | None = ..., system: str | None = ..., adapter: str | None = ...,
              stream: Literal[False] = ...,
              **options: Unpack[DecodeOptions]) -> Completion: ...
     @overload
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
-             template: str | Template | None = ..., system: str | None = ..., adapter: str | None = ...,
+             template: str | AnyTemplate | None = ..., system: str | None = ..., adapter: str | None = ...,
              stream: Literal[True],
              **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
     @overload
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
-             template: str | Template | None = ..., system: str | None = ..., adapter: str | None = ...,
+             template: str | AnyTemplate | None = ..., system: str | None = ..., adapter: str | None = ...,
              stream: bool,
              **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
@@ -254,7 +261,7 @@ class LLM(TextModel):
         messages: Sequence[Mapping[str, str]] | None = None,
         max_tokens: int = 512,
         *,
-        template: str | Template | None = None,
+        template: str | AnyTemplate | None = None,
         system: str | None = None,
         adapter: str | None = None,
         stream: bool = False,
@@ -264,7 +271,9 @@ class LLM(TextModel):
 
         Args:
             messages: [{"role": "user", "content": ...}, ...]: at most one of "system" first, then "user" and
-                "assistant" in turn, one of the user last; None = a `Chat` that has not begun.
+                "assistant" in turn; None = a `Chat` that has not begun. If the last one is of the assistant, the model
+                goes on with it, and only what it writes is returned. One of the user may have an "input", see
+                `Chat.say`.
             template, system: see `Chat`.
             adapter: who answers, one of `adapters` by its name; None = the model itself.
             max_tokens, stream, options: see `Chat.say`.
@@ -274,19 +283,22 @@ class LLM(TextModel):
             if given:
                 raise InputError(f"{given[0]} is given to say(): without messages, chat() answers nothing yet")
             return Chat(self.adapters.choose(adapter), template, system)
-        if isinstance(messages, str | Template) or not isinstance(messages, Sequence):
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise InputError(
                 f"messages must be a list of messages, got {show(messages)}; a template is named by template="
             )
         if not messages:
             raise InputError("there are no messages")
         *history, last = read_messages(messages)
+        beginning = ""
+        if last["role"] == "assistant":
+            beginning = last["content"]
+            *history, last = history
         if last["role"] != "user":
-            raise InputError("the last message must be from the user")
+            raise InputError("the last message must be from the user, or an answer to go on with")
         chat = Chat(self.adapters.choose(adapter), template, system, history)
-        if stream:
-            return chat.say(last["content"], max_tokens, stream=True, **options)
-        return chat.say(last["content"], max_tokens, **options)
+        about = last.get("input", "")
+        return chat.say(last["content"], max_tokens, input=about, beginning=beginning, stream=stream, **options)
 
     def _generate(
         self, batch: PromptBatch, max_tokens: int, options: dict[str, Any]

@@ -12,9 +12,11 @@ class StopStringBuffer:
     complete first (of several that end together, the one that begins first).
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Sequence[str], before: str = ""):
+        """before: the text so far; a stop string may begin at its end."""
         self._stops = tuple(stops)
-        self.held = ""
+        keep = max((_overlap(before, stop) for stop in self._stops), default=0)
+        self.held = before[len(before) - keep :]
         self.stopped = False
 
     def push(self, piece: str) -> str:

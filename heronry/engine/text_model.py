@@ -12,6 +12,7 @@ from ..checkpoint import read_time_state
 from ..errors import InputError
 from ..models import Model, State
 from ..progress import Progress
+from ..text.template_choice import AnyTemplate
 from ..text.tokenizers import Tokenizer
 from .generate import prefill
 from .options import Prompt
@@ -22,7 +23,8 @@ class TextModel:
 
     Attributes:
         model, tokenizer: a `Model` and the `Tokenizer` for its vocabulary.
-        chat_template: the name of the template of its conversations; None = unknown.
+        chat_template: of its conversations: a template, or what `find_template` takes, such as the name of one; None =
+            what is usual for its generation.
         opening: token ids read in front of every text that begins from nothing, like the end-of-text token that a model
             always saw there in training; "opening_tokens" in a folder's config.json.
         start: the state of one row that a text begins from, in front of the opening; None = the model's own.
@@ -32,7 +34,7 @@ class TextModel:
         self,
         model: Model,
         tokenizer: Tokenizer,
-        chat_template: str | None = None,
+        chat_template: str | AnyTemplate | None = None,
         opening: Sequence[int] = (),
         start: State | None = None,
     ):

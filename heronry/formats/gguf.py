@@ -93,6 +93,7 @@ GENERATION = {  # where llama.cpp has one name for tensors of both generations
 }
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # that can be written
 TOKENIZER = "tokenizer.huggingface.json"
+TEMPLATE = "tokenizer.chat_template"
 
 
 def is_gguf(head: bytes) -> bool:
@@ -100,9 +101,9 @@ def is_gguf(head: bytes) -> bool:
     return head.startswith(b"GGUF")
 
 
-def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
+def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None, str | None]:
     """The tensors under BlinkDL's names, quantized ones in float32; the settings and notes in the metadata; the text
-    of the tokenizer.json stored in the file, if any."""
+    of the tokenizer.json and the chat template stored in the file, if any."""
     gguf = import_gguf()
     try:
         file = gguf.GGUFReader(path, "c")
@@ -127,18 +128,19 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
         if (size := number(key, int)) is not None:
             config[ours] = size
     rescale_every = number("rescale_every_n_layers", int, 0)
-    notes, tokenizer = fields.get("heronry.notes", "{}"), fields.get(TOKENIZER)
+    notes, tokenizer, template = fields.get("heronry.notes", "{}"), fields.get(TOKENIZER), fields.get(TEMPLATE)
     try:
         config |= {**json.loads(notes)}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"its metadata say heronry.notes = {show(notes)}; expected a JSON object") from error
-    if not isinstance(tokenizer, str | None):
-        raise InputError(f"its metadata say {TOKENIZER} = {show(tokenizer)}; expected a text")
+    for key, text in ((TOKENIZER, tokenizer), (TEMPLATE, template)):
+        if not isinstance(text, str | None):
+            raise InputError(f"its metadata say {key} = {show(text)}; expected a text")
     tensors = {x.name: _as_lazy(x) for x in file.tensors}
     tensors = _to_blinkdl(tensors, kind, config.get("head_size", 64), rescale_every)
     if config.get("n_layer") == 1:
         config.pop("value_rank", None)  # the rank of a tensor that nothing reads
-    return tensors, config, tokenizer
+    return tensors, config, tokenizer, template
 
 
 def _as_lazy(tensor: Any) -> LazyTensor:

@@ -64,6 +64,7 @@ class Checkpoint:
         config: the settings stored with the tensors, as heronry's config.json has them, notes for LLM included; empty
             for a format that stores none.
         tokenizer: the text of a tokenizer.json stored inside the file.
+        template: the chat template stored inside the file, in Jinja or as a name of llama.cpp's.
         layout: a key of DESCRIPTIONS; "" = that of the format.
     """
 
@@ -71,6 +72,7 @@ class Checkpoint:
     tensors: Tensors
     config: Mapping[str, Any]
     tokenizer: str | None = None
+    template: str | None = None
     layout: str = ""
 
     @property

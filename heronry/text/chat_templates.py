@@ -18,7 +18,10 @@ FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "pen
 class Template:
     """How a model was shown conversations in training.
 
-    turn: a message, in place of {user}, and the beginning of the answer; no space at the end, the answer brings it.
+    turn: a message, in place of {user}, and the beginning of the answer; no space at the end, the answer brings it
+        (none after a line break).
+    turn_with_input: the same for a message with an input, what the message is about, in place of {input}. Without it an
+        input is shown on the next line of the message.
     system: what a system text looks like, in front of everything.
     separator: between an answer and the next turn.
     stops: what ends an answer, besides the end of text.
@@ -32,10 +35,13 @@ class Template:
     stops: tuple[str, ...] = ("\n\nUser:",)
     collapse: bool = True
     sampling: Mapping[str, Any] = field(default_factory=lambda: FOCUSED)
+    turn_with_input: str | None = None
 
     def __post_init__(self) -> None:
         if "{user}" not in self.turn:
             raise InputError(f"a template's turn must contain {{user}}, got {self.turn!r}")
+        if self.turn_with_input is not None and not all(x in self.turn_with_input for x in ("{user}", "{input}")):
+            raise InputError(f"turn_with_input must contain {{user}} and {{input}}, got {self.turn_with_input!r}")
         if "" in self.stops:
             raise InputError("a stop string must not be empty")
 
@@ -43,25 +49,52 @@ class Template:
     def opening(self) -> str:
         """What an answer begins with before the model writes: the beginning of a thought, such as " <think"."""
         _, colon, opening = self.turn.split("{user}", 1)[1].rpartition(":")
-        return opening if colon else ""
+        return opening if colon and opening.strip() else ""
 
-    def render_history(self, messages: Sequence[Mapping[str, str]]) -> str:
+    @property
+    def space(self) -> str:
+        """What is between the beginning of an answer and its text."""
+        return "" if self.turn.endswith("\n") else " "
+
+    def ask(self, message: Mapping[str, Any]) -> str:
+        """A message of the user, perhaps with an "input", and the beginning of its answer."""
+        texts = [message["content"].strip(), (message.get("input") or "").strip()]
+        if self.turn_with_input is None or not texts[1]:
+            return self.turn.replace("{user}", self.clean("\n".join(filter(None, texts))))
+        user, about = map(self.clean, texts)
+        return re.sub(r"\{(user|input)\}", lambda place: user if place[1] == "user" else about, self.turn_with_input)
+
+    def begin_answer(self, text: str) -> tuple[str, str]:
+        """An answer in two parts: the `opening`, or "" if the answer is without its thought, and what the model writes
+        behind that."""
+        text = self._one_turn(text)
+        if f"{self.space}{text}".startswith(self.opening):
+            return self.opening, f"{self.space}{text}"[len(self.opening) :]
+        if self.opening.endswith("</think"):  # the template skips the thinking, so an answer may have none
+            return self.opening, f">\n{text}"
+        return "", f"{self.space}{text}"
+
+    def extend(self, text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation after `text`, that of all messages but the last: the last one is asked."""
+        return text + self.ask(messages[-1])
+
+    def render_history(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a conversation up to where the next message begins: a system text, if there is one, and whole
         turns (see `read_messages`). A thought is there if the answer holds it: `opening` is for new answers only."""
         text = ""
-        question, lead = self.turn.removesuffix(self.opening).split("{user}", 1)
         for message in messages:
-            content = message["content"]
             if message["role"] == "system":
-                text += self.system.replace("{system}", self.clean(content))
+                text += self.system.replace("{system}", self.clean(message["content"]))
             elif message["role"] == "user":
-                text += question + self.clean(content) + lead
+                text += self.ask(message).removesuffix(self.opening)
             else:
-                answer = content.replace("\r\n", "\n").strip()
-                if any(stop in answer for stop in self.stops):  # it would end there
-                    answer = re.sub("\n+", "\n", answer)
-                text += f" {answer}{self.separator}"
+                text += f"{self.space}{self._one_turn(message['content'])}{self.separator}"
         return text
+
+    def _one_turn(self, answer: str) -> str:
+        """An answer without white space around it, and without what would end it."""
+        answer = answer.replace("\r\n", "\n").strip()
+        return re.sub("\n+", "\n", answer) if any(stop in answer for stop in self.stops) else answer
 
     def clean(self, message: str) -> str:
         """A message as the model gets to see it; InputError if nothing is left of it."""
@@ -75,7 +108,7 @@ class Template:
 
 def read_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Checks a conversation: at most one message of "system" first, then "user" and "assistant" in turn. Returns the
-    messages with role and content alone.
+    messages with role and content alone, those of the user also with an "input" if they have one.
 
     Raises:
         InputError: another order, another role, or a content that is not text; the message is named.
@@ -96,7 +129,10 @@ def read_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]
             raise InputError(f"messages[{i}]: a conversation begins with 'system' or 'user', got {role!r}")
         if last is not None and role != ("assistant" if last == "user" else "user"):
             raise InputError(f"messages[{i}]: a message of {role!r} cannot follow one of {last!r}")
-        checked.append({"role": role, "content": content})
+        about = message.get("input") if role == "user" else None
+        if not isinstance(about, str | None):
+            raise InputError(f"messages[{i}]: input must be a text, got {show(about)}")
+        checked.append({"role": role, "content": content} | ({"input": about} if about else {}))
     return checked
 
 
@@ -104,6 +140,25 @@ RAVEN = Template("Bob: {user}\n\nAlice:", stops=("\n\n",))
 WORLD = Template("User: {user}\n\nAssistant:")
 G1 = Template("User: {user}\n\nAssistant:", system="System: {system}\n\n")
 STORY = Template("User: {user}\n\nAssistant:", collapse=False, sampling={"temperature": 0.8, "top_p": 0.85})
+ALPACA = Template(
+    "### Instruction: {user}\n### Response:",
+    stops=("\n\n### Instruction:", "\n### Instruction:"),
+    turn_with_input="### Instruction: {user}\n### Input: {input}\n### Response:",
+)
+BELOW = "Below is an instruction that describes a task"
+COMPLETE = "Write a response that appropriately completes the request.\n\n"
+RAVEN_ALPACA = Template(
+    f"{BELOW}. {COMPLETE}# Instruction:\n{{user}}\n\n# Response:\n",
+    stops=(f"\n\n{BELOW}", "\n\n# Instruction:"),
+    turn_with_input=f"{BELOW}, paired with an input that provides further context. {COMPLETE}"
+    "# Instruction:\n{user}\n\n# Input:\n{input}\n\n# Response:\n",
+)
+INSTRUCTION = Template(
+    "Instruction: {user}\n\nResponse:",
+    stops=("\n\nInstruction:",),
+    turn_with_input="Instruction: {user}\n\nInput: {input}\n\nResponse:",
+)
+QUESTION = Template("Question: {user}\n\nAnswer:", stops=("\n\nQuestion:",))
 TEMPLATES = {
     "raven": RAVEN,
     "world": WORLD,
@@ -111,7 +166,25 @@ TEMPLATES = {
     "g1-think": replace(G1, turn=G1.turn + " <think"),
     "g1-fast-think": replace(G1, turn=G1.turn + " <think>\n</think"),
     "story": STORY,
+    "alpaca": ALPACA,  # as in Hugging Face's blog post on RWKV
+    "raven-alpaca": RAVEN_ALPACA,  # as Raven was trained on Alpaca's data
+    "instruction": INSTRUCTION,  # as World was trained on such data
+    "qa": QUESTION,
 }
+NAMED_AFTER = {  # words in the names of the files that models are published in
+    "raven": "raven",
+    r"g[1-9][a-z]?\d*": "g1",
+    r"world|g0[a-z]?\d*": "world",
+}
+
+
+def template_by_name(file_name: str) -> str | None:
+    """The name of the template that a model was trained with, told by the name of its file or folder, as in
+    rwkv7-g1a-0.1b; None if that says nothing."""
+    for words, template in NAMED_AFTER.items():
+        if re.search(rf"(?<![a-z0-9])({words})(?![a-z0-9])", file_name.lower()):
+            return template
+    return None
 
 
 def usual_template(generation: str, world: bool) -> str:
@@ -119,6 +192,18 @@ def usual_template(generation: str, world: bool) -> str:
     if generation == "rwkv4" and not world:
         return "raven"
     return "g1" if generation == "rwkv7" and world else "world"
+
+
+def parse_template(text: str) -> Template:
+    r"""A template written as one turn, such as "Bob: {user}\n\nAlice:", perhaps with a system text in front of it:
+    "System: {system}\n\nBob: {user}\n\nAlice:". An answer ends where the model begins the next turn.
+    """
+    first = re.match(r".*\{system\}\s*", text, re.DOTALL)
+    system = first[0] if first else WORLD.system
+    turn = text[len(system) if first else 0 :].rstrip(" ")
+    label, _, lead = turn.partition("{user}")
+    separator = lead[: len(lead) - len(lead.lstrip("\n"))] or "\n\n"
+    return Template(turn, system, separator, (separator + label.rstrip(),))
 
 
 def template_from(fields: dict[str, Any]) -> Template:

@@ -5,16 +5,17 @@
 - the loss counts what the model has to write by itself: the answers, and behind each of them the whole stop text. The
   stop text of world and g1, "\\n\\nUser:", reaches into the next turn
 - the last answer is followed by the end of text, or by the stop text if the tokenizer has no such id
+- a template in Jinja shows the whole conversation; where its answers are is told from that
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from .chat_templates import Template
+from .jinja_templates import JinjaTemplate
 from .tokenizers import Tokenizer
 
 
@@ -26,7 +27,7 @@ class Piece(NamedTuple):
 
 
 def encode_conversation(
-    messages: Sequence[Mapping[str, Any]], template: Template, tokenizer: Tokenizer
+    messages: Sequence[Mapping[str, Any]], template: Template | JinjaTemplate, tokenizer: Tokenizer
 ) -> tuple[list[int], list[bool]]:
     """Encodes a conversation for training.
 
@@ -38,7 +39,8 @@ def encode_conversation(
 
     Args:
         messages: {"role", "content"} of an optional system text, then of user and assistant in turn. A last message
-            without an answer is left out. An answer with "weight": 0 is read, but does not count in the loss.
+            without an answer is left out. An answer with "weight": 0 is read, but does not count in the loss. A message
+            of the user may have an "input": what it is about.
         template: see heronry.text.chat_templates.TEMPLATES.
         tokenizer: its end of text, if it has one, ends the ids.
 
@@ -62,28 +64,66 @@ def encode_conversation(
 
 
 def render_conversation(
-    messages: Sequence[Mapping[str, Any]], template: Template, has_end_of_text: bool
+    messages: Sequence[Mapping[str, Any]], template: Template | JinjaTemplate, has_end_of_text: bool
 ) -> list[Piece]:
     """The pieces of a conversation, without the end of text. Arguments and errors as for `encode_conversation`.
 
     has_end_of_text: whether an end of text will follow; otherwise the stop text is appended.
     """
-    turns = [(*_role_and_content(message), message.get("weight") != 0) for message in messages]
-    pieces: list[Piece] = []
-    if turns and turns[0][0] == "system":
-        pieces.append(Piece(template.system.replace("{system}", template.clean(turns.pop(0)[1])), 0))
-    if len(turns) < 2 or any(role != ("user", "assistant")[i % 2] for i, (role, *_) in enumerate(turns)):
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError("a message has no role or no content")
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    system, turns = messages[:has_system], messages[has_system:]
+    if len(turns) < 2 or any(x["role"] != ("user", "assistant")[i % 2] for i, x in enumerate(turns)):
         raise InputError("the messages do not alternate between user and assistant")
+    turns = turns[: len(turns) // 2 * 2]
+    for i, message in enumerate(turns):
+        if i % 2 and not message["content"].strip():
+            raise InputError("an answer is empty")
+    if isinstance(template, JinjaTemplate):
+        return _render_jinja(system, turns, template, has_end_of_text)
+    pieces = [Piece(template.render_history(system), 0)] if system else []
     stop, separator = template.stops[0], template.separator
-    n_answers = len(turns) // 2
-    for i in range(n_answers):
-        turn = template.turn.replace("{user}", template.clean(turns[2 * i][1]))
+    for i, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+        turn = template.ask(question)
         # the part of the stop text that is the beginning of this turn
-        learned = i > 0 and turns[2 * i - 1][2] and (separator + turn).startswith(stop)
+        learned = i > 0 and turns[2 * i - 1].get("weight") != 0 and (separator + turn).startswith(stop)
         pieces.append(Piece(turn, max(0, len(stop) - len(separator)) if learned else 0))
-        answer = _answer(turns[2 * i + 1][1], template)
-        answer += separator if i < n_answers - 1 else "" if has_end_of_text else stop
-        pieces.append(Piece(answer, len(answer) if turns[2 * i + 1][2] else 0))
+        opening, text = template.begin_answer(answer["content"])
+        if opening != template.opening:
+            raise InputError(f"an answer does not begin with {template.opening.strip()!r}, as the template does")
+        text += separator if 2 * i + 2 < len(turns) else "" if has_end_of_text else stop
+        pieces.append(Piece(text, len(text) if answer.get("weight") != 0 else 0))
+    return pieces
+
+
+def _render_jinja(
+    system: Sequence[Mapping[str, Any]],
+    turns: Sequence[Mapping[str, Any]],
+    template: JinjaTemplate,
+    has_end_of_text: bool,
+) -> list[Piece]:
+    for message in (*system, *turns[::2]):
+        template.clean(message["content"])
+    shown = [{key: x for key, x in message.items() if key != "weight"} for message in (*system, *turns)]
+    text, answers = template.find_answers(shown)
+    stop = next(iter(template.stops), "")
+    if has_end_of_text:
+        text = text.rstrip()
+    elif stop.startswith(template.separator):
+        text = text.removesuffix(template.separator) + stop
+    pieces: list[Piece] = []
+    end, n_learned = 0, 0  # of the pieces so far, and how much of what follows is learned still
+    for (answer_begin, answer_end), message, is_last in zip(
+        answers, turns[1::2], [False] * (len(answers) - 1) + [True], strict=True
+    ):
+        pieces.append(Piece(text[end:answer_begin], n_learned))
+        end = len(text) if is_last else answer_end
+        counts = message.get("weight") != 0
+        pieces.append(Piece(text[answer_begin:end], end - answer_begin if counts else 0))
+        said = answer_begin + len(text[answer_begin:answer_end].removesuffix(template.separator).rstrip())
+        n_learned = max(0, said + len(stop) - end) if counts and text.startswith(stop, said) else 0
     return pieces
 
 
@@ -106,26 +146,3 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
     Of several stop ids it is the lowest: <|endoftext|> comes before <|im_end|> in every vocabulary.
     """
     return min(tokenizer.stop_ids, default=None)
-
-
-def _answer(text: str, template: Template) -> str:
-    """The part of an answer that follows its beginning in the template: "Assistant:", or some of the thinking too."""
-    text = text.replace("\r\n", "\n").strip()
-    if not text:
-        raise InputError("an answer is empty")
-    if any(stop in text for stop in template.stops):  # a chat would end the answer there
-        text = re.sub("\n+", "\n", text)
-    beginning = template.turn.rpartition(":")[2]
-    if f" {text}".startswith(beginning):
-        return f" {text}"[len(beginning) :]
-    if beginning.endswith("</think"):  # the template skips the thinking, so an answer may have none
-        return f">\n{text}"
-    raise InputError(f"an answer does not begin with {beginning.strip()!r}, as the template does")
-
-
-def _role_and_content(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Both are texts; InputError otherwise."""
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise InputError("a message has no role or no content")
-    return role, content

@@ -27,7 +27,9 @@ from heronry.convert import target_formats
 from heronry.engine.chat import Chat
 from heronry.engine.completion import Usage
 from heronry.errors import unknown_name
+from heronry.text import jinja_process
 from heronry.text.chat_templates import TEMPLATES
+from heronry.text.terminal import printable
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -398,6 +400,35 @@ def test_errors_name_what_was_typed(command, folder):
         2,
         "heronry: file/talk: Not a directory\nheronry: the text is not UTF-8: byte 0xe9 (U+DCE9) after 2 characters\n",
     )
+
+
+def test_an_answer_goes_on(command, folder):
+    lines = ["/continue", "Hi", "/continue", "/history"]
+    words = ("chat", "-m", folder / "m.pth", "--template", r"Bob: {user}\n\nAlice:", "--temperature", 0)
+    code, out, err = command(*words, "--max-tokens", 4, stdin="\n".join(lines))
+    assert code == 2
+    assert err.count("there is no message whose answer could go on") == 1
+    chat = LLM(folder / "m.pth").chat(template="Bob: {user}\n\nAlice:")
+    assert (chat.template.turn, chat.template.stops) == ("Bob: {user}\n\nAlice:", ("\n\nBob:",))
+    first = chat.say("Hi", 4, temperature=0).text
+    more = chat.go_on(4, temperature=0).text
+    assert [printable(line) for line in out.splitlines()[:2]] == [printable(text) for text in (first, more)]
+    assert f"assistant: {printable(chat.messages[1]['content'])}" in out
+
+
+def test_a_template_that_hangs_or_is_damaged(command, folder, monkeypatch):
+    monkeypatch.setattr(jinja_process, "PATIENCE", 1.0)
+    for source, said in [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "takes longer than 1 seconds",
+        ),
+        ("{% if %}", "line 1: Expected an expression, got 'end of statement block'"),
+        ("{% include '/etc/passwd' %}", "line 1: a chat template cannot read other files"),
+    ]:
+        Path("mine.jinja").write_text(source)
+        result = command("chat", "-m", folder / "m.pth", "--template", "mine.jinja", stdin="Hi\n")
+        assert result == (2, "", f"heronry: mine.jinja: {said}\n")
 
 
 def test_many_lines_are_one_message(command, folder):

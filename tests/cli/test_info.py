@@ -62,6 +62,19 @@ def test_info_of_a_checkpoint(command, folder, tmp_path):
         assert "trained context" not in info(command, long)
 
 
+def test_info_names_the_chat_template(command, folder, tmp_path):
+    assert info(command, folder / "m.pth")["template"] == "world"
+    assert info(command, "bundled")["template"] == "story"
+    shutil.copy(folder / "m.pth", tmp_path / "rwkv7-g1a-0.1b.pth")
+    assert info(command, tmp_path / "rwkv7-g1a-0.1b.pth")["template"] == "g1"
+    heronry.save(heronry.load(folder / "m.pth"), tmp_path / "own")
+    file = tmp_path / "own" / "chat_template.jinja"
+    file.write_text("{{ messages }}")
+    assert info(command, tmp_path / "own")["template"] == f"Jinja ({file})"
+    file.write_bytes(b"\xff")
+    assert info(command, tmp_path / "own")["template"] == f"{file}: byte 0 is not UTF-8"
+
+
 def test_info_of_all_else(command, folder):
     llm = LLM(folder / "m.pth")
     llm.state("Hello " * 30).save("state")

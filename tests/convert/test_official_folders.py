@@ -14,7 +14,10 @@ from torch import Tensor
 
 import heronry
 from heronry.convert import convert
+from heronry.data.token_file import TokenFile
 from heronry.errors import InputError
+from heronry.text.chat_templates import TEMPLATES
+from heronry.text.jinja_templates import chat_template
 from heronry.text.tokenizers import WorldTokenizer
 from heronry.text.world_files import world_json
 
@@ -223,3 +226,84 @@ def test_text(weights, tmp_path, command):
     code, out, err = command("info", folder)
     assert code == 0, err
     assert "world" in out
+
+
+# as their repositories show a conversation
+TEMPLATE = """{%- set ns = namespace(system='') -%}
+{%- for m in messages -%}{%- if m.role == 'system' -%}{%- set ns.system = m.content -%}{%- endif -%}{%- endfor -%}
+{%- if ns.system -%}{{- 'System: ' + ns.system + '\\n\\n' -}}{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- 'User: ' + m.content + '\\n\\n' -}}
+{%- elif m.role == 'assistant' -%}
+{{- 'Assistant: ' -}}{%- generation -%}{{- m.content + '\\n\\n' -}}{%- endgeneration -%}
+{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant: <think></think>\\n' -}}{%- endif -%}"""
+
+
+def test_the_folders_own_template(weights, tmp_path, command):
+    """Used in chats, for training data and in transformers alike, kept by copies and folders, lost by no option."""
+    folder = official(weights(vocab=256), tmp_path / "hf")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0, "use_cache": true}')
+    llm = heronry.LLM(folder, dtype="float32")
+    assert llm.chat().template.stops == ("\n\nUser:",)
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ]
+    asked = "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser: Bye\n\nAssistant: <think></think>\n"
+    assert llm.chat(talk, 0).state.texts == (asked,)
+    assert llm.chat(talk, 0, template="g1").state.texts[0].endswith("User: Bye\n\nAssistant:")
+    # copies
+    assert command("quantize", folder, tmp_path / "int8")[0] == 0
+    convert(folder, tmp_path / "own")
+    convert(folder, tmp_path / "again", to="huggingface")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == TEMPLATE
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["stop_strings"] == ["\n\nUser:"]
+    for copy in ("int8", "own", "again"):
+        assert heronry.LLM(tmp_path / copy).chat(talk, 0).state.texts == (asked,), copy
+    # data
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    assert command("data", tmp_path / "a.jsonl", "-o", tmp_path / "made", "--tokenizer", folder)[0] == 0
+    file = TokenFile(tmp_path / "made")
+    assert bytes(file.tokens.tolist()).decode() == "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser:"
+    assert bytes(file.tokens[file.mask.astype(bool)].tolist()).decode() == " Hello!\n\nUser:"
+    assert file.notes["chat_template"] == TEMPLATE
+    # transformers
+    transformers = pytest.importorskip("transformers")
+    from heronry.integrations.transformers import register
+
+    register()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == asked
+
+
+def test_a_template_inside_a_gguf(weights, tmp_path, monkeypatch):
+    import gguf
+
+    key = gguf.Keys.Tokenizer.CHAT_TEMPLATE
+    monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda writer, _: writer.add_string(key, TEMPLATE))
+    torch.save(weights(vocab=65536), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.gguf")
+    llm = heronry.LLM(tmp_path / "a.gguf")
+    asked = "User: Hi\n\nAssistant: <think></think>\n"
+    assert llm.chat([{"role": "user", "content": "Hi"}], 0).state.texts == (asked,)
+
+
+def test_the_name_of_a_file_is_not_lost(weights, tmp_path, command):
+    """What it says of the template goes into folders and GGUF files of any name."""
+    torch.save(weights(vocab=65536), tmp_path / "rwkv7-g0-0.1b.pth")
+    assert heronry.LLM(tmp_path / "rwkv7-g0-0.1b.pth").chat_template == "world"
+    for name in ("a", "a.gguf"):
+        convert(tmp_path / "rwkv7-g0-0.1b.pth", tmp_path / name)
+        assert heronry.LLM(tmp_path / name, dtype="float32").chat_template == "world"
+    convert(tmp_path / "rwkv7-g0-0.1b.pth", tmp_path / "hf", to="huggingface")
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == chat_template("world")
+    assert heronry.LLM(tmp_path / "hf").chat_template == "world"
+    assert command("quantize", tmp_path / "rwkv7-g0-0.1b.pth", tmp_path / "int8")[0] == 0
+    assert heronry.LLM(tmp_path / "int8").chat_template == "world"
+    (tmp_path / "rwkv7-g0-0.1b.pth").rename(tmp_path / "a.pth")
+    llm = heronry.LLM(tmp_path / "a.pth")
+    assert (llm.chat_template, llm.chat().template) == (None, TEMPLATES["g1"])

@@ -118,6 +118,45 @@ def test_every_shape_has_the_ids_written_by_hand(name, tmp_path):
     assert tokens(tmp_path / "a.json", tmp_path, template="world") == [expected(parts)]
 
 
+@pytest.mark.parametrize(
+    ("template", "parts"),
+    [
+        ("alpaca", ("### Instruction: Add\n### Input: 1 2\n### Response:", " 3\n\n### Instruction:")),
+        ("instruction", ("Instruction: Add\n\nInput: 1 2\n\nResponse:", " 3\n\nInstruction:")),
+        (
+            "raven-alpaca",
+            (
+                "Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request.\n\n"
+                "# Instruction:\nAdd\n\n# Input:\n1 2\n\n# Response:\n",
+                "3\n\nBelow is an instruction that describes a task",
+            ),
+        ),
+        ("qa", ("Question: Add\n1 2\n\nAnswer:", " 3\n\nQuestion:")),
+        ("Q: {user}\nA:", ("Q: Add\n1 2\nA:", " 3\nQ:")),
+        ("mine.jinja", ("<Add\n1 2>", "(3)<")),
+    ],
+)
+def test_the_places_of_an_instruction_and_its_input(template, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jinja = (
+        "{% for m in messages %}{% if m.role == 'user' %}<{{ m.content }}>"
+        "{% else %}({{ m.content }}){% endif %}{% endfor %}"
+    )
+    Path("mine.jinja").write_text(jinja)
+    Path("a.jsonl").write_text('{"instruction": "Add", "input": "1 2", "output": "3"}\n')
+    assert tokens(Path("a.jsonl"), tmp_path, template=template) == [expected(parts)]
+    kept = jinja if template == "mine.jinja" else template  # models know the template without the file
+    assert TokenFile(tmp_path / "made").notes["chat_template"] == kept
+
+
+def test_a_damaged_template_is_told_before_anything_is_read(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{% for %}")
+    (tmp_path / "a.jsonl").write_text("not JSON\n")
+    with pytest.raises(InputError, match=r"mine\.jinja: line 1: Expected"):
+        tokens(tmp_path / "a.jsonl", tmp_path, template=str(tmp_path / "mine.jinja"), skip_bad=True)
+
+
 def test_tables_and_data_sets_of_every_shape(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     datasets = pytest.importorskip("datasets")

@@ -523,23 +523,28 @@ TURN = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @settings(max_examples=60, deadline=None)
-@given(system=st.none() | TURN, turns=st.lists(st.tuples(TURN, TURN), max_size=3), last=TURN)
-@example(system="Be  kind.\n", turns=[(" Hi\r\n\n\nthere ", "<think>hm</think>\nHello")], last='it\'s "so"?')
-@example(system=None, turns=[("a" + "\n" * 600 + "b", "c\n\nUser: d\n\n\ne")], last="x")
-def test_chat_templates(name, system, turns, last):
-    """Byte for byte what a chat of the same messages reads."""
+@given(system=st.none() | TURN, turns=st.lists(st.tuples(TURN, TURN), max_size=3), last=TURN, about=st.none() | TURN)
+@example(
+    system="Be  kind.\n",
+    turns=[(" Hi\r\n\n\nthere ", "<think>hm</think>\nHello")],
+    last='it\'s "so"?',
+    about=" 1\r\n\r\n2 ",
+)
+@example(system=None, turns=[("a" + "\n" * 600 + "b", "c\n\nUser: d\n\n\ne")], last="x", about=None)
+def test_chat_templates(name, system, turns, last, about):
+    """Byte for byte what a chat of the same messages reads, with or without an input."""
     template = TEMPLATES[name]
     assume(last.strip() and all(user.strip() for user, _ in turns) and (system is None or system.strip()))
     messages = [{"role": "system", "content": system}] * (system is not None)
     for user, answer in turns:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-    expected = template.render_history(messages) + template.turn.replace("{user}", template.clean(last))
-    messages.append({"role": "user", "content": last})
+        messages += [{"role": "user", "content": user, "input": about}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": last} | ({} if about is None else {"input": about}))
+    expected = template.extend(template.render_history(messages[:-1]), messages)
     words = RwkvTokenizer("bytes", chat_template=chat_template(name))
     assert words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
     open_end = words.apply_chat_template(messages, tokenize=False)
     assert expected.startswith(open_end)
-    assert open_end.endswith(template.clean(last))
+    assert open_end.endswith(template.clean(about if about and about.strip() else last))
 
 
 def test_a_chat_template_gives_ids():

@@ -73,4 +73,4 @@ if not TYPE_CHECKING:  # with it, a type checker would accept every misspelt nam
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, *_SUBMODULES})
+        return sorted({*__all__, *_SUBMODULES, "__version__"})

@@ -1,7 +1,7 @@
 """Models by short names: the bundled one, those in the default folder, and a table of published checkpoints.
 
 The table, published.json, works without a network: names, files on the hub, numbers of parameters, the length of the
-texts that a model was trained on (its context, which is no limit), and licences.
+texts that a model was trained on (its context, which is no limit), and licenses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Published:
     generation: str
     parameters: int
     context: int  # tokens
-    licence: str
+    license: str
 
     @property
     def size(self) -> int:
@@ -41,6 +41,9 @@ class Published:
     def memory(self) -> int:
         """Bytes that a process with it takes, about."""
         return self.size + RUNTIME
+
+
+BUNDLED_MODEL = Published("bundled", "", "", "rwkv7", 3_819_456, 1024, "Apache-2.0")
 
 
 @cache

@@ -21,7 +21,14 @@ PLAIN = {  # instead of the system's words
     errno.EBADF: "standard input or output is closed",
     errno.EEXIST: "is a file, not a folder",
 }
-EXTRA = ("typer", "rich", "prompt_toolkit")  # packages of the extra `cli`
+EXTRAS = {  # of heronry, by the package that they bring
+    **dict.fromkeys(("typer", "rich", "prompt_toolkit"), "cli"),
+    **dict.fromkeys(("accelerate", "tensorboard", "pyarrow", "peft"), "train"),
+    **dict.fromkeys(("PIL", "kornia", "datasets"), "vision"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "gguf": "convert",
+    "transformers": "transformers",
+}
 
 
 def describe(error: BaseException) -> str | None:
@@ -32,8 +39,9 @@ def describe(error: BaseException) -> str | None:
     elif isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         line = "there is not enough memory"
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("heronry"):
-        install = "heronry[cli]" if error.name in EXTRA else error.name
-        line = f"this needs the package {error.name}: pip install '{install}'"
+        package = str(error.name).partition(".")[0]
+        install = f"heronry[{EXTRAS[package]}]" if package in EXTRAS else package
+        line = f"this needs the package {package}: pip install '{install}'"
     elif isinstance(error, RuntimeError) and "home directory" in str(error):
         line = "there is no such home directory; write the path without ~"
     elif isinstance(error, ValueError) and "null byte" in str(error):

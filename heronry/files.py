@@ -21,14 +21,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     A crash, a full disk or Ctrl-C leaves the old file as it was, and no new folder.
     """
-    path = Path(path).resolve()  # a link stays one
+    typed, path = path, Path(path).resolve()  # a link stays one
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a file that could be replaced")
+        raise InputError(f"{typed}: is not a file that could be replaced")
     missing = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with naming(path):
+    with naming(typed, part):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
             yield part
             with open(part, "rb+") as written:
@@ -45,13 +45,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path, part: Path | None = None) -> Iterator[None]:
     """An error of the system in the block is an OSError that names the file: that of a write has no name, and
-    safetensors and torch hide it in errors of their own."""
+    safetensors and torch hide it in errors of their own. part: a temporary file in its place, which nobody knows."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is not None and error.filename in (None, str(part)):
             error.filename = str(path)
         raise
     except InputError:

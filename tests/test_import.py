@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+import heronry
+from heronry.faults import describe
+
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "llama_cpp", "rich.progress")
 
 
@@ -44,3 +49,24 @@ def test_public_names_are_imported_on_first_use():
         "assert not {'typer', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dir_lists_what_is_public():
+    assert {name for name in dir(heronry) if not name.startswith("_")} == {*heronry.__all__, *heronry._SUBMODULES}
+    assert [name for name in dir(heronry) if name.startswith("_")] == ["__version__"]
+
+
+@pytest.mark.parametrize("module", ["transformers", "vision"])
+def test_a_missing_package_is_named_with_what_installs_it(module):
+    code = f"import sys; sys.modules['transformers'] = None; import heronry.integrations.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: this needs transformers: pip install 'heronry[transformers]'"
+    )
+
+
+def test_a_missing_module_names_its_package():
+    error = ModuleNotFoundError("No module named 'prompt_toolkit.history'", name="prompt_toolkit.history")
+    assert describe(error) == "this needs the package prompt_toolkit: pip install 'heronry[cli]'"
+    error = ModuleNotFoundError("No module named 'wandb.sdk'", name="wandb.sdk")
+    assert describe(error) == "this needs the package wandb: pip install 'wandb'"

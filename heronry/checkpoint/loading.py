@@ -37,6 +37,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 log = logging.getLogger("heronry")
 
@@ -58,8 +59,8 @@ def load(
     Args:
         path: a file or folder of any format in docs/conversion.md, a folder that `save` wrote, or a name on the Hugging
             Face hub: "hf://OWNER/REPOSITORY/FILE", "OWNER/REPOSITORY".
-        dtype: of the weights, as a string ("float32", "bfloat16", "float16", "float64") or as a torch.dtype; None keeps
-            that of the file, or of most of its weights.
+        dtype: of the weights, as a string ("float32", "bfloat16", "float16", "float64", or "fp32", "bf16", "fp16",
+            "fp64") or as a torch.dtype; None keeps that of the file, or of most of its weights.
         device: of the weights.
         ln_x_eps: epsilon of the norm after the recurrence (RWKV-5 to 7), for files made with another one than 64e-5.
         quantize: "int8" or "int4" quantizes the large matrices as they are read; `dtype` then applies to the rest.
@@ -237,7 +238,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype by its name or as it is; InputError unless models can have it."""
-    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    parsed = DTYPES.get(DTYPE_ALIASES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in DTYPES.values():
         raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
     return parsed

@@ -18,11 +18,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import InputError
 from ..faults import describe
@@ -45,7 +47,15 @@ from .see import see
 from .signals import Terminated, signals_raise
 from .train import train
 
+ELSEWHERE = {  # where an option is that a message names, for commands that lack it
+    "--tokenizer": "heronry data --tokenizer",
+    "--dtype": "heronry convert --dtype",
+    "--adapter": "heronry generate --adapter",
+}
+METAVARS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}  # what stands for a value in the help
+UNKNOWN = re.compile(r"No such (option|command):? '?([^\s']+)'?")  # in typer's words
 COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, data, train, bench)
+COMMAND_NAMES = [function.__name__ for function in COMMANDS]
 app = typer.Typer(
     help="RWKV, every generation: trained like a Transformer, run like an RNN.",
     invoke_without_command=True,
@@ -83,13 +93,17 @@ def _report(error: BaseException) -> int:
         code, line = 130, "stopped"
     elif hasattr(error, "format_message"):  # of typer: a mistake in the options
         context, param = getattr(error, "ctx", None), getattr(error, "param", None)
-        message = re.sub(r" \(env var: '\w+'\)", "", error.format_message().rstrip(".?"))
-        if context is None:
-            line = f"{message}; see heronry --help"
-        elif param is not None and (place := _place(context, param.name)) is not None:
+        message = re.sub(r" \(env var: '\w+'\)", "", error.format_message().rstrip("."))
+        help_of = "heronry" if context is None else context.command_path
+        if context is not None and param is not None and (place := _place(context, param.name)) is not None:
             line = f"{message}; it comes from {place}"
+        elif context is not None and (typed := UNKNOWN.match(message)) is not None:
+            names = [name for x in context.command.params for name in x.opts] if typed[1] == "option" else COMMAND_NAMES
+            close = get_close_matches(typed[2], names, n=1)
+            hint = f"; did you mean {close[0]}? See" if close else "; see"
+            line = f"{typed[0]}{hint} {help_of} --help"
         else:
-            line = f"{message}; see {context.command_path} --help"
+            line = f"{message}; see {help_of} --help"
     elif (described := describe(error)) is not None:
         line = described
     else:
@@ -171,17 +185,25 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
             function(**options)
         except InputError as error:
             message = _as_typed(str(error), arguments)
-            for name in DEFAULTS:
+            for name in [name for name in DEFAULTS if name in options]:
                 place = _place(context, name)
-                if place is not None and str(options[name]) in message:
+                shown = options[name] if DEFAULTS[name] is str else f"--{name.replace('_', '-')} "
+                if place is not None and str(shown) in message:
                     message += f" ({name} comes from {place})"
             raise InputError(message) from error
 
     hints = get_type_hints(function, include_extras=True) | {"verbose": verbose, "quiet": quiet}
     hints["context"] = typer.Context
-    for hint in hints.values():
-        if Path in (hint, *_parts(hint)):
-            get_args(hint)[1].parser = path
+    for name, hint in hints.items():
+        kinds = (hint, *_parts(hint))
+        if name not in arguments:
+            continue
+        info = get_args(hint)[1]
+        if Path in kinds:
+            info.parser = path
+        if info.metavar is None and bool not in kinds:
+            is_argument = isinstance(info, typer.models.ArgumentInfo)
+            info.metavar = name.upper() if is_argument else next(METAVARS[kind] for kind in kinds if kind in METAVARS)
     keyword = inspect.Parameter.KEYWORD_ONLY
     extra = [inspect.Parameter(name, keyword, default=False) for name in ("verbose", "quiet")]
     extra.append(inspect.Parameter("context", keyword))
@@ -219,8 +241,27 @@ def _as_typed(message: str, arguments: Collection[str]) -> str:
     for name in arguments:
         option = "--" + name.replace("_", "-")
         message = re.sub(rf"^{name}(?= must | has )|(?<![\w-]){name}=(?![\w/])", option, message)
+    for option, elsewhere in ELSEWHERE.items():
+        if (name := option.removeprefix("--")) not in arguments:
+            message = re.sub(
+                rf"(?<![\w-])(?:{name}= or {option}|{option}|{name}=)(?![\w/-])", f"`{elsewhere}`", message
+            )
     return re.sub(r"(--[\w-]+) (?:\(\1\)|or \1)", r"\1", message)  # both names were given
 
 
+class Command(TyperCommand):
+    """A command whose help shows what is typed, without the braces and Python types that typer adds to arguments."""
+
+    def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]  # of a class that typer keeps to itself
+        usage, rest = super().get_help(ctx).split("\n\n", 1)
+        usage = re.sub(r"\{(.*?)(?:\.\.\.)?\}(\.\.\.)?", r"\1\2", usage, flags=re.DOTALL)
+        return usage + "\n\n" + re.sub(r"^(  \S.*?) <(list)?.*?>", _without_type, rest, flags=re.MULTILINE)
+
+
+def _without_type(found: re.Match[str]) -> str:
+    name = found[1] + ("..." if found[2] and not found[1].endswith("...") else "")
+    return name.ljust(len(found[0]))
+
+
 for function in COMMANDS:
-    app.command(function.__name__)(_with_verbosity(function))
+    app.command(function.__name__, cls=Command)(_with_verbosity(function))

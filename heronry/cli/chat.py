@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
+from . import complete, options
 
 if TYPE_CHECKING:
     from ..engine.options import DecodeOptions
@@ -25,7 +25,11 @@ def chat(
     ln_x_eps: options.LnXEps = None,
     template: Annotated[
         str | None,
-        typer.Option(help="raven, world, g1, g1-think, g1-fast-think or story.", show_default="by the model"),
+        typer.Option(
+            help="raven, world, g1, g1-think, g1-fast-think or story.",
+            show_default="by the model",
+            autocompletion=complete.template,
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system text at the start of the conversation.")] = None,
     state: Annotated[

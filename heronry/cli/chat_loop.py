@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 import time
 from collections.abc import Callable, Generator
-from itertools import count
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,7 +17,7 @@ from ..engine.chat import Chat
 from ..engine.completion import Completion
 from ..engine.options import DecodeOptions
 from ..engine.sampling import UnseededOptions
-from ..errors import InputError, unknown_name
+from ..errors import InputError, count, unknown_name
 from ..faults import describe
 from ..text.terminal import printable
 
@@ -29,11 +29,12 @@ COMMANDS = {
     "/clear": "start a branch with nothing said yet",
     "/history": "show the conversation so far",
     "/system TEXT": "start a branch with this system text; without one: show it",
-    "/set NAME VALUE": "change temperature, top_p, max_tokens, ...; without a name: show what was set",
+    "/set NAME VALUE": "change temperature, top_p, max_tokens, ...; without a value or a name: show what was set; "
+    "none as a value: back to the default",
     "/save FILE": "save all branches with their states",
     "/load FILE": "continue a saved conversation",
     "/help": "show this list",
-    "/quit": "leave (so does Ctrl-D); Ctrl-C only ends an answer early",
+    "/quit": "leave (so do /exit, quit, exit and Ctrl-D); Ctrl-C only ends an answer early",
 }
 MANY_LINES = '''"""               begins and ends a message of several lines; a pasted one needs none'''
 HELP = "\n".join(f"{name:18}{what}" for name, what in COMMANDS.items()) + "\n" + MANY_LINES
@@ -96,7 +97,7 @@ class Loop:
         if self.chat.messages:
             self._show()
         while (line := read("> " if self.chat.branch == "main" else f"{self.chat.branch} > ")) is not None:
-            if line in ("/quit", "/exit"):
+            if line in ("/quit", "/exit") or (self.terminal and line in ("quit", "exit")):
                 break
             try:
                 self._answer_or_obey(line)
@@ -185,9 +186,11 @@ class Loop:
             case ["system", text]:
                 self._begin(text)
             case ["set"]:
-                settings = {"max_tokens": self.max_tokens, "seed": self.seed}
-                for name, value in {**chat.template.sampling, **self.sampling, **settings}.items():
+                for name, value in self._settings().items():
                     self._note(f"{name} {value}")
+            case ["set", name]:
+                name = _setting_name(name)
+                self._note(f"{name} {self._settings().get(name)}")
             case ["set", name, value]:
                 self._set(name, value)
             case ["save", path]:
@@ -211,27 +214,31 @@ class Loop:
     def _begin(self, system: str | None = None) -> None:
         """Goes on in a branch with nothing said yet."""
         chat, before = self.chat, self.chat.branch
-        chat.begin(next(name for n in count(2) if (name := str(n)) not in chat.branches), system)
+        chat.begin(next(name for n in itertools.count(2) if (name := str(n)) not in chat.branches), system)
         self._note(f"a new branch, {chat.branch}; /switch {before} goes back")
 
     def _set(self, name: str, text: str) -> None:
-        """Change an option of the answers from now on."""
-        name = name.replace("-", "_")
-        if name not in SETTINGS:
-            raise unknown_name("setting", name, SETTINGS)
-        try:
-            value: Any = PARSERS[SETTINGS[name]](text)
-        except (ValueError, KeyError):
-            what = "on or off" if SETTINGS[name] is bool else "a number"
-            raise InputError(f"{name} must be {what}, got {text!r}") from None
-        max_tokens = value if name == "max_tokens" else self.max_tokens
-        changed: Any = {**self.sampling} if name == "max_tokens" else {**self.sampling, name: value}
-        self.chat.check_options(max_tokens, **changed)
-        self.max_tokens = max_tokens
+        """Change an option of the answers from now on; "none" takes it back."""
+        name = _setting_name(name)
+        changed: Any = {"max_tokens": self.max_tokens, "seed": self.seed, **self.sampling}
+        if text == "none" and name != "max_tokens":
+            changed.pop(name, None)
+        else:
+            try:
+                changed[name] = PARSERS[SETTINGS[name]](text)
+            except (ValueError, KeyError):
+                what = "on or off" if SETTINGS[name] is bool else "a number"
+                raise InputError(f"{name} must be {what}, got {text!r}") from None
+        self.chat.check_options(**changed)
+        self.max_tokens = changed.pop("max_tokens")
         if name == "seed":
-            self.seed, self.answers = value, 0
-        elif name != "max_tokens":
-            self.sampling = changed
+            self.answers = 0
+        self.seed = changed.pop("seed", None)
+        self.sampling = changed
+
+    def _settings(self) -> dict[str, Any]:
+        """What was set, by the template or since."""
+        return {**self.chat.template.sampling, **self.sampling, "max_tokens": self.max_tokens, "seed": self.seed}
 
     def _stream(self, pieces: Generator[Completion, None, None]) -> None:
         """Print an answer as it comes. Ctrl-C ends it early; what came so far stays in the conversation."""
@@ -258,8 +265,11 @@ class Loop:
         if not self.terminal:
             print(flush=True)
         elif last is not None:
-            tokens = last.usage.completion_tokens
-            self._note(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tokens/s")
+            n_tokens = last.usage.completion_tokens
+            line = f"{count(n_tokens, 'token')}, {n_tokens / (time.perf_counter() - start):.0f} tokens/s"
+            if last.finish_reason == "length":
+                line += f"; cut at max_tokens, /set max_tokens {2 * self.max_tokens} allows more"
+            self._note(line)
 
     def _template_name(self) -> str:
         from ..text.chat_templates import TEMPLATES
@@ -276,6 +286,13 @@ class Loop:
             self.console.print(
                 f"[dim]{message['role']}:[/dim] {escape(printable(message['content']))}", soft_wrap=not self.terminal
             )
+
+
+def _setting_name(name: str) -> str:
+    name = name.replace("-", "_")
+    if name not in SETTINGS:
+        raise unknown_name("setting", name, SETTINGS)
+    return name
 
 
 def _read_line(prompt: str) -> str | None:

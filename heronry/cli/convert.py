@@ -26,7 +26,7 @@ def convert(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16, float16, for GGUF also q8_0.", show_default="as in IN"),
+        typer.Option(help=options.DTYPES + ", for GGUF q8_0.", show_default="as in IN"),
     ] = None,
     tokenizer: options.Tokenizer = None,
     ln_x_eps: options.LnXEps = None,

@@ -11,6 +11,7 @@ import typer
 
 from ..catalog import BUNDLED
 from ..errors import InputError, count
+from . import complete
 from .signals import Terminated
 
 MOST_WORKERS = min(8, os.cpu_count() or 1)  # with more, the process that reads cannot keep up
@@ -29,7 +30,10 @@ def data(
     ] = "world",
     template: Annotated[
         str | None,
-        typer.Option(help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story."),
+        typer.Option(
+            help="The chat template for conversations: raven, world, g1, g1-think, g1-fast-think or story.",
+            autocompletion=complete.template,
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8")] = None,
     key: Annotated[str, typer.Option(help="The field of a row that holds its text.")] = "text",

@@ -11,14 +11,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, unknown_name
 
-TYPES = {"model": str, "dtype": str, "device": str, "threads": int}
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("model", "dtype", "device"), str),
+    **dict.fromkeys(("threads", "max_tokens"), int),
+    **dict.fromkeys(("temperature", "top_p"), float),
+}
 COMMANDS = {  # which of them a command takes
-    "generate": ("model", "dtype", "device", "threads"),
-    "chat": ("model", "dtype", "device", "threads"),
+    "generate": tuple(TYPES),
+    "chat": tuple(TYPES),
     "eval": ("model", "dtype", "device", "threads"),
+    "info": ("model",),
     "see": ("dtype", "device", "threads"),
 }
 
@@ -32,7 +38,7 @@ def config_file() -> Path | None:
     return folder / "heronry" / "config.toml"
 
 
-def read_defaults() -> dict[str, dict[str, str | int]]:
+def read_defaults() -> dict[str, dict[str, Any]]:
     """The defaults that the file gives, by command; {} without one.
 
     Raises:
@@ -52,7 +58,7 @@ def read_defaults() -> dict[str, dict[str, str | int]]:
     for name, value in values.items():
         if name not in TYPES:
             raise InputError(f"{file}: {unknown_name('setting', name, TYPES)}")
-        if type(value) is not TYPES[name]:
-            kind = "a text" if TYPES[name] is str else "a whole number"
+        if type(value) is not TYPES[name] and (type(value), TYPES[name]) != (int, float):
+            kind = {str: "a text", int: "a whole number", float: "a number"}[TYPES[name]]
             raise InputError(f"{file}: {name} must be {kind}, got {value!r}")
     return {command: {name: values[name] for name in names if name in values} for command, names in COMMANDS.items()}

@@ -49,6 +49,7 @@ def generate(
         typer.Option(
             "--penalize-digits/--no-penalize-digits",
             help="Without, digits may come again at no cost, as in PyPI's rwkv.",
+            show_default="on",
         ),
     ] = True,
     repetition_penalty: Annotated[

@@ -3,31 +3,65 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, count
 from .output import print_result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from ..formats.lazy_tensor import LazyTensor
     from ..models import State
 
 SHOWN = 60  # characters of a text
+WORDS = {  # of settings whose names only the code knows; those without a word are for training alone
+    "time_state": "tuned initial state",
+    "deep_rank": "DeepEmbed rank",
+    "post_norm": "norms behind the blocks",
+    "head_hidden": "hidden layer of the head",
+    "segments": "segments of the authors' kernel",
+    "shift": "neighbors seen by a patch",
+    "causal": "sees earlier patches only",
+    "log_bonus": "",
+    "init_values": "",
+    "drop_path": "",
+    "decay_lr": "",
+}
+
+
+def _unless_file(context: typer.Context, model: str | None) -> str | None:
+    """A default of the model is none for somebody who names a file."""
+    source = context.get_parameter_source("model")
+    is_typed = source is not None and source.name == "COMMANDLINE"
+    return model if is_typed or context.params.get("file") is None else None
 
 
 def info(
     file: Annotated[
         str | None,
         typer.Argument(
-            help="A checkpoint of any format; or a state, a conversation, an adapter or a token file.",
+            help="A checkpoint of any format or an ONNX graph; or a state, a conversation, an adapter, a token file, "
+            "features of pictures.",
+            show_default="the model of generate",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            envvar="HERONRY_MODEL",
+            callback=_unless_file,
+            help="The same as FILE.",
             show_default="bundled",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The same as FILE.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a file holds.
@@ -49,6 +83,7 @@ def info(
 def describe(name: str) -> dict[str, Any]:
     """What the file or folder holds, by name; bytes as numbers."""
     from ..checkpoint import locate
+    from ..checkpoint.time_state import FILE
     from ..data.token_file import prefix_file, strip_suffix
     from ..engine.conversation import is_conversation
     from ..models import State
@@ -59,28 +94,37 @@ def describe(name: str) -> dict[str, Any]:
     path = locate(name)
     if (path / "adapter_config.json").is_file():
         return _describe_adapter(path)
+    if (path / FILE).is_file() and not (path / "config.json").is_file():
+        path = path / FILE
+    if path.suffix == ".onnx" and path.is_file():
+        return _describe_graph(path)
     if path.is_file() and is_conversation(path):
         return _describe_conversation(path)
     if path.is_file() and State.is_saved_state(path):
         return _describe_state(State.load(path))
-    return _describe_tuned_state(path) or _describe_checkpoint(path)
+    return _describe_features(path) or _describe_tuned_state(path) or _describe_checkpoint(path)
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ..checkpoint import load
+    from ..checkpoint import load_checkpoint, select_notes
     from ..models import Model, Network
     from ..text.tokenizers import guess_tokenizer
 
-    network = load(path, device="meta", kind=Network)
+    network, checkpoint = load_checkpoint(path, device="meta", kind=Network)
     config = asdict(network.config)
     n_parameters = network.num_parameters()
     fields: dict[str, Any] = {"generation": f"{network.name} {config.pop('version', '')}".strip()}
     fields["dtype"] = str(network.dtype).removeprefix("torch.")
+    if packed_as := _packed_as(checkpoint.tensors.values()):
+        fields |= {"dtype": packed_as, "loaded as": fields["dtype"]}
     if network.quantization:
         fields["quantization"] = network.quantization
-    fields |= config | {"parameters": n_parameters}
+    for key, value in config.items():
+        if (word := WORDS.get(key, key)) and value not in (None, False) and (value or word == key):
+            fields[word] = value
+    fields["parameters"] = n_parameters
     if isinstance(network, Model):
         fields["state"] = network.initial_state().nbytes
     if network.quantization:
@@ -89,12 +133,69 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         fields["weights"] = {"float32": 4 * n_parameters, "bfloat16 or float16": 2 * n_parameters}
     if isinstance(network, Model):
         try:
-            fields["tokenizer"] = str(
-                guess_tokenizer(network.config.vocab_size, path if path.is_dir() else path.parent)
+            fields["tokenizer"] = (
+                "in the file"
+                if checkpoint.tokenizer is not None
+                else str(guess_tokenizer(network.config.vocab_size, path if path.is_dir() else path.parent))
             )
-        except InputError as error:
-            fields["tokenizer"] = str(error)
+        except InputError:
+            fields["tokenizer"] = "none found: name one with --tokenizer to generate"
+        if template := select_notes(checkpoint.config).get("chat_template"):
+            fields["chat template"] = template
     return fields
+
+
+def _packed_as(tensors: Iterable[LazyTensor]) -> str:
+    """The type of the quantized numbers in a file, of most of them; "" if there are none."""
+    sizes: Counter[str] = Counter()
+    for x in tensors:
+        sizes[x.packed_as] += x.numel()
+    del sizes[""]
+    return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def _describe_graph(path: Path) -> dict[str, Any]:
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: reading it needs the package onnx: pip install 'heronry[onnx]'") from None
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except Exception as error:  # of protobuf, whose classes differ
+        raise InputError(f"{path}: damaged, or not an ONNX file") from error
+    shapes = {
+        x.name: [size.dim_param or size.dim_value for size in x.type.tensor_type.shape.dim]
+        for x in (*proto.graph.input, *proto.graph.output)
+    }
+    names = dict(zip(next(iter(shapes.values()), []), ("batch", "tokens"), strict=False))  # of the first input
+
+    def describe(values: Iterable[Any]) -> str:
+        return ", ".join(
+            f"{x.name} [{', '.join(str(names.get(size, size)) for size in shapes[x.name])}]" for x in values
+        )
+
+    notes = {entry.key: entry.value for entry in proto.metadata_props}
+    fields: dict[str, Any] = {"kind": "ONNX graph", "generation": notes.get("model")}
+    fields |= {"inputs": describe(proto.graph.input), "outputs": describe(proto.graph.output)}
+    fields |= {key: int(notes[key]) for key in ("vocab_size", "image_size") if notes.get(key, "").isdecimal()}
+    fields["parameters"] = sum(math.prod(x.dims) for x in proto.graph.initializer)
+    data = path.with_name(f"{path.name}.data")
+    fields["size"] = path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+    return fields
+
+
+def _describe_features(path: Path) -> dict[str, Any] | None:
+    """None if they are none: of pictures, as `heronry see` writes them."""
+    from ..formats import safetensors_file
+
+    if not path.is_file() or "pictures" not in (metadata := safetensors_file.read_metadata(path)):
+        return None
+    tensors = safetensors_file.read(path)
+    if tensors.keys() != {"features"}:
+        return None
+    pictures, channels = tensors["features"].shape
+    fields = {"kind": "features of pictures", "pictures": pictures, "channels": channels}
+    return fields | {"size": tensors["features"].nbytes, "fingerprint": metadata.get("model")}
 
 
 def _describe_state(state: State) -> dict[str, Any]:
@@ -139,7 +240,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     notes = safetensors_file.read_metadata(path / WEIGHTS)
     return {
         "kind": "adapter",
-        "method": "DoRA" if dora else str(settings.get("peft_type", "unknown")).replace("LORA", "LoRA"),
+        "method": "DoRA" if dora else str(settings.get("peft_type", "none")).replace("LORA", "LoRA"),
         "rank": rank,
         "alpha": alpha,
         "matrices": len({name.rsplit(".lora_", 1)[0] for name in tensors}),
@@ -202,14 +303,16 @@ def _text(name: str, value: Any) -> str:
     if name in ("weights", "size"):
         return _size(value)
     if name == "branches":
-        return ", ".join(f"{branch} ({turns} turns)" for branch, turns in value.items())
+        return ", ".join(f"{branch} ({count(turns, 'turn')})" for branch, turns in value.items())
     if name == "texts":
         return ", ".join(_shorten(text) for text in value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {x}" for key, x in value.items()) or "none"
     if value is None:
-        return "unknown"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _shorten(text: str) -> str:

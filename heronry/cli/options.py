@@ -9,6 +9,7 @@ import typer
 
 from ..catalog import BUNDLED
 from ..errors import InputError
+from . import complete
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -24,6 +25,7 @@ Model = Annotated[
         "--model",
         "-m",
         envvar="HERONRY_MODEL",
+        autocompletion=complete.model,
         help="A file or folder of any format, hf://OWNER/REPOSITORY/FILE, a name in `heronry list`, or bundled.",
         show_default="bundled",
     ),
@@ -37,15 +39,14 @@ Tokenizer = Annotated[
         show_default="the one beside the model, else by vocabulary size",
     ),
 ]
+DTYPES = "float32, bfloat16, float16 (or fp32, bf16, fp16), float64"
 Precision = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", envvar="HERONRY_DTYPE", help="float32, bfloat16 or float16.", show_default="as in the file"
-    ),
+    typer.Option("--dtype", envvar="HERONRY_DTYPE", help=DTYPES + ".", show_default="as in the file"),
 ]
 WrittenPrecision = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="as in the file"),
+    typer.Option("--dtype", help=DTYPES + ".", show_default="as in the file"),
 ]
 Quantize = Annotated[
     str | None,

@@ -6,15 +6,23 @@ from typing import Annotated
 
 import typer
 
+from . import complete
 from .output import print_result
 
 
 def pull(
     name: Annotated[
-        str, typer.Argument(help="A name in `heronry list`, or hf://OWNER/REPOSITORY with or without /FILE.")
+        str,
+        typer.Argument(
+            help="A name in `heronry list`, or hf://OWNER/REPOSITORY with or without /FILE.",
+            autocompletion=complete.published,
+        ),
     ],
 ) -> None:
-    """Download a model into the default folder, where its short name finds it."""
+    """Download a model.
+
+    It goes into the default folder, where its short name finds it.
+    """
     import sys
 
     from .. import catalog, hub

@@ -6,9 +6,16 @@ from typing import Annotated
 
 import typer
 
+from . import complete
 
-def rm(name: Annotated[str, typer.Argument(help="The name of a downloaded model in `heronry list`.")]) -> None:
-    """Delete a downloaded model from the default folder."""
+
+def rm(
+    name: Annotated[
+        str,
+        typer.Argument(help="The name of a downloaded model in `heronry list`.", autocompletion=complete.downloaded),
+    ],
+) -> None:
+    """Delete a downloaded model."""
     import shutil
 
     from .. import catalog

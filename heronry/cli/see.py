@@ -16,7 +16,7 @@ MAX_SIZE = 16384  # pixels: more than any memory holds
 
 
 def see(
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures of any kind that Pillow opens.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures of any kind that Pillow opens, or folders of them.")],
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="A Vision-RWKV: a .pth, a .safetensors or a folder.", show_default=False),
@@ -56,6 +56,7 @@ def see(
 
     if model is None:  # what comes along reads text
         raise InputError("name a model of pictures with --model; docs/vision.md says which there are")
+    pictures = [picture for path in pictures for picture in _expand(path)]
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
     if features is not None:
@@ -93,6 +94,19 @@ def see(
         with atomic_write(features) as part:
             save_file({"features": torch.cat(all_features)}, part, metadata=metadata)
         note(f"{features}: features, {len(pictures)} x {network.num_features}")
+
+
+def _expand(path: Path) -> list[Path]:
+    """The pictures in a folder, by name; any other path is a picture."""
+    if not path.is_dir():
+        return [path]
+    from PIL import Image
+
+    Image.init()
+    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.EXTENSION)
+    if not pictures:
+        raise InputError(f"{path}: holds no picture")
+    return pictures
 
 
 def _class_names(file: Path | None, own: list[str] | None, n_classes: int) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
-from ..train.config import describe_settings, parse_arguments
+from ..errors import InputError, count
+from ..train.config import Config, describe_settings, parse_arguments
+from . import complete
 from .output import print_result
 from .signals import Terminated
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from ..models import Network
 
 SAMPLE_TOKENS = 200
+WIDTH = shutil.get_terminal_size().columns
 
 
 def train(
@@ -23,19 +27,22 @@ def train(
         typer.Argument(
             metavar="[CONFIG.toml] [SECTION.KEY=VALUE]...",
             help="A file, settings that override it, or settings alone, like data.train=texts optim.lr=1e-3.",
+            autocompletion=complete.setting,
         ),
     ],
 ) -> None:
     from ..engine.llm import LLM
     from ..models import Model
     from ..text.tokenizers import load_tokenizer
+    from .progress import note
 
     config = parse_arguments(settings)
     try:
         from ..train.language_modeling import LanguageModeling
         from ..train.trainer import Interrupted, Trainer
     except ModuleNotFoundError as error:
-        raise InputError(f"training needs {error.name}: pip install 'heronry[train]'") from error
+        package = str(error.name).partition(".")[0]
+        raise InputError(f"training needs {package}: pip install 'heronry[train]'") from error
     trainer = Trainer(config)
     task = trainer.task
     if isinstance(task, LanguageModeling) and task.data.tokenizer is not None:  # without one, ids have no text
@@ -48,12 +55,33 @@ def train(
             return prompt + llm.generate(prompt, SAMPLE_TOKENS, seed=0).text
 
         trainer.generate_sample = sample
+    is_main, out = trainer.accelerator.is_main_process, trainer.out
+    if trainer.is_finished:
+        if is_main:
+            note(
+                f"{out}: already finished, after {count(trainer.steps, 'step')}; raise run.steps to go on, or choose "
+                "another run.out"
+            )
+        return
     try:
         trainer.train()
     except Interrupted as stopped:
-        raise Terminated(stopped.signal, str(stopped) if trainer.accelerator.is_main_process else "") from None
-    if trainer.accelerator.is_main_process:
-        print_result(str(trainer.out))
+        raise Terminated(stopped.signal, str(stopped) if is_main else "") from None
+    if is_main:
+        print_result(str(out))
+        note(f"try it: {_next_command(config, shlex.quote(str(out)))}")
+
+
+def _next_command(config: Config, out: str) -> str:
+    """What to do with a trained model."""
+    base = shlex.quote(config.model.path)
+    if config.model.is_vision:
+        return f"heronry see -m {out} PICTURES"
+    if config.model.tune == "state":
+        return f"heronry generate -m {base} --state {out} PROMPT"
+    if config.model.tune in ("lora", "dora"):
+        return f"heronry generate -m {base} --adapter {out} PROMPT"
+    return f"heronry generate -m {out} PROMPT"
 
 
 # each paragraph that begins with \b keeps its lines
@@ -61,6 +89,6 @@ train.__doc__ = "\n\n".join(
     [
         "Train a model. If interrupted, the same command continues from the last checkpoint. See docs/training.md.",
         "The settings, with their defaults:",
-        *("\b\n" + paragraph for paragraph in describe_settings().split("\n\n")),
+        *("\b\n" + paragraph for paragraph in describe_settings(max(50, min(100, WIDTH - 4))).split("\n\n")),
     ]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import formats
-from ..checkpoint import QUANTIZATION_KEYS, identify, locate
+from ..checkpoint import DTYPE_ALIASES, QUANTIZATION_KEYS, identify, locate
 from ..errors import InputError
 from ..models import Model, VisionModel
 from ..progress import Progress
@@ -48,6 +48,7 @@ def convert(
             except the finished files of a folder after an interruption, with which the same call continues.
     """
     source, target = locate(source), Path(target).expanduser()
+    dtype = None if dtype is None else DTYPE_ALIASES.get(dtype, dtype)
     to = to or target_formats.format_of(target)
     if to not in target_formats.ALL:
         raise InputError(f"unknown format {to!r}; choose one of {', '.join(target_formats.ALL)}")

@@ -34,7 +34,8 @@ class ImageDataset:
         try:
             import datasets  # an optional package that takes seconds to import
         except ModuleNotFoundError as error:
-            raise InputError(f"image datasets need {error.name}: pip install 'heronry[vision]'") from error
+            package = str(error.name).partition(".")[0]
+            raise InputError(f"image datasets need {package}: pip install 'heronry[vision]'") from error
         self.source = source
         path = Path(source).expanduser()
         datasets.disable_progress_bars()

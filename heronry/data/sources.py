@@ -92,7 +92,7 @@ def _expand(path: Path) -> Iterator[Source]:
             if file.is_dir() or kind(file.name) in KINDS:
                 yield from _expand(file)
         return
-    if path.is_file() and kind(path.name) not in KINDS:
+    if not path.is_dir() and kind(path.name) not in KINDS:
         raise InputError(f"{path}: unsupported kind of file; expected {', '.join(KINDS)} or a dataset folder")
     yield describe(path)
 

@@ -24,6 +24,7 @@ from ..errors import InputError, show, unknown_name
 from ..models import State
 from ..text.chat_templates import TEMPLATES, Template, read_messages, usual_template
 from ..text.tokenizers import WorldTokenizer
+from ..text.utf8 import encode_utf8
 from .completion import Completion, FinishReason, TokenLogprob, Usage, join
 from .conversation import Beginning, ConversationTree, Turn, beginning, lineage
 from .generate import Generation, prefill
@@ -141,7 +142,9 @@ class Chat:
             stream: an iterator of its pieces, the last of which has a finish_reason.
             options: see `DecodeOptions`; by default the sampling of the template.
         """
-        pieces = self._answer(self.template.clean(message), self._decoding(max_tokens, options))
+        message = self.template.clean(message)
+        encode_utf8(message)  # an error counts the characters of the message, not of the prompt around it
+        pieces = self._answer(message, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
     # fmt: off

@@ -135,9 +135,9 @@ class ConversationTree:
             OSError: the disk is full, ...; the file then is as it was.
             InputError: somebody else has changed the file since; it stays as it is.
         """
-        path = Path(path).expanduser().resolve()
+        path = Path(path).expanduser()
         file = self._file
-        if file is None or path != file.path or not path.exists():
+        if file is None or path.resolve() != file.path or not path.exists():
             self._file = self._write_whole(path, fingerprint)
             return
         with _locked(path):
@@ -155,7 +155,7 @@ class ConversationTree:
             _write_record(out, begin, first.state)
             count, branches = self._write_new(out, numbers, 0)
             size = out.tell()
-        return _File(path, size, size, numbers, count, branches)
+        return _File(path.resolve(), size, size, numbers, count, branches)
 
     def _append(self, file: _File) -> _File:
         numbers = WeakKeyDictionary(file.numbers)
@@ -210,7 +210,7 @@ class ConversationTree:
         Raises:
             InputError: no such file, not a conversation, of another model, or damaged.
         """
-        path = Path(path).expanduser().resolve()
+        path = Path(path).expanduser()
         try:
             return cls._from_records(path, model)
         except InputError:
@@ -248,7 +248,7 @@ class ConversationTree:
         for i, node in enumerate(nodes):
             numbers[node] = i
         is_stale = not tree._nodes() >= set(nodes)
-        tree._file = _File(path, size, whole, numbers, len(nodes), branches, is_stale)
+        tree._file = _File(path.resolve(), size, whole, numbers, len(nodes), branches, is_stale)
         return tree
 
     def _nodes(self) -> KeysView[Turn | Beginning]:

@@ -93,7 +93,7 @@ def _read_tensor(path: Path, name: str, kind: int, shape: torch.Size, begin: int
     def read_quantized() -> Tensor:
         return dequantize(np.memmap(path, np.uint8, "r", begin, (size,)), QUANTIZED[kind]).view(shape)
 
-    return LazyTensor(shape, torch.float32, read_quantized), begin + size
+    return LazyTensor(shape, torch.float32, read_quantized, QUANTIZED[kind].lower()), begin + size
 
 
 def _to_blinkdl(tensors: Tensors) -> Tensors:

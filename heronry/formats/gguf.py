@@ -156,7 +156,7 @@ def _as_lazy(tensor: Any) -> LazyTensor:
         except NotImplementedError as error:
             raise InputError(f"{tensor.name} is quantized as {kind}, which is not supported") from error
 
-    return LazyTensor(shape, torch.float32, read_quantized)
+    return LazyTensor(shape, torch.float32, read_quantized, kind.lower())
 
 
 def _to_blinkdl(tensors: Tensors, kind: str, head_size: int, rescale_every: int) -> Tensors:

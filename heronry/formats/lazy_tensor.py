@@ -13,10 +13,13 @@ from ..errors import InputError
 
 
 class LazyTensor:
-    """A tensor in a file: shape and dtype are known, `read()` returns the numbers, as often as it is called."""
+    """A tensor in a file: shape and dtype are known, `read()` returns the numbers, as often as it is called.
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, read: Callable[[], Tensor]):
-        self.shape, self.dtype, self.read = torch.Size(shape), dtype, read
+    packed_as: the type of a tensor that the file holds in a quantized form, like "q8_0"; "" for all others.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, read: Callable[[], Tensor], packed_as: str = ""):
+        self.shape, self.dtype, self.read, self.packed_as = torch.Size(shape), dtype, read, packed_as
 
     @classmethod
     def from_tensor(cls, x: Tensor) -> LazyTensor:

@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from . import require
+
+require("lm_eval", "lm-eval")
+
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry

@@ -23,6 +23,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from . import require
+
+require("transformers", "heronry[transformers]")
+
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin

@@ -205,7 +205,7 @@ class VisionSection:
     decay_lr: float = setting(
         1.0, "learning rate of the decays, as a multiple of optim.lr; short runs need a higher one", POSITIVE
     )
-    shift: str = setting("q", "how patches see their neighbours", known=("q", "previous", "none"))
+    shift: str = setting("q", "how patches see their neighbors", known=("q", "previous", "none"))
     causal: bool = setting(False, "with vrwkv: attention to earlier patches only")
     crop: tuple[float, float] = setting(
         (0.08, 1.0), "smallest and largest fraction of the area to crop; [1.0, 1.0]: no crop"
@@ -332,17 +332,23 @@ def parse_arguments(arguments: Sequence[str]) -> Config:
     raise InputError(f"{first}: no such file{hint}")
 
 
-def describe_settings() -> str:
-    """Every setting with its default and what it means, a paragraph a section."""
+def describe_settings(width: int = 100) -> str:
+    """Every setting with its default and what it means, a paragraph a section, in lines of `width`."""
     paragraphs = []
     for name, cls in typing.get_type_hints(Config).items():
-        lines = [f"[{name}] {cls.__doc__}"]
+        lines = textwrap.wrap(f"[{name}] {cls.__doc__}", width, subsequent_indent="  ")
         for key in dataclasses.fields(cls):
             default = list(key.default) if isinstance(key.default, tuple) else key.default
             start = f"  {key.name} = {json.dumps(default)}"
-            lines += textwrap.wrap(f"{start:30}  {key.metadata['help']}", 100, subsequent_indent=" " * 32)
+            text = f"{start:30}  {key.metadata['help']}"
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 32, break_on_hyphens=False)
         paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs)
+
+
+def setting_names() -> list[str]:
+    """All settings, as "section.key"."""
+    return list(_setting_types())
 
 
 def _setting_types() -> dict[str, Any]:

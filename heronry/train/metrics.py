@@ -168,7 +168,7 @@ class MetricsLogger:
             *(TextColumn("left"), TimeRemainingColumn()),
             TextColumn("{task.description}", table_column=Column()),  # may go on in another line
         )
-        self._bar = Progress(*columns, console=self._console)
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._bar_task = self._bar.add_task("", total=info.steps, completed=step)
         self._bar.start()
         return self

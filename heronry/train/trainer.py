@@ -207,6 +207,7 @@ class Trainer:
         """Restores the newest undamaged checkpoint, if there is one. Returns the losses that no line of the log covers
         yet: their sum, and the number of predictions."""
         latest = checkpointing.find_latest_checkpoint(self.checkpoints)
+        self._resumed_from = None if latest is None else latest[0]
         if latest is None:
             if any((self.out / name).exists() for name in ("model.safetensors", time_state.FILE, WEIGHTS)):
                 raise InputError(f"{self.out}: already contains a model; choose another run.out")
@@ -225,6 +226,15 @@ class Trainer:
             self.task.load_carried_states(path / checkpointing.CARRIED_STATES)
         nats, n_counted = run_state["unlogged"]
         return nats, n_counted
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done and the model is saved."""
+        names = ("model.safetensors", "model.safetensors.index.json", time_state.FILE, WEIGHTS)
+        saved = [path.stat().st_mtime_ns for name in names if (path := self.out / name).exists()]
+        if self.step < self.steps or self._resumed_from is None or not saved:
+            return False
+        return max(saved) >= self._resumed_from.stat().st_mtime_ns  # not by a shorter run
 
     def _fixed_settings(self) -> dict[str, Any]:
         """The settings that cannot change during a run, because its losses would no longer be those of one run."""

@@ -39,7 +39,8 @@ def test_a_talk(chat, tmp_path):
     terminal.wait("bird")
     terminal.type("\r")
     terminal.wait("40 tokens, ")
-    terminal.wait(" tokens/s")
+    terminal.wait(" tokens/s; cut at max_tokens, /set max_tokens")
+    terminal.wait("80 allows more")
     terminal.wait(">")
     terminal.type("/hist\t")
     terminal.wait("ory")
@@ -84,7 +85,7 @@ def test_a_talk(chat, tmp_path):
     later.type("\x03")  # Ctrl-C discards the line
     later.wait("leave with Ctrl-D or /quit")
     later.wait(">")
-    later.type("\x04")
+    later.type("exit\r")
     assert later.end() == 0
 
 

@@ -15,17 +15,18 @@ import pytest
 from faulty import refused
 
 import heronry
-from heronry import LLM, State
+from heronry import LLM, State, catalog
 from heronry.adapters import save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.bench.topics import TOPICS
 from heronry.cli import app as app_file
-from heronry.cli.chat_loop import Loop
+from heronry.cli.chat_loop import SETTINGS, Loop
 from heronry.cli.info import describe
 from heronry.cli.signals import Terminated
 from heronry.convert import target_formats
 from heronry.engine.chat import Chat
 from heronry.engine.completion import Usage
+from heronry.errors import unknown_name
 from heronry.text.chat_templates import TEMPLATES
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -54,7 +55,13 @@ def test_version_and_short_help(command):
         ("generate x --threads 0", "--threads"),
         ("generate a b", "unexpected extra argument"),
         ("convert a", "Missing argument"),
-        ("gnerate x", "No such command 'gnerate'. Did you mean 'generate'"),
+        ("gnerate x", "No such command 'gnerate'; did you mean generate? See heronry --help\n"),
+        ("quit", "No such command 'quit'; see heronry --help\n"),
+        (
+            "generate x --temprature 2",
+            "option: --temprature; did you mean --temperature? See heronry generate --help\n",
+        ),
+        ("generate x --zzz", "No such option: --zzz; see heronry generate --help\n"),
         ("generate", "give a PROMPT, - to read it from standard input, or --prompt-file"),
         ("generate x --prompt-file y", "give a PROMPT or --prompt-file, not both"),
         ("info a --model b", "give FILE or --model, not both"),
@@ -89,9 +96,9 @@ def test_a_typing_error_is_one_line(command, line, message):
         ("convert '' x", "the name of a model must not be empty"),
         ("quantize bundled ''", "a path must not be empty"),
         ("merge bundled '' x", "a path must not be empty"),
-        ("eval ''", "Invalid value for 'files': a path must not be empty"),
-        ("eval x ''", "Invalid value for 'files': a path must not be empty"),
-        ("see '' -m v", "Invalid value for 'pictures': a path must not be empty"),
+        ("eval ''", "Invalid value for 'FILES': a path must not be empty"),
+        ("eval x ''", "Invalid value for 'FILES': a path must not be empty"),
+        ("see '' -m v", "Invalid value for 'PICTURES': a path must not be empty"),
         ("data '' -o x", "the name of a text must not be empty"),
         ("data x -o ''", "Invalid value for '--out' / '-o': a path must not be empty"),
         ("data x -o x --tokenizer ''", "the name of a tokenizer must not be empty"),
@@ -128,6 +135,10 @@ def test_no_control_characters_on_a_terminal(command, folder, monkeypatch):
 def test_messages_speak_of_options():
     names = ("max_tokens", "tokenizer", "stop", "alpha")
     for message, expected in [
+        (
+            "its weights are float8; give a dtype (--dtype)",
+            "its weights are float8; give a dtype (`heronry convert --dtype`)",
+        ),
         ("max_tokens must be 3", "--max-tokens must be 3"),
         ("supply one with tokenizer=", "supply one with --tokenizer"),
         ("trained with (tokenizer= or --tokenizer)", "trained with (--tokenizer)"),
@@ -137,6 +148,19 @@ def test_messages_speak_of_options():
         ("a stop string must not be empty", "a stop string must not be empty"),
     ]:
         assert app_file._as_typed(message, names) == expected
+    message = "choose the tokenizer it was trained with (tokenizer= or --tokenizer)"
+    assert app_file._as_typed(message, ["settings"]).endswith("(`heronry data --tokenizer`)")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_in_any_width(columns):
+    """No Python types, no line that is too long, no word that is cut."""
+    environment = os.environ | {"COLUMNS": str(columns)}
+    for name in ["", *app_file.COMMAND_NAMES] if columns == 80 else ["generate", "train"]:
+        words = [sys.executable, "-m", "heronry", *name.split(), "--help"]
+        text = subprocess.run(words, capture_output=True, text=True, env=environment).stdout
+        assert not re.search(r"<\w+|[{}]|list\[|\.{4}|[a-z]\.\.\.$", text, re.MULTILINE), text
+        assert max(map(len, text.splitlines())) <= max(columns, 60)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +179,30 @@ def test_what_needs_no_model_imports_nothing_heavy(words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_completion():
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("gen", ["generate"]),
+        ("pull world-1", ["world-1.5b"]),
+        ("rm m", ["mine"]),
+        ("chat --template g1-t", ["g1-think"]),
+        ("data x --template g1-f", ["g1-fast-think"]),
+        ("generate x --model bun", ["bundled"]),
+        ("eval x -m m", ["mine", "model.pth"]),
+        ("train optim.l", ["optim.lr=", "optim.lr_final=", "optim.l2wrap="]),
+        ("train run", ["run.out=", "run.toml"]),
+    ],
+)
+def test_completion(line, completed):
     code = "import sys; sys.argv = ['heronry']; from heronry.__main__ import main; main()"
-    environment = os.environ | {"_HERONRY_COMPLETE": "complete_bash", "COMP_WORDS": "heronry gen", "COMP_CWORD": "1"}
+    for file in ("model.pth", "run.toml", catalog.models_folder() / "mine.pth"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("")
+    environment = os.environ | {"_HERONRY_COMPLETE": "complete_bash", "COMP_WORDS": f"heronry {line}"}
+    environment["COMP_CWORD"] = str(len(line.split()))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["generate"]
+    assert set(done.stdout.split()) >= set(completed)
+    assert all(word.startswith(line.split()[-1]) for word in done.stdout.split())
 
 
 def test_help_lists_what_there_is(command):
@@ -323,6 +366,38 @@ def test_settings_and_branches_of_a_pipe(command, folder):
     code, out, err = command("chat", "-m", folder / "m.pth", stdin="\n".join(lines))
     assert (code, out) == (2, "")
     assert [line.partition(" ")[0] for line in err.splitlines()] == ["heronry:"] * 4
+
+
+def test_one_setting_and_its_default(command, folder):
+    lines = [
+        "/set top_p",
+        "/set seed",
+        "/set seed 3",
+        "/set seed",
+        "/set seed none",
+        "/set top_p 0.5",
+        "/set top-p",
+        "/set top_p none",
+    ]
+    lines += ["/set top_p", "/set seed", "/set max_tokens none", "/set nothing"]
+    _, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    usual = f"top_p {TEMPLATES['world'].sampling['top_p']}"
+    assert out.splitlines() == [usual, "seed None", "seed 3", "top_p 0.5", usual, "seed None"]
+    assert err.splitlines() == [
+        "heronry: max_tokens must be a number, got 'none'",
+        f"heronry: {unknown_name('setting', 'nothing', SETTINGS)}",
+    ]
+
+
+def test_errors_name_what_was_typed(command, folder):
+    """Not the temporary file beside it, nor the prompt around the message."""
+    lines = ["/save file/talk", "a \udce9"]
+    Path("file").write_text("")
+    code, _, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    assert (code, err) == (
+        2,
+        "heronry: file/talk: Not a directory\nheronry: the text is not UTF-8: byte 0xe9 (U+DCE9) after 2 characters\n",
+    )
 
 
 def test_many_lines_are_one_message(command, folder):

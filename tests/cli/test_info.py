@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from faulty import refused
+from safetensors.torch import save_file
 
 import heronry
 from heronry import LLM, catalog
 from heronry.adapters import save_adapter
 from heronry.adapters.inject import inject_adapter
 from heronry.checkpoint import save_time_state
+from heronry.convert import convert
+from heronry.models.vision.vrwkv import VRWKV, VRWKVConfig
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -81,6 +84,76 @@ def test_info_of_all_else(command, folder):
     assert about["notes"] == {"chat_template": "world"}
     torch.save({f"blocks.{i}.att.time_state": torch.zeros(1, 64, 64) for i in range(2)}, "tuned.pth")
     assert info(command, "tuned.pth")["kind"] == "tuned state"
+
+
+def test_plain_words_and_nothing_that_is_not_there(command, folder, tmp_path):
+    shown = command("info", folder / "m.pth")[1]
+    for word in ("time_state", "deep_rank", "unknown", "None", "False"):
+        assert word not in shown
+    torch.save(
+        {**torch.load(folder / "m.pth"), **{f"blocks.{i}.att.time_state": torch.zeros(1, 64, 64) for i in range(2)}},
+        "tuned.pth",
+    )
+    assert "tuned initial state  yes" in command("info", "tuned.pth")[1]
+    config = VRWKVConfig(64, 1, 128, 10, 32, 16, drop_path=0.1, init_values=1.0, segments=4)
+    heronry.save(VRWKV(config), "pictures")
+    shown = command("info", "pictures")[1]
+    for word in ("init_values", "drop_path", "decay_lr", "post_norm", "None"):
+        assert word not in shown
+    assert "segments of the authors' kernel  4" in shown
+    chat = LLM(folder / "m.pth").chat(template="world")
+    chat.say("a", 2)
+    chat.save("talk")
+    assert "main (1 turn)" in command("info", "talk")[1]
+
+
+def test_what_is_packed_is_said(command):
+    convert("bundled", "a.gguf", dtype="q8_0")
+    about = info(command, "a.gguf")
+    assert (about["dtype"], about["loaded as"], about["tokenizer"]) == ("q8_0", "float32", "in the file")
+    assert info(command, "bundled")["chat template"] == "story"
+
+
+def test_info_of_a_graph(command, random_checkpoint):
+    torch.save(random_checkpoint("7", width=64, heads=1, layers=2, ffn=64, rank=8), "a.pth")
+    convert("a.pth", "a.onnx")
+    about = info(command, "a.onnx")
+    assert (about["kind"], about["generation"], about["vocab_size"]) == ("ONNX graph", "rwkv7", 101)
+    assert about["inputs"].startswith("tokens [batch, tokens], att_shift [2, batch, 64], wkv [2, batch, 1, 64, 64]")
+    assert about["outputs"].startswith("logits [batch, tokens, 101], ")
+    assert about["size"] == Path("a.onnx").stat().st_size
+    Path("b.onnx").write_bytes(b"\xff\xff")
+    refused(command("info", "b.onnx"), "b.onnx: damaged, or not an ONNX file")
+
+
+def test_info_of_what_other_commands_write(command, folder):
+    """The folder of a tuned state, and the features of `see`."""
+    save_file({"features": torch.zeros(3, 8)}, "f.safetensors", metadata={"pictures": "[]", "model": "x"})
+    about = info(command, "f.safetensors")
+    assert (about["kind"], about["pictures"], about["channels"], about["fingerprint"]) == (
+        "features of pictures",
+        3,
+        8,
+        "x",
+    )
+    Path("run").mkdir()
+    save_time_state(heronry.load(folder / "m.pth").tune_state(), "run/time_state.safetensors")
+    assert info(command, "run")["kind"] == "tuned state"
+
+
+def test_the_model_of_the_configuration(command, folder, tmp_path, monkeypatch):
+    file = tmp_path / "config" / "heronry" / "config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'model = "{folder / "m.pth"}"')
+    assert command("info") == command("info", folder / "m.pth")
+    assert command("info", "bundled")[1] != command("info")[1]  # what is named comes first
+    monkeypatch.setenv("HERONRY_MODEL", "nothing")
+    refused(
+        command("info"),
+        "nothing: no such file or folder; `heronry list` shows the short names of models "
+        "(model comes from HERONRY_MODEL)",
+    )
+    refused(command("info", "a", "-m", "b"), "give FILE or --model, not both")
 
 
 def test_damaged_files_of_every_kind(command, folder):

@@ -67,11 +67,13 @@ def test_pull_list_and_rm(command, folder, monkeypatch):
     refused(command("pull", "g1-1.b"), "unknown model 'g1-1.b'; did you mean 'g1-1.5b'?")
 
     lines = command("list")[1].splitlines()
-    assert lines[0].split() == ["name", "generation", "parameters", "size", "memory", "context", "licence", "here"]
-    assert [line.split()[0] for line in lines[1:4]] == ["bundled", "folder", "x"]
+    assert lines[0].split() == ["name", "generation", "parameters", "size", "memory", "context", "license", "here"]
+    assert lines[1].split() == ["bundled", "rwkv7", "3.8", "M", "7.6", "MB", "0.4", "GB", "1,024", "Apache-2.0", "yes"]
+    assert [line.split()[0] for line in lines[-2:]] == ["folder", "x"]
     row = next(line for line in lines if line.startswith("g1-0.1b"))
-    assert row.endswith(f"0.2 B       0.4 GB   0.8 GB   8,192    Apache-2.0  {models / model.file}")
+    assert row.endswith("0.2 B       0.4 GB   0.8 GB   8,192    Apache-2.0  yes")
     assert len(lines) == 4 + len(catalog.published())
+    assert max(map(len, lines)) < 80
     assert all(line == line.rstrip() for line in lines)
     listed = {about["name"]: about for about in json.loads(command("list", "--json")[1])}
     assert listed["g1-0.1b"]["path"] == str(models / model.file)
@@ -142,9 +144,27 @@ def test_defaults_of_file_and_environment(command, folder, configure, monkeypatc
     assert heronry.load("q").dtype == torch.float32
 
 
+def test_defaults_of_sampling(command, folder, configure, tmp_path):
+    words = ("generate", "Hello", "-m", folder / "m.pth", "--seed", 1)
+    wanted = command(*words, "--temperature", 0.5, "--top-p", 1, "--max-tokens", 5)
+    configure("temperature = 0.5\ntop_p = 1\nmax_tokens = 5")
+    assert command(*words) == wanted
+    assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[1] == "temperature 0.5\n"
+    configure("top_p = 3")
+    refused(command(*words), f"--top-p must be a number from 0 to 1, got 3.0 (top_p comes from {tmp_path}/config")
+
+
+def test_short_names_of_dtypes(command, folder):
+    for short, name in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("fp64", "float64")):
+        assert heronry.load(folder / "m.pth", dtype=short).dtype == getattr(torch, name)
+        assert command("convert", folder / "m.pth", f"{short}.pth", "--dtype", short)[0] == 0
+        assert heronry.load(f"{short}.pth").dtype == getattr(torch, name)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("temperature = 'hot'", "config.toml: temperature must be a number, got 'hot'"),
         ("modle = 3", "config.toml: unknown setting 'modle'; did you mean 'model'?"),
         ("threads = 'four'", "config.toml: threads must be a whole number, got 'four'"),
         ("threads = true", "config.toml: threads must be a whole number, got True"),
@@ -154,7 +174,7 @@ def test_defaults_of_file_and_environment(command, folder, configure, monkeypatc
         ("model = 'a'\nmodel = 'b'", "config.toml: not a TOML file"),
         ("model = " + "[" * 100_000, "config.toml: not a TOML file"),
         (b"model = '\xe9'", "config.toml: not a TOML file"),
-        ("[generate]\nmodel = 'a'", "config.toml: unknown setting 'generate'; choose from model, dtype"),
+        ("[chat]\nmodel = 'a'", "config.toml: unknown setting 'chat'; choose from model, dtype"),
     ],
 )
 def test_a_wrong_configuration(command, configure, text, message):

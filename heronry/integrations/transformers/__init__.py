@@ -7,6 +7,10 @@ RWKV/rwkv-4-* ("rwkv"), RWKV/rwkv-5-* ("rwkv5"), RWKV/rwkv-6-* ("rwkv6") and RWK
 they replace transformers' own class.
 """
 
+from .. import require
+
+require("transformers", "heronry[transformers]")
+
 from .configs import Rwkv5Config, Rwkv6Config, RWKV7Config, RwkvConfig
 from .modeling import (
     Rwkv5ForCausalLM,

@@ -29,7 +29,7 @@ def data(
         str, typer.Option("--tokenizer", help="bytes, world, bundled, a tokenizer.json, or a model's folder.")
     ] = "world",
     template: options.DataTemplate = None,
-    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8 here")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core, at most 8")] = None,
     cluster: Annotated[
         str | None,
         typer.Option(

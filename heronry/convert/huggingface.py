@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repo_id", required=True, help="repository on the hub, or a folder, with the checkpoint")
     parser.add_argument("--checkpoint_file", required=True, help="the file in it")
     parser.add_argument("--output_dir", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--tokenizer_file", help="a tokenizer.json; World and bytes are recognised by the vocabulary")
+    parser.add_argument("--tokenizer_file", help="a tokenizer.json; World and bytes are recognized by the vocabulary")
     parser.add_argument("--size", help="ignored, for compatibility: it is read off the weights")
     parser.add_argument("--is_world_tokenizer", action="store_true", help="ignored, for compatibility")
     parser.add_argument("--push_to_hub", action="store_true", help="upload the folder")

@@ -167,8 +167,9 @@ class Chat:
             stream: an iterator of its pieces, the last of which has a finish_reason.
             options: see `DecodeOptions`; by default the sampling of the template.
         """
-        encode_utf8(message)  # an error counts the characters of the message
-        [asked] = read_messages([{"role": "user", "content": self.template.clean(message), "input": input}])
+        message = self.template.clean(message)
+        encode_utf8(message)  # an error counts the characters of the message, not of the prompt around it
+        [asked] = read_messages([{"role": "user", "content": message, "input": input}])
         if not isinstance(beginning, str):
             raise InputError(f"beginning must be a text, got {show(beginning)}")
         opening, answer = self.template.begin_answer(beginning) if beginning.strip() else (self.template.opening, "")
@@ -406,11 +407,11 @@ class Chat:
 
 def _read_beginning(llm: TextModel, template: AnyTemplate, messages: list[dict[str, str]]) -> Beginning:
     """The model reads what comes before the first message."""
-    if not messages:
-        return Beginning(messages)
-    if messages[0]["role"] == "system":
+    if messages and messages[0]["role"] == "system":
         messages[0]["content"] = template.clean(messages[0]["content"])
     text = template.render_history(messages)
+    if not text:
+        return Beginning(messages)
     return Beginning(messages, len(llm.encode(text, begins=True)), llm.state(text))
 
 

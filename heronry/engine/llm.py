@@ -228,7 +228,7 @@ class LLM(TextModel):
 
         def check(done: int, total: int) -> None:
             if cancelled.is_set():
-                raise InterruptedError("the task that wanted this text was cancelled")
+                raise InterruptedError("the task that wanted this text was canceled")
             if progress is not None:
                 progress(done, total)
 

@@ -256,7 +256,7 @@ class VisionSection:
     decay_lr: float = setting(
         1.0, "learning rate of the decays, as a multiple of optim.lr; short runs need a higher one", POSITIVE
     )
-    shift: str = setting("q", "how patches see their neighbours", known=("q", "previous", "none"))
+    shift: str = setting("q", "how patches see their neighbors", known=("q", "previous", "none"))
     causal: bool = setting(False, "with vrwkv: attention to earlier patches only")
     crop: tuple[float, float] = setting(
         (0.08, 1.0), "smallest and largest fraction of the area to crop; [1.0, 1.0]: no crop"

@@ -95,7 +95,7 @@ def _draw_patches(axis: Axes) -> None:
         stripe = 0.2 * i - 0.3
         start, end = ((x + stripe, stripe), (stripe, stripe)) if x else ((stripe, y), (stripe, 0.25 * y))
         axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 1.8})
-    axis.set(xlim=(-1.5, 1.5), ylim=(1.5, -1.5), aspect="equal", title="each quarter from one neighbour")
+    axis.set(xlim=(-1.5, 1.5), ylim=(1.5, -1.5), aspect="equal", title="each quarter from one neighbor")
     axis.axis("off")
 
 

@@ -145,7 +145,7 @@ def test_what_is_packed_is_said(command):
     convert("bundled", "a.gguf", dtype="q8_0")
     about = info(command, "a.gguf")
     assert (about["dtype"], about["loaded as"], about["tokenizer"]) == ("q8_0", "float32", "in the file")
-    assert info(command, "bundled")["chat template"] == "story"
+    assert info(command, "bundled")["template"] == "story"
 
 
 def test_info_of_a_graph(command, random_checkpoint):

@@ -248,7 +248,7 @@ class RwkvPreTrainedModel(PreTrainedModel):
         if mismatched and not ignore_mismatched_sizes:
             name, found, expected = min(mismatched)
             raise InputError(f"{name} is {list(found)} instead of {list(expected)}; see ignore_mismatched_sizes=True")
-        for what, names in (("not in the weights, newly initialised", missing), ("not used", unexpected)):
+        for what, names in (("not in the weights, newly initialized", missing), ("not used", unexpected)):
             if names:
                 logger.warning("%d tensors are %s: %s", len(names), what, ", ".join(sorted(names)[:3]))
         self.rwkv.invalidate_fingerprint()

@@ -62,6 +62,7 @@ def test_every_operator_runs(name):
     operator.backward("reference", 2)()
 
 
+@pytest.mark.slow
 def test_figures_and_table(tmp_path, capsys):
     out = tmp_path / "figures.json"
 

@@ -121,7 +121,7 @@ exec sleep 600
     assert "answer 42" in out
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0, 0.5, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.9, 0.999))])
 def test_a_damaged_library_is_compiled_again(source: Path, share: float):
     """Half a library would end the process when it is loaded, or later."""
     finish(start(source))

@@ -380,7 +380,7 @@ def test_files_are_replaced_whole_and_with_usual_permissions(tmp_path):
     assert [file.name for file in target.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+@pytest.mark.parametrize("version", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("4", "5.2", "6")), "7"])
 def test_descriptions_of_wrong_types(version, random_checkpoint, tmp_path):
     """In config.json of both kinds of folder and in the index of shards: a line, or the same model."""
     torch.save(random_checkpoint(version, width=64, heads=1, ffn=64, rank=32), tmp_path / "a.pth")

@@ -73,6 +73,7 @@ def test_enwik8(run, text, folder):
     ]
 
 
+@pytest.mark.slow
 def test_tinyshakespeare(run, text, folder):
     output = run("tinyshakespeare.py", text, "--out", folder / "play", "--steps", 3)
     assert 2 < float(re.search(r"held out: ([\d.]+) nats", output)[1]) < 5.6
@@ -110,6 +111,7 @@ def test_scaling(run):
     assert tokens < found < 1.05 * tokens
 
 
+@pytest.mark.slow
 def test_storyteller(run, folder):
     choose = random.Random(1)
     stories = [" ".join(choose.choice(WORDS) for _ in range(40)) + "." for _ in range(40)]
@@ -164,6 +166,7 @@ def test_cifar10(run, folder, pictures):
     assert (folder / "cifar10" / "cifar10.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_vision_pictures(run, folder, pictures):
     from PIL import Image
 

@@ -52,8 +52,8 @@ def run(code: str, cache: Path, *words: str, **environment: str) -> subprocess.C
     "name",
     [
         "hf://BlinkDL/rwkv-4-pile-169m/a.pth",
-        "hf://BlinkDL/rwkv-4-pile-169m@main/a.pth",
-        "RWKV/rwkv-4-169m-pile",
+        pytest.param("hf://BlinkDL/rwkv-4-pile-169m@main/a.pth", marks=pytest.mark.slow),
+        pytest.param("RWKV/rwkv-4-169m-pile", marks=pytest.mark.slow),
         "hf://RWKV/rwkv-4-169m-pile",
     ],
 )
@@ -63,6 +63,7 @@ def test_from_the_cache_without_a_network(name, cache):
     assert done.stdout.strip() == heronry.load(cache.parent / "a.pth").fingerprint
 
 
+@pytest.mark.slow
 def test_auto_classes_by_name(cache):
     code = (
         "from heronry.integrations.transformers import register; register()\n"

@@ -176,7 +176,7 @@ def test_beside_packed_weights(format, axis, base):
     assert torch.equal(matrix.weight, before)
 
 
-@pytest.mark.parametrize("variant", ["default", "mini", "bat"])
+@pytest.mark.parametrize("variant", ["default", "mini", pytest.param("bat", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_gradients(variant, format, base):
     """Those of autograd through the merged matrix."""

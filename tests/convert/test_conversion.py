@@ -272,6 +272,7 @@ def test_a_gguf_holds_its_tokenizer(weights, tmp_path):
     assert LLM(tmp_path / "again").tokenizer.encode("her hat") == tokenizer.encode("her hat").ids
 
 
+@pytest.mark.slow
 def test_a_gguf_says_how_to_chat(weights, tmp_path):
     """As llama.cpp's own converter: its template for World, in which two newlines end a turn."""
     import gguf
@@ -376,6 +377,7 @@ def test_broken_off_it_goes_on_with_what_is_finished(weights, tmp_path, monkeypa
     assert torch.equal(read(tmp_path / "out"), read(tmp_path / "a.pth"))
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(weights, tmp_path):
     torch.save(weights("7", width=512, heads=8, ffn=2048, layers=6), tmp_path / "a.pth")
     command = [sys.executable, "-m", "heronry", "convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]

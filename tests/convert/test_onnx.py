@@ -59,7 +59,7 @@ def test_the_exporter_is_quiet(random_checkpoint, tmp_path):
 BETWEEN = [pytest.param(version, marks=pytest.mark.slow) for version in ("5.0", "5.2", "6")]  # exporting takes seconds
 
 
-@pytest.mark.parametrize("version", ["4", *BETWEEN, "7"])
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), *BETWEEN, "7"])
 @torch.inference_mode()
 def test_sequences_of_any_length_and_number(graphs, version):
     model, path = graphs(version, "onnx")
@@ -72,7 +72,7 @@ def test_sequences_of_any_length_and_number(graphs, version):
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
 @torch.inference_mode()
 def test_steps(graphs, version):
     model, path = graphs(version, "onnx-step")

@@ -28,7 +28,7 @@ def stock(tmp_path_factory) -> Backend:
     return Backend.from_file(str(file))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS.filter(lambda text: "<|endoftext|>" not in text))
 def test_stock_tokenizers_give_the_same_ids(stock, text):
     ids = stock.encode(text).ids

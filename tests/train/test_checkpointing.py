@@ -104,6 +104,7 @@ def test_another_model_is_refused(tmp_path):
         restore_checkpoint(found[0], *made(layers=3))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     """In a process of its own, whose files may not grow beyond 100 KB."""
     save_checkpoint(tmp_path, 1, *made(), {}, 2)

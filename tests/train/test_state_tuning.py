@@ -74,7 +74,9 @@ def losses(out: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("generation", MODELS)
+@pytest.mark.parametrize(
+    "generation", [pytest.param(x, marks=[] if x in ("rwkv4", "rwkv7") else pytest.mark.slow) for x in MODELS]
+)
 def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, command):
     base, out = bases(generation), tmp_path / "out"
     run = tuning(base, data, out)

@@ -306,6 +306,7 @@ def test_the_example_draws_an_untrained_model(run, picture, tmp_path):
     assert all((tmp_path / "drawn" / name).stat().st_size > 5000 for name in WRITES)
 
 
+@pytest.mark.slow
 def test_the_example_draws_models_in_folders_beside_each_other(run, picture, tmp_path):
     ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "drawn"
     save(make("vrwkv6"), ours, notes={"labels": ["a", "b", "c", "d", "e"]})

@@ -18,7 +18,7 @@ test: .venv/dev
 
 # with what takes long for what it proves: every generation where one stands for all, processes that are killed
 test-all: .venv/dev build/transformers-tests
-	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels
+	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels LEVELS=--all
 	$(PYTEST) -m ""
 
 # transformers' own tests of every model, which only its source package holds
@@ -30,7 +30,7 @@ build/transformers-tests: .venv/dev
 	tar -xzf $@/transformers-*.tar.gz -C $@ --strip-components=1
 
 kernels: .venv/dev
-	$(BIN)/python tests/compile_all.py
+	$(BIN)/python tests/compile_all.py $(LEVELS)
 
 # what llama.cpp makes of the GGUF files written here; compiling it takes minutes, so make test leaves it out
 test-llama: .venv/bench

@@ -148,6 +148,7 @@ def test_what_is_packed_is_said(command):
     assert info(command, "bundled")["template"] == "story"
 
 
+@pytest.mark.slow
 def test_info_of_a_graph(command, random_checkpoint):
     torch.save(random_checkpoint("7", width=64, heads=1, layers=2, ffn=64, rank=8), "a.pth")
     convert("a.pth", "a.onnx")

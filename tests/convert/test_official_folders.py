@@ -280,6 +280,7 @@ def test_the_folders_own_template(weights, tmp_path, command):
     assert words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == asked
 
 
+@pytest.mark.slow
 def test_a_template_inside_a_gguf(weights, tmp_path, monkeypatch):
     import gguf
 
@@ -292,6 +293,7 @@ def test_a_template_inside_a_gguf(weights, tmp_path, monkeypatch):
     assert llm.chat([{"role": "user", "content": "Hi"}], 0).state.texts == (asked,)
 
 
+@pytest.mark.slow
 def test_the_name_of_a_file_is_not_lost(weights, tmp_path, command):
     """What it says of the template goes into folders and GGUF files of any name."""
     torch.save(weights(vocab=65536), tmp_path / "rwkv7-g0-0.1b.pth")

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from levels import LEVELS
 from ops.cases import threads
 from steps import PACK, farthest, plain, same, tokens
 from torch import Tensor
@@ -24,7 +25,6 @@ SHAPES = {  # what random_checkpoint is given
     "one layer, one head": {"width": 70, "heads": 1, "ffn": 64, "layers": 1},
     "heads of 300": {"width": 600, "heads": 2, "ffn": 129, "rank": 33},
 }
-LEVELS = build.levels()
 
 
 def wide(model: Model) -> Model:

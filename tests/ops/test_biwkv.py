@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from levels import LEVELS
 from torch import Tensor
 
 from heronry import build
@@ -204,7 +205,7 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, int, int]):
     assert_same_for_any_threads(lambda: run(biwkv, arguments, impl="cpu"))
 
 
-@pytest.mark.parametrize("level", build.levels())
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_level_gives_the_same_numbers(level: str, monkeypatch):
     monkeypatch.setattr(build, "level", level)
     arguments = to(draw(2, 70, 21, keys=3), torch.bfloat16)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from levels import LEVELS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -33,7 +34,7 @@ def test_threads_do_not_change_a_bit(operator: Operator, cu: list[int] | None):
 
 
 @pytest.mark.parametrize("operator", NATIVE)
-@pytest.mark.parametrize("level", build.levels())
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("size", [5, 64])
 def test_every_level_gives_the_same_numbers(operator: Operator, level: str, size: int, monkeypatch):
     monkeypatch.setattr(build, "level", level)

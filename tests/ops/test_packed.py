@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from levels import LEVELS as TESTED_LEVELS
 from torch import Tensor
 
 from heronry import build
@@ -13,7 +14,7 @@ from heronry.quantization import FORMATS
 from .cases import assert_same_for_any_threads
 
 
-@pytest.fixture(params=build.levels())
+@pytest.fixture(params=TESTED_LEVELS)
 def level(request, monkeypatch):
     monkeypatch.setattr(build, "level", request.param)
     return request.param

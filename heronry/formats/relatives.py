@@ -63,5 +63,7 @@ def check_head(head: bytes) -> None:
         raise InputError("a database, such as rwkv_lightning keeps of its sessions; it holds no model")
     if head.startswith(STATES):
         raise InputError("a state prefab of Ai00's, which is not supported; save the state as .st or .state")
+    if head.lstrip()[:1] == b"{" and (b'"shape"' in head or b'"data"' in head):
+        raise InputError("a state as Ai00 answers it in JSON, which is not supported; save the state as .st or .state")
     if head[:1] in (b"\xa5", b"\xbf") and any(key in head for key in MODELS):
         raise InputError("a prefab of web-rwkv or Ai00, which may change with every version; use the .st")

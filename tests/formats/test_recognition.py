@@ -90,6 +90,7 @@ def test_a_folder_of_deepspeed(tmp_path):
         (b"SQLite format 3\0" + bytes(84), "a database, such as rwkv_lightning keeps of its sessions"),
         (b"\xa5\x67context\xf6\x64info\xa2\x67version\x62V7", "a prefab of web-rwkv or Ai00"),
         (b"\xbf\x64info\xbf\x67version\x62V7", "a prefab of web-rwkv or Ai00"),
+        (b'{"shape": [2048, 66, 24, 1], "data": [0.1, 0.2', "a state as Ai00 answers it in JSON"),
         (b"\xa4\x64name\x61a\x62id\x61b\x67default\xf4\x64data\xa2", "a state prefab of Ai00's"),
         (b"\xa5something else", "not a .pth, .safetensors, GGUF or rwkv.cpp file"),
     ],

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
@@ -29,8 +29,9 @@ def stock(tmp_path_factory) -> Backend:
 
 
 @settings(max_examples=200, deadline=None)
-@given(TEXTS.filter(lambda text: "<|endoftext|>" not in text))
+@given(text=TEXTS)
 def test_stock_tokenizers_give_the_same_ids(stock, text):
+    assume("<|endoftext|>" not in text)  # which they take for the special token
     ids = stock.encode(text).ids
     assert ids == WORLD.encode(text)
     assert stock.decode(ids) == text

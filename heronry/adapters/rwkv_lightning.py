@@ -146,8 +146,11 @@ def _compare_base(expected: Any, base_file: Path | None) -> None:
 
 def hash_file(file: Path) -> str:
     """Its sha256."""
+    digest = hashlib.sha256()
     with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def content_version(settings: Mapping[str, Any], blocks: list[Tensor]) -> str:

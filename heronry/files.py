@@ -1,7 +1,8 @@
-"""Atomic writes, and where there is space for them; JSON files."""
+"""Atomic writes, and where there is space for them; JSON files; hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -71,6 +72,15 @@ def check_free_space(size: int, path: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free // 10**6:,} MB left")
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256, as hex digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as data:
+        while block := data.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import formats
 from ..errors import InputError, show
-from ..files import atomic_write
+from ..files import atomic_write, hash_file
 from ..formats.lazy_tensor import Tensors
 from ..models import Model
 from .adapter import Adapter
@@ -142,15 +142,6 @@ def _rank_and_scale(settings: Mapping[str, Any], blocks: Mapping[str, Tensor]) -
 def _compare_base(expected: Any, base_file: Path | None) -> None:
     if base_file is not None and base_file.is_file() and isinstance(expected, str) and hash_file(base_file) != expected:
         log.warning("heronry: %s is not the file that the adapter was trained on (its sha256 differs)", base_file)
-
-
-def hash_file(file: Path) -> str:
-    """Its sha256."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def content_version(settings: Mapping[str, Any], blocks: list[Tensor]) -> str:

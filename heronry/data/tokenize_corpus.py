@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, count
-from ..files import atomic_write
+from ..files import atomic_write, hash_file
 from ..text.template_choice import template_text
 from ..text.tokenizers import plain_name
 from .cluster import encode_on_cluster
@@ -161,7 +160,7 @@ def _tokenize(
     encoder = Encoder(str(tokenizer), template, rows.skip_bad)
     options = {
         "sources": [list(asdict(source).values()) for source in source_list],
-        "tokenizer": tokenizer if tokenizer_file is None else hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
+        "tokenizer": tokenizer if tokenizer_file is None else hash_file(tokenizer_file),
         **asdict(rows),
         "template": template,
         "holdout": holdout,

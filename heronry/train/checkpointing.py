@@ -9,7 +9,6 @@ model (fsdp.py) every process writes its own shards and optimizer state, and suc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from ..adapters import restore_adapter, save_adapter
 from ..checkpoint import read_time_state, save, save_time_state, time_state
 from ..errors import InputError
-from ..files import read_json
+from ..files import hash_file, read_json
 from ..models import Model, Network, State
 from . import fsdp
 
@@ -214,15 +213,6 @@ def _sync_and_hash(files: Sequence[Path]) -> dict[str, str]:
     for file in files:
         _sync(file)
     return {file.name: hash_file(file) for file in files}
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256, as hex digits."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as data:
-        while block := data.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from official_template import OFFICIAL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -228,22 +229,10 @@ def test_text(weights, tmp_path, command):
     assert "world" in out
 
 
-# as their repositories show a conversation
-TEMPLATE = """{%- set ns = namespace(system='') -%}
-{%- for m in messages -%}{%- if m.role == 'system' -%}{%- set ns.system = m.content -%}{%- endif -%}{%- endfor -%}
-{%- if ns.system -%}{{- 'System: ' + ns.system + '\\n\\n' -}}{%- endif -%}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}{{- 'User: ' + m.content + '\\n\\n' -}}
-{%- elif m.role == 'assistant' -%}
-{{- 'Assistant: ' -}}{%- generation -%}{{- m.content + '\\n\\n' -}}{%- endgeneration -%}
-{%- endif -%}{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant: <think></think>\\n' -}}{%- endif -%}"""
-
-
 def test_the_folders_own_template(weights, tmp_path, command):
     """Used in chats, for training data and in transformers alike, kept by copies and folders, lost by no option."""
     folder = official(weights(vocab=256), tmp_path / "hf")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(OFFICIAL)
     (folder / "generation_config.json").write_text('{"eos_token_id": 0, "use_cache": true}')
     llm = heronry.LLM(folder, dtype="float32")
     assert llm.chat().template.stops == ("\n\nUser:",)
@@ -260,7 +249,7 @@ def test_the_folders_own_template(weights, tmp_path, command):
     assert command("quantize", folder, tmp_path / "int8")[0] == 0
     convert(folder, tmp_path / "own")
     convert(folder, tmp_path / "again", to="huggingface")
-    assert (tmp_path / "again" / "chat_template.jinja").read_text() == TEMPLATE
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == OFFICIAL
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["stop_strings"] == ["\n\nUser:"]
     for copy in ("int8", "own", "again"):
         assert heronry.LLM(tmp_path / copy).chat(talk, 0).state.texts == (asked,), copy
@@ -270,7 +259,7 @@ def test_the_folders_own_template(weights, tmp_path, command):
     file = TokenFile(tmp_path / "made")
     assert bytes(file.tokens.tolist()).decode() == "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser:"
     assert bytes(file.tokens[file.mask.astype(bool)].tolist()).decode() == " Hello!\n\nUser:"
-    assert file.notes["chat_template"] == TEMPLATE
+    assert file.notes["chat_template"] == OFFICIAL
     # transformers
     transformers = pytest.importorskip("transformers")
     from heronry.integrations.transformers import register
@@ -285,7 +274,7 @@ def test_a_template_inside_a_gguf(weights, tmp_path, monkeypatch):
     import gguf
 
     key = gguf.Keys.Tokenizer.CHAT_TEMPLATE
-    monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda writer, _: writer.add_string(key, TEMPLATE))
+    monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda writer, _: writer.add_string(key, OFFICIAL))
     torch.save(weights(vocab=65536), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "a.gguf")
     llm = heronry.LLM(tmp_path / "a.gguf")

@@ -7,10 +7,11 @@ import json
 
 import pytest
 import torch
+from refusals import refusal
 from safetensors.torch import save_file
 
 import heronry
-from heronry import InputError, formats
+from heronry import formats
 from heronry.convert import convert
 from heronry.formats.reader import DESCRIPTIONS
 
@@ -26,13 +27,6 @@ def weights(random_checkpoint):
 def logits(model):
     with torch.no_grad():
         return model(TOKENS)[0]
-
-
-def refusal(path):
-    with pytest.raises(InputError) as caught:
-        heronry.load(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix(f"{path}: ")
 
 
 WRAPPED = {

@@ -7,6 +7,7 @@ from itertools import count
 
 import pytest
 import torch
+from refusals import refusal
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -97,13 +98,6 @@ def write(folder, tensors, **changes):
 def logits(model):
     with torch.no_grad():
         return model(TOKENS)[0]
-
-
-def refusal(path):
-    with pytest.raises(InputError) as caught:
-        heronry.load(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix(f"{path}: ")
 
 
 @pytest.mark.parametrize("layout", "abcd")

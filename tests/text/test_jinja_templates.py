@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from official_template import OFFICIAL
 
 from heronry import InputError
 from heronry.text import jinja_process
@@ -22,16 +23,6 @@ CHATML = """{% for message in messages %}
 {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif %}"""
-# as the official folders show a conversation: the last system text first, an empty thought in front of new answers only
-OFFICIAL = """{%- set ns = namespace(system='') -%}
-{%- for m in messages -%}{%- if m.role == 'system' -%}{%- set ns.system = m.content -%}{%- endif -%}{%- endfor -%}
-{%- if ns.system -%}{{- 'System: ' + ns.system + '\\n\\n' -}}{%- endif -%}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}{{- 'User: ' + m.content + '\\n\\n' -}}
-{%- elif m.role == 'assistant' -%}
-{{- 'Assistant: ' -}}{%- generation -%}{{- m.content + '\\n\\n' -}}{%- endgeneration -%}
-{%- endif -%}{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant: <think></think>\\n' -}}{%- endif -%}"""
 TALK = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hi"},

@@ -198,7 +198,8 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
         kinds = (hint, *_parts(hint))
         if name not in arguments:
             continue
-        info = get_args(hint)[1]
+        # Python 3.10 makes Optional[Annotated[...]] of what has the default None
+        info = next(x for x in _parts(hint) if isinstance(x, typer.models.ParameterInfo))
         if Path in kinds:
             info.parser = path
         if info.metavar is None and bool not in kinds:

@@ -192,14 +192,16 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
                     message += f" ({name} comes from {place})"
             raise InputError(message) from error
 
-    hints = get_type_hints(function, include_extras=True) | {"verbose": verbose, "quiet": quiet}
+    hints = get_type_hints(function, include_extras=True)
+    for name, hint in hints.items():  # Python 3.10 makes Optional[Annotated[...]] of what has the default None
+        hints[name] = next((part for part in get_args(hint) if hasattr(part, "__metadata__")), hint)
+    hints |= {"verbose": verbose, "quiet": quiet}
     hints["context"] = typer.Context
     for name, hint in hints.items():
         kinds = (hint, *_parts(hint))
         if name not in arguments:
             continue
-        # Python 3.10 makes Optional[Annotated[...]] of what has the default None
-        info = next(x for x in _parts(hint) if isinstance(x, typer.models.ParameterInfo))
+        info = get_args(hint)[1]
         if Path in kinds:
             info.parser = path
         if info.metavar is None and bool not in kinds:

@@ -202,6 +202,8 @@ class Loop:
             case ["set", name, value]:
                 self._set(name, value)
             case ["save", path]:
+                if self.session is not None:  # from then on the other file would be this conversation's own
+                    raise InputError(f"this conversation is saved in {self.session} after every answer; copy that file")
                 self._save(Path(path))
                 self._note(f"saved to {path}")
             case ["load", path]:

@@ -403,6 +403,16 @@ def test_errors_name_what_was_typed(command, folder):
     )
 
 
+def test_a_session_stays_in_its_file(command, folder):
+    words = ("chat", "-m", folder / "m.pth", "--template", "world", "--session", "s", "--max-tokens", 3)
+    code, _, err = command(*words, stdin="Hi\n/save other\nBye\n")
+    assert (code, err) == (2, "heronry: this conversation is saved in s after every answer; copy that file\n")
+    assert not Path("other").exists()
+    chat = LLM(folder / "m.pth").chat()
+    chat.load("s")
+    assert [x["content"] for x in chat.messages[::2]] == ["Hi", "Bye"]
+
+
 def test_an_answer_goes_on(command, folder):
     lines = ["/continue", "Hi", "/continue", "/history"]
     words = ("chat", "-m", folder / "m.pth", "--template", r"Bob: {user}\n\nAlice:", "--temperature", 0)

@@ -57,7 +57,9 @@ class Encoder:
     def __call__(self, records: list[Record]) -> Encoded:
         ids, masks, problems = [], [], []
         for record in records:
-            record_ids, mask, problem = np.empty(0, self.dtype), np.empty(0, bool), record.problem
+            record_ids: NDArray[Any] = np.empty(0, self.dtype)
+            mask: NDArray[Any] = np.empty(0, bool)
+            problem = record.problem
             if problem is None:
                 try:
                     record_ids, mask = self._encode(record)

@@ -46,6 +46,7 @@ from .rm import rm
 from .see import see
 from .signals import Terminated, signals_raise
 from .train import train
+from .view import view
 
 ELSEWHERE = {  # where an option is that a message names, for commands that lack it
     "--tokenizer": "heronry data --tokenizer",
@@ -54,7 +55,7 @@ ELSEWHERE = {  # where an option is that a message names, for commands that lack
 }
 METAVARS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}  # what stands for a value in the help
 UNKNOWN = re.compile(r"No such (option|command):? '?([^\s']+)'?")  # in typer's words
-COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, data, train, bench)
+COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, view, data, train, bench)
 COMMAND_NAMES = [function.__name__ for function in COMMANDS]
 app = typer.Typer(
     help="RWKV, every generation: trained like a Transformer, run like an RNN.",

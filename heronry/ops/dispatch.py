@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import build
+from .recording import record
 
 log = logging.getLogger("heronry.ops")
 
@@ -89,10 +91,12 @@ def _run_body(operator: str, body: Callable[..., Output], *args: Any) -> Output:
     """
     check_devices(operator, *(x for x in args if isinstance(x, Tensor)))
     device = args[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return body(*args)
-    with torch.autocast(device, enabled=False):
-        return body(*args)
+    off = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if off else nullcontext():
+        output = body(*args)
+    if not torch.compiler.is_compiling():
+        record(operator, args, output)
+    return output
 
 
 @cache

@@ -26,7 +26,7 @@ NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # their offsets in columns and 
 def draw_receptive_fields(fields: Mapping[str, NDArray[Any]]) -> Figure:
     """Draws effective receptive fields [height, width] side by side, titled with their keys. Each is relative to its
     largest gradient, on a logarithmic scale that ends at 1/10000."""
-    figure = _figure(3.2 * len(fields) + 0.8, 3.6)
+    figure = new_figure(3.2 * len(fields) + 0.8, 3.6)
     axes = figure.subplots(1, len(fields), squeeze=False)[0]
     for axis, (name, field) in zip(axes, fields.items(), strict=True):
         shares = np.sort(field, axis=None)[::-1].cumsum() / max(field.sum(), 1e-30)
@@ -44,7 +44,7 @@ def draw_decays(weights: NDArray[Any]) -> Figure:
     layers, channels, offsets = weights.shape
     columns = min(layers, 4)
     rows = math.ceil(layers / columns)
-    figure = _figure(2.6 * columns + 0.8, max(3.6, 2.1 * rows + 0.4))  # the labels at the sides need this height
+    figure = new_figure(2.6 * columns + 0.8, max(3.6, 2.1 * rows + 0.4))  # the labels at the sides need this height
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     reach = offsets // 2
     own = np.arange(offsets) == reach  # the bonus is not part of the decay
@@ -66,7 +66,7 @@ def draw_decays(weights: NDArray[Any]) -> Figure:
 def draw_q_shift(picture: NDArray[Any], channels: Sequence[int], before: NDArray[Any], after: NDArray[Any]) -> Figure:
     """Draws where each quarter of the channels comes from, and one channel of each quarter `before` and `after` the
     shift, [4, rows, columns], beside the picture [height, width, 3]."""
-    figure = _figure(13, 5)
+    figure = new_figure(13, 5)
     axes = figure.subplots(2, 5, width_ratios=[1.5, 1, 1, 1, 1])
     _draw_patches(axes[0, 0])
     axes[1, 0].imshow(picture)
@@ -83,7 +83,7 @@ def draw_q_shift(picture: NDArray[Any], channels: Sequence[int], before: NDArray
 
 def _draw_patches(axis: Axes) -> None:
     """Nine patches with their channels as four stripes, and arrows from those that the middle one reads."""
-    from matplotlib.patches import Rectangle  # optional, see _figure
+    from matplotlib.patches import Rectangle  # optional, see new_figure
 
     for x, y in ((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)):
         for i, colour in enumerate(COLOURS):
@@ -102,7 +102,7 @@ def _draw_patches(axis: Axes) -> None:
 def draw_class_maps(pictures: NDArray[Any], scores: NDArray[Any], titles: Sequence[str], patch: int) -> Figure:
     """Draws pictures [n, height, width, 3], and over each the scores of its patches [n, rows, columns]: red for its
     class, blue against it, each picture on its own scale. patch: the side of a patch in pixels."""
-    figure = _figure(2.4 * len(pictures) + 0.4, 5.2)
+    figure = new_figure(2.4 * len(pictures) + 0.4, 5.2)
     axes = figure.subplots(2, len(pictures), squeeze=False)
     height, width = pictures.shape[1:3]
     rows, columns = scores.shape[1:]
@@ -118,7 +118,7 @@ def draw_class_maps(pictures: NDArray[Any], scores: NDArray[Any], titles: Sequen
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches, without a window."""
     try:
         from matplotlib.figure import Figure

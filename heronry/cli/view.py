@@ -1,0 +1,90 @@
+"""`heronry view`: pictures of what a model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError, unknown_name
+from . import options
+
+NAMES = ("decay", "flow", "reads", "cascade", "state", "knockout", "lens", "memory", "report")
+STORY = {  # for the model that comes along
+    "prompt": "Once upon a time there was a little boy named Tim. He had a red ball. One day,",
+    "subject": "Tim",
+    "fact": "Tim had a toy frog.",
+    "question": " Tim played with his toy",
+    "recalled": " frog",
+}
+PLACE = {
+    "prompt": "The Eiffel Tower is located in the city of",
+    "subject": "The Eiffel Tower",
+    "fact": "The secret word is heron.",
+    "question": " The secret word is",
+    "recalled": " heron",
+}
+N_TEXTS, LENGTH = 16, 512  # of what the model writes where no text is given
+
+
+def view(
+    name: Annotated[str, typer.Argument(help=f"What to draw: {', '.join(NAMES)}.")],
+    model: options.Model = None,
+    tokenizer: options.Tokenizer = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to look at.", show_default="a short one")] = None,
+    subject: Annotated[str | None, typer.Option(help="flow: the part of the prompt that gets noise.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="flow: what should follow the prompt.", show_default="what the model says")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="memory, cascade: a file of text to read.", show_default="what the model writes itself"),
+    ] = None,
+    fact: Annotated[str | None, typer.Option(help="memory: what is to be remembered.")] = None,
+    question: Annotated[str | None, typer.Option(help="memory: what is asked later.")] = None,
+    recalled: Annotated[str | None, typer.Option(help="memory: what should follow the question.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .png, .svg, .html or .gif file.", show_default="NAME.png here, of several NAME.html"),
+    ] = None,
+    force: options.Force = False,
+    dtype: options.Precision = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    ln_x_eps: options.LnXEps = None,
+) -> None:
+    """Draw what a model computes: what it remembers, reads and forgets. See docs/view.md."""
+    if name not in NAMES:
+        raise unknown_name("view", name, NAMES)
+    out = options.check_target(out or Path(f"{name}.html" if name == "report" else f"{name}.png"), force)
+    from ..view.figures import new_figure
+    from ..view.page import check_ending, write_pictures
+    from ..view.views import VIEWS, Look, view_report
+    from .progress import note, progress_bar
+
+    check_ending(out)
+    new_figure(1, 1)  # says at once if matplotlib is missing
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, None, None, ln_x_eps)
+    defaults = STORY if model in (None, "bundled") else PLACE
+    given = {"prompt": prompt, "subject": subject, "fact": fact, "question": question, "recalled": recalled}
+    if prompt is not None and subject is None and name == "flow":
+        raise InputError("name the part of the prompt that gets noise with --subject")
+    chosen = {key: defaults[key] if value is None else value for key, value in given.items()}
+    texts: list[list[int]] = []
+    if text is not None:
+        from ..data.text_files import read_text
+
+        ids = llm.tokenizer.encode(read_text(text))
+        length = min(len(ids) // N_TEXTS, 8 * LENGTH) if len(ids) >= N_TEXTS * LENGTH else len(ids)
+        texts = [ids[i : i + length] for i in range(0, length * (len(ids) // max(length, 1)), max(length, 1))][:N_TEXTS]
+    elif name in ("memory", "cascade", "report"):
+        with progress_bar("writing texts") as progress:
+            written = llm.generate([""] * N_TEXTS, LENGTH, ignore_eos=True, top_p=1.0, seed=0, progress=progress)
+        texts = [completion.token_ids for completion in written]
+    with progress_bar("looking") as progress:
+        look = Look(llm.model, llm.tokenizer, llm.opening, answer=answer, texts=texts, progress=progress, **chosen)
+        pictures = view_report(look) if name == "report" else VIEWS[name](look)
+    about = f"heronry view {name}\nmodel: {model or 'bundled'} ({llm.model.generation})\nprompt: {look.prompt}"
+    write_pictures(pictures, out, f"{name}: {model or 'bundled'}", about)
+    note(f"{out}: {pictures[0].caption if len(pictures) == 1 else f'{len(pictures)} pictures'}")

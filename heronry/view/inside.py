@@ -1,0 +1,87 @@
+"""A text model run so that one can look inside, and change what passes from block to block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models import Model
+from ..ops.recording import Call, record_calls
+
+MAX_NUMBERS = 1 << 28  # of one array; 2 GB in float64
+
+
+@contextmanager
+def plain_modules(model: Model) -> Iterator[None]:
+    """In the `with` block the model runs in eval mode and as modules, not as the C++ step that hooks cannot see."""
+    training, native = model.training, model.native_step_enabled
+    model.eval()
+    model.native_step_enabled = False
+    try:
+        yield
+    finally:
+        model.native_step_enabled = native
+        model.train(training)
+
+
+@contextmanager
+def edit_stream(model: Model, edits: Sequence[Callable[[Tensor], Tensor | None] | None]) -> Iterator[None]:
+    """In the `with` block edits[0] sees the input of the first block [B, T, C], edits[i + 1] the output of block i, and
+    what they return takes its place."""
+    with ExitStack() as hooks:
+        if (first := edits[0]) is not None:
+            hooks.enter_context(model.blocks[0].register_forward_pre_hook(lambda _, inputs: _replaced(first, inputs)))
+        for block, edit in zip(model.blocks, edits[1:], strict=True):
+            if edit is not None:
+                hooks.enter_context(
+                    block.register_forward_hook(lambda _, _inputs, outputs, edit=edit: _replaced(edit, outputs))
+                )
+        yield
+
+
+def _replaced(edit: Callable[[Tensor], Tensor | None], values: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The values with the first one edited, as hooks return them; None where nothing changes."""
+    x = edit(values[0])
+    return None if x is None else (x, *values[1:])
+
+
+def residual_stream(model: Model, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The input of the first block and the output of every block, L + 1 of [B, T, C], and the logits [B, T, V]."""
+    stream: list[Tensor] = []
+    with plain_modules(model), edit_stream(model, [stream.append] * (len(model.blocks) + 1)):
+        logits, _ = model(tokens)
+    return stream, logits
+
+
+@torch.no_grad()
+def operator_calls(model: Model, tokens: Tensor) -> list[Call]:
+    """The call of its operator by every layer, for a text [1, T] that begins from nothing."""
+    with plain_modules(model), record_calls() as calls:
+        model(tokens)
+    return calls
+
+
+def as_row(model: Model, tokens: Sequence[int], at_least: int = 1) -> Tensor:
+    """Token ids as the model takes them, [1, T].
+
+    Raises:
+        InputError: fewer than `at_least`.
+    """
+    if len(tokens) < at_least:
+        raise InputError(f"a text of at least {at_least} tokens is needed, got {len(tokens)}")
+    return torch.tensor([list(tokens)], device=model.device)
+
+
+def is_rwkv4(model: Model) -> bool:
+    """Whether it has channels, each with two sums, where the later generations have heads with a matrix."""
+    return model.name == "rwkv4"
+
+
+def check_size(n: int, what: str) -> None:
+    """InputError if an array of n numbers is too large to be drawn from."""
+    if n > MAX_NUMBERS:
+        raise InputError(f"{what} would have {n:,} numbers, more than {MAX_NUMBERS:,}: take a shorter text")

@@ -1,0 +1,41 @@
+"""What the model would say next after each layer: the residual stream of every layer, read by the model's own head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..models import Model
+from .inside import as_row, residual_stream
+
+
+class Lens(NamedTuple):
+    """For the input of the first block and the output of every block, L + 1.
+
+    best: [L + 1, T], the most likely next token.
+    probability: [L + 1, T], its probability.
+    divergence: [L + 1, T], KL(what the model says at the end || what it would say here), in nats.
+    """
+
+    best: NDArray[Any]
+    probability: NDArray[Any]
+    divergence: NDArray[Any]
+
+
+@torch.no_grad()
+def read_lens(model: Model, tokens: Sequence[int]) -> Lens:
+    """Source: "interpreting GPT: the logit lens" (nostalgebraist, 2020)."""
+    stream, logits = residual_stream(model, as_row(model, tokens))
+    norm, head = model.get_submodule("ln_out"), model.get_submodule("head")
+    final = logits[0].float().log_softmax(-1)  # [T, V]
+    parts = []
+    for x in stream:
+        said = head(norm(x))[0].float().log_softmax(-1)
+        best = said.max(-1)
+        divergence = (final.exp() * (final - said)).sum(-1)
+        parts.append([part.cpu().numpy() for part in (best.indices, best.values.exp(), divergence)])
+    return Lens(*(np.stack(part) for part in zip(*parts, strict=True)))

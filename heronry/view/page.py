@@ -1,0 +1,85 @@
+"""Pictures as files: .png, .svg, or one .html page with everything in it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from ..files import atomic_write
+
+if TYPE_CHECKING:
+    from .views import Picture
+
+KINDS = (".png", ".svg", ".html", ".gif")
+DPI = 100
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 0 auto; padding: 1rem; }
+figure { margin: 2rem 0; }
+img { max-width: 100%; height: auto; display: block; }
+figcaption { color: #444; margin-top: .5rem; }
+pre { white-space: pre-wrap; background: #f4f4f4; padding: .75rem; }
+"""
+
+
+def write_pictures(pictures: Sequence[Picture], path: Path, title: str, about: str) -> None:
+    """Writes pictures to one file, of the kind that its ending names.
+
+    Args:
+        pictures: a .png or .svg takes one, a .gif one that is animated, an .html page any number.
+        title, about: of the page; `about` is shown as it is.
+
+    Raises:
+        InputError: another ending, several pictures for one that takes one, or no animation.
+    """
+    kind = check_ending(path)
+    if kind == ".html":
+        content = _page(pictures, title, about).encode()
+    elif len(pictures) != 1:
+        raise InputError(f"{path}: a {kind} holds one picture, not {len(pictures)}; write an .html page")
+    elif kind == ".gif":
+        if pictures[0].animation is None:
+            raise InputError(f"{path}: nothing moves in this picture; write a .png, an .svg or an .html page")
+        content = pictures[0].animation
+    else:
+        content = _image(pictures[0], kind[1:])
+    with atomic_write(path) as part:
+        part.write_bytes(content)
+
+
+def check_ending(path: Path) -> str:
+    """The ending, in small letters; InputError if nothing is written of that kind."""
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise InputError(f"{path}: unknown ending; pictures are written as {', '.join(KINDS)}")
+    return kind
+
+
+def _image(picture: Picture, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.figure.savefig(file, format=kind, dpi=DPI)
+    return file.getvalue()
+
+
+def _page(pictures: Sequence[Picture], title: str, about: str) -> str:
+    parts = []
+    for picture in pictures:
+        images = [_embedded(_image(picture, "png"), "png", picture.caption)]
+        if picture.animation is not None:
+            images.append(_embedded(picture.animation, "gif", "animated: " + picture.caption))
+        parts.append(f"<figure>{''.join(images)}<figcaption>{html.escape(picture.caption)}</figcaption></figure>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1><pre>{html.escape(about)}</pre>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _embedded(image: bytes, kind: str, alt: str) -> str:
+    data = base64.b64encode(image).decode()
+    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'

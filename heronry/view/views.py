@@ -1,0 +1,229 @@
+"""The views by name: each takes a model with a text to look at, and makes pictures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import InputError
+from ..models import Model
+from ..progress import Progress
+from ..text.tokenizers import Tokenizer
+from . import text_figures as draw
+from .cascade import measure_cascade
+from .decay import read_decays
+from .flow import influence, trace
+from .inside import is_rwkv4
+from .lens import read_lens
+from .memory import loss_by_position, recall
+from .reads import read_weights
+from .state import knock_out, read_history
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CHUNKS = (32, 64, 128, 256, 512)  # tokens a piece
+ANIMATED = 128  # of these
+DISTANCES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Picture(NamedTuple):
+    """A figure and how to read it.
+
+    animation: a GIF that goes with it.
+    """
+
+    figure: Figure
+    caption: str
+    animation: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """A model and what it is looked at with.
+
+    Attributes:
+        opening: token ids that every text begins with.
+        prompt: the text that is read.
+        subject: the part of it that `flow` puts noise on.
+        answer: the text whose first token is expected after the prompt; None: the most likely one.
+        fact, question, recalled: for `memory`: a text, what is asked later, and the answer.
+        texts: long texts for `memory` and `cascade`, as token ids without the opening.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    opening: Sequence[int]
+    prompt: str
+    subject: str | None = None
+    answer: str | None = None
+    fact: str = ""
+    question: str = ""
+    recalled: str = ""
+    texts: Sequence[Sequence[int]] = field(default=(), repr=False)
+    progress: Progress | None = field(default=None, repr=False)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        ids = [*self.opening, *self.tokenizer.encode(self.prompt)]
+        if len(ids) < 2:
+            raise InputError("the prompt is too short: it needs at least two tokens")
+        return ids
+
+    @cached_property
+    def labels(self) -> list[str]:
+        return [self.tokenizer.decode([token]) for token in self.tokens]
+
+    def subject_positions(self) -> list[int]:
+        """Of the tokens that hold a character of the subject, wherever it stands in the prompt."""
+        if not self.subject:
+            raise InputError("name the part of the prompt that gets noise with --subject")
+        if self.subject not in self.prompt:
+            raise InputError(f"the prompt does not contain the subject {self.subject!r}")
+        begins = [i for i in range(len(self.prompt)) if self.prompt.startswith(self.subject, i)]
+        first, positions, at = len(self.opening), [], 0
+        for position in range(first, len(self.tokens)):
+            end = len(self.tokenizer.decode(self.tokens[first : position + 1]))
+            if any(at < begin + len(self.subject) and begin < end for begin in begins):
+                positions.append(position)
+            at = end
+        return positions
+
+    def answer_token(self) -> int:
+        """The first token of the answer; the model's own if none is given."""
+        if self.answer is None:
+            return int(read_lens(self.model, self.tokens).best[-1, -1])
+        ids = self.tokenizer.encode(self.answer)
+        if not ids:
+            raise InputError("the answer is empty")
+        return ids[0]
+
+
+def view_decay(look: Look) -> list[Picture]:
+    found = read_decays(look.model, look.tokens)
+    figure = draw.draw_decay_curves(found.half_lives, found.on_text, found.rates, found.mixes)
+    on = "averaged over the prompt" if found.on_text is not None else "the same for every text"
+    return [
+        Picture(
+            figure, f"How fast the memory of each channel fades ({on}). Half-life: after so many tokens half is left."
+        )
+    ]
+
+
+def view_flow(look: Look) -> list[Picture]:
+    positions, answer = look.subject_positions(), look.answer_token()
+    found = trace(look.model, look.tokens, positions, answer, progress=look.progress)
+    gradient = influence(look.model, look.tokens, answer)
+    word = look.tokenizer.decode([answer])
+    figure = draw.draw_flow(*found, gradient, look.labels, word)
+    return [
+        Picture(
+            figure,
+            f"Noise on “{look.subject}” changes the probability of “{word}” from {found.clean:.1%} to "
+            f"{found.corrupted:.1%}. Left: where one layer's output at one token, put back, undoes that.",
+        )
+    ]
+
+
+def view_reads(look: Look) -> list[Picture]:
+    found = read_weights(look.model, look.tokens)
+    figure = draw.draw_reads(found.shares, look.labels)
+    return [
+        Picture(
+            figure,
+            "The operators written as attention: how much of what a token reads was written by each earlier token. "
+            f"The map times the values gives the operator's output up to {found.error:.0e}.",
+        )
+    ]
+
+
+def view_cascade(look: Look) -> list[Picture]:
+    tokens = [*look.opening, *(token for text in look.texts for token in text)][: 4 * max(CHUNKS)]
+    if len(tokens) < 2 * max(CHUNKS):
+        raise InputError(f"cascade needs a text of {2 * max(CHUNKS)} tokens, got {len(tokens)}: give a longer --text")
+    found = [measure_cascade(look.model, tokens, chunk) for chunk in CHUNKS]
+    measured = [float((x.begins + x.seconds).max()) for x in found]
+    ideal = [float((x.ideal_begins + x.seconds).max()) for x in found]
+    shown = found[CHUNKS.index(ANIMATED)]
+    figure = draw.draw_cascade(shown.steps[:, :8], CHUNKS, measured, ideal)
+    animation = draw.animate_cascade(shown.begins, shown.seconds, shown.ideal_begins, ANIMATED)
+    return [
+        Picture(figure, f"Reading {len(tokens):,} tokens: what could run together, and how it ran here.", animation)
+    ]
+
+
+def view_state(look: Look) -> list[Picture]:
+    return [
+        Picture(
+            draw.draw_history(*read_history(look.model, look.tokens)),
+            "The state while the prompt is read. The effective rank says in how many directions a head's matrix holds "
+            "something.",
+        )
+    ]
+
+
+def view_knockout(look: Look) -> list[Picture]:
+    found = knock_out(look.model, look.tokens)
+    return [
+        Picture(
+            draw.draw_knockout(*found, look.prompt),
+            "How much the next token changes when one part of the state is emptied and everything else stays.",
+        )
+    ]
+
+
+def view_lens(look: Look) -> list[Picture]:
+    found = read_lens(look.model, look.tokens)
+    said = [[look.tokenizer.decode([int(token)]) for token in row] for row in found.best]
+    figure = draw.draw_lens(said, found.probability, look.labels)
+    return [Picture(figure, "What comes out if the model stops after a layer and says its next word at once.")]
+
+
+def view_memory(look: Look) -> list[Picture]:
+    if not look.texts:
+        raise InputError("memory needs long texts: give them with --text")
+    length = min(map(len, look.texts))
+    losses = loss_by_position(
+        look.model, [[*look.opening, *text[:length]] for text in look.texts], progress=look.progress
+    )
+    encode = look.tokenizer.encode
+    distances = [distance for distance in DISTANCES if distance <= length]
+    remembered = recall(
+        look.model,
+        look.opening,
+        encode(look.fact),
+        [text[:length] for text in look.texts],
+        encode(look.question),
+        encode(look.recalled)[0],
+        distances,
+        progress=look.progress,
+    )
+    figure = draw.draw_memory(*losses, remembered.distances, remembered.gain, look.fact)
+    asked, answer = look.question.strip(), look.recalled.strip()
+    return [
+        Picture(
+            figure,
+            f"Left: the loss at every position of {len(look.texts)} texts of {length:,} tokens. Right: “{look.fact}” "
+            f"is read, then other text, then “{asked}”; how much more probable “{answer}” is than without the fact.",
+        )
+    ]
+
+
+VIEWS: dict[str, Callable[[Look], list[Picture]]] = {
+    "decay": view_decay,
+    "flow": view_flow,
+    "reads": view_reads,
+    "cascade": view_cascade,
+    "state": view_state,
+    "knockout": view_knockout,
+    "lens": view_lens,
+    "memory": view_memory,
+}
+
+
+def view_report(look: Look) -> list[Picture]:
+    """All that fit the model."""
+    names = [name for name in VIEWS if not (name == "state" and is_rwkv4(look.model))]
+    return [picture for name in names for picture in VIEWS[name](look)]

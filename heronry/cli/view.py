@@ -63,7 +63,8 @@ def view(
     from ..view.views import VIEWS, Look, view_report
     from .progress import note, progress_bar
 
-    check_ending(out)
+    if check_ending(out) != ".html" and name == "report":
+        raise InputError(f"{out}: a report is an .html page")
     new_figure(1, 1)  # says at once if matplotlib is missing
     llm = options.load_llm(model, tokenizer, dtype, device, threads, None, None, ln_x_eps)
     defaults = STORY if model in (None, "bundled") else PLACE

@@ -102,7 +102,8 @@ def recall(
         raise InputError(f"fillers of at least {max(distances)} tokens are needed")
     said = []  # [with and without the fact][distance]
     for done, known in enumerate((fact, ())):
-        _, state = model(as_row(model, [*opening, *known]), last_only=True)
+        begun = [*opening, *known]
+        state = model(as_row(model, begun), last_only=True)[1] if begun else model.initial_state()
         state = state[[0] * len(fillers)]
         begin, row = 0, []
         for distance in distances:

@@ -340,7 +340,7 @@ def draw_cascade(
 
 
 def animate_cascade(
-    begins: NDArray[Any], seconds: NDArray[Any], ideal_begins: NDArray[Any], chunk: int, frames: int = 60
+    begins: NDArray[Any], seconds: NDArray[Any], ideal_begins: NDArray[Any], chunk: int, frames: int = 48
 ) -> bytes:
     """A GIF of both orders in the same time, see cascade.py: [L, C] each, in seconds."""
     import io
@@ -350,6 +350,7 @@ def animate_cascade(
     figure = new_figure(8, 3.6)
     axes = figure.subplots(1, 2, sharey=True)
     end = float((begins + seconds).max())
+    figure.suptitle("0 ms", fontsize="medium")
     images = []
     for title, axis in zip(("as early as possible", "cell after cell, as measured"), axes, strict=True):
         images.append(
@@ -358,6 +359,8 @@ def animate_cascade(
         axis.set_title(title, fontsize="medium")
         axis.set(xlabel=f"piece of {chunk} tokens", xticks=_few(seconds.shape[1]), yticks=_few(seconds.shape[0]))
     axes[0].set_ylabel("layer")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it would place everything anew in every frame
     pictures = []
     for now in np.linspace(0, end, frames):
         for image, start in zip(images, (ideal_begins, begins), strict=True):

@@ -1,0 +1,111 @@
+"""`heronry view`: files with pictures in them, and one line for what cannot be drawn."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heronry import save
+from heronry.checkpoint import assemble
+from heronry.cli.view import NAMES, PLACE, STORY
+from heronry.view.views import VIEWS
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, one_thread):
+    """Files are written beside the user."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def picture(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), float)
+
+
+@pytest.mark.parametrize("name", ["decay", "reads", "state", "knockout", "lens"])
+def test_a_picture_beside_you(name, here, command):
+    code, out, err = command("view", name)
+    assert (code, out) == (0, ""), err
+    assert err.startswith(f"{name}.png: ")
+    drawn = picture((here / f"{name}.png").read_bytes())
+    assert drawn.shape[1] == 1200
+    assert drawn.std() > 20  # not one colour
+    code, _, err = command("view", name)
+    assert (code, err) == (2, f"heronry: {name}.png: already exists; replace it with --force\n")
+
+
+def test_flow_finds_the_hero(here, command):
+    """Noise on the name takes the answer away; the token of the name brings it back."""
+    code, _, err = command("view", "flow", "--out", "flow.svg")
+    assert code == 0, err
+    before, after = (float(x) for x in re.search(r"“ Tim” from (\S+)% to (\S+)%", err).groups())
+    assert before > 40 > 5 > after
+    assert (here / "flow.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cascade", "memory"])
+def test_long_texts(name, here, command):
+    assert command("view", name, "--out", f"{name}.html")[0] == 0
+    page = (here / f"{name}.html").read_text()
+    assert page.count("<img ") == (2 if name == "cascade" else 1)
+
+
+def test_one_page_with_everything(here, command, random_checkpoint):
+    """The report of a model without heads leaves out what it lacks; nothing is loaded from elsewhere."""
+    save(assemble(random_checkpoint("4", vocab=256)), here / "four")
+    (here / "text.txt").write_text("To be, or not to be, that is the question. " * 40)
+    options = ("--model", "four", "--tokenizer", "bytes", "--text", "text.txt")
+    code, _, err = command("view", "report", *options)
+    assert code == 0, err
+    page = (here / "report.html").read_text()
+    assert page.count("<figure>") == len(VIEWS) - 1
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+@pytest.mark.slow
+def test_an_animation(here, command):
+    (here / "text.txt").write_text("Once there was a cat. " * 200)
+    assert command("view", "cascade", "--text", "text.txt", "--out", "c.gif")[0] == 0
+    assert Image.open(here / "c.gif").n_frames > 30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reeds"], "unknown view 'reeds'"),
+        (["flow", "--subject", "Sue"], "the prompt does not contain the subject 'Sue'"),
+        (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
+        (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
+        (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
+        (["reads", "--out", "reads.gif"], "nothing moves in this picture"),
+        (["report", "--out", "all.png"], "all.png: a report is an .html page"),
+        (["cascade", "--text", "short.txt"], "cascade needs a text of 1024 tokens"),
+        (["memory", "--text", "missing.txt"], "missing.txt"),
+        (["state", "--model", "four", "--tokenizer", "bytes"], "RWKV-4 keeps two sums a channel"),
+    ],
+)
+def test_bad_input(words, message, here, command, random_checkpoint):
+    (here / "short.txt").write_text("Too short.")
+    if "four" in words:
+        save(assemble(random_checkpoint("4", vocab=256)), here / "four")
+    code, out, err = command("view", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not any(path.suffix in (".png", ".html", ".svg", ".gif") for path in here.iterdir())
+
+
+def test_no_matplotlib(here, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert command("view", "reads") == (2, "", "heronry: drawings need matplotlib: pip install 'heronry[plots]'\n")
+
+
+def test_names_and_defaults():
+    assert {*NAMES} == {*VIEWS, "report"}
+    assert STORY.keys() == PLACE.keys()

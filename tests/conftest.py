@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,11 @@ import torch
 from binidx import write_binidx
 from hypothesis import settings
 from torch import Tensor
+
+# shells start jobs in the background with Ctrl-C ignored, nohup without SIGHUP: what tests start would inherit it
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # the same examples every time: a failure in one run is a failure in all
 settings.register_profile("repeatable", derandomize=True)

@@ -11,7 +11,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+
+import heronry
+from heronry.catalog import BUNDLED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = [
@@ -198,3 +204,30 @@ def test_sequence_classification(run, folder):
     assert "Who of Ash, Birch?" in output
     assert len(re.findall(r"^\| \d+ \|( [\d.]+% \|){4}$", output, re.M)) == 3
     assert (folder / "author" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("version", ["4", "7", "bundled"])
+def test_rwkv_in_numpy(version, tmp_path, random_checkpoint):
+    """Token by token, with the state put back once."""
+    if version == "bundled":
+        model, path = heronry.load(BUNDLED), BUNDLED / "model.safetensors"
+    else:
+        path = tmp_path / "model.safetensors"
+        save_file(random_checkpoint(version), path)
+        model = heronry.load(path)
+    module = runpy.run_path(str(EXAMPLES / "numpy_rwkv.py"))
+    small = module["RWKV"](module["load"](path))
+    tokens = [5, 9, 17, 5, 2, 44]
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([tokens]))[0][0].numpy()
+    for i, token in enumerate(tokens):
+        if i == 3:
+            kept = dict(small.state)
+            small(7)
+            small.state = kept
+        np.testing.assert_allclose(small(token), expected[i], rtol=1e-3, atol=2e-4)
+    assert len((EXAMPLES / "numpy_rwkv.py").read_text().splitlines()) < 150
+
+
+def test_rwkv_in_numpy_tells_a_story(run):
+    assert run("numpy_rwkv.py").startswith("Once upon a time")

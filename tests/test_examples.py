@@ -231,3 +231,14 @@ def test_rwkv_in_numpy(version, tmp_path, random_checkpoint):
 
 def test_rwkv_in_numpy_tells_a_story(run):
     assert run("numpy_rwkv.py").startswith("Once upon a time")
+
+
+def test_state_as_memory(run):
+    """Half way between two memories the story is neither's; at the ends it is theirs."""
+    lines = [line.strip() for line in run("state_as_memory.py").splitlines()]
+    blended = {line.split("% Sue: ")[0]: line.split("% Sue: ")[1] for line in lines if "% Sue: " in line}
+    assert list(blended) == ["0", "25", "50", "75", "100"]
+    assert lines[lines.index("saved and loaded, in another process if need be:") + 1] == blended["0"]
+    assert "Tim" in blended["0"]
+    assert "Sue" in blended["100"]
+    assert "Tim" not in blended["100"]

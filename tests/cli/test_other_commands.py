@@ -91,3 +91,8 @@ def test_the_end_of_a_training_and_after_it(command, folder):
     assert code == 0
     assert err.splitlines()[-1] == "try it: heronry generate -m out --state state PROMPT"
     assert command("generate", "x", "-m", "out", "--state", "state", "--max-tokens", 1)[0] == 0
+    for tune in ("lora", "dora", "miss"):
+        err = command("train", "data.train=t", "model.path=out", f"model.tune={tune}", f"run.out={tune}", *words[-3:])[
+            2
+        ]
+        assert err.splitlines()[-1] == f"try it: heronry generate -m out --adapter {tune} PROMPT"

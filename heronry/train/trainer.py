@@ -184,7 +184,7 @@ class Trainer:
         return RunInfo(
             out=self.out,
             description=f"{self.model.name}: {count(n_trained, 'parameter')} to train, {self.task.describe()}, "
-            f"{self.steps} steps of {self.task.rows_per_step}",
+            f"{count(self.steps, 'step')} of {self.task.rows_per_step}",
             unit=self.task.unit,
             steps=self.steps,
             log_every=config.run.log_every,

@@ -35,6 +35,13 @@ def test_eval_as_json_and_from_a_tuned_state(command, folder):
     assert tuned.bits_per_byte != pytest.approx(score.bits_per_byte)
     out = command(*words, "--state", "tuned.safetensors")[1]
     assert f"{tuned.bits_per_byte:.4f} bits per byte" in out
+    llm.state("a").save("s")
+    llm.chat(template="world").save("talk")
+    for name, said in (
+        ("s", "is the state after a text, which only `heronry generate` and LLM.generate continue"),
+        ("talk", "is a conversation, which `heronry chat --session` or Chat.load continues"),
+    ):
+        refused(command("chat", "-m", folder / "m.pth", "--state", name), f"{name}: {said}")
     lambada = json.loads(command(*words, "--lambada", "--json")[1])[str(folder / "t.txt")]
     assert lambada.keys() == {"passages", "perplexity", "accuracy"}
 

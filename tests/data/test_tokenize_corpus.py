@@ -78,7 +78,7 @@ def test_lines_folders_and_globs(tmp_path, command):
     assert (code, printed) == (0, "")
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
     tokens = sum(len(text.encode()) for text in written[:21])
-    assert f"21 documents, {tokens:,} tokens of {size:,} bytes" in message
+    assert f"21 documents, {tokens:,} tokens of {size:,} bytes on disk, " in message
     assert "tokens/s" in message
     assert decoded(out) == written[:21]
     about = json.loads(out.with_name("x.json").read_text())

@@ -101,7 +101,9 @@ class TextModel:
         if path.is_file() and is_conversation(path):
             raise InputError(f"{path}: is a conversation, which `heronry chat --session` or Chat.load continues")
         if State.is_saved_state(path):
-            raise InputError(f"{path}: is the state after a text, which only `heronry generate` and LLM.generate continue")
+            raise InputError(
+                f"{path}: is the state after a text, which only `heronry generate` and LLM.generate continue"
+            )
         tensors, notes = read_time_state(path, self.model)
         self.start = self.model.initial_state(time_states=tensors)
         self.opening = list(notes.get("opening_tokens", self.opening))

@@ -81,6 +81,7 @@ def test_the_end_of_a_training_and_after_it(command, folder):
     )
     code, out, err = command(*words)
     assert (code, out) == (0, "out\n")
+    assert re.match(r"rwkv7: [\d,]+ parameters to train, 11 tokens, rows of 1024 tokens, 2 steps of 1\n", err), err
     assert err.splitlines()[-1] == "try it: heronry generate -m out PROMPT"
     assert not re.search(r"━|elapsed", err)
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}

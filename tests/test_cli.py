@@ -129,7 +129,7 @@ def test_chat_prints_errors_and_continues(command, folder):
             "nothing was said yet",
             "unknown branch 'nowhere'",
             "no such conversation file",
-            "/fly is not a command",
+            "unknown command '/fly'",
             '/save "half: no closing quotation; see /help',
         ),
         strict=True,

@@ -34,6 +34,7 @@ SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
 MOST_NAMED = 5  # bad rows whose places are kept
 MOST_REASONS = 20
+ENDINGS = (".bin", ".idx", ".mask", ".json", ".tokenizer.json")  # of the files that are written, besides those of a run
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,14 @@ def _tokenize(
     eval_prefix = prefix_file(prefix, "-eval")
     prefixes = [prefix, eval_prefix] if holdout else [prefix]
     progress_file = prefix_file(prefix, ".progress.json")
-    progress = _load_progress(progress_file, options, prefixes, restart)
+    targets = [prefix_file(path, ending) for path in prefixes for ending in ENDINGS]
+    for path in (*targets, progress_file):
+        if path.exists() and any(path.samefile(s.name) for s in source_list if Path(s.name).exists()):
+            raise InputError(f"{path}: is one of the texts, and would be replaced; choose another name with --out")
+    targets = [
+        path for path in targets if tokenizer_file is None or not path.exists() or not path.samefile(tokenizer_file)
+    ]
+    progress = _load_progress(progress_file, options, prefixes, [] if restart else targets, restart)
     if not progress.sealed:
         metadata: dict[str, Any] = {
             "tokenizer": tokenizer if tokenizer_file is None else f"{prefix.name}.tokenizer.json",
@@ -258,9 +266,11 @@ def _tokenize(
     return progress
 
 
-def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], restart: bool) -> Progress:
+def _load_progress(
+    file: Path, options: dict[str, Any], prefixes: list[Path], targets: list[Path], restart: bool
+) -> Progress:
     """Where to start: the progress in `file`, or the beginning, for which old .part files are deleted. A run that its
-    input has ended does not stand in the way of one with other options or sources."""
+    input has ended does not stand in the way of one with other options or sources; of `targets` none may exist."""
     if restart:
         file.unlink(missing_ok=True)
     elif file.is_file():
@@ -287,10 +297,9 @@ def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], re
                 f"{file}: there is an unfinished run with other {' and '.join(changed)}; start over with --restart"
             )
         file.unlink()
-    if not restart:
-        for path in (prefix_file(prefix, suffix) for prefix in prefixes for suffix in (".bin", ".idx")):
-            if path.exists():
-                raise InputError(f"{path}: already exists; replace it with --restart")
+    for path in targets:
+        if path.exists():
+            raise InputError(f"{path}: already exists; replace it with --restart")
     for prefix in prefixes:
         discard_parts(prefix)
     return Progress()

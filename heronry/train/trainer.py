@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..adapters import WEIGHTS
 from ..checkpoint import check_folder_name, time_state
 from ..data.mixture import Mixture
-from ..errors import InputError
+from ..errors import InputError, count
 from ..models import Model, Network
 from . import build, checkpointing, fsdp
 from .config import Config
@@ -183,8 +183,8 @@ class Trainer:
         n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return RunInfo(
             out=self.out,
-            description=f"{self.model.name}: {n_trained / 1e6:.1f} M parameters to train, {self.task.describe()}, "
-            f"{self.steps} steps of {self.task.rows_per_step}",
+            description=f"{self.model.name}: {count(n_trained, 'parameter')} to train, {self.task.describe()}, "
+            f"{count(self.steps, 'step')} of {self.task.rows_per_step}",
             unit=self.task.unit,
             steps=self.steps,
             log_every=config.run.log_every,

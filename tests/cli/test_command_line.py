@@ -382,14 +382,24 @@ def test_one_setting_and_its_default(command, folder):
         "/set top-p",
         "/set top_p none",
     ]
-    lines += ["/set top_p", "/set seed", "/set max_tokens none", "/set nothing"]
+    lines += ["/set top_p", "/set seed", "/set max_tokens 3", "/set max_tokens none", "/set max_tokens", "/set nothing"]
     _, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
     usual = f"top_p {TEMPLATES['world'].sampling['top_p']}"
-    assert out.splitlines() == [usual, "seed None", "seed 3", "top_p 0.5", usual, "seed None"]
-    assert err.splitlines() == [
-        "heronry: max_tokens must be a number, got 'none'",
-        f"heronry: {unknown_name('setting', 'nothing', SETTINGS)}",
+    assert out.splitlines() == [usual, "seed None", "seed 3", "top_p 0.5", usual, "seed None", "max_tokens 512"]
+    assert err.splitlines() == [f"heronry: {unknown_name('setting', 'nothing', SETTINGS)}"]
+
+
+def test_a_mistyped_command_of_a_chat_is_told_how_it_is_written(command, folder):
+    lines = ["/fork", "/undo 2", "/save a b", "/hlep", "/"]
+    code, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    assert (code, out) == (2, "")
+    assert err.splitlines()[:4] == [
+        "heronry: /fork: usage is /fork NAME",
+        "heronry: /undo 2: usage is /undo",
+        "heronry: /save a b: usage is /save FILE",
+        "heronry: unknown command '/hlep'; did you mean '/help'?",
     ]
+    assert err.splitlines()[4].startswith("heronry: unknown command '/'; choose from /undo, /retry, ")
 
 
 def test_errors_name_what_was_typed(command, folder):
@@ -443,9 +453,10 @@ def test_a_template_that_hangs_or_is_damaged(command, folder, monkeypatch):
 
 
 def test_many_lines_are_one_message(command, folder):
-    text = '"""\none\n/two\n"""\n/history\n'
+    text = '/history\n"""\none\n\n/two\n"""\n/history\n'
     _, out, _ = command("chat", "-m", folder / "m.pth", "--template", "story", "--max-tokens", 2, stdin=text)
-    assert "user: one\n/two\n" in out
+    assert out.startswith("nothing was said yet\n")
+    assert "user: one\n\n  /two\n" in out
 
 
 def test_a_session_cannot_be_left_by_accident(command, folder):

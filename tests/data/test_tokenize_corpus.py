@@ -78,7 +78,7 @@ def test_lines_folders_and_globs(tmp_path, command):
     assert (code, printed) == (0, "")
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
     tokens = sum(len(text.encode()) for text in written[:21])
-    assert f"21 documents, {tokens:,} tokens of {size:,} bytes" in message
+    assert f"21 documents, {tokens:,} tokens of {size:,} bytes on disk, " in message
     assert "tokens/s" in message
     assert decoded(out) == written[:21]
     about = json.loads(out.with_name("x.json").read_text())
@@ -328,6 +328,23 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
         assert fed == [0, *(token for piece in pieces for token in piece)]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a-eval.json", "a.progress.json"])
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+def test_a_text_is_never_replaced_by_what_is_made_of_it(tmp_path, command, name, restart):
+    """`data a.json -o a` would write its notes to a.json."""
+    source = tmp_path / name
+    source.write_text(json.dumps([{"text": text} for text in texts(20)]))
+    before = source.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    words = ("data", source, "-o", tmp_path / "link" / "a", "--tokenizer", "bytes", "--holdout", 0.1, *restart)
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    said = "is one of the texts, and would be replaced; choose another name with --out"
+    assert err == f"heronry: {tmp_path}/link/{name}: {said}\n"
+    assert source.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "link"])
+
+
 def test_what_is_there_is_kept(tmp_path, command):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
     out = tmp_path / "x"
@@ -339,6 +356,11 @@ def test_what_is_there_is_kept(tmp_path, command):
     assert contents(out) == before
     assert command(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
+    for ending in (".json", ".mask", ".tokenizer.json"):  # somebody's own
+        Path(f"{tmp_path}/own{ending}").write_text("mine")
+        refused = command("data", source, "-o", tmp_path / "own", "--tokenizer", "bytes")
+        assert refused == (2, "", f"heronry: {tmp_path}/own{ending}: already exists; replace it with --restart\n")
+        Path(f"{tmp_path}/own{ending}").unlink()
     # an unfinished run goes on with the options that it began with, or not at all
     source = write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)])
 

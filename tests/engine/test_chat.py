@@ -532,6 +532,7 @@ def test_a_stop_string_across_the_cut(scripted):
         ("g1-think", "<think>hm", "User: x\n\nAssistant: <think>hm"),
         ("g1-think", "The heron", "User: x\n\nAssistant: The heron"),
         ("g1-fast-think", "The heron", "User: x\n\nAssistant: <think>\n</think>\nThe heron"),
+        ("g1-fast-think", "<think>hm", "User: x\n\nAssistant: <think>hm"),
         ("g1", "", "User: x\n\nAssistant:"),
     ],
 )

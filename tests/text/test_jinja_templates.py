@@ -134,6 +134,7 @@ def test_marks_in_the_texts_of_messages():
             "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
             "mine.jinja: writes more than 67,108,864 characters",
         ),
+        ("{{ raise_exception('x' * 9999999) }}", "mine.jinja: x{300} ...$"),
         ("hello", "mine.jinja: does not show the messages of a conversation"),
     ],
 )
@@ -157,7 +158,30 @@ def test_loops_that_do_not_end(source, monkeypatch):
     with pytest.raises(InputError, match=r"x\.jinja: takes longer than 1 seconds"):
         _ = JinjaTemplate(source, "x.jinja").separator
     assert time.monotonic() - start < 5
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"y\.jinja: takes longer than 1 seconds"):  # refused from now on
+        JinjaTemplate(source, "y.jinja").render(TALK, True)
+    assert time.monotonic() - start < 0.5
     assert JinjaTemplate(CHATML).separator == "<|im_end|>\n"  # the next one has a process again
+
+
+def test_how_a_template_looks_is_one_request(monkeypatch):
+    """So the limit of time is that of all renders together."""
+    requests = []
+    render = jinja_process.JinjaProcess.render
+
+    def count(process, source, mark, *variables):
+        requests.append(len(variables))
+        return render(process, source, mark, *variables)
+
+    monkeypatch.setattr(jinja_process.JinjaProcess, "render", count)
+    template = JinjaTemplate(CHATML)
+    assert (template.separator, template.stops, template.opening) == (
+        "<|im_end|>\n",
+        ("<|im_end|>\n<|im_start|>user",),
+        "",
+    )
+    assert requests == [3]
 
 
 def test_threads_share_the_process():

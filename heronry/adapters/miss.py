@@ -122,8 +122,8 @@ def merge_bat(weight: Tensor, block: Tensor, axis: Axis) -> Tensor:
     r = block.shape[-1]
     if axis == "out":
         cut = weight.reshape(len(block), -1, r)
-        changed = torch.baddbmm(cut, cut, block).unflatten(1, (r, -1)) + block[:, :, None]
+        changed = torch.unflatten(torch.baddbmm(cut, cut, block), 1, (r, -1)) + block[:, :, None]
         return changed.reshape(weight.shape)
-    cut = weight.unflatten(1, (-1, r)).transpose(0, 1)
-    changed = torch.baddbmm(cut, cut, block).unflatten(1, (-1, r)) + block[:, None]
+    cut = torch.unflatten(weight, 1, (-1, r)).transpose(0, 1)
+    changed = torch.unflatten(torch.baddbmm(cut, cut, block), 1, (-1, r)) + block[:, None]
     return changed.flatten(1, 2).transpose(0, 1).reshape(weight.shape)

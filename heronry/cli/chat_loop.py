@@ -84,6 +84,7 @@ class Loop:
         self.failed = False
         self.console = Console(highlight=False, emoji=False)
         self.errors = Console(highlight=False, emoji=False, stderr=True, soft_wrap=True)
+        self.notes = self.console if sys.stdout.isatty() else self.errors  # a file or a pipe gets the answers alone
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> int:
@@ -286,7 +287,7 @@ class Loop:
 
     def _note(self, text: str) -> None:
         """Print what a command has done, dimmed."""
-        self.console.print(f"[dim]{escape(printable(text))}[/dim]", soft_wrap=not self.terminal)
+        self.notes.print(f"[dim]{escape(printable(text))}[/dim]", soft_wrap=not self.terminal)
 
     def _show(self) -> None:
         """Print the conversation so far; further lines of a message are indented."""
@@ -294,7 +295,7 @@ class Loop:
             self._note("nothing was said yet")
         for message in self.chat.messages:
             text = re.sub(r"\n(?!\n)", "\n  ", printable(message["content"]))
-            self.console.print(f"[dim]{message['role']}:[/dim] {escape(text)}", soft_wrap=not self.terminal)
+            self.notes.print(f"[dim]{message['role']}:[/dim] {escape(text)}", soft_wrap=not self.terminal)
 
 
 def _misread(line: str) -> InputError:

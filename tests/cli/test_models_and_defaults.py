@@ -149,7 +149,7 @@ def test_defaults_of_sampling(command, folder, configure, tmp_path):
     wanted = command(*words, "--temperature", 0.5, "--top-p", 1, "--max-tokens", 5)
     configure("temperature = 0.5\ntop_p = 1\nmax_tokens = 5")
     assert command(*words) == wanted
-    assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[1] == "temperature 0.5\n"
+    assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[2] == "temperature 0.5\n"
     configure("top_p = 3")
     refused(command(*words), f"--top-p must be a number from 0 to 1, got 3.0 (top_p comes from {tmp_path}/config")
 

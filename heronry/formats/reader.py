@@ -135,9 +135,11 @@ def _recognise_names(format: str, tensors: Tensors, metadata: Mapping[str, str] 
     if rwkv_rs.is_rwkv_rs(tensors, {}):
         return Checkpoint("rwkv_rs", *rwkv_rs.read(tensors, {}))
     if fla_rwkv6.is_fla_rwkv6(tensors):
-        return Checkpoint("huggingface", fla_rwkv6.to_blinkdl(tensors), {}, layout="fla_rwkv6")
+        return Checkpoint("huggingface", fla_rwkv6.to_blinkdl(tensors), fla_rwkv6.ALONE, layout="fla_rwkv6")
     if is_official or "embeddings.weight" in tensors:
-        return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {}, layout=_transformers_layout(tensors))
+        layout, tensors = _transformers_layout(tensors), huggingface.to_blinkdl(tensors)
+        epsilon = huggingface.default_epsilon(tensors)
+        return Checkpoint("huggingface", tensors, {"model": "rwkv7", **epsilon} if epsilon else {}, layout=layout)
     if metadata is not None and webrwkv.is_webrwkv(tensors, metadata):
         return Checkpoint("webrwkv", webrwkv.to_blinkdl(tensors), {})
     if vision_rwkv.is_vision_rwkv(tensors):
@@ -177,10 +179,12 @@ def _read_folder(path: Path) -> Checkpoint:
         return Checkpoint("rwkv_rs", *rwkv_rs.read(tensors, config))
     if "model_type" not in config:
         return Checkpoint("heronry", names, config)
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = config.get("tie_word_embeddings")
     if fla_rwkv6.is_fla_rwkv6(names):
         return Checkpoint(
             "huggingface", fla_rwkv6.to_blinkdl(tensors, tied), fla_rwkv6.read_config(config), layout="fla_rwkv6"
         )
+    huggingface.check_norm_bias(names, config)
     tensors = huggingface.to_blinkdl(tensors, tied)
-    return Checkpoint("huggingface", tensors, huggingface.read_config(config), layout=_transformers_layout(names))
+    ours = huggingface.default_epsilon(tensors) | huggingface.read_config(config)
+    return Checkpoint("huggingface", tensors, ours, layout=_transformers_layout(names))

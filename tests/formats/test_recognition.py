@@ -222,6 +222,8 @@ def test_rwkv6_of_flash_linear_attention(random_checkpoint, tmp_path):
     assert model.config == expected.config
     assert torch.equal(logits(model), logits(expected))
     assert formats.read(tmp_path).description == "RWKV-6 in flash-linear-attention's layout"
+    save_file(tensors, tmp_path / "alone.safetensors")
+    assert heronry.load(tmp_path / "alone.safetensors").config == expected.config
     for change, message in (
         ({"expand_k": 0.5}, "config.json says expand_k = 0.5; supported is only 1"),
         ({"num_heads": 4}, "config.json says head_size = 8, but the tensors say 16"),

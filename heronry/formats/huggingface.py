@@ -152,14 +152,14 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = hub_config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
+        raise InputError(f"config.json has the model_type {show(kind)}; supported are {', '.join(ARCHITECTURES)}")
     is_v7 = kind == "rwkv7"
     epsilon = hub_config.get("norm_eps" if is_v7 else "layer_norm_epsilon", 1e-5)
     if epsilon != 1e-5:
-        raise InputError(f"config.json has layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
+        raise InputError(f"config.json has layer norms with epsilon {show(epsilon)}; all RWKV models have 1e-5")
     for key, (value, what) in UNSUPPORTED.items():
         if is_v7 and hub_config.get(key, value) != value:
-            raise InputError(f"config.json has {key} = {hub_config[key]!r}: {what}")
+            raise InputError(f"config.json has {key} = {show(hub_config[key])}: {what}")
     if is_v7 and hub_config.get("attn"):
         raise InputError("config.json has attention in some layers, which RWKV-7 does not have")
     sizes = {

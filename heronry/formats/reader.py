@@ -111,6 +111,8 @@ def read(path: Path) -> Checkpoint:
     relatives.check_head(head)
     if path.suffix in (".safetensors", ".st"):
         return _recognise_names("safetensors", safetensors_file.read(path))
+    if path.suffix == ".onnx":
+        raise InputError("an ONNX graph, which is written, not read; give the model that it was made from")
     raise InputError("not a .pth, .safetensors, GGUF or rwkv.cpp file")
 
 

@@ -1,6 +1,7 @@
 """RWKV World in the files of others: a tokenizer.json of Hugging Face's, or the vocabulary itself as .txt or .json.
 
-- a file is World if its whole vocabulary is: 65,529 tokens under the same ids, whatever it is called
+- a file is World if its whole vocabulary is: 65,529 tokens under the same ids, whatever it is called; one with tokens
+  added that a text can hold is another
 - a tokenizer.json spells bytes in the alphabet of GPT-2. Its model is WordPiece without a prefix, WordLevel behind a
   regular expression that finds the longest token, or rwkv-rs' RwkvTrie; all of them give World's ids
 - WordPiece of Hugging Face's library tries every end of a token, which takes time that grows with the cube of a piece's
@@ -21,6 +22,7 @@ NAMES = ("world", FILE.stem)  # of this vocabulary
 VOCABULARY_FILES = (f"{FILE.stem}.txt", f"{FILE.stem}.json")
 END = "<|endoftext|>"  # the name of id 0 there
 MODELS = ("WordPiece", "WordLevel", "RwkvTrie")
+PLACEHOLDER = "\ue000"  # what the names of ids without a token begin with
 PADDED_SIZE = 65536  # ids in files of others: World's and placeholders
 # where a text may be cut: in front of a space, unless white space precedes; behind a word; in front of a word that
 # follows no sign which tokens begin with
@@ -43,6 +45,9 @@ def is_world_json(content: str) -> bool:
         return False
     if kind == "WordPiece" and model.get("continuing_subword_prefix") != "":
         return False
+    added = parsed.get("added_tokens") or ()
+    if not all(isinstance(x, dict) and (x.get("id") == 0 or str(x.get("content"))[:1] == PLACEHOLDER) for x in added):
+        return False
     return all(vocabulary.get(token) == i for token, i in _spelled().items())
 
 
@@ -64,7 +69,7 @@ def world_json() -> dict[str, Any]:
     """World as the content of a tokenizer.json that Hugging Face's library reads, with World's ids for every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    placeholders = {f"\ue000{i}\ue001": i for i in range(COUNT + 1, PADDED_SIZE)}
+    placeholders = {f"{PLACEHOLDER}{i}\ue001": i for i in range(COUNT + 1, PADDED_SIZE)}
     vocabulary = {END: 0, **_spelled(), **placeholders}
     longest = 2**31 - 1  # a longer piece would be unknown
     model = models.WordPiece(

@@ -105,3 +105,23 @@ def test_another_vocabulary_is_not_world(tmp_path):
     other.write_text(vocabulary_text(read_vocabulary()[:-1]))
     with pytest.raises(InputError, match=r"other\.txt: not World's vocabulary"):
         load_tokenizer(other)
+
+
+def test_a_world_with_more_tokens_is_another(tmp_path):
+    """Tokens added to the vocabulary are what they are; placeholders, which no text holds, are no matter."""
+    content = world_json()
+    chat = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": 65535, "content": "\ue00065535\ue001", **chat}]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    assert plain_name(file) == "world"
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<|im_start|>"] = vocabulary.pop("\ue00065530\ue001")
+    content["added_tokens"] += [{"id": 65530, "content": "<|im_start|>", **chat}]
+    file.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(file)
+    assert isinstance(tokenizer, HFTokenizer)
+    assert tokenizer.encode("<|im_start|>Hi") == [65530, *WORLD.encode("Hi")]
+    vocabulary = tmp_path / "rwkv_vocab_v20230424.txt"
+    vocabulary.write_text("\ufeff" + vocabulary_text(read_vocabulary()), encoding="utf-8", newline="\n")
+    assert isinstance(load_tokenizer(vocabulary), WorldTokenizer)

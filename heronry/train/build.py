@@ -112,7 +112,7 @@ def build_model(config: Config, vocab_size: int, precision: str, device: str = "
             raise InputError(
                 f"{section.path}: quantized weights cannot be trained, except with model.tune=lora or miss"
             )
-        if section.tune == "all" and device != "meta" and _has_tied_head(model):
+        if section.tune == "all" and device != "meta" and model.has_copied_head():
             log.warning("heronry: %s: the head is tied to the embedding; training keeps the two apart", section.path)
         if section.tune == "state":
             model.tune_state()
@@ -132,11 +132,6 @@ def build_model(config: Config, vocab_size: int, precision: str, device: str = "
         if device != "meta":
             model.init_weights()
     return prepare_model(model, config, vocab_size, precision)
-
-
-def _has_tied_head(model: Model) -> bool:
-    """Whether the head is the embedding, which it is in no model that was trained here."""
-    return torch.equal(model.get_parameter("head.weight"), model.emb.weight)
 
 
 def build_vision_model(config: Config, n_classes: int, precision: str) -> VisionModel:

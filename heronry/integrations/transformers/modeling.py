@@ -226,7 +226,8 @@ class RwkvPreTrainedModel(PreTrainedModel):
                 heronry_quantize(model.rwkv, quantize)
         if tied and "head.weight" in model.rwkv.state_dict():
             model.config.tie_word_embeddings = False  # as it will be saved
-            logger.warning("the head is tied to the embedding; here it is a copy, which training and saving keep apart")
+            if model.rwkv.has_copied_head():
+                logger.warning("the head is tied to the embedding; here it is a copy, trained and saved apart")
         model.eval()
         model.name_or_path = config._name_or_path = str(pretrained_model_name_or_path or "")
         if generation_config is not None:

@@ -9,6 +9,7 @@ decides.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict
@@ -35,6 +36,8 @@ from .result import Converted
 from .streamed_logits import compute_logits, sample_tokens
 from .target_formats import SUFFIXES
 from .tokenizer_files import TokenizerFiles
+
+log = logging.getLogger("heronry")
 
 LIMIT = 1e-4  # of the largest logit; what is left are the decays that rwkv.cpp stores exponentiated
 END_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config.json: the id that ends a text
@@ -106,6 +109,8 @@ def convert_language_model(
         end = tokenizer_files.end_of_text()
         config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype], to)
         config_json |= {key: end for key in END_KEYS if key in config_json}
+        if own := " and ".join(key for key in ("ln_x_eps", "time_state") if key in config_json):
+            log.warning("heronry: %s: only heronry reads its %s; for other programs it is another model", target, own)
         write_json(part / "config.json", config_json)
         tokenizer_files.write_for_transformers(part, None if template is None else in_jinja(template))
         generation = dict.fromkeys(END_KEYS, end) | {"use_cache": True}

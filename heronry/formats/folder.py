@@ -13,6 +13,7 @@ from ..progress import ByteCounter
 from . import pth, safetensors_file
 from .lazy_tensor import Tensors
 
+SUFFIXES = (".pth", ".gguf", ".st", ".safetensors", ".bin")  # of single files
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = re.compile(
     r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?"
@@ -27,16 +28,19 @@ def read(folder: Path) -> Tensors:
             return read_file(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder, f"{name}.index.json", read_file)
-    raise InputError(f"no model.safetensors in the folder{unfinished_hint(folder)}")
+    raise InputError(f"no model.safetensors in the folder{hint(folder)}")
 
 
-def unfinished_hint(folder: Path) -> str:
-    """The end of an error message where the folder holds only shards of a training run."""
+def hint(folder: Path) -> str:
+    """The end of an error message: what a folder that holds no model holds."""
     if (folder / "zero_to_fp32.py").is_file():
         return ": a checkpoint of DeepSpeed's, whose script zero_to_fp32.py, inside, writes the weights as one file"
     if any(folder.glob("shard-*.safetensors")):
         return ", only the shards of a training run, which writes its model at the end"
-    return ""
+    # those of a folder may not be the whole model without its config.json
+    single = (path for path in folder.iterdir() if path.suffix in SUFFIXES and not WEIGHT_FILES.fullmatch(path.name))
+    files = sorted(path.name for path in single)
+    return f"; give one of its files: {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else ""
 
 
 def _read_shards(folder: Path, index: str, read_file: Callable[[Path], Tensors]) -> Tensors:

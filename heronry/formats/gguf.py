@@ -27,6 +27,7 @@ from ..errors import InputError, show
 from ..progress import ByteCounter
 from .ggml_types import dequantize, import_gguf, quantize
 from .lazy_tensor import LazyTensor, Tensors, nth, squeezed, transposed
+from .relatives import HYBRIDS
 
 NAMES = {
     "emb.weight": "token_embd.weight",
@@ -111,6 +112,8 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None, str | None]:
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise InputError(f"damaged or truncated GGUF file ({str(error)[:120] or type(error).__name__})") from error
     kind = fields.get("general.architecture")
+    if isinstance(kind, str) and kind in HYBRIDS:
+        raise InputError(f"the file holds {HYBRIDS[kind]}, which is not supported")
     if not isinstance(kind, str) or kind not in MIXES:
         raise InputError(f"a GGUF file of the architecture {show(kind)}; supported are {', '.join(MIXES)}")
 

@@ -169,7 +169,7 @@ def _read_folder(path: Path) -> Checkpoint:
     if any((path / name).is_file() for name in ("adapter_config.json", "adapter.json")):
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     if not (path / "config.json").is_file():
-        raise InputError(f"no config.json in the folder{folder.unfinished_hint(path)}")
+        raise InputError(f"no config.json in the folder{folder.hint(path)}")
     config = read_json(path / "config.json")
     if "model" in config and "model_type" not in config:
         return Checkpoint("heronry", strip_prefixes(folder.read(path)), config)

@@ -12,6 +12,7 @@ from ..errors import InputError, show
 HYBRIDS = {
     "rwkv7qwen2": "QRWKV7 (RADLADS), a converted Qwen2",
     "rwkv6qwen2": "QRWKV6, a converted Qwen2",
+    "arwkv7": "ARWKV, a converted Qwen",
     "rwkv_hybrid": "ARWKV, a converted Qwen",
     "hxa079": "HRWKV (hxa079), RWKV-7 with attention layers",
     "hxa07a": "HRWKV (hxa07A), RWKV-7 with attention layers",

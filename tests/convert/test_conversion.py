@@ -218,13 +218,17 @@ def test_a_tuned_state_stays_or_is_refused(weights, tmp_path):
         assert "tuned initial state" in refusal(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
 
 
-def test_a_constant_of_the_norm_stays(weights, tmp_path):
+def test_a_constant_of_the_norm_stays(weights, tmp_path, caplog):
     for version in ("5.2", "6", "7"):
         torch.save(weights(version), tmp_path / "a.pth")
         heronry.save(heronry.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / version)
         for format in (format for format in FOLDERS if (version, format) not in REFUSED):
             convert(tmp_path / version, tmp_path / f"{version}-{format}", to=format)
             assert heronry.load(tmp_path / f"{version}-{format}").config.ln_x_eps == pytest.approx(1e-5)
+    assert caplog.messages == [  # RWKV-5 and 6 have a place for it
+        f"heronry: {tmp_path / f'7-{format}'}: only heronry reads its ln_x_eps; for other programs it is another model"
+        for format in ("huggingface", "fla")
+    ]
 
 
 def test_that_constant_on_the_command_line(weights, command, tmp_path):
@@ -322,6 +326,7 @@ def test_gguf_metadata_of_wrong_types(weights, tmp_path, monkeypatch):
     assert "huggingface.json = 5; expected a text" in told("add_uint32", "tokenizer.huggingface.json", 5)
     assert "the note opening_tokens is 'a'" in told("add_string", "heronry.notes", '{"opening_tokens": "a"}')
     assert "a GGUF file of the architecture 5" in told("add_uint32", "general.architecture", 5)
+    assert "the file holds QRWKV6, a converted Qwen2" in told("add_string", "general.architecture", "rwkv6qwen2")
     assert "one of 3 parts of a GGUF file; join them first" in told("add_uint16", "split.count", 3)
 
 

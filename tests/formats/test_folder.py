@@ -103,3 +103,9 @@ def test_biases_that_config_denies(weights, tmp_path):
     official(weights, tmp_path / "without", norm_bias=True)
     save_file(plain, tmp_path / "without" / "model.safetensors")
     assert refusal(tmp_path / "without") == "config.json says norm_bias = True, but the layer norms have no biases"
+
+
+def test_a_folder_of_single_files_names_them(weights, tmp_path):
+    for name in ("b.st", "a.pth", "notes.txt"):
+        (tmp_path / name).touch()
+    assert refusal(tmp_path) == "no config.json in the folder; give one of its files: a.pth, b.st"

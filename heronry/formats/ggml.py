@@ -62,6 +62,8 @@ def read(path: Path) -> Tensors:
                 name = file.read(length).decode()
             except (struct.error, UnicodeDecodeError) as error:
                 raise InputError(f"damaged or truncated rwkv.cpp file (at byte {offset})") from error
+            if name in tensors:
+                raise InputError(f"damaged rwkv.cpp file ({name} occurs twice)")
             tensors[name], end = _read_tensor(path, name, kind, torch.Size(shape), file.tell())
             if end > size:
                 raise InputError(f"truncated rwkv.cpp file: {name} is incomplete")

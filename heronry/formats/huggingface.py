@@ -177,7 +177,8 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         sizes |= {f"{ours}_rank": hub_config.get(f"{name}_low_rank_dim") for ours, name in RANKS.items()}
         # the group norm has epsilon head_dim * norm_eps
         sizes["ln_x_eps"] = hub_config.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
-        sizes["deep_rank"] = DEEP_RANK if hub_config.get("use_deep_embed") else None
+        deep = hub_config.get("use_deep_embed")
+        sizes["deep_rank"] = None if deep is None else DEEP_RANK if deep else 0
         sizes["ln0_folded"] = not hub_config.get("norm_first", True)
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever config.json says

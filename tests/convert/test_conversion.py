@@ -553,6 +553,10 @@ def test_damage_is_named(weights, tmp_path):
     (tmp_path / "b.bin").write_bytes(header)
     with pytest.raises(InputError, match=r"its header says \(102, 128, 3\)"):
         heronry.load(tmp_path / "b.bin")
+    whole = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "b.bin").write_bytes(whole + whole[24:])  # all tensors behind the header once more
+    with pytest.raises(InputError, match=r"damaged rwkv\.cpp file \(emb\.weight occurs twice\)"):
+        heronry.load(tmp_path / "b.bin")
 
 
 def test_another_architecture(tmp_path):

@@ -206,6 +206,14 @@ def test_a_config_that_contradicts_the_tensors(change, message, weights, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_deep_embed_that_config_denies(weights, tmp_path):
+    folder = official(weights(deep=4), tmp_path / "hf", use_deep_embed=False)
+    with pytest.raises(InputError, match=r"config\.json says deep_rank = 0, but the tensors say 4"):
+        heronry.load(folder)
+    official(weights(), tmp_path / "plain", use_deep_embed=False)
+    assert heronry.load(tmp_path / "plain").config.deep_rank == 0
+
+
 def test_the_auto_classes(weights, tmp_path):
     pytest.importorskip("transformers")
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -158,6 +158,11 @@ class Model(Network):
         """For copies and pickles: everything but the native step, which holds addresses of this model's weights."""
         return self.__dict__ | {"_step": None}
 
+    def has_copied_head(self) -> bool:
+        """Whether the head is the embedding once more, as in a checkpoint that ties them: no training ends there."""
+        head = getattr(self, "head", None)
+        return isinstance(head, Linear) and torch.equal(head.weight, self.emb.weight)
+
     def tune_state(self) -> Model:
         """Makes the initial state the only trained parameter, and returns the model itself: `att.time_state`, zeros in
         a model that had none. The frozen weights are not copied."""

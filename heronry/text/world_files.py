@@ -22,6 +22,7 @@ NAMES = ("world", FILE.stem)  # of this vocabulary
 VOCABULARY_FILES = (f"{FILE.stem}.txt", f"{FILE.stem}.json")
 END = "<|endoftext|>"  # the name of id 0 there
 MODELS = ("WordPiece", "WordLevel", "RwkvTrie")
+PLACEHOLDER = "\ue000"  # what the names of ids without a token begin with
 PADDED_SIZE = 65536  # ids in files of others: World's and placeholders
 # where a text may be cut: in front of a space, unless white space precedes; behind a word; in front of a word that
 # follows no sign which tokens begin with
@@ -61,7 +62,7 @@ def is_world_json(content: str) -> bool:
 
 def _is_placeholder(token: Any) -> bool:
     """Whether this is the name of an id that no text has."""
-    return isinstance(token, str) and token.startswith("\ue000")
+    return isinstance(token, str) and token.startswith(PLACEHOLDER)
 
 
 def is_world_text(content: str) -> bool:
@@ -82,7 +83,7 @@ def world_json() -> dict[str, Any]:
     """World as the content of a tokenizer.json that Hugging Face's library reads, with World's ids for every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    placeholders = {f"\ue000{i}\ue001": i for i in range(COUNT + 1, PADDED_SIZE)}
+    placeholders = {f"{PLACEHOLDER}{i}\ue001": i for i in range(COUNT + 1, PADDED_SIZE)}
     vocabulary = {END: 0, **_spelled(), **placeholders}
     longest = 2**31 - 1  # a longer piece would be unknown
     model = models.WordPiece(

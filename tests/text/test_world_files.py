@@ -138,3 +138,9 @@ def test_world_behind_other_cuts_is_not_world(option):
     alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     assert is_world_json(json.dumps(world_json() | {"pre_tokenizer": alone}))
     assert not is_world_json(json.dumps(world_json() | {"pre_tokenizer": alone | {option: True}}))
+
+
+def test_world_with_a_byte_order_mark(tmp_path):
+    vocabulary = tmp_path / "rwkv_vocab_v20230424.txt"
+    vocabulary.write_text("\ufeff" + vocabulary_text(read_vocabulary()), encoding="utf-8", newline="\n")
+    assert isinstance(load_tokenizer(vocabulary), WorldTokenizer)

@@ -46,13 +46,10 @@ def open_image(source: str | Path | bytes) -> Image:
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image that can be read") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow raises for damaged files
-        raise InputError(f"{name}: cannot be read ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # each of Pillow's formats raises other kinds for damaged files
+        raise InputError(f"{name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
     if image.mode.startswith(("I", "F")):  # 16 bits or more of grey
         numbers = np.asarray(image, np.float32)
         top = 65535 if image.mode.startswith("I") else max(float(numbers.max()), 1e-6)

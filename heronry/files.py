@@ -28,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise InputError(f"{typed}: is not a file that could be replaced")
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with naming(typed, part), _folder(path.parent):
+    with naming(typed, part), _folder(path.parent, typed):
         try:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
             yield part
@@ -42,11 +42,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """The folder is there in the block; after it, only if something is in it or it was there before."""
+def _folder(path: Path, typed: str | Path) -> Iterator[None]:
+    """The folder is there in the block; after it, only if something is in it or it was there before. typed: the name in
+    the error if there is a file in its place."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(typed)) from error
         yield
     finally:
         with suppress(OSError):  # something is in it
@@ -99,7 +103,7 @@ def only_process(path: Path, message: str) -> Iterator[None]:
         return
     import fcntl
 
-    with _folder(path.parent):
+    with _folder(path.parent, path.parent):
         while True:
             with naming(path.parent, path):
                 file = open(path, "ab")  # noqa: SIM115  closed where the lock ends

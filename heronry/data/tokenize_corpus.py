@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, count
-from ..faults import PLAIN
 from ..files import atomic_write, hash_file, only_process
 from ..text.template_choice import template_text
 from ..text.tokenizers import plain_name
@@ -136,8 +135,7 @@ def tokenize_corpus(
                 sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress
             )
     except OSError as error:
-        reason = PLAIN.get(error.errno or 0, error.strerror or error)
-        raise InputError(f"{prefix}: cannot be written ({reason})") from error
+        raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
 
 
 def _tokenize(

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, count
-from ..files import atomic_write, hash_file
+from ..files import atomic_write, hash_file, only_process
 from ..text.template_choice import template_text
 from ..text.tokenizers import plain_name
 from .cluster import encode_on_cluster
 from .encoding import Encoder, encode_chunks
 from .rows import check_options
 from .sources import START, Position, Rows, TemporaryError, find_sources, read_records
-from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts, strip_suffix
+from .token_file import TokenWriter, Written, discard_parts, part_file, prefix_file, publish_parts, strip_suffix
 
 SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
 MAX_WORKERS = 256  # all of them start at once
@@ -124,13 +124,17 @@ def tokenize_corpus(
         The final progress, with the numbers of documents and tokens.
 
     Raises:
-        InputError: unreadable sources, an unknown template, files that already exist or cannot be written, or an
-            unfinished run with other options.
+        InputError: unreadable sources, an unknown template, files that already exist or cannot be written, an
+            unfinished run with other options, or another process that writes there.
     """
     prefix = strip_suffix(out)
     try:
         rows = Rows(key, shape, skip_bad)
-        return _tokenize(sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress)
+        busy = f"{prefix}: another process is writing it; wait for its end, or choose another name"
+        with only_process(part_file(prefix, ".lock"), busy):
+            return _tokenize(
+                sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress
+            )
     except OSError as error:
         raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
 

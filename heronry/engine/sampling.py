@@ -178,7 +178,7 @@ class Sampler:
             penalty = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
             logits = torch.where(self._repeated, logits * penalty, logits)
         for token, bias in options.logit_bias.items():
-            logits[token] += bias
+            logits[token] += float(bias)  # torch takes no whole number beyond 64 bits
         if options.presence_penalty or options.frequency_penalty:
             often = options.frequency_penalty * self._counts.float()
             logits -= torch.where(self._drawn, options.presence_penalty + often, 0.0)

@@ -180,7 +180,11 @@ def test_short_names_of_dtypes(command, folder):
 def test_a_wrong_configuration(command, configure, text, message):
     configure(text)
     refused(command("generate", "x"), message)
-    assert command("--help")[0] == 0
+    refused(command("list"), message)
+    for words in (["--help"], ["generate", "--help"], ["train", "-h"]):
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
+        assert "Usage: heronry" in out
 
 
 def test_an_error_names_the_place_of_a_default(command, configure, folder, monkeypatch, tmp_path):

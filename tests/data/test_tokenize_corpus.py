@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import lzma
 import random
 import signal
@@ -130,6 +131,33 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(InputError, match=f"pip install {package}"):
             list(sources.read_records(sources.find_sources([name])))
+
+
+def test_a_connection_to_the_hub_that_is_lost(monkeypatch):
+    """huggingface_hub has tried again in silence; datasets would do all of that 20 times, aloud."""
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    class Table:
+        def skip(self, number):
+            return self
+
+        def __iter__(self):
+            yield {"text": "A rook."}
+            config = datasets.config
+            seen.append((config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL))
+            seen.append(logging.getLogger("datasets").level)
+            raise ConnectionError("Server Disconnected")
+
+    before = dict(vars(datasets.config))
+    monkeypatch.setattr(sources.hub, "load_dataset", lambda name, streaming: Table())
+    records = sources.read_records(sources.find_sources(["hf://a/b"]))
+    assert next(records).content == "A rook."
+    message = "hf://a/b: the connection to the hub was lost; try the same command again"
+    with pytest.raises(sources.TemporaryError, match=message):
+        next(records)
+    assert seen == [(1, 0), logging.ERROR]
+    assert vars(datasets.config) == before
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "world", str(BUNDLED / "tokenizer.json")])

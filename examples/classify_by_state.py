@@ -2,9 +2,9 @@
 
     python examples/classify_by_state.py                   # the bundled model; --model FILE for another
 
-A text belongs to the class whose state makes it most probable. All states run as one batch, so a text is read once for all
-classes, and a new class costs a few hundred kilobytes. The second method takes the state after a text as its features, for
-a linear classifier: the same idea as with hidden states of any network, with everything the model remembers in one place.
+A text belongs to the class whose state makes it most probable. All states run as one batch, so a text is read once for
+all classes, and a new class costs a few hundred kilobytes. The second method takes the state after a text as its
+features, for a linear classifier: everything that the model remembers is in one place.
 """
 
 from __future__ import annotations
@@ -16,37 +16,59 @@ import torch
 import heronry
 from heronry.models import Model, State
 
-EXAMPLES = {
-    "animals": [
-        "The dog ran after the cat.", "A bird sat in the tree and sang.", "The cat likes to sleep and drink milk.",
-        "A big bear lived in the forest.", "The little fish swam in the pond.", "The rabbit hopped to its mom.",
-        "The horse ate some grass.", "A small mouse ran from the cat.",
-    ],
-    "food": [
-        "Mom made a yummy cake.", "They ate soup for dinner.", "He put butter on the bread.",
-        "She wanted a cookie and some juice.", "The pizza was hot and had cheese.", "Dad cooked eggs for breakfast.",
-        "The apple pie was sweet.", "Lily ate all the ice cream.",
-    ],
-    "weather": [
-        "It was a sunny day and the sky was blue.", "The rain fell all day.", "A strong wind blew the leaves away.",
-        "Snow covered the ground and it was cold.", "There was a storm with loud thunder.", "The clouds were big and dark.",
-        "The sun came out and it was warm.", "It was raining, so they stayed inside.",
-    ],
-}  # fmt: skip
-TEXTS = {
-    "animals": [
-        "The puppy wagged its tail.", "A frog jumped into the water.", "The lion was very strong.", "The duck had five babies.",
-        "The monkey climbed the tree.", "A bee sat on the flower.",
-    ],
-    "food": [
-        "They had pasta and salad.", "He drank a glass of milk.", "She baked bread with her grandma.", "The candy was too sweet.",
-        "They shared a sandwich for lunch.", "The chicken and rice tasted good.",
-    ],
-    "weather": [
-        "The wind was cold.", "The snow started to melt.", "It rained and the street was wet.", "Lightning lit up the sky.",
-        "It was a hot day without a cloud.", "The storm went away and the sun was bright.",
-    ],
-}  # fmt: skip
+EXAMPLE_LINES = {
+    "animals": """\
+The dog ran after the cat.
+A bird sat in the tree and sang.
+The cat likes to sleep and drink milk.
+A big bear lived in the forest.
+The little fish swam in the pond.
+The rabbit hopped to its mom.
+The horse ate some grass.
+A small mouse ran from the cat.""",
+    "food": """\
+Mom made a yummy cake.
+They ate soup for dinner.
+He put butter on the bread.
+She wanted a cookie and some juice.
+The pizza was hot and had cheese.
+Dad cooked eggs for breakfast.
+The apple pie was sweet.
+Lily ate all the ice cream.""",
+    "weather": """\
+It was a sunny day and the sky was blue.
+The rain fell all day.
+A strong wind blew the leaves away.
+Snow covered the ground and it was cold.
+There was a storm with loud thunder.
+The clouds were big and dark.
+The sun came out and it was warm.
+It was raining, so they stayed inside.""",
+}
+TEXT_LINES = {
+    "animals": """\
+The puppy wagged its tail.
+A frog jumped into the water.
+The lion was very strong.
+The duck had five babies.
+The monkey climbed the tree.
+A bee sat on the flower.""",
+    "food": """\
+They had pasta and salad.
+He drank a glass of milk.
+She baked bread with her grandma.
+The candy was too sweet.
+They shared a sandwich for lunch.
+The chicken and rice tasted good.""",
+    "weather": """\
+The wind was cold.
+The snow started to melt.
+It rained and the street was wet.
+Lightning lit up the sky.
+It was a hot day without a cloud.
+The storm went away and the sun was bright.""",
+}
+EXAMPLES, TEXTS = ({name: x.splitlines() for name, x in texts.items()} for texts in (EXAMPLE_LINES, TEXT_LINES))
 
 
 @torch.inference_mode()

@@ -1,0 +1,263 @@
+"""The documentation site: built strictly, whole, and readable without a network."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from py_mini_racer import MiniRacer
+
+from heronry.cli.app import COMMAND_NAMES
+from heronry.errors import InputError
+from heronry.text.chat_templates import ROLES, TEMPLATES, read_messages
+
+tomllib = pytest.importorskip("tomllib", reason="zensical needs Python 3.11")
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(DOCS)])}
+PUBLIC = ("", ".models", ".engine", ".formats", ".checkpoint", ".convert", ".adapters")  # rooms that list their names
+
+
+def build(project: Path) -> subprocess.CompletedProcess[str]:
+    """Builds the site of a folder with a zensical.toml, as `make site` does."""
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    return subprocess.run(command, cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the text of its article."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.ids = {attributes[key] for _, attributes in self.tags for key in ("id", "name") if key in attributes}
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def links(self, *names: str) -> Iterator[tuple[str, str]]:
+        for tag, attributes in self.tags:
+            yield from ((tag, attributes[name]) for name in names if name in attributes)
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    result = build(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return ROOT / "build" / "site"
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    """The Markdown files under docs/."""
+    return sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("[a page](missing.md)", "page does not exist"),
+        ("[a place](index.md#missing)", "anchor does not exist"),
+        ("::: heronry.missing", "heronry.missing"),
+    ],
+)
+def test_a_mistake_fails_the_build(page, complaint, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# A title\n\n{page}\n")
+    (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\n[project.plugins.mkdocstrings]\n')
+    result = build(tmp_path)
+    assert result.returncode != 0
+    assert complaint in re.sub(r"\x1b\[[0-9;]*m", "", result.stdout + result.stderr)
+
+
+def test_navigation_and_llms_txt_have_every_page(site, sources):
+    config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+
+    def files(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for part in entry.values() if isinstance(entry, dict) else entry:
+                yield from files(part)
+
+    assert sorted(files(config["nav"])) == sources
+    urls = re.findall(r"\]\(<?([^)>]+)>?\)", (site / "llms.txt").read_text(encoding="utf-8"))
+    assert sorted(url.removeprefix(config["site_url"]) for url in urls) == sources
+    assert all((site / source).is_file() for source in sources)  # what llms.txt leads to
+
+
+def test_links_and_anchors_exist(site, pages):
+    for path, page in pages.items():
+        for tag, link in page.links("href", "src", "srcset"):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or path.name == "404.html":  # which is shown for any address
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{path.relative_to(site)}: <{tag}> leads to {link}"
+            if parts.fragment and target.suffix == ".html":
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} leads to {link}"
+
+
+def test_nothing_comes_from_another_host(site, pages):
+    for path, page in pages.items():
+        links = [*page.links("src", "srcset", "poster", "data")]
+        for tag, attributes in page.tags:
+            if tag == "link" and attributes["rel"] not in ("canonical", "prev", "next", "alternate", "describedby"):
+                links.append((tag, attributes["href"]))
+            # what the theme's script fetches more for: diagrams, galleries, runnable code, the stars of a repository
+            assert not re.search(r"\b(mermaid|glightbox|pyodide)\b", attributes.get("class", "")), path
+            assert attributes.get("data-md-component") != "source", path
+        assert not [link for link in links if urlsplit(link[1]).netloc], path
+    for path in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
+
+
+def test_search_works_without_a_server(site, pages, sources):
+    text = (site / "search.json").read_text(encoding="utf-8")
+    assert text in (site / "search.js").read_text(encoding="utf-8")  # what pages opened from files read
+    index = json.loads(text)
+    found = {item["location"].partition("#")[0] for item in index["items"]}
+    assert {source.removesuffix(".md") + ".html" for source in sources} <= found
+    for item in index["items"]:
+        file, _, anchor = item["location"].partition("#")
+        assert not anchor or unquote(anchor) in pages[site / file].ids, item["location"]
+    texts = {item["location"]: item["text"] for item in index["items"]}
+    assert any("half-life" in text for location, text in texts.items() if location.startswith("view.html"))
+
+
+def test_pages_fit_a_phone(pages):
+    for path, page in pages.items():
+        viewports = [x["content"] for tag, x in page.tags if tag == "meta" and x.get("name") == "viewport"]
+        assert viewports == ["width=device-width,initial-scale=1"], path
+        widths = [(tag, x) for tag, x in page.tags if "width" in x or re.search(r"width:\s*\d+px", x.get("style", ""))]
+        assert not widths, path
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_reference_has_every_public_name(room, pages, site):
+    module = importlib.import_module(f"heronry{room}")
+    ids = pages[site / "reference" / f"{room.removeprefix('.') or 'heronry'}.html"].ids
+    for name in module.__all__:
+        home = getattr(getattr(module, name), "__module__", None) or ""
+        if home.startswith("heronry"):  # a class or function, no constant
+            assert {f"heronry{room}.{name}", f"{home}.{name}"} & ids, name
+
+
+def test_reference_has_every_command(pages, site):
+    assert {f"heronry-{name}" for name in COMMAND_NAMES} <= pages[site / "reference" / "commands.html"].ids
+
+
+# --- prompt-formats.md
+
+
+@pytest.fixture(scope="module")
+def script(site) -> MiniRacer:
+    """The page's script with the page's data, without a document."""
+    page = (site / "prompt-formats.html").read_text(encoding="utf-8")
+    data = re.search(r'<script type="application/json" id="prompt-formats-data">(.*?)</script>', page, re.DOTALL)[1]
+    engine = MiniRacer()
+    engine.eval((site / "assets" / "prompt-formats.js").read_text(encoding="utf-8"))
+    engine.eval(f"const renderer = promptFormats({data})")
+    return engine
+
+
+def rendered_there(script: MiniRacer, name: str, messages: list[dict[str, str]]) -> str | None:
+    call = f"renderer.render({json.dumps(name)}, {json.dumps(messages)})"
+    return json.loads(
+        script.eval(f"(() => {{ try {{ return JSON.stringify({call}) }} catch (e) {{ return 'null' }} }})()")
+    )
+
+
+def rendered_here(name: str, messages: list[dict[str, str]]) -> str | None:
+    """What heronry.Chat has the model read; None where a message is refused."""
+    template = TEMPLATES[name]
+    try:
+        checked = read_messages(messages)
+        if checked and checked[-1]["role"] == "user":
+            return template.extend(template.render_history(checked[:-1]), checked)
+        return template.render_history(checked)
+    except InputError:
+        return None
+
+
+PARTS = [
+    "a",
+    "\n",
+    "\n\n",
+    "\r\n",
+    " ",
+    "\t",
+    "\x1c",
+    "\x85",
+    "\ufeff",
+    "\u3000",
+    "User:",
+    "### Instruction:",
+    "{user}",
+]
+PARTS += ["{input}", "{system}", "$&", "$1", "\\", "鹭", "🪶", "<think", ">\n</think", "</script>"]
+TEXTS = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
+MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXTS}, optional={"input": TEXTS})
+ORDERS = [["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]]
+CONVERSATIONS = st.lists(MESSAGES, max_size=4) | st.sampled_from(ORDERS).flatmap(
+    lambda roles: st.tuples(*(MESSAGES.map(lambda message, role=role: message | {"role": role}) for role in roles)).map(
+        list
+    )
+)
+
+
+@given(name=st.sampled_from(sorted(TEMPLATES)), messages=CONVERSATIONS)
+def test_page_renders_conversations_as_heronry_does(script, name, messages):
+    assert rendered_there(script, name, messages) == rendered_here(name, messages)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_page_renders_a_whole_conversation(script, name):
+    messages = [
+        {"role": "system", "content": "You are\n\n\nkind. "},
+        {"role": "user", "content": " Sum up:\r\n", "input": "a heron\n\nstands"},
+        {"role": "assistant", "content": "It stands.\n\nUser: no"},
+        {"role": "user", "content": "And 鹭?"},
+    ]
+    for n in range(1, 5):
+        assert rendered_there(script, name, messages[:n]) == rendered_here(name, messages[:n]) is not None
+
+
+def test_guide_names_every_template():
+    table = re.findall(r"^\| (`.*?`) \| .* \| .* \|$", (DOCS / "guide.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names = re.findall(r"`([a-z0-9-]+)`", " ".join(table))
+    assert set(TEMPLATES) <= set(names)
+
+
+def test_formulas_become_mathml():
+    from markdown import Markdown
+
+    sys.path.insert(0, str(DOCS))
+    try:
+        from site_build import Formulas
+    finally:
+        sys.path.remove(str(DOCS))
+    markdown = Markdown(
+        extensions=["pymdownx.arithmatex", Formulas()], extension_configs={"pymdownx.arithmatex": {"generic": True}}
+    )
+    html = markdown.convert("$x_t$ for 5$ and $HOME\n\n$$\nS \\top\n$$\n")
+    assert "<msub><mi>x</mi><mi>t</mi></msub></mrow></math></span> for 5$ and $HOME" in html
+    assert '<math display="block"' in html

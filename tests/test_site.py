@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -42,7 +43,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.feed(path.read_text(encoding="utf-8"))
-        self.ids = {attributes[key] for _, attributes in self.tags for key in ("id", "name") if key in attributes}
+        self.ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
@@ -116,6 +117,11 @@ def test_links_and_anchors_exist(site, pages):
                 assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} leads to {link}"
 
 
+def test_an_id_is_one_place(pages, site):
+    for path, page in pages.items():
+        assert not [name for name, times in Counter(page.ids).items() if times > 1], path.relative_to(site)
+
+
 def test_nothing_comes_from_another_host(site, pages):
     for path, page in pages.items():
         links = [*page.links("src", "srcset", "poster", "data")]
@@ -133,14 +139,32 @@ def test_nothing_comes_from_another_host(site, pages):
 def test_search_works_without_a_server(site, pages, sources):
     text = (site / "search.json").read_text(encoding="utf-8")
     assert text in (site / "search.js").read_text(encoding="utf-8")  # what pages opened from files read
-    index = json.loads(text)
-    found = {item["location"].partition("#")[0] for item in index["items"]}
-    assert {source.removesuffix(".md") + ".html" for source in sources} <= found
-    for item in index["items"]:
-        file, _, anchor = item["location"].partition("#")
-        assert not anchor or unquote(anchor) in pages[site / file].ids, item["location"]
-    texts = {item["location"]: item["text"] for item in index["items"]}
-    assert any("half-life" in text for location, text in texts.items() if location.startswith("view.html"))
+    places = [item["location"] for item in json.loads(text)["items"]]
+    assert {source.removesuffix(".md") + ".html" for source in sources} <= {place.partition("#")[0] for place in places}
+    for place in places:
+        file, _, anchor = place.partition("#")
+        assert not anchor or unquote(anchor) in pages[site / file].ids, place
+
+    (worker,) = site.glob("assets/javascripts/workers/search*.js")
+    with MiniRacer() as engine:
+        engine.eval("let answer; const self = { postMessage: (message) => { answer = message } };")
+        engine.eval(worker.read_text(encoding="utf-8"))
+        engine.eval(f"self.onmessage({{ data: {{ type: 0, data: {text} }} }}); 0")
+
+        def search(words: str) -> list[str]:
+            engine.eval(f"self.onmessage({{ data: {{ type: 2, data: {{ input: {json.dumps(words)} }} }} }}); 0")
+            return [
+                places[i] for i in json.loads(engine.eval("JSON.stringify(answer.data.items.map((item) => item.id))"))
+            ]
+
+        assert "view.html#decay" in search("half-life")
+        assert "zh/index.html" in search("状态")
+
+
+def test_pages_say_their_language(pages, site):
+    for path, page in pages.items():
+        expected = "zh" if path.is_relative_to(site / "zh") else "en"
+        assert [x["lang"] for tag, x in page.tags if tag == "html"] == [expected], path
 
 
 def test_pages_fit_a_phone(pages):
@@ -158,25 +182,25 @@ def test_reference_has_every_public_name(room, pages, site):
     for name in module.__all__:
         home = getattr(getattr(module, name), "__module__", None) or ""
         if home.startswith("heronry"):  # a class or function, no constant
-            assert {f"heronry{room}.{name}", f"{home}.{name}"} & ids, name
+            assert {f"heronry{room}.{name}", f"{home}.{name}"} & {*ids}, name
 
 
 def test_reference_has_every_command(pages, site):
-    assert {f"heronry-{name}" for name in COMMAND_NAMES} <= pages[site / "reference" / "commands.html"].ids
+    assert {f"heronry-{name}" for name in COMMAND_NAMES} <= {*pages[site / "reference" / "commands.html"].ids}
 
 
 # --- prompt-formats.md
 
 
 @pytest.fixture(scope="module")
-def script(site) -> MiniRacer:
+def script(site) -> Iterator[MiniRacer]:
     """The page's script with the page's data, without a document."""
     page = (site / "prompt-formats.html").read_text(encoding="utf-8")
     data = re.search(r'<script type="application/json" id="prompt-formats-data">(.*?)</script>', page, re.DOTALL)[1]
-    engine = MiniRacer()
-    engine.eval((site / "assets" / "prompt-formats.js").read_text(encoding="utf-8"))
-    engine.eval(f"const renderer = promptFormats({data})")
-    return engine
+    with MiniRacer() as engine:
+        engine.eval((site / "assets" / "prompt-formats.js").read_text(encoding="utf-8"))
+        engine.eval(f"const renderer = promptFormats({data})")
+        yield engine
 
 
 def rendered_there(script: MiniRacer, name: str, messages: list[dict[str, str]]) -> str | None:

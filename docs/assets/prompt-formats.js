@@ -125,6 +125,6 @@ function showPromptFormats(form, data) {
 if (typeof document !== "undefined") {
   document.addEventListener("DOMContentLoaded", () => {
     const data = document.getElementById("prompt-formats-data");
-    showPromptFormats(document.getElementById("prompt-formats"), JSON.parse(data.textContent));
+    showPromptFormats(document.querySelector("form.prompt-formats"), JSON.parse(data.textContent));
   });
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from py_mini_racer import MiniRacer
 
@@ -222,35 +222,20 @@ def rendered_here(name: str, messages: list[dict[str, str]]) -> str | None:
         return None
 
 
-PARTS = [
-    "a",
-    "\n",
-    "\n\n",
-    "\r\n",
-    " ",
-    "\t",
-    "\x1c",
-    "\x85",
-    "\ufeff",
-    "\u3000",
-    "User:",
-    "### Instruction:",
-    "{user}",
-]
-PARTS += ["{input}", "{system}", "$&", "$1", "\\", "鹭", "🪶", "<think", ">\n</think", "</script>"]
+PARTS = ["a", "\n", "\n\n", "\r\n", "b\r\n\nc", " ", "\t", "\x1c", "\x85", "\ufeff", "\u3000", "鹭", "🪶", "\\", "$&"]  # fmt: skip
+PARTS += ["{user}", "{input}", "{system}", "\n\nUser:", "d\n\ne\n### Instruction:", "<think", ">\n</think", "</script>"]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
-MESSAGES = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXTS}, optional={"input": TEXTS})
-ORDERS = [["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]]
-CONVERSATIONS = st.lists(MESSAGES, max_size=4) | st.sampled_from(ORDERS).flatmap(
-    lambda roles: st.tuples(*(MESSAGES.map(lambda message, role=role: message | {"role": role}) for role in roles)).map(
-        list
-    )
+CONTENTS = st.fixed_dictionaries({"content": TEXTS}, optional={"input": TEXTS})
+ORDERS = st.sampled_from([["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]])
+CONVERSATIONS = (ORDERS | st.lists(st.sampled_from(ROLES), max_size=4)).flatmap(
+    lambda roles: st.tuples(*(CONTENTS.map(lambda content, role=role: {"role": role, **content}) for role in roles))
 )
 
 
+@settings(max_examples=300)
 @given(name=st.sampled_from(sorted(TEMPLATES)), messages=CONVERSATIONS)
 def test_page_renders_conversations_as_heronry_does(script, name, messages):
-    assert rendered_there(script, name, messages) == rendered_here(name, messages)
+    assert rendered_there(script, name, [*messages]) == rendered_here(name, [*messages])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

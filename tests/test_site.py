@@ -222,8 +222,8 @@ def rendered_here(name: str, messages: list[dict[str, str]]) -> str | None:
         return None
 
 
-PARTS = ["a", "\n", "\n\n", "\r\n", "b\r\n\nc", " ", "\t", "\x1c", "\x85", "\ufeff", "\u3000", "鹭", "🪶", "\\", "$&"]  # fmt: skip
-PARTS += ["{user}", "{input}", "{system}", "\n\nUser:", "d\n\ne\n### Instruction:", "<think", ">\n</think", "</script>"]
+PARTS = ["a", "\n", "\n\n", "\r\n", "b\r\n\nc", " ", "\t", "\x1c", "\x85", "\ufeff", "\u3000", "鹭", "🪶", "\\"]
+PARTS += ["$&", "{user}", "{input}", "{system}", "\n\nUser:", "<think", ">\n</think", "</script>"]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
 CONTENTS = st.fixed_dictionaries({"content": TEXTS}, optional={"input": TEXTS})
 ORDERS = st.sampled_from([["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]])
@@ -240,14 +240,15 @@ def test_page_renders_conversations_as_heronry_does(script, name, messages):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_page_renders_a_whole_conversation(script, name):
-    messages = [
-        {"role": "system", "content": "You are\n\n\nkind. "},
-        {"role": "user", "content": " Sum up:\r\n", "input": "a heron\n\nstands"},
-        {"role": "assistant", "content": "It stands.\n\nUser: no"},
-        {"role": "user", "content": "And 鹭?"},
-    ]
-    for n in range(1, 5):
-        assert rendered_there(script, name, messages[:n]) == rendered_here(name, messages[:n]) is not None
+    for stop in TEMPLATES[name].stops:
+        messages = [
+            {"role": "system", "content": "You are\n\n\nkind. "},
+            {"role": "user", "content": " Sum up:\r\n", "input": "a heron\n\nstands"},
+            {"role": "assistant", "content": f"It stands.\n\nTall.{stop} no"},
+            {"role": "user", "content": "And 鹭?"},
+        ]
+        for n in range(1, 5):
+            assert rendered_there(script, name, messages[:n]) == rendered_here(name, messages[:n]) is not None
 
 
 def test_guide_names_every_template():

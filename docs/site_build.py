@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import griffe
-import latex2mathml.converter
+import math_core
 import typer
 from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
@@ -101,17 +102,25 @@ class Formulas(Extension):
     """The formulas that pymdownx.arithmatex finds, as MathML: no script renders them, so none is fetched."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        md.treeprocessors.register(_FormulasProcessor(md), "formulas", 1)
+        md.treeprocessors.register(FormulaProcessor(md), "formulas", 1)
 
 
-class _FormulasProcessor(Treeprocessor):
+class FormulaProcessor(Treeprocessor):
     def run(self, root: ElementTree.Element) -> None:
+        """Raises ValueError, which shows the formula and says what is wrong with it."""
+        converter = math_core.LatexToMathML(fancy_error=False)
         for element in root.iter():
             if element.get("class") == "arithmatex":
-                text = (element.text or "").strip()
-                display = "block" if element.tag == "div" else "inline"
-                element.text = None
-                element.append(latex2mathml.converter.convert_to_element(text[2:-2].strip(), display=display))
+                latex, is_block = (
+                    (element.text or "").strip()[2:-2].strip(),
+                    element.tag == "div",
+                )  # without its brackets
+                latex = html.unescape(latex) if is_block else latex  # arithmatex escapes blocks only
+                try:
+                    formula = converter.convert_with_local_state(latex, displaystyle=is_block)
+                except math_core.LatexError as error:
+                    raise ValueError(f"the formula {latex}: {error}") from error
+                element.text = self.md.htmlStash.store(formula)
 
 
 class FieldLists(griffe.Extension):

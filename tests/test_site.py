@@ -77,12 +77,16 @@ def sources() -> list[str]:
         ("[a page](missing.md)", "page does not exist"),
         ("[a place](index.md#missing)", "anchor does not exist"),
         ("::: heronry.missing", "heronry.missing"),
+        (r"A formula $\foo_t$", r'the formula \foo_t: 0: Unknown command "\foo"'),
     ],
 )
 def test_a_mistake_fails_the_build(page, complaint, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(f"# A title\n\n{page}\n")
-    (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\n[project.plugins.mkdocstrings]\n')
+    (tmp_path / "zensical.toml").write_text(
+        '[project]\nsite_name = "x"\n[project.plugins.mkdocstrings]\n[project.markdown_extensions]\n'
+        'pymdownx.arithmatex.generic = true\n"site_build:Formulas" = {}\n'
+    )
     result = build(tmp_path)
     assert result.returncode != 0
     assert complaint in re.sub(r"\x1b\[[0-9;]*m", "", result.stdout + result.stderr)
@@ -268,6 +272,7 @@ def test_formulas_become_mathml():
     markdown = Markdown(
         extensions=["pymdownx.arithmatex", Formulas()], extension_configs={"pymdownx.arithmatex": {"generic": True}}
     )
-    html = markdown.convert("$x_t$ for 5$ and $HOME\n\n$$\nS \\top\n$$\n")
-    assert "<msub><mi>x</mi><mi>t</mi></msub></mrow></math></span> for 5$ and $HOME" in html
-    assert '<math display="block"' in html
+    html = markdown.convert("$x_t$ for 5$ and $HOME\n\n$$\n\\begin{aligned} a &< b \\\\ c &= d \\end{aligned}\n$$\n")
+    assert "<math><msub><mi>x</mi><mi>t</mi></msub></math></span> for 5$ and $HOME" in html
+    assert '<math display="block"><mtable' in html
+    assert "<mo>&lt;</mo><mi>b</mi>" in html

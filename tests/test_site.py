@@ -26,6 +26,7 @@ from heronry.text.chat_templates import ROLES, TEMPLATES, read_messages
 tomllib = pytest.importorskip("tomllib", reason="zensical needs Python 3.11")
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(DOCS)])}
 PUBLIC = ("", ".models", ".engine", ".formats", ".checkpoint", ".convert", ".adapters")  # rooms that list their names
 
@@ -93,8 +94,6 @@ def test_a_mistake_fails_the_build(page, complaint, tmp_path):
 
 
 def test_navigation_and_llms_txt_have_every_page(site, sources):
-    config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
-
     def files(entry: object) -> Iterator[str]:
         if isinstance(entry, str):
             yield entry
@@ -102,20 +101,21 @@ def test_navigation_and_llms_txt_have_every_page(site, sources):
             for part in entry.values() if isinstance(entry, dict) else entry:
                 yield from files(part)
 
-    assert sorted(files(config["nav"])) == sources
+    assert sorted(files(CONFIG["nav"])) == sources
     urls = re.findall(r"\]\(<?([^)>]+)>?\)", (site / "llms.txt").read_text(encoding="utf-8"))
-    assert sorted(url.removeprefix(config["site_url"]) for url in urls) == sources
+    assert sorted(url.removeprefix(CONFIG["site_url"]) for url in urls) == sources
     assert all((site / source).is_file() for source in sources)  # what llms.txt leads to
 
 
 def test_links_and_anchors_exist(site, pages):
     for path, page in pages.items():
         for tag, link in page.links("href", "src", "srcset"):
-            parts = urlsplit(link)
+            local = link.removeprefix(CONFIG["site_url"])
+            parts = urlsplit(local)
             if parts.scheme or parts.netloc or path.name == "404.html":  # which is shown for any address
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            target = target / "index.html" if target.is_dir() else target
+            folder = path.parent if local == link else site
+            target = (folder / unquote(parts.path)).resolve() if parts.path else path
             assert target.is_file(), f"{path.relative_to(site)}: <{tag}> leads to {link}"
             if parts.fragment and target.suffix == ".html":
                 assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} leads to {link}"

@@ -111,10 +111,8 @@ class FormulaProcessor(Treeprocessor):
         converter = math_core.LatexToMathML(fancy_error=False)
         for element in root.iter():
             if element.get("class") == "arithmatex":
-                latex, is_block = (
-                    (element.text or "").strip()[2:-2].strip(),
-                    element.tag == "div",
-                )  # without its brackets
+                is_block = element.tag == "div"
+                latex = (element.text or "").strip()[2:-2].strip()  # without its brackets
                 latex = html.unescape(latex) if is_block else latex  # arithmatex escapes blocks only
                 try:
                     formula = converter.convert_with_local_state(latex, displaystyle=is_block)

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown import Markdown
 from py_mini_racer import MiniRacer
 
 from heronry.cli.app import COMMAND_NAMES
@@ -261,18 +262,32 @@ def test_guide_names_every_template():
     assert set(TEMPLATES) <= set(names)
 
 
-def test_formulas_become_mathml():
-    from markdown import Markdown
+# --- docs/site_build.py
 
-    sys.path.insert(0, str(DOCS))
-    try:
-        from site_build import Formulas
-    finally:
-        sys.path.remove(str(DOCS))
-    markdown = Markdown(
-        extensions=["pymdownx.arithmatex", Formulas()], extension_configs={"pymdownx.arithmatex": {"generic": True}}
-    )
-    html = markdown.convert("$x_t$ for 5$ and $HOME\n\n$$\n\\begin{aligned} a &< b \\\\ c &= d \\end{aligned}\n$$\n")
+
+@pytest.fixture
+def site_build(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("site_build")
+
+
+def test_formulas_become_mathml(site_build):
+    extensions = ["pymdownx.arithmatex", site_build.Formulas()]
+    convert = Markdown(extensions=extensions, extension_configs={"pymdownx.arithmatex": {"generic": True}}).convert
+    html = convert("$x_t$ for 5$ and $HOME\n\n$$\n\\begin{aligned} a &< b \\\\ c &= d \\end{aligned}\n$$\n")
     assert "<math><msub><mi>x</mi><mi>t</mi></msub></math></span> for 5$ and $HOME" in html
     assert '<math display="block"><mtable' in html
     assert "<mo>&lt;</mo><mi>b</mi>" in html
+
+
+def test_fields_in_docstrings_become_a_list(site_build):
+    text = "What it is.\nrow, column: where,\n    in the table\nsize: how large\nNote: no field\n"
+    listed = "What it is.\n\n- `row, column`: where,\n    in the table\n- `size`: how large\nNote: no field"
+    assert site_build.list_fields(text, {"row", "column", "size"}) == listed
+
+
+def test_links_of_the_changelog_lead_to_pages(site_build, monkeypatch, tmp_path):
+    (tmp_path / "A.md").write_text("[a](docs/view.md#decay) [b](LICENSE) [c](https://x.org) [d](#e)", encoding="utf-8")
+    monkeypatch.setattr(site_build, "ROOT", tmp_path)
+    linked = f"[a](view.md#decay) [b]({site_build.REPOSITORY}LICENSE) [c](https://x.org) [d](#e)"
+    assert site_build.repository_page("A.md") == linked

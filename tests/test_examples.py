@@ -11,7 +11,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+
+import heronry
+from heronry.catalog import BUNDLED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = [
@@ -198,3 +204,48 @@ def test_sequence_classification(run, folder):
     assert "Who of Ash, Birch?" in output
     assert len(re.findall(r"^\| \d+ \|( [\d.]+% \|){4}$", output, re.M)) == 3
     assert (folder / "author" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("version", ["4", "7", "bundled"])
+def test_rwkv_in_numpy(version, tmp_path, random_checkpoint):
+    """Token by token, with the state put back once."""
+    if version == "bundled":
+        model, path = heronry.load(BUNDLED), BUNDLED / "model.safetensors"
+    else:
+        path = tmp_path / "model.safetensors"
+        save_file(random_checkpoint(version), path)
+        model = heronry.load(path)
+    module = runpy.run_path(str(EXAMPLES / "numpy_rwkv.py"))
+    small = module["RWKV"](module["load"](path))
+    tokens = [5, 9, 17, 5, 2, 44]
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([tokens]))[0][0].numpy()
+    for i, token in enumerate(tokens):
+        if i == 3:
+            kept = dict(small.state)
+            small(7)
+            small.state = kept
+        np.testing.assert_allclose(small(token), expected[i], rtol=1e-3, atol=2e-4)
+    assert len((EXAMPLES / "numpy_rwkv.py").read_text().splitlines()) < 150
+
+
+def test_rwkv_in_numpy_tells_a_story(run):
+    assert run("numpy_rwkv.py").startswith("Once upon a time")
+
+
+def test_state_as_memory(run):
+    """Half way between two memories the story is neither's; at the ends it is theirs."""
+    lines = [line.strip() for line in run("state_as_memory.py").splitlines()]
+    blended = {line.split("% Sue: ")[0]: line.split("% Sue: ")[1] for line in lines if "% Sue: " in line}
+    assert list(blended) == ["0", "25", "50", "75", "100"]
+    assert lines[lines.index("saved and loaded, in another process if need be:") + 1] == blended["0"]
+    assert "Tim" in blended["0"]
+    assert "Sue" in blended["100"]
+    assert "Tim" not in blended["100"]
+
+
+def test_classes_by_state(run):
+    """Far more than by chance, 6 of 18; in the run that the example was made with, 15 and 18."""
+    right = [int(n) for n in re.findall(r"(\d+) of 18 right", run("classify_by_state.py"))]
+    assert right[0] >= 13
+    assert right[1] >= 16

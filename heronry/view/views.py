@@ -122,7 +122,8 @@ def view_flow(look: Look) -> list[Picture]:
         Picture(
             figure,
             f"Noise on “{look.subject}” changes the probability of “{word}” from {found.clean:.1%} to "
-            f"{found.corrupted:.1%}. Left: where one layer's output at one token, put back, undoes that.",
+            f"{found.corrupted:.1%}. The first two pictures: where putting back one layer's output, or "
+            "its memory, undoes that.",
         )
     ]
 

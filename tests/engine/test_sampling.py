@@ -180,6 +180,7 @@ def test_logit_bias():
     logits = torch.tensor([1.0, 2.0, 3.0])
     assert Sampler(Sampling(temperature=0, logit_bias={2: -math.inf})).pick(logits) == 1
     assert Sampler(Sampling(temperature=0, logit_bias={0: 2.5})).pick(logits) == 0
+    assert Sampler(Sampling(temperature=0, logit_bias={0: 10**30})).pick(logits) == 0
     assert {Sampler(Sampling(seed=i, logit_bias={0: 100})).pick(logits) for i in range(20)} == {0}
     with pytest.raises(InputError, match="bans them all"):
         Sampler(Sampling(logit_bias=dict.fromkeys(range(3), -math.inf))).pick(logits)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from . import cases
 from .cases import OPERATORS, Operator, assert_close, cut, draw, run, to
@@ -73,6 +74,24 @@ def test_gradients_by_finite_differences(operator: Operator, impl: str):
         return y, state
 
     assert torch.autograd.gradcheck(outputs, [x.requires_grad_() for x in arguments.values()])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked", "cpu"])
+@pytest.mark.parametrize("operator", EACH)
+def test_forward_mode_differentiation(operator: Operator, impl: str):
+    """C++ knows nothing of it: "auto" then takes another body, "cpu" refuses."""
+    arguments = draw(operator, 1, 5, 2, 4)
+    along = torch.randn(arguments["v"].shape, dtype=torch.float64)
+    step = 1e-6
+    y = [operator.call(**arguments | {"v": arguments["v"] + s * along}, impl="reference")[0] for s in (step, -step)]
+    with forward_ad.dual_level():
+        arguments["v"] = forward_ad.make_dual(arguments["v"], along)
+        if impl == "cpu":
+            with pytest.raises(ValueError, match="the body 'cpu' has no forward-mode derivative; choose chunked"):
+                operator.call(**arguments, impl=impl)
+        else:
+            actual = forward_ad.unpack_dual(operator.call(**arguments, impl=impl)[0]).tangent
+            assert_close({"y": actual}, {"y": (y[0] - y[1]) / (2 * step)}, 1e-8)
 
 
 @pytest.mark.parametrize(("operator", "impl"), BODIES)

@@ -31,6 +31,12 @@ def test_code_in_docs_runs(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)
 
 
+def test_quoted_code_is_as_in_its_file():
+    for page in PAGES:
+        for file, code in re.findall(r'^```\w+ title="(.*?)"\n(.*?)^```', TEXTS[page], re.M | re.S):
+            assert code in (ROOT / file).read_text(encoding="utf-8"), f"{name_of(page)}: {file} has no\n{code}"
+
+
 def commands_in(page: Path) -> list[list[str]]:
     """The words of every `heronry ...` in the code of a page, without the first."""
     blocks = [fenced or indented for kind, fenced, indented in CODE.findall(TEXTS[page]) if kind in ("", "sh", "bash")]

@@ -48,6 +48,8 @@ class Event:
 
 
 class Result(NamedTuple):
+    """What one sequence of a `Generation` ended as."""
+
     tokens: list[int]
     state: State | None  # one row, after the prompt and all of `tokens`; None if the sequence was dropped
     finish_reason: FinishReason | None  # None if it was dropped

@@ -40,7 +40,7 @@ def by_hand(model, before, after) -> tuple[float, bool]:
 
 
 @given(pairs=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6), share=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 def test_likelihoods(models, version, pairs, share):
     model = models(version)

@@ -379,7 +379,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(VALUES, max_size=12), st.sampled_from([None, 2]), st.booleans(), st.integers(1, 9), st.booleans())
 def test_the_values_of_an_array_are_those_that_json_reads(tmp_path_factory, values, indent, escaped, block, array):
     file = tmp_path_factory.getbasetemp() / "values.json"

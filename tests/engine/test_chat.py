@@ -195,7 +195,7 @@ def test_max_tokens_may_cut_anywhere(scripted, cut):
     assert model.read(last(chat).state) + last(chat).owed == chat.text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     reply=st.lists(
         st.sampled_from(["a", " ", "\n", "\n\n", " \n\n", "b\n", "\nU", "\n\nU", "U", "U:", ":"]), max_size=9

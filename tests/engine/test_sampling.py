@@ -59,7 +59,7 @@ def test_by_hand(options, p):
     torch.testing.assert_close(probabilities(HAND, Sampling(**options)), torch.tensor(p) * 1.0, rtol=1e-5, atol=1e-7)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 10**6),
     size=st.sampled_from([2, 7, 300, 1000]),

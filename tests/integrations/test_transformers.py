@@ -522,7 +522,7 @@ TURN = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(system=st.none() | TURN, turns=st.lists(st.tuples(TURN, TURN), max_size=3), last=TURN, about=st.none() | TURN)
 @example(
     system="Be  kind.\n",

@@ -29,7 +29,7 @@ def test_body_equals_reference(operator: Operator, impl: str, batch: int, tokens
 
 @pytest.mark.parametrize(("operator", "impl"), OTHERS)
 @given(st.integers(1, 3), st.integers(1, 100), st.integers(1, 3), st.integers(1, 7), st.integers(0, 99))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 def test_body_equals_reference_at_any_size(operator, impl, batch, tokens, heads, size, seed):
     arguments = draw(operator, batch, tokens, heads, size, seed=seed)
     assert_close(run(operator, arguments, impl), run(operator, arguments, "reference"), 1e-10)
@@ -131,7 +131,7 @@ def test_packed_equals_separate(operator: Operator, impl: str, lengths: list[int
 
 @pytest.mark.parametrize(("operator", "impl"), OTHERS)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(0, 99))
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 def test_packed_equals_separate_for_any_lengths(operator, impl, lengths, seed):
     packed_equals_separate(operator, impl, lengths, seed)
 

@@ -70,7 +70,7 @@ TURN = st.lists(st.sampled_from([*" \r\nab:{}é", "\n\n", "User:", "<think>"]), 
 
 
 @pytest.mark.parametrize("name", ["raven", "world", "g1", "story", "alpaca", "raven-alpaca", "instruction", "qa"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3), weight=st.sampled_from([0, 1]))
 @example(turns=[("a", "b\n\n\n### Instruction: x"), ("c", "d")], weight=1)
 def test_the_same_pieces_as_of_our_templates(name, turns, weight):

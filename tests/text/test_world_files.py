@@ -28,7 +28,7 @@ def stock(tmp_path_factory) -> Backend:
     return Backend.from_file(str(file))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS)
 def test_stock_tokenizers_give_the_same_ids(stock, text):
     assume("<|endoftext|>" not in text)  # which they take for the special token

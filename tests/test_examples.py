@@ -11,9 +11,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from safetensors.torch import save_file
 
 import heronry
@@ -249,3 +251,26 @@ def test_classes_by_state(run):
     right = [int(n) for n in re.findall(r"(\d+) of 18 right", run("classify_by_state.py"))]
     assert right[0] >= 13
     assert right[1] >= 16
+
+
+PAGES = sorted((EXAMPLES.parent / "docs" / "how").glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(x, marks=[] if x.stem == "generations" else pytest.mark.slow, id=x.stem) for x in PAGES]
+)
+def test_notebooks(page, tmp_path):
+    """In a kernel of their own, as Jupyter runs them."""
+    as_notebook = runpy.run_path(str(EXAMPLES / "notebooks.py"))["as_notebook"]
+    notebook = nbformat.reads(as_notebook(page), as_version=4)
+    quoted = page.read_text(encoding="utf-8").count('```python title="')
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(cells) == page.read_text(encoding="utf-8").count("```python") - quoted > 0
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert all(cell.execution_count for cell in cells)
+
+
+def test_notebooks_are_written(run, tmp_path):
+    written = run("notebooks.py", tmp_path / "new").split()
+    assert [Path(name).stem for name in written] == [page.stem for page in PAGES]
+    assert all(nbformat.read(name, as_version=4).cells for name in written)

@@ -300,7 +300,11 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return self._train()
         message = f"{self.out}: another process is training there; wait for its end, or choose another run.out"
-        with only_process(self.out / ".training", message):
+        with contextlib.ExitStack() as lock:
+            try:
+                lock.enter_context(only_process(self.out / ".training", message))
+            except OSError as error:
+                raise InputError(f"{self.out}: cannot be written ({error.strerror or error})") from error
             return self._train()
 
     def _train(self) -> Network:

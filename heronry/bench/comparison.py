@@ -143,7 +143,7 @@ def pictures(found: Comparison) -> list[Picture]:
     step = f"{plan.batch} x {plan.context}"
     return [
         Picture(
-            draw_decoding(decoding.positions, decoding.seconds, decoding.state_bytes),
+            draw_decoding(decoding.positions, decoding.seconds, decoding.state_bytes, decoding.slowdown),
             "Reading one more token. RWKV, LSTM and AFT-simple have really read so many tokens, random ones; GPT and "
             "AFT-full get a cache of that size, filled with random numbers. RWKV takes its step in C++, the others run "
             "in PyTorch; the table has RWKV's time in PyTorch too. The biases that AFT-full needs for every position "
@@ -151,9 +151,9 @@ def pictures(found: Comparison) -> list[Picture]:
         ),
         Picture(
             draw_training(training.contexts, training.seconds, training.peak_bytes, plan.step_tokens),
-            "The forward and the backward pass of a step of training, without the optimizer, which is the same for all. "
-            "The memory is the largest that a process of its own took beyond what it had with the model loaded: "
-            "gradients and activations.",
+            "The forward and the backward pass of a step of training; the optimizer is the same for all. Every step "
+            f"has {plan.step_tokens:,} tokens, in few long texts or in many short ones. The memory is the largest that "
+            "a process of its own took beyond what it had with the model loaded: gradients and activations.",
         ),
         Picture(
             draw_learning(learning.tokens, learning.bits, learning.held_out, learning.seconds),

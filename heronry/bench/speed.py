@@ -173,8 +173,8 @@ def compare_decoding(plan: Plan, configs: dict[str, Any], progress: Progress | N
 
 
 class Learner:
-    """A new model in a worker's process, that reads random tokens forwards and backwards. What the optimizer adds depends
-    on the number of parameters only."""
+    """A new model in a worker's process, which makes forward and backward passes over random tokens. What the optimizer
+    adds is the same for all."""
 
     def __init__(self, name: str, config: Any):
         self.name, self.config = name, config
@@ -182,6 +182,7 @@ class Learner:
 
     def load(self) -> None:
         self.model = build_model(self.name, self.config)
+        self.step(1, 2)()  # loads the libraries and what PyTorch imports for it, which count as part of the model
         self.own_sizes["loaded"] = process_memory({}).get("resident", 0)
 
     def step(self, rows: int, length: int) -> Job:

@@ -25,7 +25,7 @@ from .contest import WARM_UP_BLOCKS, Contest, Outcome, Result, Row, run_contest
 from .contestants import Job
 from .equal_models import VOCABULARY, build_model, with_positions
 from .plan import Plan
-from .worker import Contestant, process_memory
+from .worker import Contestant, forget_peak, process_memory
 
 GROWING = ("GPT", "AFT-full")  # keep every token
 MOST_STEPS = 32  # in a block of decoding
@@ -182,57 +182,54 @@ class Learner:
 
     def load(self) -> None:
         self.model = build_model(self.name, self.config)
-        self.step(1, 2)()  # loads the libraries and what PyTorch imports for it, which count as part of the model
-        self.own_sizes["loaded"] = process_memory({}).get("resident", 0)
+        self._pass(torch.zeros(1, 3, dtype=torch.int64))  # loads what PyTorch loads late, which is no part of a step
+        self.loaded = process_memory({}).get("resident", 0)
 
     def step(self, rows: int, length: int) -> Job:
         tokens = torch.randint(VOCABULARY, (rows, length + 1))
+        key = peak_key(length)
 
         def job() -> None:
-            logits, _ = self.model(tokens[:, :-1])
-            nats, _ = sum_losses(logits, tokens[:, 1:], None)
-            (nats / tokens[:, 1:].numel()).backward()
-            self.model.zero_grad()
+            weighs = key not in self.own_sizes and forget_peak()  # the first step, which is not timed
+            self._pass(tokens)
+            if weighs:
+                self.own_sizes[key] = process_memory({})["peak"] - self.loaded
 
         return job
 
+    def _pass(self, tokens: Tensor) -> None:
+        logits, _ = self.model(tokens[:, :-1])
+        nats, _ = sum_losses(logits, tokens[:, 1:], None)
+        (nats / tokens[:, 1:].numel()).backward()
+        self.model.zero_grad()
+
+
+def peak_key(length: int) -> str:
+    return f"peak of {length}"
+
 
 def compare_training(plan: Plan, configs: dict[str, Any], progress: Progress | None = None) -> Training:
-    """Times steps of `plan.step_tokens` tokens in texts of each length, every one in a process of its own.
+    """Times steps of `plan.step_tokens` tokens in texts of each length.
 
     Raises:
         InputError: a model failed; the message says why.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in configs}
-    peaks: dict[str, list[float]] = {name: [] for name in configs}
-    for done, context in enumerate(plan.contexts):
-        n = max(1, plan.step_tokens // context)
-        rows = [
-            Row(
-                name,
-                Contestant(Learner, (name, with_positions(config, context))),
-                "step",
-                (n, context),
-                None,
-                n * context,
-            )
-            for name, config in configs.items()
-        ]
-        outcome = Outcome(Contest("compare", f"training on {context:,} tokens", "token", rows))
-
-        def report(part: int, parts: int, done: int = done) -> None:
-            if progress is not None:
-                progress(done * parts + part, len(plan.contexts) * parts)
-
-        _run(outcome, plan.step_blocks, report)
-        for name, result in outcome.results.items():
-            memory = result.memory
-            seconds[name].append(result.median / result.row.units)
-            peaks[name].append(memory["peak"] - memory["loaded"] if "peak" in memory else math.nan)
+    longest, rows = max(plan.contexts), []
+    for name, config in configs.items():
+        contestant = Contestant(Learner, (name, with_positions(config, longest)))
+        for length in plan.contexts:
+            n = max(1, plan.step_tokens // length)
+            rows.append(Row(f"{name} {length}", contestant, "step", (n, length), units=n * length))
+    outcome = Outcome(Contest("compare", "training", "token", rows))
+    _run(outcome, plan.step_blocks, progress)
+    found = {name: [outcome.results[f"{name} {length}"] for length in plan.contexts] for name in configs}
     return Training(
         np.array(plan.contexts),
-        {name: np.array(x) for name, x in seconds.items()},
-        {name: np.array(x) for name, x in peaks.items()},
+        {name: np.array([x.median / x.row.units for x in results]) for name, results in found.items()},
+        {
+            name: np.array([x.memory.get(peak_key(n), math.nan) for x, n in zip(results, plan.contexts, strict=True)])
+            for name, results in found.items()
+        },
     )
 
 

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..memory import release_memory
+
 MEMORY_FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}  # of /proc/self/status
 
 
@@ -122,6 +124,17 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def forget_peak() -> bool:
+    """Gives free memory back to the system and lets the "peak" of this process begin anew; False where only Linux can
+    do that."""
+    release_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def process_memory(baseline: dict[str, int]) -> dict[str, int]:

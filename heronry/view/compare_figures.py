@@ -21,7 +21,7 @@ WIDTH = 12.0  # inches
 # of Okabe and Ito, and a grey; the first are for the models that are drawn first
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vPX*"
-LINE_WIDTHS = (6.5, 4.2, 2.0, 2.0, 4.5, 1.8, 1.8, 1.8)
+LINE_WIDTHS = (5.5, 3.6, 1.8, 1.8, 3.4, 1.6, 1.6, 1.6)
 Lines = Mapping[str, NDArray[Any]]
 
 
@@ -86,7 +86,7 @@ def draw_learning(
         right.text(held_out[name], place, f" {held_out[name]:.2f} after {seconds[name]:,.0f} s", va="center")
     right.set_yticks(range(len(order)), order)
     right.set(xlabel="bits for a byte of the part that is held out", xlim=(0, 1.45 * max(held_out.values())))
-    right.set_title(f"After {tokens[-1]:,} bytes, and the time it took", fontsize="medium")
+    right.set_title(f"Held-out text after {tokens[-1]:,} bytes, and the seconds of training", fontsize="medium")
     return figure
 
 
@@ -98,7 +98,7 @@ def _draw_lines(axis: Axes, x: NDArray[Any], lines: Lines) -> None:
         axis.plot(x, lines[name], label=name, **style)
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(x, [f"{value:,}" for value in x])
-    axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 3)))
+    axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_minor_formatter(NullFormatter())

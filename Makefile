@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo test test-all test-lowest kernels test-llama test-cluster test-arm wheel-test cross-check lint format bench storyteller constraints clean
+.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -74,6 +74,14 @@ cross-check:
 	build/zig-env/bin/python -m pip install --quiet $(ZIG)
 	build/zig-env/bin/python tests/cross_check.py
 
+# the documentation: served at localhost:8000 while it is written, or built into build/site. make test builds it too
+ZENSICAL := PYTHONPATH=docs $(BIN)/zensical
+docs: .venv/dev
+	$(ZENSICAL) serve
+
+site: .venv/dev
+	$(ZENSICAL) build --strict --clean
+
 lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -111,7 +119,7 @@ storyteller: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml
-	$(INSTALL) -e ".[dev,plots,train,convert,onnx,vision]"
+	$(INSTALL) -e ".[dev,docs,plots,train,convert,onnx,vision]"
 	$(BIN)/python -m compileall -q heronry
 	@touch $@ .venv/run
 
@@ -126,10 +134,10 @@ constraints:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(UV)
 	echo "$(TORCH)" > .venv/torch.txt
-	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra cli --extra dev --extra plots \
+	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra cli --extra dev --extra docs --extra plots \
 		--extra train --extra convert --extra onnx --extra vision --extra bench --extra cluster --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .cache build dist *.egg-info

@@ -249,19 +249,23 @@ def _score_continuations(
     return list(zip(sums, greedy, strict=True))
 
 
-def read_texts(path: str | Path, key: str = "text") -> list[str]:
-    """The texts of a file: one a line of a .jsonl or a row of a .parquet, under `key`, else the whole of it. Files may
-    be compressed; a folder has the texts of all its files.
+def read_texts(path: str | Path, key: str | None = None) -> list[str]:
+    """The texts of a file: one a line of a .jsonl or a row of a .parquet, else the whole of it. Files may be
+    compressed; a folder has the texts of all its files.
+
+    Args:
+        key: the field of a row that holds its text; None: "text".
 
     Raises:
-        InputError: the file cannot be read, or a line holds no text.
+        InputError: the file cannot be read, or a row holds no text.
     """
     path = Path(path).expanduser()
     texts: list[str] = []
     pieces: list[str] = []
-    for record in read_records([describe(path)] if path.is_file() else find_sources([str(path)]), Rows(key)):
+    rows = Rows(key, "text" if key is None else None)
+    for record in read_records([describe(path)] if path.is_file() else find_sources([str(path)]), rows):
         if not isinstance(record.content, str):
-            raise InputError(f"{record.location}: is a conversation, not a text")
+            raise InputError(f"{record.location}: is a conversation, but only texts can be measured")
         pieces.append(record.content)
         if record.ends_document:
             texts.append("".join(pieces))

@@ -1,13 +1,15 @@
-"""Atomic writes, and where there is space for them; JSON files; hashes."""
+"""Atomic writes, where there is space for them, and who else writes there; JSON files; hashes."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,11 +27,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     typed, path = path, Path(path).resolve()  # a link stays one
     if path.exists() and not path.is_file():
         raise InputError(f"{typed}: is not a file that could be replaced")
-    missing = [folder for folder in path.parents if not folder.exists()]
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with naming(typed, part):
+    with naming(typed, part), _folder(path.parent, typed):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
             yield part
             with open(part, "rb+") as written:
@@ -39,10 +39,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-            if not path.exists():
-                with suppress(OSError):  # something else is in it by now
-                    for folder in missing:
-                        folder.rmdir()
+
+
+@contextmanager
+def _folder(path: Path, typed: str | Path) -> Iterator[None]:
+    """The folder is there in the block; after it, only if something is in it or it was there before. typed: the name in
+    the error if there is a file in its place."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(typed)) from error
+        yield
+    finally:
+        with suppress(OSError):  # something is in it
+            for folder in missing:
+                folder.rmdir()
+
+
+def check_writable(path: Path) -> None:
+    """OSError, with the name, if there is a file at `path` that cannot be written, or none and none can be created."""
+    if path.exists():
+        with naming(path), open(path, "ab"):
+            return
+    with suppress(_NotWritten), atomic_write(path):
+        raise _NotWritten
+
+
+class _NotWritten(Exception):
+    """The end of an attempt."""
 
 
 @contextmanager
@@ -64,6 +90,38 @@ def naming(path: str | Path, part: Path | None = None) -> Iterator[None]:
         if found is None or os.strerror(int(found[1])) not in str(error):  # else a number of another kind
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
+def only_process(path: Path, message: str) -> Iterator[None]:
+    """One process at a time is in the block, where the system and the disk can do that; InputError for another one.
+
+    path: a file that is there meanwhile; one that a process left when it was killed locks nobody out.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with _folder(path.parent, path.parent):
+        while True:
+            with naming(path.parent, path):
+                file = open(path, "ab")  # noqa: SIM115  closed where the lock ends
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked processes do not inherit it, unlike flock's
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.close()
+                    raise InputError(message) from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            file.close()  # it was deleted by its last owner just now
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def check_free_space(size: int, path: Path) -> None:

@@ -154,15 +154,33 @@ def _status_text(status: int) -> str:
 
 
 @contextmanager
+def without_repetition() -> Iterator[None]:
+    """Within the block, in which a streamed dataset is read, a request that fails is repeated for half a minute, as
+    huggingface_hub does. `datasets` would do all of that 20 times."""
+    from datasets import config
+
+    before = {
+        name: value for name, value in vars(config).items() if re.fullmatch("STREAMING_.*(RETRIES|INTERVAL)", name)
+    }
+    try:
+        vars(config).update({name: int(name.endswith("RETRIES")) for name in before})
+        with _without_warnings():
+            yield
+    finally:
+        vars(config).update(before)
+
+
+@contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Within the block huggingface_hub logs no attempt that failed: the end is either good or one line of ours."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Within the block no attempt that failed is logged: the end is either good or one line of ours."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("huggingface_hub", "datasets"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _download_file(repository: str, file: str, options: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from binidx import write_binidx
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 # shells start jobs in the background with Ctrl-C ignored, nohup without SIGHUP: what tests start would inherit it
@@ -24,8 +24,8 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
     if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
-# the same examples every time: a failure in one run is a failure in all
-settings.register_profile("repeatable", derandomize=True)
+# the same examples every time: a failure in one run is a failure in all, on a busy machine too
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
 VERSIONS = ("4", "5.0", "5.0 r2", "5.1", "5.2", "6", "7")

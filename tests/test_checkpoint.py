@@ -170,7 +170,9 @@ def test_a_file_of_a_folder_is_the_folder(random_checkpoint, tmp_path):
     torch.save(random_checkpoint("5.2"), tmp_path / "a.pth")
     heronry.save(heronry.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / "folder")
     assert heronry.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 1e-5
-    (tmp_path / "folder" / "config.json").write_text("{")  # not ours: the tensors tell
+    (tmp_path / "folder" / "config.json").write_text("{")  # which may say another epsilon
+    assert refusal(tmp_path / "folder" / "model.safetensors").startswith("config.json cannot be read")
+    (tmp_path / "folder" / "config.json").write_text("{}")  # of some other program: the tensors tell
     assert heronry.load(tmp_path / "folder" / "model.safetensors").config.ln_x_eps == 64e-5
 
 
@@ -403,6 +405,7 @@ def test_descriptions_of_wrong_types(version, random_checkpoint, tmp_path):
                 try_text(json.dumps(config | {key: value}))
         file.write_bytes(codecs.BOM_UTF8 + right)  # as editors on Windows write it
         assert heronry.load(folder).fingerprint == model.fingerprint
+        (folder / "model.safetensors").unlink()
         for text in (
             "[" * 100_000,
             "[]",

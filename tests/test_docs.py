@@ -1,18 +1,29 @@
-"""The Python in README and docs runs as it stands."""
+"""The Python in README and docs runs as it stands; its commands exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+from heronry.cli.app import app
+from heronry.train.config import parse_arguments
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = {page: re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S) for page in PAGES}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = {page: re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) for page, text in TEXTS.items()}
+CODE = re.compile(r"^```([^\n]*)\n(.*?)^```|((?:^ {4}.*\n)+)", re.M | re.S)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]], ids=name_of)
 def test_code_in_docs_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -20,9 +31,31 @@ def test_code_in_docs_runs(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)
 
 
+def test_quoted_code_is_as_in_its_file():
+    for page in PAGES:
+        for file, code in re.findall(r'^```\w+ title="(.*?)"\n(.*?)^```', TEXTS[page], re.M | re.S):
+            assert code in (ROOT / file).read_text(encoding="utf-8"), f"{name_of(page)}: {file} has no\n{code}"
+
+
+def commands_in(page: Path) -> list[list[str]]:
+    """The words of every `heronry ...` in the code of a page, without the first."""
+    blocks = [fenced or indented for kind, fenced, indented in CODE.findall(TEXTS[page]) if kind in ("", "sh", "bash")]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.strip().startswith("heronry ")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_in(page)], ids=name_of)
+def test_commands_in_docs_are_accepted(page):
+    group = typer.main.get_command(app)
+    for name, *words in commands_in(page):
+        group.commands[name].make_context(name, [*words])
+        if name == "train" and not words[0].endswith(".toml"):
+            parse_arguments(words)
+
+
 def test_no_figure_is_missing():
     for page in PAGES:
-        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+        prose = re.sub(r"```.*?```|`[^`]*`", "", TEXTS[page], flags=re.S)
         words = re.findall(r"\b(DECODE|PEER|LIMIT|STEPS|TOKENS|EPOCHS|MINUTES|BPB|SAMPLE)\b", prose)
         assert not words, f"{page.name} has no figure for {words}"
 

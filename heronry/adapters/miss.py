@@ -66,7 +66,12 @@ class MiSS:
     def merge(self, weight: Tensor) -> Tensor:
         """The changed matrix [out, in], in float32 (float64 for a float64 weight)."""
         wide = widen(weight)
-        return wide + change_of(wide, self.block.to(wide), self.scale, self.axis)
+        block = self.scale * self.block.to(wide)
+        if self.is_bat:
+            return merge_bat(wide, block, self.axis)
+        rows, columns = wide.shape
+        r, m = block.shape
+        return wide + block.T.repeat(rows // m, -(-columns // r))[:, :columns]
 
     def beside(self, base: Matrix) -> nn.Module:
         """A layer that computes with the matrix and its change, which is not merged."""
@@ -89,9 +94,10 @@ class MiSSLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         block = self.miss_block
         if block.ndim == 3:
-            weight = weight_of(self.base_layer)
-            changed = weight + change_of(weight.to(block.dtype), block, self.scale, self.axis)
-            return matmul(x, changed.to(x.dtype))
+            with torch.autocast(x.device.type, enabled=False):  # a small part of the work: it need not be rounded
+                weight = weight_of(self.base_layer).to(block.dtype)
+                changed = merge_bat(weight, self.scale * block, self.axis).to(x.dtype)
+            return matmul(x, changed)
         y: Tensor = self.base_layer(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
@@ -110,13 +116,14 @@ def fold(x: Tensor, block: Tensor) -> Tensor:
     return torch.unflatten(x, -1, (-1, r)).sum(-2, dtype=block.dtype)
 
 
-def change_of(weight: Tensor, block: Tensor, scale: float, axis: Axis) -> Tensor:
-    """What MiSS adds to a weight [out, in]."""
-    rows, columns = weight.shape
-    if block.ndim == 2:
-        r, m = block.shape
-        return scale * block.T.repeat(rows // m, -(-columns // r))[:, :columns]
+def merge_bat(weight: Tensor, block: Tensor, axis: Axis) -> Tensor:
+    """The weight [out, in] as bat changes it. A row of blocks is one matrix [r * in / r, r] as it is in memory, and a
+    column of blocks one of [out, r], so there is one product for each of them."""
     r = block.shape[-1]
-    cut = torch.unflatten(torch.unflatten(weight, 1, (-1, r)), 0, (-1, r)).transpose(1, 2)  # [out / r, in / r, r, r]
-    b = block[:, None] if axis == "out" else block[None]
-    return scale * (cut @ b + b).transpose(1, 2).reshape(rows, columns)
+    if axis == "out":
+        cut = weight.reshape(len(block), -1, r)
+        changed = torch.unflatten(torch.baddbmm(cut, cut, block), 1, (r, -1)) + block[:, :, None]
+        return changed.reshape(weight.shape)
+    cut = torch.unflatten(weight, 1, (-1, r)).transpose(0, 1)
+    changed = torch.unflatten(torch.baddbmm(cut, cut, block), 1, (-1, r)) + block[:, None]
+    return changed.flatten(1, 2).transpose(0, 1).reshape(weight.shape)

@@ -82,10 +82,10 @@ def _read_config(
             continue
         if key not in from_tensors:
             raise InputError(
-                f"config.json has an unknown key {key!r}; the keys of {cls.name} are {', '.join(from_tensors)}"
+                f"config.json has an unknown key {show(key)}; the keys of {cls.name} are {', '.join(from_tensors)}"
             )
         if key not in cls.config_only and value != from_tensors[key]:
-            raise InputError(f"config.json says {key} = {value!r}, but the tensors say {from_tensors[key]!r}")
+            raise InputError(f"config.json says {key} = {show(value)}, but the tensors say {from_tensors[key]!r}")
     settings = {key: config[key] for key in cls.config_only if key in config}
     if ln_x_eps is not None:
         settings["ln_x_eps"] = ln_x_eps
@@ -103,7 +103,7 @@ def _check_ln_x_eps(cls: type[Network], epsilon: Any, has_norm: bool) -> float:
     if not has_norm:
         raise InputError(f"{cls.name} has no norm after its recurrence, so ln_x_eps does not apply")
     if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or not 0 < epsilon < math.inf:
-        raise InputError(f"ln_x_eps must be a positive number like 64e-5, got {epsilon!r}")
+        raise InputError(f"ln_x_eps must be a positive number like 64e-5, got {show(epsilon)}")
     return float(epsilon)
 
 

@@ -22,6 +22,7 @@ from typing_extensions import TypeVar
 from .. import catalog, formats, hub
 from ..errors import InputError, count
 from ..files import read_json
+from ..formats.folder import WEIGHT_FILES
 from ..formats.lazy_tensor import LazyTensor, as_lazy
 from ..memory import Arena
 from ..models import Model, Network, VisionModel
@@ -99,7 +100,7 @@ def locate(path: str | Path) -> Path:
     """The local path of a checkpoint: of a short name (see catalog.py), of a file downloaded from the hub, or of a
     local file, with ~ expanded and the .pth that its name may lack.
 
-    The model.safetensors of a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
+    A file of the weights in a folder whose config.json is heronry's or Hugging Face's becomes the folder, because that
     config.json may contain what the tensors do not show.
 
     Raises:
@@ -113,11 +114,11 @@ def locate(path: str | Path) -> Path:
         if os.path.isfile(f"{path}.pth"):  # as PyPI's rwkv names files
             return Path(f"{path}.pth")
         raise InputError(f"{name}: no such file or folder{catalog.hint(name)}")
-    if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
+    if WEIGHT_FILES.fullmatch(path.name) and os.path.isfile(path.parent / "config.json"):
         try:
             config = read_json(path.parent / "config.json")
-        except InputError:
-            return path  # of some other program; the tensors alone are enough
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         if config.get("model") in NAMES or "model_type" in config:
             return path.parent
     return path

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models.layers import PackedLinear
 from ..ops.packed import GROUP, untile
@@ -39,7 +39,7 @@ def logical_shapes(tensors: Tensors, format: Any) -> dict[str, torch.Size]:
     if format is None:
         return {key: x.shape for key, x in tensors.items()}
     if not isinstance(format, str) or format not in FORMATS:
-        raise InputError(f"config.json says quantization = {format!r}; supported are {', '.join(FORMATS)}")
+        raise InputError(f"config.json says quantization = {show(format)}; supported are {', '.join(FORMATS)}")
     dtype, bytes_per_group = (torch.int8, GROUP) if format == "int8" else (torch.uint8, GROUP // 2)
     shapes = {key: x.shape for key, x in tensors.items() if not key.endswith(".scales")}
     for key in tensors.keys() - shapes.keys():

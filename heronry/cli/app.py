@@ -185,7 +185,10 @@ def _begin(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
-    context.default_map = read_defaults()
+    try:
+        context.default_map = read_defaults()
+    except (InputError, OSError) as error:  # until a command runs: its help comes anyway
+        context.obj = error
 
 
 def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
@@ -200,6 +203,8 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
         log = logging.getLogger("heronry")
         log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
         log.handlers = [logging.StreamHandler()]  # on the standard error of now
+        if context.obj is not None:
+            raise context.obj
         try:
             function(**options)
         except InputError as error:

@@ -48,8 +48,11 @@ def chat(
 
     Without a terminal every line of standard input is a message; the exit code is 2 if one of them failed.
     """
+    from ..files import check_writable
     from .chat_loop import run_chat_loop
 
+    if session is not None and not session.is_dir():  # which is no conversation
+        check_writable(session)
     llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     if state is not None:
         llm.begin_from(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 import sys
 import time
@@ -68,7 +69,7 @@ class Loop:
     Attributes:
         chat: the conversation.
         session: a file to continue from, if it exists, and to save the conversation in after every change.
-        max_tokens: of each answer.
+        max_tokens, first_max_tokens: of each answer, now and at the beginning.
         seed: of the first answer; each further one takes the next.
         sampling: fields of Sampling that override the template's.
         answers: given so far, since the seed was set.
@@ -78,10 +79,12 @@ class Loop:
     def __init__(self, chat: Chat, session: Path | None, max_tokens: int, seed: int | None, sampling: DecodeOptions):
         self.chat, self.session = chat, session
         self.max_tokens, self.seed, self.sampling = max_tokens, seed, sampling
+        self.first_max_tokens = max_tokens
         self.answers = 0
         self.failed = False
         self.console = Console(highlight=False, emoji=False)
         self.errors = Console(highlight=False, emoji=False, stderr=True, soft_wrap=True)
+        self.notes = self.console if sys.stdout.isatty() else self.errors  # a file or a pipe gets the answers alone
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> int:
@@ -218,7 +221,7 @@ class Loop:
             case ["help"]:
                 self._note(HELP)
             case _:
-                raise InputError(f"{line} is not a command, or has the wrong arguments; see /help")
+                raise _misread(line)
         return None
 
     def _begin(self, system: str | None = None) -> None:
@@ -231,8 +234,9 @@ class Loop:
         """Change an option of the answers from now on; "none" takes it back."""
         name = _setting_name(name)
         changed: Any = {"max_tokens": self.max_tokens, "seed": self.seed, **self.sampling}
-        if text == "none" and name != "max_tokens":
+        if text == "none":
             changed.pop(name, None)
+            changed.setdefault("max_tokens", self.first_max_tokens)
         else:
             try:
                 changed[name] = PARSERS[SETTINGS[name]](text)
@@ -283,14 +287,22 @@ class Loop:
 
     def _note(self, text: str) -> None:
         """Print what a command has done, dimmed."""
-        self.console.print(f"[dim]{escape(printable(text))}[/dim]", soft_wrap=not self.terminal)
+        self.notes.print(f"[dim]{escape(printable(text))}[/dim]", soft_wrap=not self.terminal)
 
     def _show(self) -> None:
-        """Print the conversation so far."""
+        """Print the conversation so far; further lines of a message are indented."""
+        if not self.chat.messages:
+            self._note("nothing was said yet")
         for message in self.chat.messages:
-            self.console.print(
-                f"[dim]{message['role']}:[/dim] {escape(printable(message['content']))}", soft_wrap=not self.terminal
-            )
+            text = re.sub(r"\n(?!\n)", "\n  ", printable(message["content"]))
+            self.notes.print(f"[dim]{message['role']}:[/dim] {escape(text)}", soft_wrap=not self.terminal)
+
+
+def _misread(line: str) -> InputError:
+    """What is wrong with a line that is no command, or has the wrong arguments."""
+    usage = {form.partition(" ")[0]: form for form in COMMANDS}
+    name = line.split()[0]
+    return InputError(f"{line}: usage is {usage[name]}") if name in usage else unknown_name("command", name, usage)
 
 
 def _setting_name(name: str) -> str:

@@ -101,7 +101,7 @@ def data(
     except KeyboardInterrupt:
         raise Terminated(signal.SIGINT, "stopped; the same command continues from here") from None
     speed = (result.tokens - (first or result).tokens) / (time.monotonic() - start)
-    line = f"{describe(result.documents, result.tokens)} of {count(bytes_read, 'byte')}, {speed:,.0f} tokens/s"
+    line = f"{describe(result.documents, result.tokens)} of {count(bytes_read, 'byte')} on disk, {speed:,.0f} tokens/s"
     if holdout:
         line += f"; {describe(result.held_out.documents, result.held_out.tokens)} held out"
     note(f"{strip_suffix(out)}: {line}")

@@ -27,7 +27,9 @@ def eval(
         Path | None, typer.Option(help="Start each text from a tuned state (time_state.safetensors, a .pth).")
     ] = None,
     lambada: Annotated[bool, typer.Option("--lambada", help="Measure only the last word of each text.")] = False,
-    key: Annotated[str, typer.Option(help="The field of a .jsonl line that holds its text.")] = "text",
+    key: Annotated[
+        str | None, typer.Option(help="The field of a row that holds its text.", show_default="text")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the files by name.")] = False,
 ) -> None:
     """Measure bits per byte, perplexity or LAMBADA. See docs/evaluation.md."""

@@ -268,7 +268,7 @@ def _describe_conversation(path: Path) -> dict[str, Any]:
         "kind": "conversation",
         "branches": lengths,
         "branch": branches.get("branch", "main"),
-        "history": len(begin["history"]),
+        **({"messages before": len(begin["history"])} if begin["history"] else {}),
         "size": path.stat().st_size,
         "fingerprint": begin["fingerprint"],
     }

@@ -56,7 +56,7 @@ Tokenizer = Annotated[
 DTYPES = "float32, bfloat16, float16 (or fp32, bf16, fp16), float64"
 Precision = Annotated[
     str | None,
-    typer.Option("--dtype", envvar="HERONRY_DTYPE", help=DTYPES + ".", show_default="as in the file"),
+    typer.Option("--dtype", envvar="HERONRY_DTYPE", help=DTYPES + ".", show_default="as in the file; bundled: float32"),
 ]
 WrittenPrecision = Annotated[
     str | None,

@@ -79,9 +79,9 @@ def _next_command(config: Config, out: str) -> str:
         return f"heronry see -m {out} PICTURES"
     if config.model.tune == "state":
         return f"heronry generate -m {base} --state {out} PROMPT"
-    if config.model.tune in ("lora", "dora"):
-        return f"heronry generate -m {base} --adapter {out} PROMPT"
-    return f"heronry generate -m {out} PROMPT"
+    if config.model.tune == "all":
+        return f"heronry generate -m {out} PROMPT"
+    return f"heronry generate -m {base} --adapter {out} PROMPT"
 
 
 # each paragraph that begins with \b keeps its lines

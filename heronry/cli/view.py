@@ -37,6 +37,9 @@ def view(
     answer: Annotated[
         str | None, typer.Option(help="flow: what should follow the prompt.", show_default="what the model says")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="state: a second text; its state is compared with that of the prompt.")
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(help="memory, cascade: a file of text to read.", show_default="what the model writes itself"),
@@ -84,7 +87,16 @@ def view(
             written = llm.generate([""] * N_TEXTS, LENGTH, ignore_eos=True, top_p=1.0, seed=0, progress=progress)
         texts = [completion.token_ids for completion in written]
     with progress_bar("looking") as progress:
-        look = Look(llm.model, llm.tokenizer, llm.opening, answer=answer, texts=texts, progress=progress, **chosen)
+        look = Look(
+            llm.model,
+            llm.tokenizer,
+            llm.opening,
+            answer=answer,
+            against=against,
+            texts=texts,
+            progress=progress,
+            **chosen,
+        )
         pictures = view_report(look) if name == "report" else VIEWS[name](look)
     about = f"heronry view {name}\nmodel: {model or 'bundled'} ({llm.model.generation})\nprompt: {look.prompt}"
     write_pictures(pictures, out, f"{name}: {model or 'bundled'}", about)

@@ -9,6 +9,7 @@ decides.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict
@@ -26,15 +27,17 @@ from ..formats import folder, ggml, gguf, huggingface, pth, safetensors_file, we
 from ..formats.lazy_tensor import LazyTensor, Tensors
 from ..models import Model
 from ..progress import ByteCounter, Progress
-from ..text.chat_templates import usual_template
+from ..text.chat_templates import G1, WORLD, usual_template
 from ..text.jinja_templates import JinjaTemplate
-from ..text.template_choice import find_template, in_jinja, model_template
+from ..text.template_choice import AnyTemplate, find_template, in_jinja, model_template
 from . import onnx
 from .new_folder import new_folder
 from .result import Converted
 from .streamed_logits import compute_logits, sample_tokens
 from .target_formats import SUFFIXES
 from .tokenizer_files import TokenizerFiles
+
+log = logging.getLogger("heronry")
 
 LIMIT = 1e-4  # of the largest logit; what is left are the decays that rwkv.cpp stores exponentiated
 END_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config.json: the id that ends a text
@@ -66,10 +69,15 @@ def convert_language_model(
         notes["chat_template"] = chosen.text if isinstance(chosen, JinjaTemplate) else chosen
     if chosen is None and tokenizer_files.name == "world":  # which only chat models have
         chosen = usual_template(cls.name, world=True)
-    template = None if chosen is None else find_template(chosen)
+    has_template = to in (*huggingface.LAYOUTS, "gguf")  # as text, so it must not be damaged
+    template = find_template(chosen) if has_template and chosen is not None else None
     stops = {} if template is None else {"stop_strings": list(template.stops)}
     tensors = _cast(checkpoint.tensors, to, dtype)
-    matrix_dtype = dtype or _name_of_dtype(tensors["emb.weight"].dtype)
+    matrix_dtype = dtype or str(tensors["emb.weight"].dtype).removeprefix("torch.")
+    if to == "gguf":
+        gguf.check_supported(tensors, config, matrix_dtype)
+    if to == "ggml":
+        ggml.check_supported(tensors, matrix_dtype)
     size = sum(x.nbytes for x in tensors.values())
     check_free_space(size * (2 if to == "blinkdl" else 1), target)
     counter = ByteCounter(size, progress)
@@ -86,7 +94,8 @@ def convert_language_model(
         elif to == "gguf":
             vocabulary, text = tokenizer_files.vocabulary(), tokenizer_files.json_text()
             end = tokenizer_files.end_of_text()
-            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, end, notes, counter)
+            chat = _gguf_template(template)
+            gguf.write(tensors, config, part, matrix_dtype, vocabulary, text, end, *chat, notes, counter)
         else:
             if to in huggingface.LAYOUTS:
                 write_huggingface(part)
@@ -100,13 +109,13 @@ def convert_language_model(
         end = tokenizer_files.end_of_text()
         config_json = huggingface.config_json(cls.name, config, notes, DTYPES[matrix_dtype], to)
         config_json |= {key: end for key in END_KEYS if key in config_json}
+        if own := " and ".join(key for key in ("ln_x_eps", "time_state") if key in config_json):
+            log.warning("heronry: %s: only heronry reads its %s; for other programs it is another model", target, own)
         write_json(part / "config.json", config_json)
         tokenizer_files.write_for_transformers(part, None if template is None else in_jinja(template))
         generation = dict.fromkeys(END_KEYS, end) | {"use_cache": True}
         write_json(part / "generation_config.json", generation | stops)
 
-    if to == "gguf":
-        gguf.check_supported(tensors, config)
     expected = compute_logits(cls, config, checkpoint.tensors)
     stamp = json.dumps([str(source.resolve()), os.stat(source).st_mtime_ns, size, to, matrix_dtype, shard])
     with atomic_write(target) if to in SUFFIXES.values() else new_folder(target, stamp) as part:
@@ -129,6 +138,15 @@ def convert_language_model(
         except InputError as error:
             raise InputError(f"{target}: not written: {error}") from error
     return result
+
+
+def _gguf_template(template: AnyTemplate | None) -> tuple[str | None, bool]:
+    """A template in Jinja, None for that of World and G1, which llama.cpp has; and whether an empty line ends an
+    answer."""
+    if template is None or template in (WORLD, G1):
+        return None, True
+    text = template.text if isinstance(template, JinjaTemplate) else in_jinja(template)
+    return text, any(stop.startswith("\n\n") for stop in template.stops)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -190,17 +208,20 @@ def convert_to_onnx(checkpoint: formats.Checkpoint, target: Path, to: str, dtype
 
 
 def _cast(tensors: Tensors, to: str, dtype: str | None) -> Tensors:
-    """The tensors in the dtype of the target; unchanged for gguf and ggml, which choose a type for each tensor."""
+    """The tensors in the dtype of the target; for gguf and ggml, which choose a type for each tensor, only those in
+    float8 change."""
     if to == "webrwkv":
         if dtype not in (None, "float16"):
             raise InputError(f"web-rwkv's files are float16, not {dtype}")
         dtype = "float16"
-    if dtype is None or to in ("gguf", "ggml"):
+    narrow = {x.dtype for x in tensors.values()} - set(DTYPES.values())
+    if narrow and dtype is None:
+        name = str(narrow.pop()).removeprefix("torch.")
+        raise InputError(f"its weights are {name}, in which models cannot compute; give a dtype (--dtype)")
+    if to in ("gguf", "ggml"):
+        return {name: x.to(torch.float32) if x.dtype in narrow else x for name, x in tensors.items()}
+    if dtype is None:
         return tensors
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
     return {name: x.to(DTYPES[dtype]) for name, x in tensors.items()}
-
-
-def _name_of_dtype(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -32,7 +32,7 @@ def open_image(source: str | Path | bytes) -> Image:
         source: the path of a file, or its content.
 
     Raises:
-        InputError: the file is missing, not an image, or damaged.
+        InputError: the file is missing, not an image, damaged, or contains NaN or infinity.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -46,15 +46,14 @@ def open_image(source: str | Path | bytes) -> Image:
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image that can be read") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow raises for damaged files
-        raise InputError(f"{name}: cannot be read ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # each of Pillow's formats raises other kinds for damaged files
+        raise InputError(f"{name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
     if image.mode.startswith(("I", "F")):  # 16 bits or more of grey
         numbers = np.asarray(image, np.float32)
+        if not np.isfinite(numbers).all():
+            raise InputError(f"{name}: contains NaN or infinity")
         top = 65535 if image.mode.startswith("I") else max(float(numbers.max()), 1e-6)
         image = Image.fromarray((numbers.clip(0, top) * (255 / top)).astype(np.uint8))
     if image.has_transparency_data:

@@ -88,8 +88,10 @@ def read_row(row: Any, key: str | None = None, shape: str | None = None) -> Cont
     found = [(name, fields) for name, fields, needed in WAYS if needed <= known and shape in (None, name)]
     names = list(dict.fromkeys(name for name, _ in found))
     if not found:
-        wanted = "a known shape" if shape is None else f"the shape {shape}"
-        raise InputError(f"does not have {wanted} ({_keys(row)}); name the field of its text with --key")
+        fault = "does not have a known shape" if shape is None else f"does not have the shape {shape}"
+        if others := dict.fromkeys(name for name, _, needed in WAYS if needed <= known):
+            fault = f"has the shape {' or '.join(others)}, not {shape}"
+        raise InputError(f"{fault} ({_keys(row)}); name the field of its text with --key")
     if len(names) > 1:
         raise InputError(f"can be read as {' or '.join(names)} ({_keys(row)}); choose one with --shape")
     if len(found) > 1:
@@ -107,7 +109,8 @@ def _read_shape(row: dict[str, Any], name: str, fields: tuple[str, ...]) -> Cont
         return _text_or_messages(row, fields[0])
     if name == "chosen":
         prompt = next((field for field in PROMPTS if field in row), None)
-        if prompt is None or _begins_with(row["chosen"], row[prompt]):  # the whole conversation
+        answers = (row["chosen"], row["rejected"])
+        if prompt is None or all(_begins_with(answer, row[prompt]) for answer in answers):  # the whole conversation
             return _text_or_messages(row, "chosen")
         fields = (prompt, "chosen")
     prompt, answer = fields
@@ -131,6 +134,8 @@ def _text_or_messages(row: dict[str, Any], field: str) -> str | Messages:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
+        if not value:
+            raise InputError(f"{field!r} has no messages")
         return _with_system(row, _messages(value, field))
     raise InputError(f"{field!r} is neither a string nor a list of messages")
 

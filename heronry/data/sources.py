@@ -292,9 +292,14 @@ def _read_hub(source: Source, rows: Rows, position: Position) -> Iterator[Record
     """A dataset of the Hugging Face hub, streamed."""
     _import_datasets(source)
     try:
-        table = hub.load_dataset(source.name, streaming=True).skip(position.record)
-        for number, row in enumerate(table, position.record + 1):
-            yield _row_record(source, rows, row, Position(position.source, number), None)
+        with hub.without_repetition():
+            table = hub.load_dataset(source.name, streaming=True).skip(position.record)
+            for number, row in enumerate(table, position.record + 1):
+                yield _row_record(source, rows, row, Position(position.source, number), None)
+    except ConnectionError as error:
+        raise TemporaryError(
+            f"{source.name}: the connection to the hub was lost; try the same command again"
+        ) from error
     except Exception as error:  # many kinds: network, name, split, files
         if isinstance(error, InputError) and str(error).startswith(source.name):
             raise  # of a row

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, count
-from ..files import atomic_write, hash_file
+from ..files import atomic_write, hash_file, only_process
 from ..text.template_choice import template_text
 from ..text.tokenizers import plain_name
 from .cluster import encode_on_cluster
 from .encoding import Encoder, encode_chunks
 from .rows import check_options
 from .sources import START, Position, Rows, TemporaryError, find_sources, read_records
-from .token_file import TokenWriter, Written, discard_parts, prefix_file, publish_parts, strip_suffix
+from .token_file import TokenWriter, Written, discard_parts, part_file, prefix_file, publish_parts, strip_suffix
 
 SMALL = 16 << 20  # bytes; smaller sources are encoded before other processes have started
 MAX_WORKERS = 256  # all of them start at once
@@ -34,6 +34,7 @@ SAVE_SECONDS = 1.0  # between two writes of PREFIX.progress.json
 NOTHING = Written()
 MOST_NAMED = 5  # bad rows whose places are kept
 MOST_REASONS = 20
+ENDINGS = (".bin", ".idx", ".mask", ".json", ".tokenizer.json")  # of the files that are written, besides those of a run
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,17 @@ def tokenize_corpus(
         The final progress, with the numbers of documents and tokens.
 
     Raises:
-        InputError: unreadable sources, an unknown template, files that already exist or cannot be written, or an
-            unfinished run with other options.
+        InputError: unreadable sources, an unknown template, files that already exist or cannot be written, an
+            unfinished run with other options, or another process that writes there.
     """
     prefix = strip_suffix(out)
     try:
         rows = Rows(key, shape, skip_bad)
-        return _tokenize(sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress)
+        busy = f"{prefix}: another process is writing it; wait for its end, or choose another name"
+        with only_process(part_file(prefix, ".lock"), busy):
+            return _tokenize(
+                sources, prefix, tokenizer, rows, template, holdout, workers, cluster, restart, on_progress
+            )
     except OSError as error:
         raise InputError(f"{prefix}: cannot be written ({error.strerror or error})") from error
 
@@ -168,7 +173,14 @@ def _tokenize(
     eval_prefix = prefix_file(prefix, "-eval")
     prefixes = [prefix, eval_prefix] if holdout else [prefix]
     progress_file = prefix_file(prefix, ".progress.json")
-    progress = _load_progress(progress_file, options, prefixes, restart)
+    targets = [prefix_file(path, ending) for path in prefixes for ending in ENDINGS]
+    for path in (*targets, progress_file):
+        if path.exists() and any(path.samefile(s.name) for s in source_list if Path(s.name).exists()):
+            raise InputError(f"{path}: is one of the texts, and would be replaced; choose another name with --out")
+    targets = [
+        path for path in targets if tokenizer_file is None or not path.exists() or not path.samefile(tokenizer_file)
+    ]
+    progress = _load_progress(progress_file, options, prefixes, [] if restart else targets, restart)
     if not progress.sealed:
         metadata: dict[str, Any] = {
             "tokenizer": tokenizer if tokenizer_file is None else f"{prefix.name}.tokenizer.json",
@@ -258,9 +270,11 @@ def _tokenize(
     return progress
 
 
-def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], restart: bool) -> Progress:
+def _load_progress(
+    file: Path, options: dict[str, Any], prefixes: list[Path], targets: list[Path], restart: bool
+) -> Progress:
     """Where to start: the progress in `file`, or the beginning, for which old .part files are deleted. A run that its
-    input has ended does not stand in the way of one with other options or sources."""
+    input has ended does not stand in the way of one with other options or sources; of `targets` none may exist."""
     if restart:
         file.unlink(missing_ok=True)
     elif file.is_file():
@@ -287,10 +301,9 @@ def _load_progress(file: Path, options: dict[str, Any], prefixes: list[Path], re
                 f"{file}: there is an unfinished run with other {' and '.join(changed)}; start over with --restart"
             )
         file.unlink()
-    if not restart:
-        for path in (prefix_file(prefix, suffix) for prefix in prefixes for suffix in (".bin", ".idx")):
-            if path.exists():
-                raise InputError(f"{path}: already exists; replace it with --restart")
+    for path in targets:
+        if path.exists():
+            raise InputError(f"{path}: already exists; replace it with --restart")
     for prefix in prefixes:
         discard_parts(prefix)
     return Progress()

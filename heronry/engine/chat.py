@@ -222,7 +222,8 @@ class Chat:
         self, max_tokens: int = 512, *, stream: bool = False, **options: Unpack[DecodeOptions]
     ) -> Completion | Generator[Completion, None, None]:
         """More of the last answer, which max_tokens or Ctrl-C has cut off; see `say`. What is returned follows on from
-        its last character; nothing, if the model has ended it. The message and the answer are read again."""
+        its last character; nothing, if the model has ended it. The message and the answer are read again, and penalties
+        count what was said, as if the answer had not been cut off."""
         self._last("whose answer could go on")
 
         def begin(_: Turn | Beginning) -> _Request:
@@ -313,8 +314,8 @@ class Chat:
         logits, asked = prefill(self._llm.model, [tokens], self._llm.start if state is None else state)
         asked = asked.with_texts([request.text])
         marks = {0: asked}  # characters of `read` -> the state after them
-        if beginning:
-            more = self._llm.tokenizer.encode(beginning)
+        more = self._llm.tokenizer.encode(beginning)
+        if more:
             logits, asked = prefill(self._llm.model, [more], asked)
             asked = asked.with_texts([request.text + beginning])
             marks[len(beginning)] = asked
@@ -343,6 +344,7 @@ class Chat:
             masks=decoding.masks,
             prompts=[self._llm.tokenizer.encode(request.text.removeprefix(before.text) + beginning)],
             decode=self._llm.decode_token,
+            earlier=more if request.again else (),
         )
         self._tree.heads[branch] = turn  # the options are right
         try:

@@ -48,6 +48,8 @@ class Event:
 
 
 class Result(NamedTuple):
+    """What one sequence of a `Generation` ended as."""
+
     tokens: list[int]
     state: State | None  # one row, after the prompt and all of `tokens`; None if the sequence was dropped
     finish_reason: FinishReason | None  # None if it was dropped
@@ -70,6 +72,7 @@ class Generation:
         masks: Sequence[Mask | None] | None = None,
         prompts: Sequence[Sequence[int]] | None = None,
         decode: Callable[[int], str] | None = None,
+        earlier: Sequence[int] = (),
     ):
         """Decodes from what `prefill` returned.
 
@@ -84,6 +87,7 @@ class Generation:
             masks: one a sequence; see `Mask`.
             prompts: the token ids of each, for `repetition_penalty`.
             decode: the text of a token, for `penalize_digits=False`.
+            earlier: what the model wrote before, at the end of each prompt, as the penalties count it.
         """
         count = len(logits)
         samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
@@ -93,7 +97,7 @@ class Generation:
         self._logits = logits
         self._state = state
         self._samplers = [
-            Sampler(sampling, prompts[i] if prompts else (), decode) for i, sampling in enumerate(samplings)
+            Sampler(sampling, prompts[i] if prompts else (), decode, earlier) for i, sampling in enumerate(samplings)
         ]
         self._masks = masks
         self._max_tokens = max_tokens

@@ -127,14 +127,21 @@ class Sampler:
 
     prompt: the ids that `repetition_penalty` counts beside those drawn.
     decode: the text of a token; needed where `penalize_digits` is False.
+    earlier: ids that were drawn before, which the penalties count.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), decode: Callable[[int], str] | None = None):
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int] = (),
+        decode: Callable[[int], str] | None = None,
+        earlier: Sequence[int] = (),
+    ):
         if decode is None and not sampling.penalize_digits:
             raise InputError("penalize_digits=False needs a tokenizer to know digits by")
         self.sampling = sampling
         self._decode = decode
-        self._prompt = prompt
+        self._prompt, self._earlier = prompt, earlier
         self._drawn = torch.zeros(0, dtype=torch.bool, device="cpu")  # [V] once logits have shown how many
         self._repeated = self._drawn  # [V], drawn or in the prompt
         self._counts = torch.zeros(0, dtype=torch.float64, device="cpu")  # [V], how often each was drawn, faded
@@ -165,11 +172,13 @@ class Sampler:
             self._drawn, self._repeated = self._drawn.new_zeros(size), self._drawn.new_zeros(size)
             if options.repetition_penalty != 1 and self._prompt:
                 self._repeated[list(self._prompt)] = True
+            for token in self._earlier:
+                self._count(token)
         if options.repetition_penalty != 1:
             penalty = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
             logits = torch.where(self._repeated, logits * penalty, logits)
         for token, bias in options.logit_bias.items():
-            logits[token] += bias
+            logits[token] += float(bias)  # torch takes no whole number beyond 64 bits
         if options.presence_penalty or options.frequency_penalty:
             often = options.frequency_penalty * self._counts.float()
             logits -= torch.where(self._drawn, options.presence_penalty + often, 0.0)

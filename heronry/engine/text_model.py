@@ -14,6 +14,7 @@ from ..models import Model, State
 from ..progress import Progress
 from ..text.template_choice import AnyTemplate
 from ..text.tokenizers import Tokenizer
+from .conversation import is_conversation
 from .generate import prefill
 from .options import Prompt
 
@@ -96,6 +97,13 @@ class TextModel:
         Raises:
             InputError: no such file, or not a tuned state of this model.
         """
+        path = Path(path).expanduser()
+        if path.is_file() and is_conversation(path):
+            raise InputError(f"{path}: is a conversation, which `heronry chat --session` or Chat.load continues")
+        if State.is_saved_state(path):
+            raise InputError(
+                f"{path}: is the state after a text, which only `heronry generate` and LLM.generate continue"
+            )
         tensors, notes = read_time_state(path, self.model)
         self.start = self.model.initial_state(time_states=tensors)
         self.opening = list(notes.get("opening_tokens", self.opening))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, show
+from .huggingface import tie_head
 from .lazy_tensor import LazyTensor, Tensors, nth, transposed
 from .prefixes import strip_prefixes
 
@@ -27,6 +28,7 @@ OUTSIDE = {
     "norm.bias": "ln_out.bias",
     "lm_head.weight": "head.weight",
 }
+ALONE = {"model": "rwkv6", "ln_x_eps": 1e-5}  # the config of a file without its config.json
 ORDER = "rwkvg"  # of the mixes; BlinkDL's is w, k, v, r, g
 
 
@@ -70,10 +72,10 @@ def is_fla_rwkv6(names: Iterable[str]) -> bool:
     return "layers.0.attn.x_bias" in set(names)
 
 
-def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
+def to_blinkdl(tensors: Tensors, tied: Any = False) -> Tensors:
     """The same tensors under BlinkDL's names; unknown names are kept, without their prefixes.
 
-    tied: the head shares the embedding's weights and may be missing.
+    tied: see `tie_head`.
     """
     renamed: Tensors = {}
     for name, x in strip_prefixes(tensors).items():
@@ -92,9 +94,7 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
             renamed[f"blocks.{layer}.{ours}"] = x.map(change) if change else x
         else:
             renamed[name] = x
-    if tied and "emb.weight" in renamed:
-        renamed.setdefault("head.weight", renamed["emb.weight"])
-    return renamed
+    return tie_head(renamed, tied)
 
 
 def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def read(path: Path) -> Tensors:
                 name = file.read(length).decode()
             except (struct.error, UnicodeDecodeError) as error:
                 raise InputError(f"damaged or truncated rwkv.cpp file (at byte {offset})") from error
+            if name in tensors:
+                raise InputError(f"damaged rwkv.cpp file ({name} occurs twice)")
             tensors[name], end = _read_tensor(path, name, kind, torch.Size(shape), file.tell())
             if end > size:
                 raise InputError(f"truncated rwkv.cpp file: {name} is incomplete")
@@ -141,19 +143,8 @@ def _invert(y: Tensor, function: Callable[[Tensor], Tensor], inverse: Callable[[
 def write(tensors: Tensors, path: Path, dtype: torch.dtype, counter: ByteCounter) -> None:
     """Writes an rwkv.cpp file of tensors under BlinkDL's names: the matrices of products in `dtype` (float32 or
     float16), the rest in float32.
-
-    Raises:
-        InputError: the format has no place for something in the model.
     """
-    if "blocks.0.att.time_state" in tensors:
-        raise InputError("rwkv.cpp's format has no tuned initial state")
-    if "blocks.0.att.ln_x.weight" in tensors and "blocks.0.att.time_decay" in tensors:
-        has_gate, shape = "blocks.0.att.gate.weight" in tensors, tensors["blocks.0.att.time_decay"].shape
-        if "blocks.0.att.time_maa_x" not in tensors and has_gate and shape[1:].numel() == 1:
-            raise InputError("rwkv.cpp does not support RWKV-5.1: it would read it as a 5.2")
-    kind = next((kind for kind, known in NUMBERS.items() if known == dtype), None)
-    if kind is None:
-        raise InputError(f"rwkv.cpp's files are float32 or float16, not {dtype}")
+    kind = next(kind for kind, known in NUMBERS.items() if known == dtype)
     vocab, width = tensors["emb.weight"].shape
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     with open(path, "wb") as file:
@@ -164,6 +155,21 @@ def write(tensors: Tensors, path: Path, dtype: torch.dtype, counter: ByteCounter
             file.write(TENSOR.pack(len(x.shape), len(name.encode()), 0 if is_float32 else 1))
             file.write(struct.pack(f"<{len(x.shape)}i", *x.shape[::-1]) + name.encode())
             write_numbers(file, x.read(), counter)
+
+
+def check_supported(tensors: Tensors, dtype: str) -> None:
+    """InputError unless rwkv.cpp supports this model, with matrices in this dtype.
+
+    tensors: under BlinkDL's names.
+    """
+    if "blocks.0.att.time_state" in tensors:
+        raise InputError("rwkv.cpp's format has no tuned initial state")
+    if "blocks.0.att.ln_x.weight" in tensors and "blocks.0.att.time_decay" in tensors:
+        has_gate, shape = "blocks.0.att.gate.weight" in tensors, tensors["blocks.0.att.time_decay"].shape
+        if "blocks.0.att.time_maa_x" not in tensors and has_gate and shape[1:].numel() == 1:
+            raise InputError("rwkv.cpp does not support RWKV-5.1: it would read it as a 5.2")
+    if dtype not in ("float32", "float16"):
+        raise InputError(f"rwkv.cpp's files are float32 or float16, not {dtype}; give one of them (--dtype)")
 
 
 def _from_blinkdl(tensors: Tensors) -> Tensors:

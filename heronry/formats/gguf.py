@@ -26,7 +26,8 @@ from torch import Tensor
 from ..errors import InputError, show
 from ..progress import ByteCounter
 from .ggml_types import dequantize, import_gguf, quantize
-from .lazy_tensor import LazyTensor, Tensors, nth, squeezed, times, transposed
+from .lazy_tensor import LazyTensor, Tensors, nth, squeezed, transposed
+from .relatives import HYBRIDS
 
 NAMES = {
     "emb.weight": "token_embd.weight",
@@ -111,6 +112,8 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None, str | None]:
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise InputError(f"damaged or truncated GGUF file ({str(error)[:120] or type(error).__name__})") from error
     kind = fields.get("general.architecture")
+    if isinstance(kind, str) and kind in HYBRIDS:
+        raise InputError(f"the file holds {HYBRIDS[kind]}, which is not supported")
     if not isinstance(kind, str) or kind not in MIXES:
         raise InputError(f"a GGUF file of the architecture {show(kind)}; supported are {', '.join(MIXES)}")
 
@@ -127,7 +130,11 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any], str | None, str | None]:
     for key, ours in SIZES.items():
         if (size := number(key, int)) is not None:
             config[ours] = size
-    rescale_every = number("rescale_every_n_layers", int, 0)
+    rescale_every = number("rescale_every_n_layers", int, 0) if kind == "rwkv6" else 0  # llama.cpp ignores it for 7
+    if rescale_every < 0:
+        raise InputError(f"its metadata say {kind}.rescale_every_n_layers = {rescale_every}; expected 0 or more")
+    if isinstance(parts := fields.get("split.count"), int) and parts > 1:
+        raise InputError(f"one of {parts} parts of a GGUF file; join them first: llama-gguf-split --merge")
     notes, tokenizer, template = fields.get("heronry.notes", "{}"), fields.get(TOKENIZER), fields.get(TEMPLATE)
     try:
         config |= {**json.loads(notes)}
@@ -181,7 +188,7 @@ def _to_blinkdl(tensors: Tensors, kind: str, head_size: int, rescale_every: int)
             for i, mix in enumerate(MIXES[kind]):
                 renamed[prefix + mix] = x.map(partial(nth, i, count))
             continue
-        if block != "blk" or stem not in inside:
+        if block != "blk" or stem not in inside or not layer.isdecimal():
             renamed[name] = x
             continue
         ours = inside[stem]
@@ -190,10 +197,14 @@ def _to_blinkdl(tensors: Tensors, kind: str, head_size: int, rescale_every: int)
         elif ours == "att.r_k":
             x = x.map(lambda x: x.reshape(-1, head_size))
         elif rescale_every and ours in ("att.output", "ffn.value"):
-            factor = 2.0 ** (int(layer) // rescale_every)
-            x = LazyTensor.deferred(x.shape, x.dtype, partial(times, factor), x)
+            power = int(layer) // rescale_every
+            x = LazyTensor.deferred(x.shape, x.dtype, partial(_doubled, power), x)
         renamed[prefix + ours + ("" if BARE.fullmatch(ours) else f".{last}")] = x
     return renamed
+
+
+def _doubled(times: int, x: Tensor) -> Tensor:
+    return torch.ldexp(x, torch.tensor(times))
 
 
 def write(
@@ -204,10 +215,12 @@ def write(
     vocabulary: Sequence[bytes] | None,
     tokenizer: str | None,
     end_of_text: int,
+    template: str | None,
+    empty_line_ends: bool,
     notes: dict[str, Any],
     counter: ByteCounter,
 ) -> None:
-    """Writes a GGUF file of an RWKV-6 or 7.
+    """Writes a GGUF file of an RWKV-6 or 7 that `check_supported` accepts.
 
     Args:
         tensors: under BlinkDL's names.
@@ -216,16 +229,12 @@ def write(
         vocabulary: the bytes of each token id; None if unknown.
         tokenizer: the text of a tokenizer.json.
         end_of_text: the id of the token that ends a text.
+        template: the chat template in Jinja; None = "rwkv-world", which llama.cpp has.
+        empty_line_ends: whether an empty line ends an answer.
         notes: see `heronry.save`.
-
-    Raises:
-        InputError: llama.cpp does not support this model.
     """
     gguf = import_gguf()
     name = "rwkv7" if "blocks.0.att.r_k" in tensors else "rwkv6"
-    check_supported(tensors, config)
-    if kind not in TYPES:
-        raise InputError(f"GGUF files are written as {', '.join(TYPES)}, not {kind}")
     writer = gguf.GGUFWriter(path, name)
     writer.add_context_length(1 << 20)
     writer.add_embedding_length(config.n_embd)
@@ -246,7 +255,7 @@ def write(
     files = gguf.LlamaFileType
     types = {"F32": files.ALL_F32, "F16": files.MOSTLY_F16, "BF16": files.MOSTLY_BF16, "Q8_0": files.MOSTLY_Q8_0}
     writer.add_file_type(types[TYPES[kind]])
-    _write_tokenizer(gguf, writer, config.vocab_size, vocabulary, tokenizer, end_of_text)
+    _write_tokenizer(gguf, writer, config.vocab_size, vocabulary, tokenizer, end_of_text, template, empty_line_ends)
     if notes:
         writer.add_string("heronry.notes", json.dumps(notes))
     outputs = [(theirs, x, _choose_type(theirs, x, kind)) for theirs, x in _from_blinkdl(tensors, name).items()]
@@ -268,14 +277,19 @@ def write(
         file.write(bytes(-file.tell() % writer.data_alignment))
 
 
-def check_supported(tensors: Tensors, config: Any) -> None:
-    """InputError unless llama.cpp supports this model. tensors: under BlinkDL's names; config: its configuration."""
+def check_supported(tensors: Tensors, config: Any, kind: str) -> None:
+    """InputError unless llama.cpp supports this model, and the type `kind` of the matrices is one of TYPES.
+
+    tensors: under BlinkDL's names; config: its configuration.
+    """
     if not ("blocks.0.att.r_k" in tensors or "blocks.0.att.time_maa_x" in tensors):
         raise InputError("GGUF files are for RWKV-6 and RWKV-7; llama.cpp supports no other RWKV")
     if config.head_size != 64 or config.dim_att != config.n_embd or config.ln_x_eps != 64e-5 or config.time_state:
         raise InputError(
             "llama.cpp supports only heads of 64, dim_att = n_embd, ln_x_eps = 64e-5 and no tuned initial state"
         )
+    if kind not in TYPES:
+        raise InputError(f"GGUF files are written as {', '.join(TYPES)}, not {kind}; give one of them (--dtype)")
 
 
 def _write_tokenizer(
@@ -285,8 +299,11 @@ def _write_tokenizer(
     vocabulary: Sequence[bytes] | None,
     tokenizer: str | None,
     end_of_text: int,
+    template: str | None,
+    empty_line_ends: bool,
 ) -> None:
-    """The vocabulary as llama.cpp reads it, a byte-level BPE or bytes by id, and the tokenizer.json as it is."""
+    """The vocabulary as llama.cpp reads it, a byte-level BPE or bytes by id, the tokenizer.json as it is, and the chat
+    template."""
     bpe = None if tokenizer is None else _read_bpe(json.loads(tokenizer))
     if bpe is not None:
         names, merges, special = bpe
@@ -310,11 +327,13 @@ def _write_tokenizer(
     )
     writer.add_bos_token_id(end_of_text)
     writer.add_eos_token_id(end_of_text)
-    # as llama.cpp's own converter does: its template of this name needs a token that ends an answer
     end_of_turn = next((token for token, piece in pieces.items() if piece == empty_line), None)
-    if end_of_turn is not None:
-        writer.add_chat_template("rwkv-world")
+    if end_of_turn is not None and empty_line_ends:
         writer.add_eot_token_id(end_of_turn)
+        # as llama.cpp's own converter does: its template of this name needs a token that ends an answer
+        template = template or "rwkv-world"
+    if template is not None:
+        writer.add_chat_template(template)
     if tokenizer is not None:
         writer.add_string(TOKENIZER, tokenizer)
 

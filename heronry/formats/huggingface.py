@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,11 +79,10 @@ def _unused(tensors: Tensors) -> Tensors:
     return {f"blocks.0.att.{name}": LazyTensor.zeros(shape, w0.dtype) for name, shape in shapes.items()}
 
 
-def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
+def to_blinkdl(tensors: Tensors, tied: Any = False) -> Tensors:
     """The same tensors under BlinkDL's names; unknown names are kept, without their prefixes.
 
-    tied: the head shares the embedding's weights and may be missing. One that is there and is another stays, with a
-        warning, as in transformers.
+    tied: see `tie_head`.
     """
     tensors = strip_prefixes(tensors)
     if fla.is_fla(tensors):
@@ -91,20 +90,58 @@ def to_blinkdl(tensors: Tensors, tied: bool = False) -> Tensors:
     else:
         words = {theirs: ours for ours, theirs in WORDS.items()}
         renamed = {".".join(words.get(word, word) for word in name.split(".")): x for name, x in tensors.items()}
-    if tied and "emb.weight" in renamed:
-        head = renamed.setdefault("head.weight", renamed["emb.weight"])
-        if head is not renamed["emb.weight"] and not torch.equal(head.read(), renamed["emb.weight"].read()):
-            log.warning("heronry: tie_word_embeddings is set, but the weights have a head of their own, which is used")
-    return renamed | _missing_biases(renamed)
+    return tie_head(renamed, tied) | _missing_biases(renamed)
+
+
+def tie_head(tensors: Tensors, tied: Any) -> Tensors:
+    """The same tensors under BlinkDL's names, with the embedding as a head if they have none.
+
+    tied: what config.json says of tie_word_embeddings. A head that is another than the embedding stays, with a warning,
+        as in transformers.
+    """
+    emb = tensors.get("emb.weight")
+    if not tied or emb is None:
+        return tensors
+    head = tensors.get("head.weight", emb)
+    if head is not emb and not torch.equal(head.read(), emb.read()):
+        log.warning("heronry: tie_word_embeddings is set, but the weights have a head of their own, which is used")
+    return tensors | {"head.weight": head}
+
+
+def _norm_biases(tensors: Tensors) -> dict[str, str]:
+    """The names of the biases that the layer norms of an RWKV-7 have, and those of their weights."""
+    norms = [name for name in tensors if re.fullmatch(r"(blocks\.\d+\.ln[012]|ln_out)\.weight", name)]
+    return {f"{name.removesuffix('weight')}bias": name for name in norms if "blocks.0.att.r_k" in tensors}
 
 
 def _missing_biases(tensors: Tensors) -> Tensors:
     """Zeros for the biases of an RWKV-7 whose layer norms have none (`norm_bias: false`)."""
-    norms = [name for name in tensors if re.fullmatch(r"(blocks\.\d+\.ln[012]|ln_out)\.weight", name)]
-    biases = {name: f"{name.removesuffix('weight')}bias" for name in norms}
-    if "blocks.0.att.r_k" not in tensors or any(bias in tensors for bias in biases.values()):
+    biases = _norm_biases(tensors)
+    if any(bias in tensors for bias in biases):
         return {}
-    return {bias: LazyTensor.zeros(tensors[name].shape, tensors[name].dtype) for name, bias in biases.items()}
+    return {bias: LazyTensor.zeros(tensors[name].shape, tensors[name].dtype) for bias, name in biases.items()}
+
+
+def check_norm_bias(names: Iterable[str], hub_config: Mapping[str, Any]) -> None:
+    """InputError where a config.json says otherwise than the tensors whether the layer norms of an RWKV-7 have biases.
+
+    names: of the tensors, prefixes removed.
+    """
+    says, has = hub_config.get("norm_bias", True), not {"ln_out.bias", "norm.bias"}.isdisjoint(names)
+    if hub_config.get("model_type") == "rwkv7" and says is not has:
+        raise InputError(
+            f"config.json says norm_bias = {show(says)}, but the layer norms have {'' if has else 'no '}biases"
+        )
+
+
+def default_epsilon(tensors: Tensors) -> dict[str, float]:
+    """As a part of a config, the epsilon of the group norm of the classes of RWKV-7 where no config.json says another:
+    1e-5 times the head size.
+
+    tensors: under BlinkDL's names; {} for other generations.
+    """
+    r_k = tensors.get("blocks.0.att.r_k")
+    return {} if r_k is None or len(r_k.shape) != 2 else {"ln_x_eps": _epsilon(r_k.shape[1])}
 
 
 def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,14 +152,14 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = hub_config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise InputError(f"config.json has the model_type {kind!r}; supported are {', '.join(ARCHITECTURES)}")
+        raise InputError(f"config.json has the model_type {show(kind)}; supported are {', '.join(ARCHITECTURES)}")
     is_v7 = kind == "rwkv7"
     epsilon = hub_config.get("norm_eps" if is_v7 else "layer_norm_epsilon", 1e-5)
     if epsilon != 1e-5:
-        raise InputError(f"config.json has layer norms with epsilon {epsilon}; all RWKV models have 1e-5")
+        raise InputError(f"config.json has layer norms with epsilon {show(epsilon)}; all RWKV models have 1e-5")
     for key, (value, what) in UNSUPPORTED.items():
         if is_v7 and hub_config.get(key, value) != value:
-            raise InputError(f"config.json has {key} = {hub_config[key]!r}: {what}")
+            raise InputError(f"config.json has {key} = {show(hub_config[key])}: {what}")
     if is_v7 and hub_config.get("attn"):
         raise InputError("config.json has attention in some layers, which RWKV-7 does not have")
     sizes = {
@@ -140,7 +177,8 @@ def read_config(hub_config: Mapping[str, Any]) -> dict[str, Any]:
         sizes |= {f"{ours}_rank": hub_config.get(f"{name}_low_rank_dim") for ours, name in RANKS.items()}
         # the group norm has epsilon head_dim * norm_eps
         sizes["ln_x_eps"] = hub_config.get("ln_x_eps", _epsilon(size) if isinstance(size, int) else None)
-        sizes["deep_rank"] = DEEP_RANK if hub_config.get("use_deep_embed") else None
+        deep = hub_config.get("use_deep_embed")
+        sizes["deep_rank"] = None if deep is None else DEEP_RANK if deep else 0
         sizes["ln0_folded"] = not hub_config.get("norm_first", True)
         if sizes["n_layer"] == 1:
             sizes.pop("value_rank")  # the only layer has none, whatever config.json says

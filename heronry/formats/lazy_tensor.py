@@ -128,7 +128,3 @@ def as_row(x: Tensor) -> Tensor:
 def nth(i: int, count: int, x: Tensor) -> Tensor:
     """Vector i of `count` vectors stored as one tensor, [1, 1, C]."""
     return x.reshape(count, 1, 1, -1)[i]
-
-
-def times(factor: float, x: Tensor) -> Tensor:
-    return x * factor

@@ -89,7 +89,8 @@ def _explain(path: Path, error: Exception) -> str:
     if protocol > 2 and "Unsupported operand" in str(error):
         return f"written with pickle's protocol {protocol}; save it with torch.save and its default protocol"
     lines = [line.strip() for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines()]
-    return f"damaged or truncated .pth file ({next(filter(None, lines), type(error).__name__)})"
+    reason = next(filter(None, lines), type(error).__name__).partition(". This is an internal")[0]  # then advice
+    return f"damaged or truncated .pth file ({reason})"
 
 
 def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:

@@ -111,6 +111,8 @@ def read(path: Path) -> Checkpoint:
     relatives.check_head(head)
     if path.suffix in (".safetensors", ".st"):
         return _recognise_names("safetensors", safetensors_file.read(path))
+    if path.suffix == ".onnx":
+        raise InputError("an ONNX graph, which is written, not read; give the model that it was made from")
     raise InputError("not a .pth, .safetensors, GGUF or rwkv.cpp file")
 
 
@@ -135,9 +137,11 @@ def _recognise_names(format: str, tensors: Tensors, metadata: Mapping[str, str] 
     if rwkv_rs.is_rwkv_rs(tensors, {}):
         return Checkpoint("rwkv_rs", *rwkv_rs.read(tensors, {}))
     if fla_rwkv6.is_fla_rwkv6(tensors):
-        return Checkpoint("huggingface", fla_rwkv6.to_blinkdl(tensors), {}, layout="fla_rwkv6")
+        return Checkpoint("huggingface", fla_rwkv6.to_blinkdl(tensors), fla_rwkv6.ALONE, layout="fla_rwkv6")
     if is_official or "embeddings.weight" in tensors:
-        return Checkpoint("huggingface", huggingface.to_blinkdl(tensors), {}, layout=_transformers_layout(tensors))
+        layout, tensors = _transformers_layout(tensors), huggingface.to_blinkdl(tensors)
+        epsilon = huggingface.default_epsilon(tensors)
+        return Checkpoint("huggingface", tensors, {"model": "rwkv7", **epsilon} if epsilon else {}, layout=layout)
     if metadata is not None and webrwkv.is_webrwkv(tensors, metadata):
         return Checkpoint("webrwkv", webrwkv.to_blinkdl(tensors), {})
     if vision_rwkv.is_vision_rwkv(tensors):
@@ -165,7 +169,7 @@ def _read_folder(path: Path) -> Checkpoint:
     if any((path / name).is_file() for name in ("adapter_config.json", "adapter.json")):
         raise InputError("the folder holds an adapter; give its model, and this folder with --adapter")
     if not (path / "config.json").is_file():
-        raise InputError(f"no config.json in the folder{folder.unfinished_hint(path)}")
+        raise InputError(f"no config.json in the folder{folder.hint(path)}")
     config = read_json(path / "config.json")
     if "model" in config and "model_type" not in config:
         return Checkpoint("heronry", strip_prefixes(folder.read(path)), config)
@@ -177,10 +181,12 @@ def _read_folder(path: Path) -> Checkpoint:
         return Checkpoint("rwkv_rs", *rwkv_rs.read(tensors, config))
     if "model_type" not in config:
         return Checkpoint("heronry", names, config)
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = config.get("tie_word_embeddings")
     if fla_rwkv6.is_fla_rwkv6(names):
         return Checkpoint(
             "huggingface", fla_rwkv6.to_blinkdl(tensors, tied), fla_rwkv6.read_config(config), layout="fla_rwkv6"
         )
+    huggingface.check_norm_bias(names, config)
     tensors = huggingface.to_blinkdl(tensors, tied)
-    return Checkpoint("huggingface", tensors, huggingface.read_config(config), layout=_transformers_layout(names))
+    ours = huggingface.default_epsilon(tensors) | huggingface.read_config(config)
+    return Checkpoint("huggingface", tensors, ours, layout=_transformers_layout(names))

@@ -12,6 +12,7 @@ from ..errors import InputError, show
 HYBRIDS = {
     "rwkv7qwen2": "QRWKV7 (RADLADS), a converted Qwen2",
     "rwkv6qwen2": "QRWKV6, a converted Qwen2",
+    "arwkv7": "ARWKV, a converted Qwen",
     "rwkv_hybrid": "ARWKV, a converted Qwen",
     "hxa079": "HRWKV (hxa079), RWKV-7 with attention layers",
     "hxa07a": "HRWKV (hxa07A), RWKV-7 with attention layers",
@@ -37,12 +38,13 @@ def check_config(config: Mapping[str, Any], known: Mapping[str, str]) -> None:
         if name in text or name in text.replace("rwkvhybrid", "rwkv_hybrid"):
             raise InputError(f"the folder holds {what}, which is not supported")
     if kind not in known and "rwkv" in text:
-        first = f"model_type {kind!r}" if kind else f"architectures {architectures}"
+        first = f"model_type {show(kind)}" if kind else f"architectures {show(architectures)}"
         raise InputError(f"the folder holds a relative of RWKV ({first}) that heronry does not run")
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise InputError(f"the weights are quantized ({method or 'quantization_config'}); use the original model")
+        name = method if isinstance(method, str) else "quantization_config"
+        raise InputError(f"the weights are quantized ({name}); use the original model")
     if config.get("rwkv7_w4_info"):
         raise InputError("the weights are quantized for sglang (rwkv7_w4_info); use the original model")
 
@@ -61,6 +63,10 @@ def check_head(head: bytes) -> None:
     """
     if head.startswith(b"SQLite format 3\0"):
         raise InputError("a database, such as rwkv_lightning keeps of its sessions; it holds no model")
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        raise InputError("a pointer of Git LFS, not the file itself; `git lfs pull` downloads it")
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise InputError("a web page, not a model; download the file itself")
     if head.startswith(STATES):
         raise InputError("a state prefab of Ai00's, which is not supported; save the state as .st or .state")
     if head.lstrip()[:1] == b"{" and (b'"shape"' in head or b'"data"' in head):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError, show
+from .huggingface import tie_head
 from .lazy_tensor import Tensors, transposed
 from .prefixes import strip_prefixes
 
@@ -77,9 +78,7 @@ def read(tensors: Tensors, hub_config: Mapping[str, Any]) -> tuple[Tensors, dict
         raise InputError(f"config.json says embedding_layer_norm_fused = {show(folded)}; expected true or false")
     if folded:
         tensors = {name: x for name, x in tensors.items() if name not in LN0}  # kept in a, but never used
-    if hub_config.get("tie_word_embeddings") and "emb.weight" in tensors:
-        tensors.setdefault("head.weight", tensors["emb.weight"])
-    return tensors, config | {"ln0_folded": folded}
+    return tie_head(tensors, hub_config.get("tie_word_embeddings")), config | {"ln0_folded": folded}
 
 
 def _to_blinkdl(tensors: Tensors) -> Tensors:

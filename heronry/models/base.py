@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, show
-from ..ops.dispatch import assume_constant_result
+from ..ops.dispatch import assume_constant_result, has_tangents
 from ..ops.packing import boundaries
 from . import native_step
 from .fingerprint import compute_fingerprint, sample_all
@@ -158,6 +158,11 @@ class Model(Network):
         """For copies and pickles: everything but the native step, which holds addresses of this model's weights."""
         return self.__dict__ | {"_step": None}
 
+    def has_copied_head(self) -> bool:
+        """Whether the head is the embedding once more, as in a checkpoint that ties them: no training ends there."""
+        head = getattr(self, "head", None)
+        return isinstance(head, Linear) and torch.equal(head.weight, self.emb.weight)
+
     def tune_state(self) -> Model:
         """Makes the initial state the only trained parameter, and returns the model itself: `att.time_state`, zeros in
         a model that had none. The frozen weights are not copied."""
@@ -188,7 +193,7 @@ class Model(Network):
             layers.append(LayerState(att_shift, wkv.expand(rows, *wkv.shape).clone(), ffn_shift))
         return State(layers, self.fingerprint)
 
-    def select_native_step(self, tokens: Tensor, cu: Boundaries | None) -> native_step.NativeStep | None:
+    def select_native_step(self, tokens: Tensor, state: State, cu: Boundaries | None) -> native_step.NativeStep | None:
         """The C++ step for the forward pass of these tokens, or None where the plain model must run (native_step.py
         says when).
 
@@ -208,7 +213,11 @@ class Model(Network):
             return None
         if self._step is None or not self._step.is_current():
             self._step = native_step.NativeStep(self)
-        return self._step if self._step.is_available() else None
+        step = self._step
+        if not step.is_available():
+            return None
+        seen = state is not step.last_state[0]() and has_tangents(x for layer in state.layers for x in layer)
+        return None if seen else step
 
     def is_unmodified(self) -> bool:
         """Whether it is what its class makes of its configuration, packed matrices apart: the same modules with the

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from .. import build
 from ..errors import InputError
 from ..memory import Pool, Scratch
 from ..ops import arguments, packed
+from ..ops.dispatch import has_tangents
 from .layers import Linear
 from .state import LayerState, State
 
@@ -33,6 +35,7 @@ MAX_TOKENS = 64  # tokens in a call; beyond that the plain model's matrix produc
 MAX_CALL_TOKENS = 512  # where PyTorch has no fast products; longer inputs are read in pieces
 MAX_HEAD_SIZE = 512  # the largest head that the C++ has room for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: packed weights
+PLAIN = (Tensor, nn.Parameter)  # a subclass may be anything but numbers in memory
 
 
 class _Tensor(ctypes.Structure):  # Tensor in ops/matmul.h
@@ -64,7 +67,7 @@ def source_path(name: str) -> Path:
     return Path(__file__).parent / f"{name}.cpp"
 
 
-def settings(module: torch.nn.Module) -> dict[str, Any]:
+def settings(module: nn.Module) -> dict[str, Any]:
     """What a module holds besides tensors and modules, as the eps of a norm: numbers that the C++ takes for granted."""
     own = module.__dict__
     return {name: own[name] for name in own if name[0] != "_" and name != "training"}
@@ -75,23 +78,26 @@ class NativeStep:
 
     def __init__(self, model: Any):
         self.modules = list(model.modules())
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.addresses = [x.data_ptr() for x in self.tensors]
+        tensors = [*model.parameters(), *model.buffers()]
+        self.tensors = [x for x in tensors if type(x) in PLAIN]
+        self.places = self._places()
         self.parts = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules) if part]
         self.objects = list(chain.from_iterable(map(dict.values, self.parts)))
         self.hooks = [hooks for m in self.modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks += [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
         self.own = [m.__dict__ for m in self.modules[1:]]
         # but for Linear, whose settings only describe its weight: most modules are Linear, and this is read every step
-        self.places = [(m.__dict__, name) for m in self.modules[1:] if type(m) is not Linear for name in settings(m)]
-        self.places.append((model.__dict__, "config"))
-        self.settings = [own[name] for own, name in self.places]
+        self.owners = [(m.__dict__, name) for m in self.modules[1:] if type(m) is not Linear for name in settings(m)]
+        self.owners.append((model.__dict__, "config"))
+        self.settings = [own[name] for own, name in self.owners]
         # The state returned last, while somebody holds it, and the addresses of its tensors: as a rule it is passed in
         # next, and looking at a hundred small tensors takes longer than computing the layers of a small model. One
         # tuple, replaced as a whole, because threads share the step.
         self.last_state: tuple[Callable[[], State | None], list[int]] = (lambda: None, [])
         config = model.config
         head = getattr(config, "head_size", 0)
-        fits = all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in self.tensors)
+        fits = len(tensors) == len(self.tensors) and not has_tangents(tensors)
+        fits = fits and all(x.device.type == "cpu" and x.is_contiguous() and x.dtype in DTYPES for x in tensors)
         fits = fits and head <= MAX_HEAD_SIZE and model.is_unmodified()
         self.library = build.library(source_path(model.name)) if fits else None
         if self.library is None:
@@ -129,8 +135,14 @@ class NativeStep:
         """Whether the model still has the modules, settings and tensors that this step was built for."""
         objects = chain.from_iterable(map(dict.values, self.parts))
         same = all(map(is_, self.objects, objects)) and next(objects, None) is None
-        same = same and [own.get(name) for own, name in self.places] == self.settings
-        return same and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
+        same = same and [own.get(name) for own, name in self.owners] == self.settings
+        return same and self._places() == self.places
+
+    def _places(self) -> tuple[list[int], bool, int]:
+        """Where the tensors lie in memory, and how: `.data = ...` and `.t_()` change that in the tensors themselves."""
+        tensors = self.tensors
+        dense = all(map(Tensor.is_contiguous, tensors))
+        return [*map(Tensor.data_ptr, tensors)], dense, sum(map(Tensor.numel, tensors))
 
     def is_available(self) -> bool:
         """Whether there is C++ for this model, and no hooks or replaced `forward` that it would bypass."""

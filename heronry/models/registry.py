@@ -26,7 +26,7 @@ UNSUPPORTED = (
     (("ffn.enn.",), "RWKV-8 rc00, which is not supported"),
     ((".qkv.kk.", ".qkv.ennk."), "a hybrid of RWKV-8 rc00 with attention, which is not supported"),
     (
-        (".s_emb.0", ".k_emb.0"),
+        ("s_emb.0", "k_emb.0"),
         "an RWKV-7a or 7b with merged tables (for phones), which is not supported; use the original",
     ),
     ((".miss_block", ".disha", ".bone", ".weight.D", ".lora_A", ".lora_B"), ADAPTER),
@@ -40,7 +40,6 @@ UNSUPPORTED = (
     (("head_q.", "head_k."), "an experiment with head_qk, which is not supported"),
     (("tiny_q", "tiny_k", "tiny_v", "tiny_ln"), "an experiment with tiny attention, which is not supported"),
     (("pos_emb_",), "an experiment with position embeddings, which is not supported"),
-    ((".lora_A", ".disha", ".bone", ".weight.D"), "an adapter; give its model, and this file with --adapter"),
 )
 
 
@@ -57,5 +56,9 @@ def detect(shapes: Mapping[str, Sequence[int]]) -> type[Network]:
         return RWKV6
     if "blocks.0.att.time_decay" in shapes:
         return RWKV5 if "blocks.0.att.ln_x.weight" in shapes else RWKV4
+    if shapes and all(key.endswith(".att.time_state") for key in shapes):
+        raise InputError(
+            "a tuned initial state without its model; give the model, and this to `heronry generate --state`"
+        )
     keys = ", ".join(list(shapes)[:3]) + (", ..." if len(shapes) > 3 else "")
     raise InputError(f"not an RWKV checkpoint (it holds {keys or 'nothing'})")

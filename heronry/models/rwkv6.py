@@ -192,7 +192,7 @@ class RWKV6(Model):
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         state, cu = self.validate_inputs(tokens, state, cu_seqlens)
-        if step := self.select_native_step(tokens, cu):
+        if step := self.select_native_step(tokens, state, cu):
             return step(tokens, state, cu, last_only)
         x = self.blocks[0].ln0(self.emb(tokens))  # [B, T, C]
         layers = []

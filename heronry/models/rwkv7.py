@@ -303,7 +303,7 @@ class RWKV7(Model):
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         state, cu = self.validate_inputs(tokens, state, cu_seqlens)
-        if step := self.select_native_step(tokens, cu):
+        if step := self.select_native_step(tokens, state, cu):
             return step(tokens, state, cu, last_only)
         x, words = self.embed(tokens, state, cu)  # [B, T, C]
         deep = (tokens, x) if self.config.deep_rank else None

@@ -195,12 +195,11 @@ class State:
             raise ValueError("its tensors are not those of a state")
         rows = len(layers[0].wkv) if layers[0].wkv.ndim else 0
         for name, x in tensors.items():
-            if name.startswith("rows."):
-                continue  # the model looks at those when it is given the state
-            if x.dtype not in DTYPES or x.ndim < 2 or len(x) != rows:
+            is_row = name.startswith("rows.")  # at whose shapes the model looks when it is given the state
+            if not is_row and (x.dtype not in DTYPES or x.ndim < 2 or len(x) != rows):
                 dtype = str(x.dtype).removeprefix("torch.")
                 raise ValueError(f"{name} is {dtype} {list(x.shape)}, which is no part of a state of {rows} rows")
-            if not x.isfinite().all():
+            if x.dtype in DTYPES and not x.isfinite().all():
                 raise ValueError(f"{name} contains NaN or infinity")
         if not isinstance(texts, list) or len(texts) != rows or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"its texts are {show(texts)}, not those of {rows} rows")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import build
@@ -34,7 +35,8 @@ def select_body(
     operator: str, impl: str, bodies: Mapping[str, Callable[..., Output]], max_tokens: int, device: torch.device
 ) -> Callable[..., Output]:
     """The body for `impl`; "auto" takes the fastest for sequences of at most `max_tokens` tokens."""
-    if impl == "auto":
+    auto = impl == "auto"
+    if auto:
         if device.type == "cpu" and has_native_body(operator):
             impl = "cpu"
         else:
@@ -47,7 +49,7 @@ def select_body(
         raise ValueError(f"{operator}: the body 'cpu' cannot run on {device}")
     if impl == "cpu" and not has_native_body(operator):
         raise ValueError(f"{operator}: the body 'cpu' needs a C++ compiler (g++ or clang++)")
-    return partial(_run_body, operator, bodies[impl])
+    return partial(_run_body, operator, impl, bodies["chunked"] if auto else None, bodies[impl])
 
 
 @cache
@@ -73,6 +75,11 @@ def needs_gradients(inputs: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
+def has_tangents(inputs: Iterable[Tensor]) -> bool:
+    """Whether forward-mode differentiation goes through any of these tensors, which no_grad does not end."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+
+
 def select_entry_point(
     operator: Callable[..., Output], plain: Callable[..., Output], inputs: Iterable[Tensor]
 ) -> Callable[..., Output]:
@@ -83,13 +90,23 @@ def select_entry_point(
     return operator if seen or any(type(x) not in (Tensor, Parameter) for x in inputs) else plain
 
 
-def _run_body(operator: str, body: Callable[..., Output], *args: Any) -> Output:
+def _run_body(
+    operator: str, impl: str, differentiable: Callable[..., Output] | None, body: Callable[..., Output], *args: Any
+) -> Output:
     """body(*args) without autocast, which would round the state and, in float16, overflow the factors of chunks.
 
+    differentiable: the body to take instead of C++ where forward-mode differentiation, which it knows nothing of, goes
+        through the tensors.
+
     Raises:
-        ValueError: the tensors are not all on one device.
+        ValueError: the tensors are not all on one device, or have tangents that the body would lose.
     """
-    check_devices(operator, *(x for x in args if isinstance(x, Tensor)))
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    check_devices(operator, *tensors)
+    if impl == "cpu" and not torch.compiler.is_compiling() and has_tangents(tensors):
+        if differentiable is None:
+            raise ValueError(f"{operator}: the body 'cpu' has no forward-mode derivative; choose chunked")
+        body = differentiable
     device = args[0].device.type
     off = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if off else nullcontext():

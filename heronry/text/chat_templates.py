@@ -70,7 +70,7 @@ class Template:
         text = self._one_turn(text)
         if f"{self.space}{text}".startswith(self.opening):
             return self.opening, f"{self.space}{text}"[len(self.opening) :]
-        if self.opening.endswith("</think"):  # the template skips the thinking, so an answer may have none
+        if self.opening.endswith("</think") and not text.startswith("<think"):  # it skips the thinking, and so may they
             return self.opening, f">\n{text}"
         return "", f"{self.space}{text}"
 
@@ -174,7 +174,7 @@ TEMPLATES = {
 NAMED_AFTER = {  # words in the names of the files that models are published in
     "raven": "raven",
     r"g[1-9][a-z]?\d*": "g1",
-    r"world|g0[a-z]?\d*": "world",
+    r"world\d*|g0[a-z]?\d*": "world",
 }
 
 

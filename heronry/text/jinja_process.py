@@ -13,26 +13,35 @@ from typing import Any
 
 from ..errors import InputError
 
-PATIENCE = 10.0  # seconds for a render, the start of the process included
+PATIENCE = 5.0  # seconds for a request, the start of the process included
 WORKER = Path(__file__).with_name("jinja_worker.py")
 
 
 class JinjaProcess:
-    """Starts the process when it is needed, and again after it was ended. A fork gets one of its own."""
+    """Starts the process when it is needed, and again after it was ended. A fork gets one of its own.
+
+    A template that ended the process before it rendered anything is refused from then on, so its time is lost once. One
+    that has rendered stays: it may have been the conversation, or a busy machine.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._refused: dict[str, str] = {}  # templates, and how they ended the process
+        self._rendered: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0  # the process that may talk to it
 
-    def render(self, source: str, mark: str, variables: dict[str, Any]) -> str:
-        """The text that a template makes of its variables. mark: put at both ends of what {% generation %} encloses.
+    def render(self, source: str, mark: str, *variables: dict[str, Any]) -> list[str]:
+        """The texts that a template makes of several sets of variables, in PATIENCE seconds for all of them. mark: put
+        at both ends of what {% generation %} encloses.
 
         Raises:
             InputError: the template is wrong, refuses the variables, or takes too long or too much memory.
         """
         request = json.dumps({"source": source, "mark": mark, "variables": variables}).encode() + b"\n"
         with self._lock:
+            if source in self._refused:
+                raise InputError(self._refused[source])
             process = self._running()
             assert process.stdin is not None
             assert process.stdout is not None
@@ -48,16 +57,20 @@ class JinjaProcess:
             finally:
                 is_late = not timer.is_alive()
                 timer.cancel()
-                if not line.endswith(
-                    b"\n"
-                ):  # also after Ctrl-C: its answer would be taken for that of the next request
+                is_whole = line.endswith(b"\n")
+                if not is_whole:  # also after Ctrl-C: its answer would be taken for that of the next request
                     self.close()
-        if not line.endswith(b"\n"):
-            raise InputError(f"takes longer than {PATIENCE:g} seconds" if is_late else "its process was ended")
+            if not is_whole:
+                reason = f"takes longer than {PATIENCE:g} seconds" if is_late else "its process was ended"
+                if source not in self._rendered:
+                    self._refused[source] = reason
+                raise InputError(reason)
         answer = json.loads(line)
         if "error" in answer:
             raise InputError(answer["error"])
-        return str(answer["text"])
+        self._rendered.add(source)
+        texts: list[str] = answer["texts"]
+        return texts
 
     def close(self) -> None:
         """Ends the process, if it runs and is ours."""

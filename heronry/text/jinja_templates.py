@@ -107,11 +107,19 @@ class JinjaTemplate:
         Raises:
             InputError: the template is damaged, refuses these messages, or takes too long or too much memory.
         """
-        if not re.search(r"\binput\b", self.source):
-            messages = [_with_input(message) for message in messages]
-        variables = {"messages": [*messages], "tools": None, "documents": None, "add_generation_prompt": answering}
+        [text] = self._render((messages, answering), mark=mark)
+        return text
+
+    def _render(self, *conversations: tuple[Sequence[Mapping[str, Any]], bool], mark: str = "") -> list[str]:
+        """The texts of several conversations, within the limit of time for one; see `render`."""
+        has_input = re.search(r"\binput\b", self.source)
+        variables: list[dict[str, Any]] = []
+        for messages, answering in conversations:
+            shown = [*messages] if has_input else [_with_input(message) for message in messages]
+            variables.append({**self.tokens, "messages": shown, "tools": None, "documents": None})
+            variables[-1]["add_generation_prompt"] = answering
         try:
-            return jinja_process.render(self.source, mark, {**self.tokens, **variables})
+            return jinja_process.render(self.source, mark, *variables)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
 
@@ -123,8 +131,8 @@ class JinjaTemplate:
 
     @cached_property
     def _look(self) -> _Look:
-        whole, prompt = self.render(TALK, False), self.render(TALK[:1], True)
-        longer = self.render([*TALK, {"role": "user", "content": NEXT}], True)
+        next_message = {"role": "user", "content": NEXT}
+        whole, prompt, longer = self._render((TALK, False), (TALK[:1], True), ([*TALK, next_message], True))
         if QUESTION not in whole or ANSWER not in whole or not re.search(f"{ANSWER}.*{NEXT}", longer, re.DOTALL):
             raise InputError(f"{self.name}: does not show the messages of a conversation")
         before, separator = whole.split(ANSWER, 1)

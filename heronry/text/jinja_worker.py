@@ -24,6 +24,7 @@ from jinja2.utils import Namespace
 
 MOST_MEMORY = 2 << 30  # bytes of address space
 MOST_TEXT = 64 << 20  # characters of a rendered conversation
+MOST_REASON = 300  # characters of an error
 
 
 class GenerationBlocks(Extension):
@@ -102,16 +103,17 @@ def render(source: str, mark: str, variables: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
-    """{"text"}, or {"error"} in one line."""
+def answer(source: str, mark: str, variables: list[dict[str, Any]]) -> dict[str, Any]:
+    """{"texts"}, or {"error"} in one line."""
     try:
-        return {"text": render(**request)}
+        return {"texts": [render(source, mark, x) for x in variables]}
     except MemoryError:
         return {"error": "needs too much memory"}
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"}
+        reason = f"line {error.lineno}: {error.message}"
     except Exception as error:
-        return {"error": " ".join(str(error).split()) or type(error).__name__}
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return {"error": reason if len(reason) <= MOST_REASON else reason[:MOST_REASON] + " ..."}
 
 
 def main() -> None:
@@ -121,7 +123,7 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(answer(**json.loads(line))).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

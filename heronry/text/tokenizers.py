@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from ..catalog import BUNDLED
 from ..errors import InputError, show
 from .utf8 import ByteStream, encode_utf8
 from .world import WorldTokenizer
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 WORLD_SIZES = range(65530, 65537)  # models pad the 65530 ids of World to 65536, some to fewer
+BUNDLED_SIZE = 2048
 PILE_SIZES = range(50277, 50305)  # 20B_tokenizer.json has 50277 ids; some models pad them to 50304
 MAX_PADDING = 1023  # rows that a model may have beyond its tokenizer's ids
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")
@@ -167,8 +169,9 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
     """The tokenizer that `spec` names, checked against a model's vocabulary.
 
     Args:
-        spec: "bytes", "world" (also rwkv_vocab_v20230424), the path of a tokenizer.json, of World's vocabulary as .txt
-            or .json, or of a folder with one of them; a Tokenizer is returned as it is.
+        spec: "bytes", "world" (also rwkv_vocab_v20230424), "bundled" (of the bundled model), the path of a
+            tokenizer.json, of World's vocabulary as .txt or .json, or of a folder with one of them; a Tokenizer is
+            returned as it is.
         vocab_size: number of rows in the model's embedding.
 
     Raises:
@@ -195,14 +198,17 @@ def load_tokenizer(spec: str | Path | Tokenizer, vocab_size: int | None = None) 
 
 
 def plain_name(spec: str | Path) -> str | Path:
-    """ "world" where `spec` is a file or folder that holds World in the form of others, else `spec` itself."""
+    """ "world" where `spec` is a file or folder that holds World in the form of others, the path of the file for
+    "bundled", else `spec` itself."""
     if spec in WORLD_NAMES:
         return "world"
     path = _find_tokenizer_file(Path(spec))
+    if spec == "bundled":
+        return path
     if spec == "bytes" or not path.is_file():
         return spec
     try:
-        return "world" if _is_world(path, path.read_text(encoding="utf-8")) else spec
+        return "world" if _is_world(path, path.read_text(encoding="utf-8-sig")) else spec
     except (OSError, ValueError):  # said when it is loaded
         return spec
 
@@ -212,7 +218,9 @@ def _is_world(path: Path, content: str) -> bool:
 
 
 def _find_tokenizer_file(path: Path) -> Path:
-    """The file of a tokenizer: itself, or the one in a folder."""
+    """The file of a tokenizer: itself, or the one in a folder, or the bundled model's."""
+    if path == Path("bundled"):
+        path = BUNDLED
     if not path.is_dir():
         return path
     names = ("tokenizer.json", *VOCABULARY_FILES)
@@ -223,7 +231,7 @@ def _read_tokenizer_file(path: Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"{path}: tokenizer file not found")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if _is_world(path, content):
@@ -267,4 +275,5 @@ def guess_tokenizer(vocab_size: int, folder: str | Path | None = None) -> str | 
         return "world"
     if vocab_size in PILE_SIZES:
         raise InputError(f"models with {vocab_size} ids use 20B_tokenizer.json: supply it with tokenizer=")
-    raise InputError(f"no known tokenizer has {vocab_size} ids: supply one with tokenizer=")
+    hint = " (for a copy of the bundled model: bundled)" if vocab_size == BUNDLED_SIZE else ""
+    raise InputError(f"no known tokenizer has {vocab_size} ids: supply one with tokenizer={hint}")

@@ -1,6 +1,7 @@
 """RWKV World in the files of others: a tokenizer.json of Hugging Face's, or the vocabulary itself as .txt or .json.
 
-- a file is World if its whole vocabulary is: 65,529 tokens under the same ids, whatever it is called
+- a file is World if its whole vocabulary is: 65,529 tokens under the same ids, whatever it is called, and besides them
+  at most placeholders, which no text has. One that was given more tokens is another tokenizer
 - a tokenizer.json spells bytes in the alphabet of GPT-2. Its model is WordPiece without a prefix, WordLevel behind a
   regular expression that finds the longest token, or rwkv-rs' RwkvTrie; all of them give World's ids
 - WordPiece of Hugging Face's library tries every end of a token, which takes time that grows with the cube of a piece's
@@ -21,6 +22,7 @@ NAMES = ("world", FILE.stem)  # of this vocabulary
 VOCABULARY_FILES = (f"{FILE.stem}.txt", f"{FILE.stem}.json")
 END = "<|endoftext|>"  # the name of id 0 there
 MODELS = ("WordPiece", "WordLevel", "RwkvTrie")
+PLACEHOLDER = "\ue000"  # what the names of ids without a token begin with
 PADDED_SIZE = 65536  # ids in files of others: World's and placeholders
 # where a text may be cut: in front of a space, unless white space precedes; behind a word; in front of a word that
 # follows no sign which tokens begin with
@@ -37,13 +39,30 @@ def is_world_json(content: str) -> bool:
         return False
     model = parsed.get("model")
     if not isinstance(model, dict):
-        return all(_as_bytes(parsed.get(str(i))) == token for i, token in enumerate(read_vocabulary()) if i)
+        more = [value for name, value in parsed.items() if not (name.isdecimal() and int(name) <= COUNT)]
+        return all(map(_is_placeholder, more)) and all(
+            _as_bytes(parsed.get(str(i))) == token for i, token in enumerate(read_vocabulary()) if i
+        )
     kind, vocabulary = model.get("type"), model.get("vocab")
     if kind not in MODELS or parsed.get("normalizer") or not isinstance(vocabulary, dict):
         return False
     if kind == "WordPiece" and model.get("continuing_subword_prefix") != "":
         return False
-    return all(vocabulary.get(token) == i for token, i in _spelled().items())
+    cuts = json.dumps(parsed.get("pre_tokenizer"))
+    if kind != "RwkvTrie" and ('"add_prefix_space": true' in cuts or '"use_regex": true' in cuts):
+        return False
+    added = parsed.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(x, dict) for x in added):
+        return False
+    more = [*(x.get("content") for x in added if x.get("id") != 0), *(vocabulary.keys() - _spelled().keys())]
+    return all(token == END or _is_placeholder(token) for token in more) and all(
+        vocabulary.get(token) == i for token, i in _spelled().items()
+    )
+
+
+def _is_placeholder(token: Any) -> bool:
+    """Whether this is the name of an id that no text has."""
+    return isinstance(token, str) and token.startswith(PLACEHOLDER)
 
 
 def is_world_text(content: str) -> bool:
@@ -64,7 +83,7 @@ def world_json() -> dict[str, Any]:
     """World as the content of a tokenizer.json that Hugging Face's library reads, with World's ids for every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    placeholders = {f"\ue000{i}\ue001": i for i in range(COUNT + 1, PADDED_SIZE)}
+    placeholders = {f"{PLACEHOLDER}{i}\ue001": i for i in range(COUNT + 1, PADDED_SIZE)}
     vocabulary = {END: 0, **_spelled(), **placeholders}
     longest = 2**31 - 1  # a longer piece would be unknown
     model = models.WordPiece(

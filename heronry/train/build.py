@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ..models import MODELS, VISION_MODELS, Model, Network, VisionModel
 from ..models.native_step import has_fast_matmul
 from . import fsdp
 from .config import Config
+
+log = logging.getLogger("heronry")
 
 
 def uses_cuda(device: str) -> bool:
@@ -109,6 +112,8 @@ def build_model(config: Config, vocab_size: int, precision: str, device: str = "
             raise InputError(
                 f"{section.path}: quantized weights cannot be trained, except with model.tune=lora or miss"
             )
+        if section.tune == "all" and device != "meta" and model.has_copied_head():
+            log.warning("heronry: %s: the head is tied to the embedding; training keeps the two apart", section.path)
         if section.tune == "state":
             model.tune_state()
         elif section.tune != "all":

@@ -367,7 +367,7 @@ def read_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def parse_arguments(arguments: Sequence[str]) -> Config:
-    """`read_config` of the words of a command line: [FILE] [SECTION.KEY=VALUE]...
+    """`read_config` of the words of a command line: `[FILE] [SECTION.KEY=VALUE]...`
 
     Raises:
         InputError: see `read_config`.

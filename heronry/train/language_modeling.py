@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data.batching import Batch, DocumentSampler, LaneSampler, Row, WindowSampler, collate
 from ..data.mixture import Mixture, MixtureSampler, SourceSampler
 from ..data.token_file import TokenFile
-from ..errors import InputError
+from ..errors import InputError, count
 from ..models import LayerState, Model, Network, State
 from ..models.layers import PackedLinear
 from ..models.sequence_parallel import SequenceShard
@@ -117,7 +117,7 @@ class LanguageModeling:
     def describe(self) -> str:
         number = len(self.data.files)
         sources = f" in {number} sources" if number > 1 else ""
-        return f"{self.data.n_tokens / 1e6:.1f} M tokens{sources}, rows of {self.config.data.ctx_len} tokens"
+        return f"{count(self.data.n_tokens, 'token')}{sources}, rows of {self.config.data.ctx_len} tokens"
 
     def source_metrics(self, step: int) -> dict[str, float]:
         if not isinstance(self.sampler, MixtureSampler):

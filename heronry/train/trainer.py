@@ -30,7 +30,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..adapters import WEIGHTS
 from ..checkpoint import check_folder_name, time_state
 from ..data.mixture import Mixture
-from ..errors import InputError
+from ..errors import InputError, count
+from ..files import only_process
 from ..models import Model, Network
 from . import build, checkpointing, fsdp
 from .config import Config
@@ -183,8 +184,8 @@ class Trainer:
         n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return RunInfo(
             out=self.out,
-            description=f"{self.model.name}: {n_trained / 1e6:.1f} M parameters to train, {self.task.describe()}, "
-            f"{self.steps} steps of {self.task.rows_per_step}",
+            description=f"{self.model.name}: {count(n_trained, 'parameter')} to train, {self.task.describe()}, "
+            f"{count(self.steps, 'step')} of {self.task.rows_per_step}",
             unit=self.task.unit,
             steps=self.steps,
             log_every=config.run.log_every,
@@ -293,8 +294,16 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; a checkpoint has been saved.
-            InputError: the gradients are not finite any more, or the model cannot be saved.
+            InputError: the gradients are not finite any more, the model cannot be saved, or another process trains in
+                `run.out`.
         """
+        if not self.accelerator.is_main_process:
+            return self._train()
+        message = f"{self.out}: another process is training there; wait for its end, or choose another run.out"
+        with only_process(self.out / ".training", message):
+            return self._train()
+
+    def _train(self) -> Network:
         run = self.config.run
         last_checkpoint, bad_steps = time.monotonic(), 0
         with catch_signals() as signals, self.logger:

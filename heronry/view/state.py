@@ -54,6 +54,12 @@ def read_history(model: Model, tokens: Sequence[int]) -> History:
     return History(ends, np.stack(norms), np.stack(ranks), wkv.cpu().numpy())
 
 
+@torch.no_grad()
+def read_state(model: Model, tokens: Sequence[int]) -> State:
+    """The state after a text that begins from nothing."""
+    return model(as_row(model, tokens), last_only=True)[1]
+
+
 def matrices(state: State) -> Tensor:
     """The matrices of one sequence's state, [L, H, N_v, N_k]."""
     return torch.stack([layer.wkv[0] for layer in state.layers])

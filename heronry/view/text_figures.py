@@ -58,28 +58,38 @@ def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
 
 
 def draw_flow(
-    restored: NDArray[Any], clean: float, corrupted: float, influence: NDArray[Any], labels: Sequence[str], answer: str
+    restored: NDArray[Any],
+    remembered: NDArray[Any],
+    clean: float,
+    corrupted: float,
+    influence: NDArray[Any],
+    labels: Sequence[str],
+    answer: str,
 ) -> Figure:
-    """Causal tracing and the influence of every token, see flow.py. restored, influence: [L + 1, T]."""
-    layers, n = restored.shape
-    figure = new_figure(WIDTH, max(4.0, 1.4 + 0.21 * min(n, MAX_LABELS)))
-    left, right = figure.subplots(1, 2, sharey=True)
-    image = left.imshow(
-        restored.T, aspect="auto", cmap="viridis", vmin=min(corrupted, restored.min()), vmax=max(clean, restored.max())
+    """Causal tracing and the influence of every token, see flow.py. restored, influence: [L + 1, T]; remembered:
+    [L, T]."""
+    layers, n = remembered.shape
+    figure = new_figure(WIDTH, max(4.2, 1.6 + 0.21 * min(n, MAX_LABELS)))
+    axes = figure.subplots(1, 3, sharey=True)
+    word = f"“{_shown(answer)}”"
+    low, high = min(corrupted, restored.min(), remembered.min()), max(clean, restored.max(), remembered.max())
+    panels = (
+        (restored, "one layer's output\nput back at one token", low, high),
+        (remembered, "one layer's memory\nput back after one token", low, high),
+        (influence, f"how much the logit of {word}\ndepends on one output", 0, None),
     )
-    left.set_title(
-        f"Restoring one layer at one token: the probability of “{_shown(answer)}”\n"
-        f"{clean:.1%} as it is, {corrupted:.1%} with noise on the subject",
-        fontsize="medium",
-    )
-    figure.colorbar(image, ax=left, label=f"probability of “{_shown(answer)}”")
-    image = right.imshow(influence.T, aspect="auto", cmap="viridis", vmin=0)
-    right.set_title(f"How much the logit of “{_shown(answer)}” depends on it", fontsize="medium")
-    figure.colorbar(image, ax=right, label="length of the gradient")
-    for axis in (left, right):
-        axis.set_xticks(range(layers), ["in", *(str(i) for i in range(layers - 1))])
-        axis.set_xlabel("output of layer (in: the embedding)")
-    _label_tokens(left, labels, on_y=True)
+    images = []
+    for axis, (values, title, least, most) in zip(axes, panels, strict=True):
+        images.append(axis.imshow(values.T, aspect="auto", cmap="viridis", vmin=least, vmax=most))
+        axis.set_title(title, fontsize="medium")
+        names = [*(["in"] if len(values) > layers else []), *map(str, range(layers))]
+        places = _few(len(names))
+        axis.set_xticks(places, [names[place] for place in places])
+        axis.set_xlabel("layer" + (" (in: the embedding)" if len(values) > layers else ""))
+    figure.colorbar(images[0], ax=axes[:2], label=f"probability of {word}")
+    figure.colorbar(images[2], ax=axes[2], label="length of the gradient")
+    figure.suptitle(f"Where {word} comes from: {clean:.1%} as it is, {corrupted:.1%} with noise on the subject")
+    _label_tokens(axes[0], labels, on_y=True)
     return figure
 
 

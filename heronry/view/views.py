@@ -19,7 +19,7 @@ from .inside import is_rwkv4
 from .lens import read_lens
 from .memory import loss_by_position, recall
 from .reads import read_weights
-from .state import knock_out, read_history
+from .state import check_has_heads, knock_out, read_history, read_state, state_difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +50,7 @@ class Look:
         subject: the part of it that `flow` puts noise on.
         answer: the text whose first token is expected after the prompt; None: the most likely one.
         fact, question, recalled: for `memory`: a text, what is asked later, and the answer.
+        against: for `state`: a second text, whose state is compared with that of the prompt.
         texts: long texts for `memory` and `cascade`, as token ids without the opening.
     """
 
@@ -62,12 +63,16 @@ class Look:
     fact: str = ""
     question: str = ""
     recalled: str = ""
+    against: str | None = None
     texts: Sequence[Sequence[int]] = field(default=(), repr=False)
     progress: Progress | None = field(default=None, repr=False)
 
     @cached_property
     def tokens(self) -> list[int]:
-        ids = [*self.opening, *self.tokenizer.encode(self.prompt)]
+        return self.encode(self.prompt)
+
+    def encode(self, text: str) -> list[int]:
+        ids = [*self.opening, *self.tokenizer.encode(text)]
         if len(ids) < 2:
             raise InputError("the prompt is too short: it needs at least two tokens")
         return ids
@@ -122,7 +127,8 @@ def view_flow(look: Look) -> list[Picture]:
         Picture(
             figure,
             f"Noise on “{look.subject}” changes the probability of “{word}” from {found.clean:.1%} to "
-            f"{found.corrupted:.1%}. Left: where one layer's output at one token, put back, undoes that.",
+            f"{found.corrupted:.1%}. The first two pictures: where putting back one layer's output, or "
+            "its memory, undoes that.",
         )
     ]
 
@@ -155,6 +161,12 @@ def view_cascade(look: Look) -> list[Picture]:
 
 
 def view_state(look: Look) -> list[Picture]:
+    if look.against is not None:
+        check_has_heads(look.model)
+        states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against))]
+        figure = draw.draw_difference(state_difference(*states))
+        caption = f"How far apart the states after “{look.prompt}” and “{look.against}” are, head by head."
+        return [Picture(figure, caption)]
     return [
         Picture(
             draw.draw_history(*read_history(look.model, look.tokens)),

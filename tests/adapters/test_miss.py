@@ -195,6 +195,16 @@ def test_gradients(variant, format, base):
     torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_bat_in_bfloat16_autocast(base):
+    """The matrix is changed in float32 and rounded once."""
+    layer = trained(load(base), "bat").blocks[0].ffn.key
+    x = normal(5, 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    merged = MiSS(layer.miss_block.detach()).merge(layer.base_layer.weight)
+    assert torch.equal(y, nn.functional.linear(x.bfloat16(), merged.bfloat16()))
+
+
 def test_older_bone_and_other_prefixes(base, tmp_path):
     """The type of peft before MiSS, and the names that transformers' class gives."""
     save_adapter(trained(load(base)), tmp_path)

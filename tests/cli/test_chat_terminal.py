@@ -46,7 +46,7 @@ def test_a_talk(chat, tmp_path):
     terminal.wait("ory")
     terminal.type("\r")
     shown = terminal.wait("assistant:")
-    assert "user: Tell me a story\nabout a dog\nand a bird" in shown  # one message
+    assert "user: Tell me a story\n  about a dog\n  and a bird" in shown  # one message
     assert shown.count("user:") == 1
     terminal.wait(">")
 

@@ -360,11 +360,11 @@ def test_settings_and_branches_of_a_pipe(command, folder):
         "/system",
     ]
     code, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
-    assert (code, err) == (0, "")
-    assert "max_tokens 2\n" in out
-    assert "temperature 0.0\n" in out
-    assert "a new branch, 2; /switch main goes back" in out
-    assert out.endswith("Be brief.\n")
+    assert (code, out.count("\n")) == (0, 1)  # the answer alone
+    assert "max_tokens 2\n" in err
+    assert "temperature 0.0\n" in err
+    assert "a new branch, 2; /switch main goes back" in err
+    assert err.endswith("Be brief.\n")
     lines = ["/set heat 3", "/set top_k x", "/set top_p 2", "/set order up"]
     code, out, err = command("chat", "-m", folder / "m.pth", stdin="\n".join(lines))
     assert (code, out) == (2, "")
@@ -382,14 +382,27 @@ def test_one_setting_and_its_default(command, folder):
         "/set top-p",
         "/set top_p none",
     ]
-    lines += ["/set top_p", "/set seed", "/set max_tokens none", "/set nothing"]
+    lines += ["/set top_p", "/set seed", "/set max_tokens 3", "/set max_tokens none", "/set max_tokens", "/set nothing"]
     _, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    assert out == ""
     usual = f"top_p {TEMPLATES['world'].sampling['top_p']}"
-    assert out.splitlines() == [usual, "seed None", "seed 3", "top_p 0.5", usual, "seed None"]
     assert err.splitlines() == [
-        "heronry: max_tokens must be a number, got 'none'",
+        *(usual, "seed None", "seed 3", "top_p 0.5", usual, "seed None", "max_tokens 512"),
         f"heronry: {unknown_name('setting', 'nothing', SETTINGS)}",
     ]
+
+
+def test_a_mistyped_command_of_a_chat_is_told_how_it_is_written(command, folder):
+    lines = ["/fork", "/undo 2", "/save a b", "/hlep", "/"]
+    code, out, err = command("chat", "-m", folder / "m.pth", "--template", "world", stdin="\n".join(lines))
+    assert (code, out) == (2, "")
+    assert err.splitlines()[:4] == [
+        "heronry: /fork: usage is /fork NAME",
+        "heronry: /undo 2: usage is /undo",
+        "heronry: /save a b: usage is /save FILE",
+        "heronry: unknown command '/hlep'; did you mean '/help'?",
+    ]
+    assert err.splitlines()[4].startswith("heronry: unknown command '/'; choose from /undo, /retry, ")
 
 
 def test_errors_name_what_was_typed(command, folder):
@@ -423,29 +436,35 @@ def test_an_answer_goes_on(command, folder):
     assert (chat.template.turn, chat.template.stops) == ("Bob: {user}\n\nAlice:", ("\n\nBob:",))
     first = chat.say("Hi", 4, temperature=0).text
     more = chat.go_on(4, temperature=0).text
-    assert [printable(line) for line in out.splitlines()[:2]] == [printable(text) for text in (first, more)]
-    assert f"assistant: {printable(chat.messages[1]['content'])}" in out
+    assert [printable(line) for line in out.splitlines()] == [printable(text) for text in (first, more)]
+    assert f"assistant: {printable(chat.messages[1]['content'])}" in err
 
 
-def test_a_template_that_hangs_or_is_damaged(command, folder, monkeypatch):
-    monkeypatch.setattr(jinja_process, "PATIENCE", 1.0)
-    for source, said in [
+@pytest.mark.parametrize(
+    ("source", "patience", "said"),
+    [
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            1.0,
             "takes longer than 1 seconds",
         ),
-        ("{% if %}", "line 1: Expected an expression, got 'end of statement block'"),
-        ("{% include '/etc/passwd' %}", "line 1: a chat template cannot read other files"),
-    ]:
-        Path("mine.jinja").write_text(source)
-        result = command("chat", "-m", folder / "m.pth", "--template", "mine.jinja", stdin="Hi\n")
-        assert result == (2, "", f"heronry: mine.jinja: {said}\n")
+        ("{% if %}", 60.0, "line 1: Expected an expression, got 'end of statement block'"),
+        ("{% include '/etc/passwd' %}", 60.0, "line 1: a chat template cannot read other files"),
+    ],
+    ids=["hangs", "damaged", "reads a file"],
+)
+def test_a_template_that_hangs_or_is_damaged(source, patience, said, command, folder, monkeypatch):
+    monkeypatch.setattr(jinja_process, "PATIENCE", patience)
+    Path("mine.jinja").write_text(source)
+    result = command("chat", "-m", folder / "m.pth", "--template", "mine.jinja", stdin="Hi\n")
+    assert result == (2, "", f"heronry: mine.jinja: {said}\n")
 
 
 def test_many_lines_are_one_message(command, folder):
-    text = '"""\none\n/two\n"""\n/history\n'
-    _, out, _ = command("chat", "-m", folder / "m.pth", "--template", "story", "--max-tokens", 2, stdin=text)
-    assert "user: one\n/two\n" in out
+    text = '/history\n"""\none\n\n/two\n"""\n/history\n'
+    _, _, err = command("chat", "-m", folder / "m.pth", "--template", "story", "--max-tokens", 2, stdin=text)
+    assert err.startswith("nothing was said yet\n")
+    assert "user: one\n\n  /two\n" in err
 
 
 def test_a_session_cannot_be_left_by_accident(command, folder):
@@ -454,21 +473,21 @@ def test_a_session_cannot_be_left_by_accident(command, folder):
     code, out, err = command(*words, stdin="/load talk\n/clear\n")
     assert code == 2
     assert err.count("this conversation is saved in talk: leave it") == 1
-    _, out, _ = command(*words, stdin="/switch main\n")
-    assert "user: Hello" in out
+    _, out, err = command(*words, stdin="/switch main\n")
+    assert (out, "user: Hello" in err) == ("", True)
 
 
 def test_a_new_system_text_keeps_the_conversation(command, folder):
     """In a branch, also in the file of a session."""
     words = ("chat", "-m", folder / "m.pth", "--template", "world", "--max-tokens", 2)
     for session in ([], ["--session", "talk"]):
-        code, out, err = command(*words, *session, stdin="Hello\n/system Be kind.\n/history\nHi\n/switch main\n")
-        assert (code, err) == (0, "")
-        assert "a new branch, 2; /switch main goes back\nsystem: Be kind.\n" in out
-        assert "user: Hello" in out.partition("system: Be kind.")[2]
+        code, _, err = command(*words, *session, stdin="Hello\n/system Be kind.\n/history\nHi\n/switch main\n")
+        assert code == 0
+        assert "a new branch, 2; /switch main goes back\nsystem: Be kind.\n" in err
+        assert "user: Hello" in err.partition("system: Be kind.")[2]
     assert describe("talk")["branches"] == {"main": 1, "2": 1}
-    out = command(*words, "--session", "talk", stdin="/switch 2\n")[1]
-    assert "system: Be kind.\nuser: Hi\n" in out
+    err = command(*words, "--session", "talk", stdin="/switch 2\n")[2]
+    assert "system: Be kind.\nuser: Hi\n" in err
 
 
 def test_what_is_not_saved_is_not_loaded_over(command, folder):
@@ -477,8 +496,10 @@ def test_what_is_not_saved_is_not_loaded_over(command, folder):
     code, out, err = command(
         *words, stdin="/load other\nHello\n/load other\n/history\n/save talk\n/load other\n/history\n"
     )
-    assert (code, err) == (2, "heronry: this conversation is not saved, and would be lost: /save FILE first\n")
-    assert out.count("user: Hello") == 1
+    assert (code, out.count("\n")) == (2, 1)
+    said = "nothing was said yet\nheronry: this conversation is not saved, and would be lost: /save FILE first\n"
+    assert err.startswith(said)
+    assert (err.count("heronry:"), err.count("user: Hello")) == (1, 1)
 
 
 def test_a_stopped_command_begins_a_line(command, folder, monkeypatch):
@@ -510,10 +531,14 @@ def test_a_file_that_exists_is_not_saved_over(command, folder):
     words = ("chat", "-m", folder / "m.pth", "--max-tokens", 2)
     Path("kept").write_text("kept")
     code, _, err = command(*words, stdin="Hello\n/save kept\n/save mine\nMore\n/save mine\n/save other\n/save mine\n")
-    assert (code, err) == (
-        2,
-        "heronry: kept: already exists; choose another name\nheronry: mine: already exists; choose another name\n",
-    )
+    assert code == 2
+    assert err.splitlines() == [
+        "heronry: kept: already exists; choose another name",
+        "saved to mine",
+        "saved to mine",
+        "saved to other",
+        "heronry: mine: already exists; choose another name",
+    ]
     assert Path("kept").read_text() == "kept"
     for name, turns in (("mine", 2), ("other", 2)):
         chat = LLM(folder / "m.pth").chat()

@@ -181,6 +181,15 @@ def test_a_file_where_a_folder_should_be(folder, name):
     assert re.search("Not a directory|not a folder", done.err)
 
 
+def test_a_session_that_cannot_be_written_is_told_before_the_first_message(folder):
+    for session, message in (
+        ("/proc/talk", "/proc/talk: No such file or directory"),
+        ("t.txt/talk", "t.txt/talk: Not a directory"),
+    ):
+        done = run(folder, "chat", "-m", "nothing", "--session", session, stdin="")
+        done.is_refusal(message)
+
+
 @pytest.mark.parametrize("name", PRINTERS)
 def test_output_that_cannot_be_written(folder, name):
     line = PRINTERS[name].split()

@@ -90,7 +90,7 @@ def test_info_of_all_else(command, folder):
     chat.save("talk")
     about = info(command, "talk")
     assert about["kind"] == "conversation"
-    assert (about["branches"], about["branch"], about["history"]) == ({"main": 1, "other": 2}, "other", 1)
+    assert (about["branches"], about["branch"], about["messages before"]) == ({"main": 1, "other": 2}, "other", 1)
 
     save_adapter(inject_adapter(heronry.load(folder / "m.pth"), 4, 8), "adapter")
     about = info(command, "adapter")

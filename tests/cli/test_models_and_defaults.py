@@ -149,7 +149,7 @@ def test_defaults_of_sampling(command, folder, configure, tmp_path):
     wanted = command(*words, "--temperature", 0.5, "--top-p", 1, "--max-tokens", 5)
     configure("temperature = 0.5\ntop_p = 1\nmax_tokens = 5")
     assert command(*words) == wanted
-    assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[1] == "temperature 0.5\n"
+    assert command("chat", "-m", folder / "m.pth", stdin="/set temperature\n")[2] == "temperature 0.5\n"
     configure("top_p = 3")
     refused(command(*words), f"--top-p must be a number from 0 to 1, got 3.0 (top_p comes from {tmp_path}/config")
 
@@ -180,7 +180,11 @@ def test_short_names_of_dtypes(command, folder):
 def test_a_wrong_configuration(command, configure, text, message):
     configure(text)
     refused(command("generate", "x"), message)
-    assert command("--help")[0] == 0
+    refused(command("list"), message)
+    for words in (["--help"], ["generate", "--help"], ["train", "-h"]):
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
+        assert "Usage: heronry" in out
 
 
 def test_an_error_names_the_place_of_a_default(command, configure, folder, monkeypatch, tmp_path):

@@ -35,6 +35,13 @@ def test_eval_as_json_and_from_a_tuned_state(command, folder):
     assert tuned.bits_per_byte != pytest.approx(score.bits_per_byte)
     out = command(*words, "--state", "tuned.safetensors")[1]
     assert f"{tuned.bits_per_byte:.4f} bits per byte" in out
+    llm.state("a").save("s")
+    llm.chat(template="world").save("talk")
+    for name, said in (
+        ("s", "is the state after a text, which only `heronry generate` and LLM.generate continue"),
+        ("talk", "is a conversation, which `heronry chat --session` or Chat.load continues"),
+    ):
+        refused(command("chat", "-m", folder / "m.pth", "--state", name), f"{name}: {said}")
     lambada = json.loads(command(*words, "--lambada", "--json")[1])[str(folder / "t.txt")]
     assert lambada.keys() == {"passages", "perplexity", "accuracy"}
 
@@ -74,6 +81,7 @@ def test_the_end_of_a_training_and_after_it(command, folder):
     )
     code, out, err = command(*words)
     assert (code, out) == (0, "out\n")
+    assert re.match(r"rwkv7: [\d,]+ parameters to train, 11 tokens, rows of 1024 tokens, 2 steps of 1\n", err), err
     assert err.splitlines()[-1] == "try it: heronry generate -m out PROMPT"
     assert not re.search(r"━|elapsed", err)
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
@@ -91,3 +99,8 @@ def test_the_end_of_a_training_and_after_it(command, folder):
     assert code == 0
     assert err.splitlines()[-1] == "try it: heronry generate -m out --state state PROMPT"
     assert command("generate", "x", "-m", "out", "--state", "state", "--max-tokens", 1)[0] == 0
+    for tune in ("lora", "dora", "miss"):
+        err = command("train", "data.train=t", "model.path=out", f"model.tune={tune}", f"run.out={tune}", *words[-3:])[
+            2
+        ]
+        assert err.splitlines()[-1] == f"try it: heronry generate -m out --adapter {tune} PROMPT"

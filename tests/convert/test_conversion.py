@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import zlib
@@ -217,13 +218,17 @@ def test_a_tuned_state_stays_or_is_refused(weights, tmp_path):
         assert "tuned initial state" in refusal(tmp_path / "a.pth", name_of(format, tmp_path), to=format)
 
 
-def test_a_constant_of_the_norm_stays(weights, tmp_path):
+def test_a_constant_of_the_norm_stays(weights, tmp_path, caplog):
     for version in ("5.2", "6", "7"):
         torch.save(weights(version), tmp_path / "a.pth")
         heronry.save(heronry.load(tmp_path / "a.pth", ln_x_eps=1e-5), tmp_path / version)
         for format in (format for format in FOLDERS if (version, format) not in REFUSED):
             convert(tmp_path / version, tmp_path / f"{version}-{format}", to=format)
             assert heronry.load(tmp_path / f"{version}-{format}").config.ln_x_eps == pytest.approx(1e-5)
+    assert caplog.messages == [  # RWKV-5 and 6 have a place for it
+        f"heronry: {tmp_path / f'7-{format}'}: only heronry reads its ln_x_eps; for other programs it is another model"
+        for format in ("huggingface", "fla")
+    ]
 
 
 def test_that_constant_on_the_command_line(weights, command, tmp_path):
@@ -256,8 +261,12 @@ def test_notes_and_tokenizer_come_along(tmp_path):
         assert llm.generate("Once upon a time", 20, temperature=0).text == text
         assert (llm.chat_template, llm.opening) == ("story", [0])
     convert(bundled, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="no known tokenizer has"):
+    with pytest.raises(InputError) as caught:
         LLM(tmp_path / "a.pth")
+    assert str(caught.value) == (
+        "no known tokenizer has 2048 ids: supply one with tokenizer= (for a copy of the bundled model: bundled)"
+    )
+    assert LLM(tmp_path / "a.pth", tokenizer="bundled").tokenizer.vocab_size == 2048
     assert LLM(tmp_path / "a.pth", tokenizer=bundled, dtype="float32").generate("One day", 5, temperature=0).text
 
 
@@ -317,6 +326,38 @@ def test_gguf_metadata_of_wrong_types(weights, tmp_path, monkeypatch):
     assert "huggingface.json = 5; expected a text" in told("add_uint32", "tokenizer.huggingface.json", 5)
     assert "the note opening_tokens is 'a'" in told("add_string", "heronry.notes", '{"opening_tokens": "a"}')
     assert "a GGUF file of the architecture 5" in told("add_uint32", "general.architecture", 5)
+    assert "the file holds QRWKV6, a converted Qwen2" in told("add_string", "general.architecture", "rwkv6qwen2")
+    assert "one of 3 parts of a GGUF file; join them first" in told("add_uint16", "split.count", 3)
+
+
+def test_layers_that_a_gguf_divides(weights, tmp_path, monkeypatch):
+    """Of RWKV-6, as its metadata say; of RWKV-7 llama.cpp divides none."""
+    import gguf
+
+    torch.save(weights("6"), tmp_path / "6.pth")
+    convert(tmp_path / "6.pth", tmp_path / "6.gguf")
+    whole, key = (tmp_path / "6.gguf").read_bytes(), b"rwkv6.rescale_every_n_layers"
+    zero, one, less = (struct.pack("<Ii", *x) for x in ((4, 0), (4, 1), (5, -1)))  # the type, the value
+    (tmp_path / "halved.gguf").write_bytes(whole.replace(key + zero, key + one))
+    plain, halved = (formats.read(tmp_path / name).tensors for name in ("6.gguf", "halved.gguf"))
+    for name in plain:
+        times = int(name.split(".")[1]) if name.endswith((".att.output.weight", ".ffn.value.weight")) else 0
+        assert torch.equal(halved[name].read(), plain[name].read() * 2**times), name
+    (tmp_path / "less.gguf").write_bytes(whole.replace(key + zero, key + less))
+    with pytest.raises(InputError, match=r"rwkv6\.rescale_every_n_layers = -1; expected 0 or more"):
+        formats.read(tmp_path / "less.gguf")
+    odd = whole.replace(key + zero, key + one).replace(b"blk.1.time_mix_output", b"blk.x.time_mix_output")
+    (tmp_path / "odd.gguf").write_bytes(odd)
+    assert "unexpected: blk.x.time_mix_output.weight" in refusal(tmp_path / "odd.gguf", tmp_path / "a.pth")
+    torch.save(weights("7"), tmp_path / "7.pth")
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def add_more(self, *rest):
+        self.add_uint32("rwkv7.rescale_every_n_layers", 1)
+        write(self, *rest)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", add_more)
+    convert(tmp_path / "7.pth", tmp_path / "7.gguf")  # which compares the logits
 
 
 def test_world_folders_have_the_vocabulary_as_llama_cpp_wants_it(weights, tmp_path):
@@ -452,8 +493,20 @@ def test_bad_input(weights, tmp_path, monkeypatch):
     assert "is the source itself" in refusal(tmp_path / "a.pth", tmp_path / "a.pth")
     assert "dtype int8 is not supported" in refusal(tmp_path / "a.pth", tmp_path / "b.pth", dtype="int8")
     assert "web-rwkv's files are float16" in refusal(tmp_path / "a.pth", tmp_path / "b.st", dtype="float32")
-    assert "GGUF files are written as" in refusal(tmp_path / "a.pth", tmp_path / "b.gguf", dtype="q4_0")
-    assert "float32 or float16" in refusal(tmp_path / "a.pth", tmp_path / "b.bin", dtype="bfloat16")
+    assert refusal(tmp_path / "a.pth", tmp_path / "b.gguf", dtype="q4_0") == (
+        "GGUF files are written as float32, float16, bfloat16, q8_0, not q4_0; give one of them (--dtype)"
+    )
+    assert refusal(tmp_path / "a.pth", tmp_path / "b.bin", dtype="q8_0") == (
+        "rwkv.cpp's files are float32 or float16, not q8_0; give one of them (--dtype)"
+    )
+    for dtype, message in ((torch.bfloat16, "float32 or float16, not bfloat16"), (torch.float8_e4m3fn, "give a dtype")):
+        torch.save({name: x.to(dtype) for name, x in weights("7").items()}, tmp_path / "narrow.pth")
+        assert message in refusal(tmp_path / "narrow.pth", tmp_path / "b.bin")
+    for name in ("b.pth", "b.safetensors", "b.gguf", "b"):
+        assert refusal(tmp_path / "narrow.pth", tmp_path / name) == (
+            "its weights are float8_e4m3fn, in which models cannot compute; give a dtype (--dtype)"
+        )
+    (tmp_path / "narrow.pth").unlink()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "already exists" in refusal(tmp_path / "a.pth", tmp_path / "full")
@@ -499,6 +552,10 @@ def test_damage_is_named(weights, tmp_path):
     header[4:12] = (101).to_bytes(4, "little") + (102).to_bytes(4, "little")
     (tmp_path / "b.bin").write_bytes(header)
     with pytest.raises(InputError, match=r"its header says \(102, 128, 3\)"):
+        heronry.load(tmp_path / "b.bin")
+    whole = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "b.bin").write_bytes(whole + whole[24:])  # all tensors behind the header once more
+    with pytest.raises(InputError, match=r"damaged rwkv\.cpp file \(emb\.weight occurs twice\)"):
         heronry.load(tmp_path / "b.bin")
 
 

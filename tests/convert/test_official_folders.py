@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bpe import train_bpe
 from official_template import OFFICIAL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,8 @@ from heronry.text.chat_templates import TEMPLATES
 from heronry.text.jinja_templates import chat_template
 from heronry.text.tokenizers import WorldTokenizer
 from heronry.text.world_files import world_json
+from heronry.train.build import build_model
+from heronry.train.config import read_config
 
 TEXT = torch.tensor([[5, 17, 100, 3, 3, 99, 0, 42]])
 RANKS = {"decay": 16, "a": 24, "v": 8, "gate": 40}
@@ -126,6 +129,30 @@ def test_a_tied_head(weights, tmp_path):
         heronry.load(official(tensors, tmp_path / "without"))
 
 
+def test_a_tied_head_is_trained_apart_and_says_so(weights, tmp_path, caplog):
+    tensors = weights(vocab=256)
+    del tensors["head.weight"]
+    folder = official(tensors, tmp_path / "tied", tie_word_embeddings=True)
+    (tmp_path / "text.txt").write_text("abcdefgh\n" * 20)
+    settings = [f"data.train={tmp_path / 'text.txt'}", f"model.path={folder}", "data.ctx_len=8"]
+    build_model(read_config(None, settings), 256, "float32")
+    assert caplog.messages == [f"heronry: {folder}: the head is tied to the embedding; training keeps the two apart"]
+    # in transformers: what is saved says that the head is another
+    transformers = pytest.importorskip("transformers")
+    from heronry.integrations.transformers import register
+
+    register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with torch.no_grad():
+        model.rwkv.head.weight.mul_(2)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
+    caplog.clear()
+    again = heronry.load(tmp_path / "saved")
+    assert torch.equal(again.head.weight, again.emb.weight * 2)
+    assert not caplog.messages
+
+
 def test_norms_without_biases(weights, tmp_path):
     """`norm_bias: false`; the norm after the recurrence keeps its own."""
     tensors = weights()
@@ -177,6 +204,14 @@ def test_a_config_that_contradicts_the_tensors(change, message, weights, tmp_pat
         heronry.load(folder)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_deep_embed_that_config_denies(weights, tmp_path):
+    folder = official(weights(deep=4), tmp_path / "hf", use_deep_embed=False)
+    with pytest.raises(InputError, match=r"config\.json says deep_rank = 0, but the tensors say 4"):
+        heronry.load(folder)
+    official(weights(), tmp_path / "plain", use_deep_embed=False)
+    assert heronry.load(tmp_path / "plain").config.deep_rank == 0
 
 
 def test_the_auto_classes(weights, tmp_path):
@@ -269,17 +304,30 @@ def test_the_folders_own_template(weights, tmp_path, command):
     assert words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == asked
 
 
-@pytest.mark.slow
-def test_a_template_inside_a_gguf(weights, tmp_path, monkeypatch):
+def test_a_template_inside_a_gguf(weights, tmp_path):
+    """It is that of the folder; an empty line ends a turn only where the template says so."""
     import gguf
 
-    key = gguf.Keys.Tokenizer.CHAT_TEMPLATE
-    monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda writer, _: writer.add_string(key, OFFICIAL))
-    torch.save(weights(vocab=65536), tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "a.gguf")
-    llm = heronry.LLM(tmp_path / "a.gguf")
-    asked = "User: Hi\n\nAssistant: <think></think>\n"
-    assert llm.chat([{"role": "user", "content": "Hi"}], 0).state.texts == (asked,)
+    def metadata(path: Path) -> dict[str, Any]:
+        return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+    sharp = OFFICIAL.replace("\\n\\n", "#")
+    train_bpe(tmp_path / "tokenizer.json", "User: Hi Assistant: Hello!\n\n")  # an empty line is a token
+    size = heronry.text.tokenizers.HFTokenizer(tmp_path / "tokenizer.json").vocab_size
+    for source, ends in ((OFFICIAL, True), (sharp, False)):
+        folder = official(weights(vocab=size), tmp_path / f"hf-{ends}")
+        (folder / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text())
+        (folder / "chat_template.jinja").write_text(source)
+        convert(folder, tmp_path / "a.gguf")
+        fields = metadata(tmp_path / "a.gguf")
+        assert fields["tokenizer.chat_template"] == source
+        assert ("tokenizer.ggml.eot_token_id" in fields) is ends
+        talk = [{"role": "user", "content": "Hi"}]
+        expected = heronry.LLM(folder).chat(talk, 0).state.texts
+        assert heronry.LLM(tmp_path / "a.gguf").chat(talk, 0).state.texts == expected
+        (tmp_path / "a.gguf").unlink()
+    (folder / "chat_template.jinja").write_text("{% if %}")  # damaged: no matter where nothing shows it
+    convert(folder, tmp_path / "a.pth")
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def same(a: Row, b: Row) -> bool:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(LENGTHS, st.integers(1, 30), st.integers(0, 2**64 - 1), st.booleans())
 def test_documents_make_every_token_a_target_once_and_do_not_leak(prefix, lengths, length, seed, masked):
     file = made(prefix, lengths, masked, end_of_text=77_777)
@@ -88,7 +88,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(prefix):
     assert DocumentSampler(file, 5).row(0).inputs[0] == 0  # no end of text is known
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(LENGTHS.filter(lambda lengths: sum(lengths) > 1), st.integers(1, 30), st.sampled_from(["shuffle", "sequential"]))
 def test_windows_make_every_token_but_the_first_a_target_once(prefix, lengths, length, order):
     file = made(prefix, lengths, masked=True)
@@ -105,7 +105,7 @@ def test_windows_make_every_token_but_the_first_a_target_once(prefix, lengths, l
             assert row.mask is None or np.array_equal(row.mask, row.targets % 3 > 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(3, 400), st.integers(1, 7), st.integers(0, 6))
 def test_cubic_is_a_bijection_and_what_rwkv_lm_does(prefix, windows, length, rest):
     file = made(prefix, [windows * length + rest % length])
@@ -136,7 +136,7 @@ def test_random_windows_lie_anywhere(prefix):
     assert WindowSampler(file, 80, 5, "random").row(3).targets.tolist() == list(range(2, 51))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(0, 40), st.sampled_from(["documents", *WINDOW_ORDERS]))
 def test_rows_are_the_same_whoever_asks_and_whatever_was_asked_before(prefix, ranks, begin, order):
     file = made(prefix, [9, 0, 4, 17, 1, 1, 25], masked=True)

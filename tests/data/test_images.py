@@ -135,6 +135,32 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path):
         open_image(b"nothing")
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_an_image_of_numbers_that_are_none(number):
+    """It was black."""
+    numbers = np.full((4, 4), 200, np.float32)
+    numbers[0, 0] = number
+    file = io.BytesIO()
+    Image.fromarray(numbers).save(file, "tiff")
+    with pytest.raises(InputError, match="the image: contains NaN or infinity"):
+        open_image(file.getvalue())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to\ndecode"), NotImplementedError(), KeyError("x")])
+def test_every_format_has_errors_of_its_own(monkeypatch, error):
+    """RuntimeError of AVIF, NotImplementedError of DDS, AttributeError of SPIDER, ..."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(InputError, match=r"the image: cannot be read \((Failed to decode|NotImplementedError|'x')\)"):
+        open_image(b"x")
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        open_image(b"x")
+
+
 # ---- heronry see --------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ def files(tmp_path_factory) -> list[TokenFile]:
     return [made(folder / name, sizes, name == "masked") for name, sizes in lengths.items()]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(RATES, st.integers(0, 2**64 - 1), st.integers(0, 40))
 def test_a_schedule_is_the_merger_of_even_sequences(rates, seed, lane):
     """Against the plain way: all rows of all sources up to some time, sorted."""
@@ -42,7 +42,7 @@ def test_a_schedule_is_the_merger_of_even_sequences(rates, seed, lane):
         assert schedule.counts(n) == [sum(s == source for _, s, _ in events[:n]) for source in range(len(rates))]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RATES, st.integers(0, 2**64 - 1), st.integers(1, 10**9))
 def test_the_counts_are_those_of_the_rates(rates, seed, n):
     counts = Schedule(rates, seed).counts(n)

@@ -198,7 +198,8 @@ REFUSED = [
     ({}, {}, "does not have a known shape (no keys); name the field of its text with --key"),
     ({"body": "x", "id": 1}, {}, "does not have a known shape (keys: 'body', 'id')"),
     ({"text": None}, {}, "does not have a known shape (no keys)"),
-    ({"text": "x"}, {"shape": "alpaca"}, "does not have the shape alpaca (keys: 'text')"),
+    ({"text": "x"}, {"shape": "alpaca"}, "has the shape text, not alpaca (keys: 'text')"),
+    ({"body": "x"}, {"shape": "alpaca"}, "does not have the shape alpaca (keys: 'body')"),
     ({"text": "x"}, {"key": "body"}, "has no 'body' (keys: 'text')"),
     ({"body": 3}, {"key": "body"}, "'body' is neither a string nor a list of messages"),
     (
@@ -232,6 +233,8 @@ REFUSED = [
     ({"conversations": sharegpt(SAID[0], ("function_call", "{}"))}, {}, "has tool calls or their results"),
     ({"conversations": sharegpt(SAID[0], ("narrator", "x"))}, {}, "unknown role 'narrator' (conversations[1])"),
     ({"messages": [{"content": "x"}]}, {}, "a message has no role (messages[0])"),
+    ({"messages": []}, {}, "'messages' has no messages"),
+    ({"conversations": [], "system": "Be kind."}, {}, "'conversations' has no messages"),
     ({"messages": [{"role": "user", "content": None}]}, {}, "a message has no text (messages[0])"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -263,7 +266,8 @@ def test_what_cannot_be_read_is_refused_by_name(row, options, message, tmp_path)
         ({"instruction": "a", "output": "c", "text": "d"}, {"shape": "text"}, "d"),
         ({"instruction": "a", "output": "c", "text": "d"}, {"key": "instruction"}, "a"),
         (PAIR, {"shape": "chosen"}, PromptCompletion("Hi", "Yo")),
-        ({**PAIR, "chosen": "HiYo"}, {"shape": "chosen"}, "HiYo"),
+        ({**PAIR, "chosen": "HiYo", "rejected": "HiNo"}, {"shape": "chosen"}, "HiYo"),
+        ({**PAIR, "chosen": "Hi there"}, {"shape": "chosen"}, PromptCompletion("Hi", "Hi there")),
         (WHOLE, {"shape": "chosen"}, openai(*SAID[:2])),
         ({"chosen": "a", "rejected": "b"}, {"shape": "chosen"}, "a"),
         ({"question": "Hi", "chosen": "Yo", "rejected": "No"}, {"shape": "chosen"}, openai(*SAID[:2])),
@@ -375,7 +379,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(VALUES, max_size=12), st.sampled_from([None, 2]), st.booleans(), st.integers(1, 9), st.booleans())
 def test_the_values_of_an_array_are_those_that_json_reads(tmp_path_factory, values, indent, escaped, block, array):
     file = tmp_path_factory.getbasetemp() / "values.json"

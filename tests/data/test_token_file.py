@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tokens")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DOCUMENTS, st.sampled_from(["uint16", "int32"]))
 def test_what_is_written_another_reads(folder, documents, dtype):
     writer = TokenWriter(folder / "a.b", dtype)  # a dot in the name is no ending
@@ -68,7 +68,7 @@ def test_what_is_written_another_reads(folder, documents, dtype):
     assert not list(folder.glob("*.part"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.lists(st.integers(0, 127), max_size=5), max_size=3), min_size=1).filter(str), st.data())
 def test_what_another_wrote_is_read(folder, documents, data):
     documents.append([[1], [2, 3]])

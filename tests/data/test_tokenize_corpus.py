@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import lzma
 import random
 import signal
@@ -78,7 +79,7 @@ def test_lines_folders_and_globs(tmp_path, command):
     assert (code, printed) == (0, "")
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".md")
     tokens = sum(len(text.encode()) for text in written[:21])
-    assert f"21 documents, {tokens:,} tokens of {size:,} bytes" in message
+    assert f"21 documents, {tokens:,} tokens of {size:,} bytes on disk, " in message
     assert "tokens/s" in message
     assert decoded(out) == written[:21]
     about = json.loads(out.with_name("x.json").read_text())
@@ -130,6 +131,33 @@ def test_parquet_and_data_sets(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(InputError, match=f"pip install {package}"):
             list(sources.read_records(sources.find_sources([name])))
+
+
+def test_a_connection_to_the_hub_that_is_lost(monkeypatch):
+    """huggingface_hub has tried again in silence; datasets would do all of that 20 times, aloud."""
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    class Table:
+        def skip(self, number):
+            return self
+
+        def __iter__(self):
+            yield {"text": "A rook."}
+            config = datasets.config
+            seen.append((config.STREAMING_READ_MAX_RETRIES, config.STREAMING_READ_RETRY_INTERVAL))
+            seen.append(logging.getLogger("datasets").level)
+            raise ConnectionError("Server Disconnected")
+
+    before = dict(vars(datasets.config))
+    monkeypatch.setattr(sources.hub, "load_dataset", lambda name, streaming: Table())
+    records = sources.read_records(sources.find_sources(["hf://a/b"]))
+    assert next(records).content == "A rook."
+    message = "hf://a/b: the connection to the hub was lost; try the same command again"
+    with pytest.raises(sources.TemporaryError, match=message):
+        next(records)
+    assert seen == [(1, 0), logging.ERROR]
+    assert vars(datasets.config) == before
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "world", str(BUNDLED / "tokenizer.json")])
@@ -328,6 +356,23 @@ def test_a_model_that_learned_conversations_holds_them(tmp_path, monkeypatch, na
         assert fed == [0, *(token for piece in pieces for token in piece)]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a-eval.json", "a.progress.json"])
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+def test_a_text_is_never_replaced_by_what_is_made_of_it(tmp_path, command, name, restart):
+    """`data a.json -o a` would write its notes to a.json."""
+    source = tmp_path / name
+    source.write_text(json.dumps([{"text": text} for text in texts(20)]))
+    before = source.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    words = ("data", source, "-o", tmp_path / "link" / "a", "--tokenizer", "bytes", "--holdout", 0.1, *restart)
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    said = "is one of the texts, and would be replaced; choose another name with --out"
+    assert err == f"heronry: {tmp_path}/link/{name}: {said}\n"
+    assert source.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "link"])
+
+
 def test_what_is_there_is_kept(tmp_path, command):
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts(20)])
     out = tmp_path / "x"
@@ -339,6 +384,11 @@ def test_what_is_there_is_kept(tmp_path, command):
     assert contents(out) == before
     assert command(*words, "--restart", "--tokenizer", "world")[0] == 0
     assert TokenFile(out).vocab_size == load_tokenizer("world").vocab_size
+    for ending in (".json", ".mask", ".tokenizer.json"):  # somebody's own
+        Path(f"{tmp_path}/own{ending}").write_text("mine")
+        refused = command("data", source, "-o", tmp_path / "own", "--tokenizer", "bytes")
+        assert refused == (2, "", f"heronry: {tmp_path}/own{ending}: already exists; replace it with --restart\n")
+        Path(f"{tmp_path}/own{ending}").unlink()
     # an unfinished run goes on with the options that it began with, or not at all
     source = write_lines(tmp_path / "b.jsonl", [{"text": text} for text in texts(20)])
 

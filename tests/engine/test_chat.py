@@ -195,7 +195,7 @@ def test_max_tokens_may_cut_anywhere(scripted, cut):
     assert model.read(last(chat).state) + last(chat).owed == chat.text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     reply=st.lists(
         st.sampled_from(["a", " ", "\n", "\n\n", " \n\n", "b\n", "\nU", "\n\nU", "U", "U:", ":"]), max_size=9
@@ -477,6 +477,18 @@ def test_an_answer_that_was_cut_off_goes_on(scripted, cut):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["presence", "repetition"])
+def test_penalties_count_what_was_said_before(options):
+    """The parts are what it would have said without the cut; what the caller says for the model does not count."""
+    llm = LLM()
+    whole = llm.chat(template="raven").say("Tell me about a frog", 30, temperature=0, **options).text
+    chat = llm.chat(template="raven")
+    said = chat.say("Tell me about a frog", 9, temperature=0, **options).text
+    assert said + chat.go_on(21, temperature=0, **options).text == whole
+    given = llm.chat(template="raven").say("Tell me about a frog", 21, beginning=said, temperature=0, **options).text
+    assert said + given != whole
+
+
 def test_going_on_undo_retry_and_branches(llm):
     letters = torch.tensor([chr(i).isascii() and chr(i).isalpha() for i in range(256)])
     best: DecodeOptions = {"temperature": 0, "mask": lambda ids: letters}  # half a character cannot be read again
@@ -532,6 +544,7 @@ def test_a_stop_string_across_the_cut(scripted):
         ("g1-think", "<think>hm", "User: x\n\nAssistant: <think>hm"),
         ("g1-think", "The heron", "User: x\n\nAssistant: The heron"),
         ("g1-fast-think", "The heron", "User: x\n\nAssistant: <think>\n</think>\nThe heron"),
+        ("g1-fast-think", "<think>hm", "User: x\n\nAssistant: <think>hm"),
         ("g1", "", "User: x\n\nAssistant:"),
     ],
 )

@@ -201,7 +201,7 @@ def test_nothing_needs_a_gradient(model):
     assert not any(x.requires_grad for layer in result.state.layers for x in layer)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=20), min_size=1, max_size=5))
 def test_any_prompts(model, prompts):
     together = generate(model, prompts, Sampling(seed=9), 3, chunk=16).run()

@@ -49,7 +49,7 @@ def test_the_default_is_top_p_and_a_new_text_each_time(llm):
     assert written(llm, "a", 20) != written(llm, "a", 20)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1000), stop=st.lists(st.text("aet \n", min_size=1, max_size=2), max_size=2))
 def test_streaming_gives_the_same_text(llm, seed, stop):
     options = {"seed": seed, "stop": stop}
@@ -69,7 +69,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     pieces=st.lists(st.text("ab\n", max_size=4), max_size=10),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=3),

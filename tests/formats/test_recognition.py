@@ -86,12 +86,22 @@ def test_a_folder_of_deepspeed(tmp_path):
         (b"\xbf\x64info\xbf\x67version\x62V7", "a prefab of web-rwkv or Ai00"),
         (b'{"shape": [2048, 66, 24, 1], "data": [0.1, 0.2', "a state as Ai00 answers it in JSON"),
         (b"\xa4\x64name\x61a\x62id\x61b\x67default\xf4\x64data\xa2", "a state prefab of Ai00's"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS, not the file itself; "),
+        (b"\n<!DOCTYPE html>\n<html>", "a web page, not a model; download the file itself"),
         (b"\xa5something else", "not a .pth, .safetensors, GGUF or rwkv.cpp file"),
     ],
 )
 def test_files_of_servers_are_named(head, message, tmp_path):
     (tmp_path / "a.prefab").write_bytes(head)
     assert refusal(tmp_path / "a.prefab").startswith(message)
+
+
+def test_what_is_only_written_is_named(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    assert (
+        refusal(tmp_path / "a.onnx")
+        == "an ONNX graph, which is written, not read; give the model that it was made from"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,10 @@ def test_files_of_relatives_are_named(weights, tmp_path):
     assert told(qwen | {"model.embed_tokens.weight": x}).startswith("this checkpoint is QRWKV7 (RADLADS)")
     draft = {"rwkv7.embeddings.weight": x, "rwkv7.blocks.0.attention.receptance.weight": x}
     assert told(draft).startswith("a draft of RWKV-7 for transformers with .attention. in its names")
+    assert told(weights | {"s_emb.0": x}).startswith("this checkpoint is an RWKV-7a or 7b with merged tables")
+    assert told({f"blocks.{i}.att.time_state": torch.ones(2, 3, 3) for i in range(2)}) == (
+        "a tuned initial state without its model; give the model, and this to `heronry generate --state`"
+    )
     adapter = {"base_model.model.blocks.0.att.key.lora_A.weight": x, "blocks.0.ln1.weight": x}
     assert told(adapter) == (
         "this checkpoint is an adapter without its model; give the model, and this with --adapter, or to "
@@ -222,6 +236,8 @@ def test_rwkv6_of_flash_linear_attention(random_checkpoint, tmp_path):
     assert model.config == expected.config
     assert torch.equal(logits(model), logits(expected))
     assert formats.read(tmp_path).description == "RWKV-6 in flash-linear-attention's layout"
+    save_file(tensors, tmp_path / "alone.safetensors")
+    assert heronry.load(tmp_path / "alone.safetensors").config == expected.config
     for change, message in (
         ({"expand_k": 0.5}, "config.json says expand_k = 0.5; supported is only 1"),
         ({"num_heads": 4}, "config.json says head_size = 8, but the tensors say 16"),

@@ -101,7 +101,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("layout", "abcd")
-def test_the_same_bits_as_blinkdls_file(layout, weights, plain, tmp_path):
+def test_the_same_bits_as_blinkdls_file(layout, weights, plain, tmp_path, caplog):
     model, expected = plain
     tensors = named(layout, weights)
     kind = {"model_type": "rwkv7" if layout in "cd" else "rwkv"}
@@ -115,6 +115,11 @@ def test_the_same_bits_as_blinkdls_file(layout, weights, plain, tmp_path):
     tied = {name: x for name, x in tensors.items() if name not in ("head.weight", "lm_head.weight")}
     again = heronry.load(write(tmp_path / "tied", tied, tie_word_embeddings=True, **kind))
     assert torch.equal(again.head.weight, again.emb.weight)
+    caplog.clear()
+    assert torch.equal(
+        logits(heronry.load(write(tmp_path / "both", tensors, tie_word_embeddings=True, **kind))), expected
+    )
+    assert "tie_word_embeddings is set, but the weights have a head of their own" in caplog.text
 
 
 def folded_weights(weights):

@@ -274,7 +274,7 @@ def test_a_tied_head_that_is_none(folder, caplog):
     without = {name: x for name, x in whole.state_dict().items() if "head" not in name}
     tied = type(whole).from_pretrained(folder, state_dict=without)
     assert torch.equal(tied.rwkv.head.weight, whole.rwkv.emb.weight)
-    assert not caplog.messages
+    assert caplog.messages == ["the head is tied to the embedding; here it is a copy, trained and saved apart"]
 
 
 def test_unknown_options_are_refused(folder):
@@ -522,7 +522,7 @@ TURN = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(system=st.none() | TURN, turns=st.lists(st.tuples(TURN, TURN), max_size=3), last=TURN, about=st.none() | TURN)
 @example(
     system="Be  kind.\n",

@@ -373,6 +373,9 @@ def test_states_that_do_not_fit_are_refused(model, random_checkpoint, tmp_path):
     (tmp_path / "state").write_bytes(whole.replace(b"rows.0.vc", b"rows.0.xx"))
     with pytest.raises(InputError, match="damaged or truncated state file"):
         State.load(tmp_path / "state")
+    State(state.layers, state.fingerprint, contexts=[context._replace(vc=context.vc / 0)]).save(tmp_path / "state")
+    with pytest.raises(InputError, match=r"rows\.0\.vc contains NaN or infinity"):
+        State.load(tmp_path / "state")
 
 
 # Text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -302,6 +303,8 @@ def test_features_and_heads():
 def test_what_is_no_picture_is_named(x, message):
     with pytest.raises(InputError, match=rf"images must be floating point \[B, 3, height, width\], got {message}"):
         made(KINDS["T"], dtype=torch.float32)(x)
+    with pytest.raises(InputError, match=r"images must be a torch.Tensor \[B, 3, height, width\], got array\(\[1.\]\)"):
+        made(KINDS["T"], dtype=torch.float32)(np.ones(1))
 
 
 @pytest.mark.parametrize(

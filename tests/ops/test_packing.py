@@ -19,7 +19,7 @@ LENGTH = st.integers(1, 9)
 
 
 @given(st.integers(1, 4), st.integers(1, 40), LENGTH)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_join_undoes_split(batch: int, tokens: int, length: int):
     x = torch.arange(batch * tokens * 2.0).reshape(batch, tokens, 2)
     chunks = Chunks(batch, tokens, None, length)
@@ -27,7 +27,7 @@ def test_join_undoes_split(batch: int, tokens: int, length: int):
 
 
 @given(LENGTHS, LENGTH)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_join_undoes_split_when_packed(lengths: list[int], length: int):
     cu = (0, *accumulate(lengths))
     x = torch.arange(cu[-1] * 2.0).reshape(1, cu[-1], 2)
@@ -36,7 +36,7 @@ def test_join_undoes_split_when_packed(lengths: list[int], length: int):
 
 
 @given(LENGTHS, LENGTH)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_step_holds_the_next_chunk_of_each_sequence(lengths: list[int], length: int):
     """Sequence s counts s + 0.01, s + 0.02, ...: rows find their state by place, padding holds the fill."""
     cu = (0, *accumulate(lengths))
@@ -56,7 +56,7 @@ def test_every_step_holds_the_next_chunk_of_each_sequence(lengths: list[int], le
 
 
 @given(LENGTHS, LENGTH)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_leave_undoes_enter(lengths: list[int], length: int):
     cu = (0, *accumulate(lengths))
     chunks = Chunks(1, cu[-1], cu, length)

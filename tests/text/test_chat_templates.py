@@ -89,6 +89,8 @@ def test_a_turn_of_ones_own():
         ("RWKV-4-World-7B-v1-20230626-ctx4096.pth", "world"),
         ("RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth", "world"),
         ("RWKV-x070-World-2.9B-v3-20250211-ctx4096.pth", "world"),
+        ("RWKV7-Goose-World3-2.9B-HF", "world"),
+        ("RWKV7-Goose-World2.8-0.1B-HF", "world"),
         ("rwkv7-g0-7.2b-20250722-ctx4096.pth", "world"),
         ("rwkv7-g0a3-7.2b-20251029-ctx8192.pth", "world"),
         ("rwkv7-g1-0.1b-20250307-ctx4096.pth", "g1"),

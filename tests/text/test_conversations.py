@@ -53,6 +53,10 @@ def test_thinking_and_bad_conversations():
     ]:
         with pytest.raises(InputError, match=said):
             think(messages)
+    skips = partial(render_conversation, template=TEMPLATES["g1-fast-think"], has_end_of_text=True)
+    assert skips(TALK[:2])[1].text.startswith(">\n")
+    with pytest.raises(InputError, match=r"an answer does not begin with '<think>\\n</think'"):
+        skips(talk)  # it would have two thoughts, the first of them empty
     world = partial(render_conversation, template=TEMPLATES["world"], has_end_of_text=True)
     assert world(TALK[:3]) == world(TALK[:2])  # what nobody answered teaches nothing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -71,7 +70,7 @@ TURN = st.lists(st.sampled_from([*" \r\nab:{}é", "\n\n", "User:", "<think>"]), 
 
 
 @pytest.mark.parametrize("name", ["raven", "world", "g1", "story", "alpaca", "raven-alpaca", "instruction", "qa"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3), weight=st.sampled_from([0, 1]))
 @example(turns=[("a", "b\n\n\n### Instruction: x"), ("c", "d")], weight=1)
 def test_the_same_pieces_as_of_our_templates(name, turns, weight):
@@ -134,6 +133,7 @@ def test_marks_in_the_texts_of_messages():
             "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
             "mine.jinja: writes more than 67,108,864 characters",
         ),
+        ("{{ raise_exception('x' * 9999999) }}", "mine.jinja: x{300} ...$"),
         ("hello", "mine.jinja: does not show the messages of a conversation"),
     ],
 )
@@ -152,12 +152,49 @@ def test_templates_that_are_damaged_or_hostile(source, said):
     ],
 )
 def test_loops_that_do_not_end(source, monkeypatch):
+    started = []
+    running = jinja_process.JinjaProcess._running
+    monkeypatch.setattr(jinja_process.JinjaProcess, "_running", lambda self: started.append(1) or running(self))
     monkeypatch.setattr(jinja_process, "PATIENCE", 1.0)
-    start = time.monotonic()
     with pytest.raises(InputError, match=r"x\.jinja: takes longer than 1 seconds"):
         _ = JinjaTemplate(source, "x.jinja").separator
-    assert time.monotonic() - start < 5
+    with pytest.raises(InputError, match=r"y\.jinja: takes longer than 1 seconds"):  # refused from now on
+        JinjaTemplate(source, "y.jinja").render(TALK, True)
+    assert started == [1]
+    monkeypatch.setattr(jinja_process, "PATIENCE", 60.0)
     assert JinjaTemplate(CHATML).separator == "<|im_end|>\n"  # the next one has a process again
+
+
+def test_a_template_that_has_rendered_is_not_refused(monkeypatch):
+    """One conversation that takes too long does not lock it."""
+    loops = "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}"
+    many = JinjaTemplate("{% set n = messages[0].content | int %}" + loops + "{{ n }}")
+    monkeypatch.setattr(jinja_process, "PATIENCE", 60.0)
+    assert many.render([{"role": "user", "content": "3"}], False) == "3"
+    monkeypatch.setattr(jinja_process, "PATIENCE", 1.0)
+    with pytest.raises(InputError, match="takes longer than 1 seconds"):
+        many.render([{"role": "user", "content": "99999"}], False)
+    monkeypatch.setattr(jinja_process, "PATIENCE", 60.0)
+    assert many.render([{"role": "user", "content": "4"}], False) == "4"
+
+
+def test_how_a_template_looks_is_one_request(monkeypatch):
+    """So the limit of time is that of all renders together."""
+    requests = []
+    render = jinja_process.JinjaProcess.render
+
+    def count(process, source, mark, *variables):
+        requests.append(len(variables))
+        return render(process, source, mark, *variables)
+
+    monkeypatch.setattr(jinja_process.JinjaProcess, "render", count)
+    template = JinjaTemplate(CHATML)
+    assert (template.separator, template.stops, template.opening) == (
+        "<|im_end|>\n",
+        ("<|im_end|>\n<|im_start|>user",),
+        "",
+    )
+    assert requests == [3]
 
 
 def test_threads_share_the_process():

@@ -32,7 +32,7 @@ def streamed(tokenizer, tokens):
 
 
 @pytest.mark.parametrize("name", ["bytes", "world", "hf"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_round_trip_at_once_and_streamed(tokenizers, name, text):
     assume("<|endoftext|>" not in text)  # written out it is the special token, see the next test
@@ -51,7 +51,7 @@ def test_special_tokens_written_out_are_read_as_such(tokenizers):
 
 
 @pytest.mark.parametrize("name", ["bytes", "world", "hf"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_ids_stream_to_what_they_decode_to(tokenizers, name, data):
     tokenizer = tokenizers[name]

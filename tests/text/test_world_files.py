@@ -14,7 +14,7 @@ from heronry.errors import InputError
 from heronry.text.pack_world_vocabulary import vocabulary_text
 from heronry.text.tokenizers import HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer, plain_name
 from heronry.text.world import read_vocabulary
-from heronry.text.world_files import world_json
+from heronry.text.world_files import is_world_json, world_json
 
 WORLD = WorldTokenizer()
 WORDS = [word for token in read_vocabulary() if token and "\ufffd" not in (word := token.decode(errors="replace"))]
@@ -28,7 +28,7 @@ def stock(tmp_path_factory) -> Backend:
     return Backend.from_file(str(file))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS)
 def test_stock_tokenizers_give_the_same_ids(stock, text):
     assume("<|endoftext|>" not in text)  # which they take for the special token
@@ -105,3 +105,42 @@ def test_another_vocabulary_is_not_world(tmp_path):
     other.write_text(vocabulary_text(read_vocabulary()[:-1]))
     with pytest.raises(InputError, match=r"other\.txt: not World's vocabulary"):
         load_tokenizer(other)
+
+
+SPECIAL = {"id": 65530, "content": "<|user|>", "special": True} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+
+
+def test_world_with_more_tokens_is_not_world(tmp_path):
+    """As models are given tokens for roles: each is one id, wherever it is listed."""
+    content = world_json()
+    vocabulary = content["model"]["vocab"]
+    del vocabulary["\ue00065530\ue001"]
+    assert is_world_json(json.dumps(content))
+    vocabulary["<|user|>"] = 65530
+    assert not is_world_json(json.dumps(content))
+    content["added_tokens"].append(SPECIAL)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    assert load_tokenizer(file, 65536).encode("<|user|>x") == [65530, *WORLD.encode("x")]
+    assert guess_tokenizer(65536, tmp_path) == file
+    del vocabulary["<|user|>"]
+    assert not is_world_json(json.dumps(content))
+    assert not is_world_json(json.dumps(content | {"added_tokens": 3}))
+    by_id = json.loads(forms()["json"][1])
+    assert is_world_json(json.dumps(by_id))
+    assert not is_world_json(json.dumps(by_id | {"65530": "<|user|>"}))
+
+
+@pytest.mark.parametrize("option", ["add_prefix_space", "use_regex"])
+def test_world_behind_other_cuts_is_not_world(option):
+    alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    assert is_world_json(json.dumps(world_json() | {"pre_tokenizer": alone}))
+    assert not is_world_json(json.dumps(world_json() | {"pre_tokenizer": alone | {option: True}}))
+
+
+def test_world_with_a_byte_order_mark(tmp_path):
+    vocabulary = tmp_path / "rwkv_vocab_v20230424.txt"
+    vocabulary.write_text("\ufeff" + vocabulary_text(read_vocabulary()), encoding="utf-8", newline="\n")
+    assert isinstance(load_tokenizer(vocabulary), WorldTokenizer)

@@ -110,6 +110,22 @@ def test_two_processes_are_one_and_one_resumes_what_two_have_kept(sources, tmp_p
         assert_same(tmp_path / name, tmp_path / f"{name}-2")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "more"), [("full", TRAINED), ("gradients", CARRIED)], ids=["full", "gradients"])
+def test_a_sharded_run_reads_the_same_and_resumes(kind, more, sources, tmp_path):
+    train = mixture(sources, 1, 2)
+    run_one(train, tmp_path / "one", *more, "run.batch=2")
+    options = [*EXACT, f"data.train={train}", f"run.out={tmp_path / 'two'}", *more, "run.batch=1", f"run.shard={kind}"]
+    assert spread((2, [[*options, "run.steps=3"], options])) == []
+    assert_same(tmp_path / "one", tmp_path / "two")
+    read = [
+        [{key: x for key, x in row.items() if "/" in key} for row in lines(tmp_path / name) if "loss" in row]
+        for name in ("one", "two")
+    ]
+    assert read[0] == read[1]
+    assert len(read[0]) == 6
+
+
 def test_a_source_that_has_changed_is_noticed(sources, tmp_path):
     names = []
     for path in sources:

@@ -310,6 +310,23 @@ def test_killed_again_and_again(texts, tmp_path):
     assert same(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_two_runs_in_one_folder(texts, tmp_path):
+    """The second one is refused: it would mix its checkpoints, log and model with those of the first."""
+    out = tmp_path / "out"
+    out.mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, out / ".training"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is training there; wait for its end, or choose another"):
+            run(texts, out, "run.steps=2")
+        assert [path.name for path in out.iterdir()] == [".training"]
+        other.kill()
+    run(texts, out, "run.steps=2")
+    assert not (out / ".training").exists()
+
+
 def test_gradients_that_are_not_finite_move_nothing(texts, tmp_path):
     trainer = Trainer(read_config(None, settings(texts, tmp_path / "out", "run.steps=3")))
     with torch.no_grad():

@@ -153,6 +153,27 @@ def test_flow_is_brute_force(model):
     assert np.all(flow.restored[:, :2] == np.float32(flow.corrupted))
     assert flow.restored[-1, -1] == pytest.approx(flow.clean, rel=1e-4)
 
+    def remember(layer, position):
+        """With the memory of one layer put back after a token."""
+        total = 0.0
+        for draw in noise:
+            damaged = stream[0].detach().clone()
+            damaged[0, subject] += draw
+            begin, end = damaged[:, : position + 1], damaged[:, position + 1 :]
+            with torch.no_grad(), plain_modules(model):
+                clean = model(row[:, : position + 1])[1]
+                with edit_stream(model, [lambda _, x=begin: x, None, None]):
+                    state = model(row[:, : position + 1])[1]
+                layers = [clean.layers[i] if i == layer else state.layers[i] for i in range(2)]
+                with edit_stream(model, [lambda _, x=end: x, None, None]):
+                    said = model(row[:, position + 1 :], State(layers, state.fingerprint))[0]
+                total += said[0, -1].float().softmax(-1)[answer].item() / draws
+        return total
+
+    for layer, position in ((0, 2), (1, 3), (0, 7), (1, 9)):
+        assert flow.remembered[layer, position] == pytest.approx(remember(layer, position), rel=1e-5), (layer, position)
+    assert np.all(flow.remembered[:, [0, 1, -1]] == np.float32(flow.corrupted))
+
 
 def test_influence_is_the_gradient(plain):
     """Beside differences of the logit along the coordinates of one embedding."""
@@ -276,7 +297,7 @@ def test_rwkv7b_is_looked_into_too(random_checkpoint):
     model = assemble(random_checkpoint("7", deep=4, dea=5)).double()
     assert read_weights(model, TOKENS).error < 1e-12
     assert knock_out(model, TOKENS).layers.shape == (2,)
-    assert trace(model, TOKENS, [3], 7, draws=2).restored[-1, -1] > 0
+    assert trace(model, TOKENS, [3], 7, draws=1).remembered[-1, -2] > 0
 
 
 def test_bad_input(plain, random_checkpoint):

@@ -39,6 +39,12 @@ def test_a_picture_beside_you(name, here, command):
     assert (code, err) == (2, f"heronry: {name}.png: already exists; replace it with --force\n")
 
 
+def test_two_states_are_compared(here, command):
+    code, _, err = command("view", "state", "--prompt", "A cat.", "--against", "A dog.", "--out", "two.png")
+    assert (code, err) == (0, "two.png: How far apart the states after “A cat.” and “A dog.” are, head by head.\n")
+    assert picture((here / "two.png").read_bytes()).std() > 20
+
+
 def test_flow_finds_the_hero(here, command):
     """Noise on the name takes the answer away; the token of the name brings it back."""
     code, _, err = command("view", "flow", "--out", "flow.svg")

@@ -3,8 +3,8 @@
     heronry.integrations.transformers.register()
 
 adds these classes to AutoConfig, AutoModelForCausalLM, AutoModel and AutoTokenizer, for the layouts on the hub:
-RWKV/rwkv-4-* ("rwkv"), RWKV/rwkv-5-* ("rwkv5"), RWKV/rwkv-6-* ("rwkv6"), the official RWKV/RWKV7-*-2026* and
-flash-linear-attention's RWKV/RWKV7-Goose-* ("rwkv7"). For RWKV-4 they replace transformers' own class.
+`RWKV/rwkv-4-*` ("rwkv"), `RWKV/rwkv-5-*` ("rwkv5"), `RWKV/rwkv-6-*` ("rwkv6"), the official `RWKV/RWKV7-*-2026*` and
+flash-linear-attention's `RWKV/RWKV7-Goose-*` ("rwkv7"). For RWKV-4 they replace transformers' own class.
 """
 
 from ...text.jinja_templates import chat_template

@@ -224,6 +224,10 @@ class RwkvPreTrainedModel(PreTrainedModel):
             model.to(device, None if dtype in (None, "auto") else parse_dtype(dtype))
             if quantize is not None:
                 heronry_quantize(model.rwkv, quantize)
+        if tied and "head.weight" in model.rwkv.state_dict():
+            model.config.tie_word_embeddings = False  # as it will be saved
+            if model.rwkv.has_copied_head():
+                logger.warning("the head is tied to the embedding; here it is a copy, trained and saved apart")
         model.eval()
         model.name_or_path = config._name_or_path = str(pretrained_model_name_or_path or "")
         if generation_config is not None:

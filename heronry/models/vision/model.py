@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import InputError, unknown_name
+from ...errors import InputError, show, unknown_name
 from ..base import Network
 from ..layers import Linear, widen
 
@@ -232,6 +232,8 @@ class VisionModel(Network):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """The input of the first block, [B, T, C], and the grid of patches."""
+        if not isinstance(images, Tensor):
+            raise InputError(f"images must be a torch.Tensor [B, 3, height, width], got {show(images)}")
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
             what = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             raise InputError(f"images must be floating point [B, 3, height, width], got {what}")

@@ -101,6 +101,8 @@ class SpatialMix(nn.Module):
 
 
 class VRWKV(VisionModel):
+    """Vision-RWKV over Bi-WKV, one decay per channel (arXiv 2403.02308)."""
+
     name = "vrwkv"
     Config = VRWKVConfig
     SpatialMix = SpatialMix

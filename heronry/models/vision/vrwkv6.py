@@ -121,6 +121,8 @@ class SpatialMix6(nn.Module):
 
 
 class VRWKV6(VisionModel):
+    """Vision-RWKV over Bi-WKV6, a matrix per head and direction, with decays that depend on the picture."""
+
     name = "vrwkv6"
     Config = VRWKV6Config
     SpatialMix = SpatialMix6

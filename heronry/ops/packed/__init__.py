@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...memory import Scratch
 from ..arguments import DTYPES
-from ..dispatch import check_devices, has_native_body, native_library
+from ..dispatch import check_devices, has_native_body, has_tangents, native_library
 
 GROUP = 32
 INT8, INT4 = 4, 5  # Format in matmul.h
@@ -84,7 +84,8 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     Differentiable in x. In C++ where that compiles, for activations of float32, bfloat16 and float16 on a CPU.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or the tensors are not all on one device; the message names it.
+        ValueError: a shape or dtype does not fit, the tensors are not all on one device, or forward-mode
+            differentiation goes through x; the message names it.
         MemoryError: there is no memory for the rounded activations.
     """
     check_devices("packed_matmul", x, data, scales)
@@ -92,6 +93,8 @@ def packed_matmul(x: Tensor, data: Tensor, scales: Tensor, rows: int) -> Tensor:
     columns = scales.shape[1] * GROUP
     if x.shape[-1] != columns:
         raise ValueError(f"packed_matmul: x must have {columns} numbers in its last dimension, got {list(x.shape)}")
+    if not torch.compiler.is_compiling() and has_tangents((x,)):
+        raise ValueError("packed_matmul has no forward-mode derivative")
     y: Tensor = _packed_matmul(x.reshape(-1, columns), data, scales, rows)
     return y.view(*x.shape[:-1], rows)
 

@@ -16,11 +16,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..memory import release_memory
+
 MEMORY_FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}  # of /proc/self/status
 
 
 class Contestant(NamedTuple):
-    """kind(*options) imports the libraries and .load() loads the weights; its other methods return a job to time."""
+    """kind(*options) imports the libraries and .load() loads the weights; its other methods return a job to time. Sizes
+    in bytes that it has in a dictionary `own_sizes` are reported with its memory."""
 
     kind: type
     options: tuple[Any, ...] = ()
@@ -52,7 +55,8 @@ class Worker:
         return seconds
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "resident" now, "anonymous" of these (without mapped files), "peak" so far; {} where not known."""
+        """Bytes: "resident" now, "anonymous" of these (without mapped files), "peak" so far, where they are known; and
+        the contestant's `own_sizes`."""
         self._pipe.send(None)
         sizes: dict[str, int] = self._answer()
         return sizes
@@ -82,7 +86,7 @@ def _serve(pipe: Connection, log: str, contestant: Contestant) -> None:
     os.dup2(log_file, 1)
     os.dup2(log_file, 2)
     # importing this file imported PyTorch; a contestant that does without is not charged for its memory
-    baseline = {} if getattr(contestant.kind, "needs_torch", True) else _memory({})
+    baseline = {} if getattr(contestant.kind, "needs_torch", True) else process_memory({})
     instance: Any = None
     jobs: dict[tuple[str, tuple[Any, ...]], Callable[[], object]] = {}
 
@@ -101,7 +105,10 @@ def _serve(pipe: Connection, log: str, contestant: Contestant) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):  # the contest is over
         while True:
             request = pipe.recv()
-            pipe.send(("done", _memory(baseline)) if request is None else _answer_or_failure(run))
+            if request is None:
+                pipe.send(("done", process_memory(baseline) | getattr(instance, "own_sizes", {})))
+            else:
+                pipe.send(_answer_or_failure(run))
 
 
 def _answer_or_failure(work: Callable[[], float]) -> tuple[str, Any]:
@@ -119,8 +126,19 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _memory(baseline: dict[str, int]) -> dict[str, int]:
-    """The bytes of MEMORY_FIELDS, less those in `baseline`; {} where there is no /proc."""
+def forget_peak() -> bool:
+    """Gives free memory back to the system and lets the "peak" of this process begin anew; False where only Linux can
+    do that."""
+    release_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def process_memory(baseline: dict[str, int]) -> dict[str, int]:
+    """The bytes of MEMORY_FIELDS of this process, less those in `baseline`; {} where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.exists():
         return {}

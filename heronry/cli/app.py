@@ -31,6 +31,7 @@ from ..faults import describe
 from ..text.terminal import printable
 from .bench import bench
 from .chat import chat
+from .compare import compare
 from .convert import convert
 from .data import data
 from .defaults import TYPES as DEFAULTS
@@ -55,7 +56,24 @@ ELSEWHERE = {  # where an option is that a message names, for commands that lack
 }
 METAVARS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}  # what stands for a value in the help
 UNKNOWN = re.compile(r"No such (option|command):? '?([^\s']+)'?")  # in typer's words
-COMMANDS = (generate, chat, pull, list_models, rm, info, quantize, merge, convert, eval, see, view, data, train, bench)
+COMMANDS = (
+    generate,
+    chat,
+    pull,
+    list_models,
+    rm,
+    info,
+    quantize,
+    merge,
+    convert,
+    eval,
+    see,
+    view,
+    compare,
+    data,
+    train,
+    bench,
+)
 COMMAND_NAMES = [function.__name__ for function in COMMANDS]
 app = typer.Typer(
     help="RWKV, every generation: trained like a Transformer, run like an RNN.",

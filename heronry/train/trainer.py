@@ -101,7 +101,7 @@ class Trainer:
             config: see config.py.
             quiet: no log and no progress bar.
             model: a new model to train instead of the one that `config.model` names, like those in
-                models/baselines.py.
+                models/baselines/.
 
         Raises:
             InputError: files that cannot be read, settings that do not fit them, or a `run.out` of another run.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import atomic_write
@@ -23,22 +24,35 @@ figure { margin: 2rem 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { color: #444; margin-top: .5rem; }
 pre { white-space: pre-wrap; background: #f4f4f4; padding: .75rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
 """
 
 
-def write_pictures(pictures: Sequence[Picture], path: Path, title: str, about: str) -> None:
+def write_pictures(
+    pictures: Sequence[Picture],
+    path: Path,
+    title: str,
+    about: str,
+    table: Sequence[Sequence[str]] = (),
+    data: Any = None,
+) -> None:
     """Writes pictures to one file, of the kind that its ending names.
 
     Args:
         pictures: a .png or .svg takes one, a .gif one that is animated, an .html page any number.
         title, about: of the page; `about` is shown as it is.
+        table: rows of cells for the page, the first one with the headings.
+        data: goes into the page as JSON, in `<script type="application/json" id="data">`.
 
     Raises:
         InputError: another ending, several pictures for one that takes one, or no animation.
     """
     kind = check_ending(path)
     if kind == ".html":
-        content = _page(pictures, title, about).encode()
+        content = _page(pictures, title, about, table, data).encode()
     elif len(pictures) != 1:
         raise InputError(f"{path}: a {kind} holds one picture, not {len(pictures)}; write an .html page")
     elif kind == ".gif":
@@ -65,19 +79,33 @@ def _image(picture: Picture, kind: str) -> bytes:
     return file.getvalue()
 
 
-def _page(pictures: Sequence[Picture], title: str, about: str) -> str:
-    parts = []
+def _page(
+    pictures: Sequence[Picture], title: str, about: str, table: Sequence[Sequence[str]] = (), data: Any = None
+) -> str:
+    parts = [_table(table)] if table else []
     for picture in pictures:
         images = [_embedded(_image(picture, "png"), "png", picture.caption)]
         if picture.animation is not None:
             images.append(_embedded(picture.animation, "gif", "animated: " + picture.caption))
         parts.append(f"<figure>{''.join(images)}<figcaption>{html.escape(picture.caption)}</figcaption></figure>")
+    if data is not None:  # "</script>" in a text would end it
+        content = json.dumps(data).replace("<", "\\u003c")
+        parts.append(f'<script type="application/json" id="data">{content}</script>')
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><pre>{html.escape(about)}</pre>{''.join(parts)}</body></html>\n"
     )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    kinds = ["th", *["td"] * (len(rows) - 1)]
+    lines = (
+        "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row) + "</tr>"
+        for kind, row in zip(kinds, rows, strict=True)
+    )
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _embedded(image: bytes, kind: str, alt: str) -> str:

@@ -23,7 +23,16 @@ from heronry import build
 from heronry.checkpoint import load
 from heronry.data.token_file import TokenFile, TokenWriter
 from heronry.errors import InputError
-from heronry.models.baselines import GPT, LSTM, GPTConfig, LSTMConfig
+from heronry.models.baselines import (
+    GPT,
+    LSTM,
+    AFTFull,
+    AFTFullConfig,
+    AFTSimple,
+    AFTSimpleConfig,
+    GPTConfig,
+    LSTMConfig,
+)
 from heronry.train.config import read_config
 from heronry.train.trainer import Interrupted, Trainer
 
@@ -251,7 +260,14 @@ def test_muon_goes_on_too(texts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "baseline", [GPT(GPTConfig(64, 2, 64, 96)), LSTM(LSTMConfig(64, 2, 32, 64))], ids=["gpt", "lstm"]
+    "baseline",
+    [
+        GPT(GPTConfig(64, 2, 64, 96)),
+        AFTFull(AFTFullConfig(64, 2, 64, 96, 32, 8)),
+        AFTSimple(AFTSimpleConfig(64, 2, 64, 96)),
+        LSTM(LSTMConfig(64, 2, 32, 64)),
+    ],
+    ids=lambda model: model.name,
 )
 def test_what_rwkv_is_compared_with_learns_by_the_same_loop(baseline, texts, tmp_path):
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from ..models.state import LayerState
 from .inside import as_row, is_rwkv4
 
 MAX_POINTS = 64  # at which the state is looked at
-MAX_ROWS = 32  # states that run together
+MAX_ROWS = 8  # states that run together; one of a large model takes many MB
 
 
 class History(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,20 @@ WIDTH = 12.0  # inches
 MAX_LABELS = 60  # tokens that are written along an axis
 MAX_ROWS = 48  # heads that get a row of their own
 MAX_CELLS = 18  # tokens whose predictions are written out
+MAX_LETTERS = 16  # of a token on an axis
+FONTS = (  # for what the usual font lacks, as far as they are installed
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",  # the name by which older matplotlib knows the file with all of them
+    "PingFang SC",
+    "PingFang HK",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+    "Arial Unicode MS",
+    "Segoe UI Symbol",
+    "Noto Emoji",
+)
+VISIBLE = {"\n": "⏎", "\r": r"\r", "\t": "⇥"}
 
 
 def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
@@ -43,7 +58,7 @@ def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
         names = [f"layer {i}" for i in range(layers)]
     axis.set_yticks(range(len(names)), names, fontsize="x-small")
     _label_tokens(axis, labels)
-    axis.set_title(f"Where the last token, “{_shown(labels[-1])}”, reads: the share of every earlier token")
+    axis.set_title(f"Where the last token, “{_label(labels[-1])}”, reads: the share of every earlier token")
     top.colorbar(image, ax=axis, label="share of what is read")
     axes = bottom.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for layer, axis in enumerate(axes.flat):
@@ -54,7 +69,7 @@ def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
             axis.set_visible(False)
     bottom.supxlabel("token that is read" + (" (positions; the mean of all heads)" if heads > 1 else " (positions)"))
     bottom.supylabel("token that reads")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_flow(
@@ -71,7 +86,7 @@ def draw_flow(
     layers, n = remembered.shape
     figure = new_figure(WIDTH, max(4.2, 1.6 + 0.21 * min(n, MAX_LABELS)))
     axes = figure.subplots(1, 3, sharey=True)
-    word = f"“{_shown(answer)}”"
+    word = f"“{_label(answer)}”"
     low, high = min(corrupted, restored.min(), remembered.min()), max(clean, restored.max(), remembered.max())
     panels = (
         (restored, "one layer's output\nput back at one token", low, high),
@@ -90,7 +105,7 @@ def draw_flow(
     figure.colorbar(images[2], ax=axes[2], label="length of the gradient")
     figure.suptitle(f"Where {word} comes from: {clean:.1%} as it is, {corrupted:.1%} with noise on the subject")
     _label_tokens(axes[0], labels, on_y=True)
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_lens(said: Sequence[Sequence[str]], probability: NDArray[Any], labels: Sequence[str]) -> Figure:
@@ -104,16 +119,15 @@ def draw_lens(said: Sequence[Sequence[str]], probability: NDArray[Any], labels: 
     for i in range(layers):
         for t in range(n):
             colour = "black" if shown[i, t] > 0.6 else "white"
-            word = _shown(said[layers - 1 - i][len(labels) - n + t])
-            axis.text(
-                t, i, word if len(word) < 11 else word[:9] + "…", ha="center", va="center", fontsize=7, color=colour
-            )
+            word = said[layers - 1 - i][len(labels) - n + t]
+            word = _shown(word if len(word) < 11 else word[:9] + "…")
+            axis.text(t, i, word, ha="center", va="center", fontsize=7, color=colour)
     axis.set_yticks(range(layers), [f"layer {i}" for i in reversed(range(layers - 1))] + ["embedding"])
     _label_tokens(axis, labels[-n:])
     axis.set_xlabel("the token that was read last")
     axis.set_title("What each layer would say next, read by the head of the model")
     figure.colorbar(image, ax=axis, label="probability of that word")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_decay_curves(
@@ -243,13 +257,13 @@ def draw_knockout(heads: NDArray[Any], layers: NDArray[Any], prompt: str) -> Fig
         axes[1].set_title("Without what one head remembers", fontsize="medium")
         figure.colorbar(image, ax=axes[1], label="KL divergence, nats")
     figure.suptitle(f"What the next word after “{_end_of(prompt)}” rests on", fontsize="medium")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_difference(apart: NDArray[Any]) -> Figure:
     """How far apart two states are, [L, H], see memory.py."""
     layers, heads = apart.shape
-    figure = new_figure(max(4.0, 1.8 + 0.4 * heads), max(3.4, 1.6 + 0.25 * layers))
+    figure = new_figure(min(max(4.0, 1.8 + 0.4 * heads), WIDTH), max(3.4, 1.6 + 0.25 * layers))
     axis = figure.subplots()
     image = axis.imshow(apart, aspect="auto", cmap="viridis", vmin=0)
     axis.set(xlabel="head", ylabel="layer", xticks=_few(heads), yticks=_few(layers))
@@ -280,14 +294,43 @@ def _label_tokens(axis: Axes, labels: Sequence[str], on_y: bool = False) -> None
     if len(labels) > MAX_LABELS:
         axis.set_ylabel("position") if on_y else axis.set_xlabel("position")
     elif on_y:
-        axis.set_yticks(range(len(labels)), [_shown(x) for x in labels], fontsize="small")
+        axis.set_yticks(range(len(labels)), [_label(x) for x in labels], fontsize="small")
     else:
-        axis.set_xticks(range(len(labels)), [_shown(x) for x in labels], rotation=90, fontsize="small")
+        axis.set_xticks(range(len(labels)), [_label(x) for x in labels], rotation=90, fontsize="small")
 
 
-def _shown(token: str) -> str:
-    """A token so that one sees it; $ would begin a formula."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$") or "∅"
+@cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """The families that words are drawn in, and the characters that these have."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    files = {font.name: font.fname for font in fontManager.ttflist if font.name in FONTS}
+    names = [name for name in FONTS if name in files]
+    paths = [findfont(FontProperties()), *(files[name] for name in names)]
+    characters = frozenset(character for path in paths for character in get_font(path).get_charmap())
+    return [*FontProperties().get_family(), *names], characters
+
+
+def _with_fonts(figure: Figure) -> Figure:
+    """The figure with all that is written in it in fonts that have the characters."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontfamily(_fonts()[0])
+    return figure
+
+
+def _shown(text: str) -> str:
+    """A text so that one sees it: what is invisible as a sign, what no font has as its code point."""
+    if text.isspace():
+        text = text.replace(" ", "␣")
+    characters = _fonts()[1]
+    drawn = "".join(VISIBLE.get(x) or (x if ord(x) in characters else f"U+{ord(x):04X}") for x in text)
+    return drawn.replace("$", r"\$") or "∅"  # a bare $ would begin a formula
+
+
+def _label(token: str) -> str:
+    return _shown(token if len(token) <= MAX_LETTERS else token[: MAX_LETTERS - 1] + "…")
 
 
 def _end_of(text: str) -> str:
@@ -315,7 +358,7 @@ def draw_memory(
     right.set_xscale("symlog", linthresh=4)
     right.set(xlabel="tokens between the fact and the question", ylabel="gain of the answer's log-probability, nats")
     right.set_title(f"How long “{_end_of(fact)}” is remembered", fontsize="medium")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_cascade(

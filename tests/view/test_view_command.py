@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heronry import save
+from heronry import LLM, save
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
-from heronry.view.views import VIEWS
+from heronry.view.text_figures import _shown
+from heronry.view.views import VIEWS, Look
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,10 @@ def test_an_animation(here, command):
         (["reeds"], "unknown view 'reeds'"),
         (["flow", "--subject", "Sue"], "the prompt does not contain the subject 'Sue'"),
         (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
+        (
+            ["memory", "--text", "short.txt", "--recalled", ""],
+            "memory needs a --question and what should be --recalled",
+        ),
         (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
         (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
         (["reads", "--out", "reads.gif"], "nothing moves in this picture"),
@@ -105,6 +110,31 @@ def test_bad_input(words, message, here, command, random_checkpoint):
     assert message in err
     assert err.count("\n") == 1
     assert not any(path.suffix in (".png", ".html", ".svg", ".gif") for path in here.iterdir())
+
+
+def test_words_that_fonts_lack_are_shown(here, command, recwarn):
+    """Parts of characters, formulas, invisible characters and pictographs: no warning, and nothing lost."""
+    text = "你 $a$ \\ \x1b\r\n 🙂𝄞 <b>"
+    code, _, err = command("view", "reads", "--prompt", text, "--out", "r.html")
+    assert (code, err.count("\n")) == (0, 1), err
+    assert not [warning for warning in recwarn if "missing" in str(warning.message)]
+    assert _shown("\x1b\n") == "U+001B⏎"
+    assert _shown("  ") == "␣␣"
+    assert _shown("a$b$") == r"a\$b\$"
+    assert _shown("\U0010fffd") == "U+10FFFD"
+
+
+def test_the_subject_is_found_by_characters():
+    """A pictograph is four tokens here; with the noise on a part of them, the rest would still say what it was."""
+    bundled = LLM()
+    look = Look(bundled.model, bundled.tokenizer, [0], "é 🙂 Tim 🙂Tim", subject="🙂")
+    assert look.labels[:3] == ["", "é 1/2", "é 2/2"]
+    assert [look.labels[i] for i in look.subject_positions()] == [f"🙂 {i}/4" for i in (1, 2, 3, 4)] * 2
+    assert len(look.labels) == len(look.tokens)
+    look = Look(bundled.model, bundled.tokenizer, [0], "One day, Tim", subject="im")
+    assert look.subject_positions() == [len(look.tokens) - 1]
+    look = Look(bundled.model, bundled.tokenizer, [0], "One day, Tim", subject="One")
+    assert look.subject_positions() == [1]
 
 
 def test_no_matplotlib(here, command, monkeypatch):

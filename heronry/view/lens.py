@@ -45,7 +45,7 @@ def read_lens(model: Model, tokens: Sequence[int]) -> Lens:
         for x in some:
             said = read(x)
             best = said.max(-1)
-            divergence = (final.exp() * (final - said)).sum(-1)
+            divergence = (final.exp() * (final - said)).sum(-1).clamp(min=0)  # rounding may take it below
             parts.append([part.cpu().numpy() for part in (best.indices, best.values.exp(), divergence)])
     rows = len(stream)
     return Lens(*(np.stack([np.concatenate(part[i::rows]) for i in range(rows)]) for part in zip(*parts, strict=True)))

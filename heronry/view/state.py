@@ -114,7 +114,7 @@ def knock_out(model: Model, tokens: Sequence[int]) -> Knockout:
         for number, (i, heads) in enumerate(some):
             layers[i].wkv[number, heads] = empty.layers[i].wkv[0, heads]
         said = _next_token(model, row, State(layers, state.fingerprint, contexts=rows.contexts))
-        kl.append((whole.exp() * (whole - said)).sum(-1))
+        kl.append((whole.exp() * (whole - said)).sum(-1).clamp(min=0))  # rounding may take it below
     values = torch.cat(kl).cpu().numpy()
     return Knockout(values[n_layers:].reshape(n_layers, n_heads), values[:n_layers])
 

@@ -24,6 +24,7 @@ WIDTH = 12.0  # inches
 MAX_LABELS = 60  # tokens that are written along an axis
 MAX_ROWS = 48  # heads that get a row of their own
 MAX_CELLS = 18  # tokens whose predictions are written out
+HALF_LIVES = (1e-2, 1e7)  # tokens; what is beyond is drawn at the edge
 MAX_LETTERS = 16  # of a token on an axis
 FONTS = (  # for what the usual font lacks, as far as they are installed
     "Noto Sans CJK SC",
@@ -51,7 +52,9 @@ def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
     halves: Any = figure.subfigures(2, 1, height_ratios=[2.2 + 0.16 * len(last), 2.1 * rows])
     top, bottom = halves
     axis = top.subplots()
-    image = axis.imshow(last, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    # of many tokens each has a small share
+    scale: dict[str, Any] = {"vmin": 0} if n <= MAX_LABELS else {"norm": "log", "vmin": 1e-4, "vmax": 1}
+    image = axis.imshow(last.clip(1e-9), aspect="auto", cmap="cividis", interpolation="nearest", **scale)
     if by_head and heads > 1:
         names = [f"layer {i} head {h}" if h == 0 else f"head {h}" for i in range(layers) for h in range(heads)]
     else:
@@ -63,8 +66,10 @@ def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
     axes = bottom.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for layer, axis in enumerate(axes.flat):
         if layer < layers:
-            axis.imshow(shares[layer].mean(0), cmap="cividis", vmin=0, interpolation="nearest")
+            axis.imshow(shares[layer].mean(0).clip(1e-9), cmap="cividis", interpolation="nearest", **scale)
             axis.set_title(f"layer {layer}", fontsize="medium")
+            for side in (axis.xaxis, axis.yaxis):
+                side.get_major_locator().set_params(integer=True)
         else:
             axis.set_visible(False)
     bottom.supxlabel("token that is read" + (" (positions; the mean of all heads)" if heads > 1 else " (positions)"))
@@ -87,15 +92,15 @@ def draw_flow(
     figure = new_figure(WIDTH, max(4.2, 1.6 + 0.21 * min(n, MAX_LABELS)))
     axes = figure.subplots(1, 3, sharey=True)
     word = f"“{_label(answer)}”"
-    low, high = min(corrupted, restored.min(), remembered.min()), max(clean, restored.max(), remembered.max())
+    most = max(clean, restored.max(), remembered.max())
     panels = (
-        (restored, "one layer's output\nput back at one token", low, high),
-        (remembered, "one layer's memory\nput back after one token", low, high),
-        (influence, f"how much the logit of {word}\ndepends on one output", 0, None),
+        (restored, "one layer's output\nput back at one token", most),
+        (remembered, "one layer's memory\nput back after one token", most),
+        (influence, f"how much the logit of {word}\ndepends on one output", None),
     )
     images = []
-    for axis, (values, title, least, most) in zip(axes, panels, strict=True):
-        images.append(axis.imshow(values.T, aspect="auto", cmap="viridis", vmin=least, vmax=most))
+    for axis, (values, title, largest) in zip(axes, panels, strict=True):
+        images.append(axis.imshow(values.T, aspect="auto", cmap="viridis", vmin=0, vmax=largest))
         axis.set_title(title, fontsize="medium")
         names = [*(["in"] if len(values) > layers else []), *map(str, range(layers))]
         places = _few(len(names))
@@ -103,7 +108,9 @@ def draw_flow(
         axis.set_xlabel("layer" + (" (in: the embedding)" if len(values) > layers else ""))
     figure.colorbar(images[0], ax=axes[:2], label=f"probability of {word}")
     figure.colorbar(images[2], ax=axes[2], label="length of the gradient")
-    figure.suptitle(f"Where {word} comes from: {clean:.1%} as it is, {corrupted:.1%} with noise on the subject")
+    figure.suptitle(
+        f"Where {word} comes from: {100 * clean:.3g}% as it is, {100 * corrupted:.3g}% with noise on the subject"
+    )
     _label_tokens(axes[0], labels, on_y=True)
     return _with_fonts(figure)
 
@@ -143,15 +150,15 @@ def draw_decay_curves(
     axes = figure.subplots(2, 2)
     colours = _layer_colours(layers)
     curves, histogram, shift, text = axes.flat
+    half_lives = half_lives.clip(*HALF_LIVES)
+    low = 10.0 ** math.floor(np.log10(half_lives.min()))
+    high = max(10 * low, 10.0 ** math.ceil(np.log10(half_lives.max())))  # whole decades: their labels have room
     for layer in range(layers):
         curves.plot(np.linspace(0, 100, channels), np.sort(half_lives[layer]), color=colours[layer])
-    curves.set(yscale="log", xlabel="share of the channels, %", ylabel="half-life, tokens")
+    curves.set(yscale="log", ylim=(low, high), xlabel="share of the channels, %", ylabel="half-life, tokens")
     curves.set_title("How long channels remember, by layer")
-    low, high = max(half_lives.min(), 1e-2), min(half_lives.max(), 1e7)
-    bins = np.geomspace(low, max(high, 1.01 * low), 40)
-    clipped = [x.clip(low, high) for x in half_lives]
-    histogram.hist(clipped, bins=bins, stacked=True, color=colours)
-    histogram.set(xscale="log", xlabel="half-life, tokens", ylabel="channels")
+    histogram.hist(list(half_lives), bins=np.geomspace(low, high, 41), stacked=True, color=colours)
+    histogram.set(xscale="log", xlim=(low, high), xlabel="half-life, tokens", ylabel="channels")
     histogram.set_title("Half-lives of all channels")
     for (name, share), style in zip(mixes.items(), _line_styles(len(mixes)), strict=True):
         shift.plot(range(layers), share.mean(1), marker="o", label=name, **style)
@@ -186,7 +193,7 @@ def _draw_by_layer(
         spread = [np.quantile(x, (0.05, 0.25, 0.5, 0.75, 0.95)) for x in rates]
         _draw_spread(axis, places + 0.16, spread, "#d55e00", "in-context learning rate")
     axis.set(xlabel="layer", ylabel=name if rates is None else "from 0 to 1", xticks=_few(layers))
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _draw_spread(axis: Axes, places: NDArray[Any], spread: Sequence[NDArray[Any]], colour: str, name: str) -> None:
@@ -235,8 +242,9 @@ def draw_history(positions: NDArray[Any], norms: NDArray[Any], ranks: NDArray[An
                 axis.set_title(f"layer {layer}", fontsize="small")
             if column == 0:
                 axis.set_ylabel(f"head {head}", fontsize="small")
+    some = f" ({len(shown_heads)} of {heads} heads)" if heads > len(shown_heads) else ""
     bottom.suptitle(
-        "The state at the end: values (down) by keys (across), every head on its own scale", fontsize="medium"
+        f"The state at the end{some}: values (down) by keys (across), every head on its own scale", fontsize="medium"
     )
     return figure
 
@@ -370,7 +378,8 @@ def draw_cascade(
     left, right = figure.subplots(1, 2)
     layers, pieces = steps.shape
     left.imshow(steps, cmap="viridis", origin="lower", aspect="auto", alpha=0.85)
-    if layers * pieces <= 400:
+    numbered = layers <= 24
+    if numbered:
         for layer in range(layers):
             for piece in range(pieces):
                 colour = "white" if steps[layer, piece] < steps.max() * 0.6 else "black"
@@ -379,7 +388,8 @@ def draw_cascade(
                 )
     left.set(xlabel="piece of the text", ylabel="layer", xticks=_few(pieces), yticks=_few(layers))
     left.set_title(
-        f"Cells with the same number can run together:\n{steps.max() + 1} steps in place of {layers * pieces}",
+        f"Cells of the same {'number' if numbered else 'colour'} can run together:\n"
+        f"{steps.max() + 1} steps in place of {layers * pieces}",
         fontsize="medium",
     )
     places = np.arange(len(chunks))

@@ -128,11 +128,10 @@ def view_decay(look: Look) -> list[Picture]:
     found = read_decays(look.model, look.tokens)
     figure = draw.draw_decay_curves(found.half_lives, found.on_text, found.rates, found.mixes)
     on = "averaged over the prompt" if found.on_text is not None else "the same for every text"
-    return [
-        Picture(
-            figure, f"How fast the memory of each channel fades ({on}). Half-life: after so many tokens half is left."
-        )
-    ]
+    caption = f"How fast the memory of each channel fades ({on}). Half-life: after so many tokens half is left."
+    if look.model.name == "rwkv6":
+        caption += " The token shift of the time mix is drawn without what depends on the token."
+    return [Picture(figure, caption)]
 
 
 def view_flow(look: Look) -> list[Picture]:
@@ -144,9 +143,9 @@ def view_flow(look: Look) -> list[Picture]:
     return [
         Picture(
             figure,
-            f"Noise on “{look.subject}” changes the probability of “{word}” from {found.clean:.1%} to "
-            f"{found.corrupted:.1%}. The first two pictures: where putting back one layer's output, or "
-            "its memory, undoes that.",
+            f"Noise on “{look.subject}” changes the probability of “{word}” from {100 * found.clean:.3g}% to "
+            f"{100 * found.corrupted:.3g}%. The first two pictures: where putting back one layer's output, or its "
+            "memory, undoes that.",
         )
     ]
 

@@ -253,6 +253,15 @@ def test_knockout_is_brute_force(model):
                 assert found.heads[layer, head] == pytest.approx(divergence(layer, [head]), rel=1e-3, abs=1e-6)
 
 
+def test_a_divergence_is_never_below_zero(random_checkpoint):
+    """A state that says nothing: what is left is rounding."""
+    model = assemble(random_checkpoint("7", vocab=5000))
+    for block in model.blocks:
+        torch.nn.init.constant_(block.att.output.weight, 1e-7)
+    assert knock_out(model, TOKENS).heads.min() >= 0
+    assert read_lens(model, TOKENS).divergence.min() >= 0
+
+
 def test_difference_of_states(plain):
     with torch.no_grad():
         a, b = (plain(torch.tensor([ids]))[1] for ids in (TOKENS, TOKENS[::-1]))

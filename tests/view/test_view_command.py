@@ -8,12 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from heronry import LLM, save
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
-from heronry.view.text_figures import _shown
+from heronry.view.text_figures import _shown, draw_cascade, draw_decay_curves, draw_difference, draw_reads
 from heronry.view.views import VIEWS, Look
 
 
@@ -135,6 +136,22 @@ def test_the_subject_is_found_by_characters():
     assert look.subject_positions() == [len(look.tokens) - 1]
     look = Look(bundled.model, bundled.tokenizer, [0], "One day, Tim", subject="One")
     assert look.subject_positions() == [1]
+
+
+def test_a_large_model_stays_readable():
+    """48 layers, many heads, and more tokens than an axis has room for."""
+    random = np.random.default_rng(0)
+    shares = random.dirichlet(np.ones(61), (48, 2, 61)).astype(np.float32)
+    top, *_ = draw_reads(shares, ["a"] * 61).findobj(Axes)
+    assert len(top.get_yticklabels()) == 48  # layers, not heads
+    assert top.images[0].norm.vmin == 1e-4
+    steps = np.arange(48)[:, None] + np.arange(8)
+    grid, _ = draw_cascade(steps, [32], [1.0], [0.5]).axes
+    assert "Cells of the same colour" in grid.get_title()
+    assert not grid.texts
+    assert draw_difference(np.zeros((48, 64))).get_figwidth() == 12
+    curves = draw_decay_curves(np.full((2, 8), 2.3), None, None, {"ffn k": np.zeros((2, 8))}).axes[0]
+    assert curves.get_ylim() == (1, 10)
 
 
 def test_no_matplotlib(here, command, monkeypatch):

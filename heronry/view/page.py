@@ -20,9 +20,11 @@ DPI = 100
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 0 auto; padding: 1rem; }
 figure { margin: 2rem 0; }
+figure div { overflow-x: auto; }
 img { max-width: 100%; height: auto; display: block; }
-figcaption { color: #444; margin-top: .5rem; }
-pre { white-space: pre-wrap; background: #f4f4f4; padding: .75rem; }
+figcaption { color: #444; margin-top: .5rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: .75rem; }
+@media (max-width: 800px) { img { max-width: none; width: 800px; } }
 """
 
 
@@ -71,6 +73,7 @@ def _page(pictures: Sequence[Picture], title: str, about: str) -> str:
         images = [_embedded(_image(picture, "png"), "png", picture.caption)]
         if picture.animation is not None:
             images.append(_embedded(picture.animation, "gif", "animated: " + picture.caption))
+        images = [f"<div>{image}</div>" for image in images]  # wider than a phone, so that the labels stay readable
         parts.append(f"<figure>{''.join(images)}<figcaption>{html.escape(picture.caption)}</figcaption></figure>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -166,11 +166,7 @@ def draw_decay_curves(
     shift.set_title("Token shift: how much of the token before is mixed in")
     shift.legend(fontsize="small", ncols=2)
     _draw_by_layer(text, half_lives, on_text, rates)
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    scale = ScalarMappable(Normalize(0, max(layers - 1, 1)), "viridis")
-    figure.colorbar(scale, ax=axes[0, :], label="layer", ticks=_few(layers))
+    _add_layer_scale(figure, axes[0, :], colours)
     return figure
 
 
@@ -193,7 +189,7 @@ def _draw_by_layer(
         spread = [np.quantile(x, (0.05, 0.25, 0.5, 0.75, 0.95)) for x in rates]
         _draw_spread(axis, places + 0.16, spread, "#d55e00", "in-context learning rate")
     axis.set(xlabel="layer", ylabel=name if rates is None else "from 0 to 1", xticks=_few(layers))
-    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_spread(axis: Axes, places: NDArray[Any], spread: Sequence[NDArray[Any]], colour: str, name: str) -> None:
@@ -231,6 +227,8 @@ def draw_history(positions: NDArray[Any], norms: NDArray[Any], ranks: NDArray[An
     right.set_title(f"How many of its {size} directions are in use", fontsize="medium")
     if layers <= 12:
         left.legend(fontsize="x-small", ncols=2)
+    else:
+        _add_layer_scale(top, [left, right], colours)
     axes = bottom.subplots(len(shown_heads), len(shown_layers), squeeze=False)
     for column, layer in enumerate(shown_layers):
         for head in shown_heads:
@@ -284,6 +282,15 @@ def _layer_colours(layers: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.92 * i / max(layers - 1, 1)) for i in range(layers)]
+
+
+def _add_layer_scale(figure: Any, axes: Any, colours: Sequence[Any]) -> None:
+    """Which colour is which layer, beside the axes of a figure or of a part of one."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    scale = ScalarMappable(Normalize(-0.5, len(colours) - 0.5), ListedColormap(colours))
+    figure.colorbar(scale, ax=axes, label="layer", ticks=_few(len(colours)))
 
 
 def _line_styles(n: int) -> list[dict[str, Any]]:

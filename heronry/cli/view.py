@@ -26,6 +26,8 @@ PLACE = {
     "recalled": " heron",
 }
 N_TEXTS, LENGTH = 16, 512  # of what the model writes where no text is given
+MAX_LENGTH = 4096  # tokens of a given text that are one of N_TEXTS
+MAX_BYTES = 16 * N_TEXTS * MAX_LENGTH  # of a given file that are read; tokens have about 4
 
 
 def view(
@@ -79,8 +81,8 @@ def view(
     if text is not None:
         from ..data.text_files import read_text
 
-        ids = llm.tokenizer.encode(read_text(text))
-        length = min(len(ids) // N_TEXTS, 8 * LENGTH) if len(ids) >= N_TEXTS * LENGTH else len(ids)
+        ids = llm.tokenizer.encode(read_text(text, MAX_BYTES))
+        length = min(len(ids) // N_TEXTS, MAX_LENGTH) if len(ids) >= N_TEXTS * LENGTH else len(ids)
         texts = [ids[i : i + length] for i in range(0, length * (len(ids) // max(length, 1)), max(length, 1))][:N_TEXTS]
     elif name in ("memory", "cascade", "report"):
         with progress_bar("writing texts") as progress:

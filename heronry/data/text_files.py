@@ -134,16 +134,19 @@ def describe_bad_byte(error: UnicodeDecodeError, offset: int = 0) -> str:
     return f"byte 0x{error.object[error.start]:02x} at position {offset + error.start}"
 
 
-def read_text(path: str | Path) -> str:
-    """The whole text of a file.
+def read_text(path: str | Path, limit: int = -1) -> str:
+    """The text of a file.
+
+    Args:
+        limit: of bytes, after which the rest is left, with the character that it cuts; -1: all is read.
 
     Raises:
         InputError: it cannot be read or is not UTF-8.
     """
     with named_errors(path), TextFile(path) as file:
-        text = file.read()
+        text = file.read(limit)
         try:
-            return text.decode()
+            return codecs.utf_8_decode(text, "strict", len(text) != limit)[0]
         except UnicodeDecodeError as error:
             line = text.count(b"\n", 0, error.start) + 1
             raise InputError(f"{path}, line {line}: is not UTF-8 ({describe_bad_byte(error)})") from error

@@ -44,7 +44,7 @@ class Decays(NamedTuple):
 
 
 def read_decays(model: Model, tokens: Sequence[int]) -> Decays:
-    """tokens: a text on which the decays of RWKV-6 and 7 are taken."""
+    """tokens: a text on which the decays of RWKV-6 and 7 are taken. Raises InputError for one that is too long."""
     calls = operator_calls(model, as_row(model, tokens))
     rates = None
     on_text = None

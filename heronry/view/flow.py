@@ -8,8 +8,9 @@ Source: Meng et al., "Locating and Editing Factual Associations in GPT" (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from .inside import as_row, edit_stream, plain_modules, residual_stream
 
 NOISE = 3.0  # standard deviations of the embedding
 MAX_TOKENS = 512  # that run together
+MAX_ROWS = 32  # states that run together
 
 
 class Flow(NamedTuple):
@@ -70,39 +72,37 @@ def trace(
     noise = torch.randn(draws, len(subject), e.shape[-1], generator=random).to(e) * NOISE * e.float().std()
     noisy = e.repeat(draws, 1, 1)
     noisy[:, list(subject)] += noise
-    positions = range(min(subject), len(tokens))  # what is before the subject never changes
-    n_layers, done = len(model.blocks), 0
-    total = (2 * n_layers + 1) * len(positions)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
+    begin, end, n_layers = min(subject), len(tokens), len(model.blocks)  # what is before the subject never changes
     with plain_modules(model):
-        corrupted = float(_probability(model, row, noisy, answer).mean())
-        restored = np.full((n_layers + 1, len(tokens)), corrupted, np.float32)
-        step = max(1, MAX_TOKENS // noisy[..., 0].numel())
-        for layer, x in enumerate(stream):
-            for begin in range(positions.start, positions.stop, step):
-                some = torch.arange(begin, min(begin + step, positions.stop), device=e.device)
-                places = some.repeat_interleave(draws)  # of every row of the call
-                restore = partial(_replace, places=places, values=x[0, places])
-                found = _probability(model, row, noisy.repeat(len(some), 1, 1), answer, layer, restore)
-                restored[layer, some.tolist()] = found.view(-1, draws).mean(1).cpu().numpy()
-                advance(len(some))
-        remembered = np.full((n_layers, len(tokens)), corrupted, np.float32)
-        for place, states in _states(model, row, noisy, positions.start):
-            step = max(1, MAX_TOKENS // (draws * (len(tokens) - place - 1)))
-            for first in range(0, n_layers, step):
-                layers = range(first, min(first + step, n_layers))
-                state = State.stack([_with_layer(*states, layer) for layer in layers])
-                rest = noisy[:, place + 1 :].repeat(len(layers), 1, 1)
-                found = _probability(model, row[:, place + 1 :], rest, answer, state=state)
-                remembered[list(layers), place] = found.view(-1, draws).mean(1).cpu().numpy()
-                advance(len(layers))
+        clean = model(row[:, :begin], last_only=True)[1] if begin else model.initial_state()
+        damaged = clean[[0] * draws]
+        corrupted = float(_probability(model, row[:, begin:], noisy[:, begin:], answer, damaged).mean())
+        restored = np.full((n_layers + 1, end), corrupted, np.float32)
+        remembered = np.full((n_layers, end), corrupted, np.float32)
+        for place in range(begin, end):  # the states are those before this token, and from here on it is read again
+            rest, tail = row[:, place:], noisy[:, place:]
+            for layers in _parts(n_layers + 1, draws, end - place):
+                values = {layer: stream[layer][0, place] for layer in layers}
+                state = damaged[[*range(draws)] * len(layers)]
+                found = _probability(model, rest, tail.repeat(len(layers), 1, 1), answer, state, values)
+                restored[list(layers), place] = found.view(-1, draws).mean(1).cpu().numpy()
+            if place < end - 1:
+                clean = model(rest[:, :1], clean)[1]
+                with edit_stream(model, [partial(_instead, tail[:, :1]), *[None] * n_layers]):
+                    damaged = model(rest[:, :1].expand(draws, 1), damaged)[1]
+                for layers in _parts(n_layers, draws, end - place - 1):
+                    state = State.stack([_with_layer(clean, damaged, layer) for layer in layers])
+                    found = _probability(model, rest[:, 1:], tail[:, 1:].repeat(len(layers), 1, 1), answer, state)
+                    remembered[list(layers), place] = found.view(-1, draws).mean(1).cpu().numpy()
+            if progress is not None:
+                progress(place + 1 - begin, end - begin)
     return Flow(restored, remembered, float(logits[0, -1].float().softmax(-1)[answer]), corrupted)
+
+
+def _parts(layers: int, draws: int, length: int) -> Iterator[range]:
+    """The layers in parts that run together, each with all draws of a text of `length` tokens."""
+    step = max(1, min(MAX_TOKENS // length, MAX_ROWS) // draws)
+    return (range(first, min(first + step, layers)) for first in range(0, layers, step))
 
 
 def _probability(
@@ -110,49 +110,39 @@ def _probability(
     row: Tensor,
     first: Tensor,
     answer: int,
-    layer: int = 0,
-    edit: Callable[[Tensor], Tensor] | None = None,
-    state: State | None = None,
+    state: State,
+    values: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """Of the answer after the tokens [1, T], [S].
 
     Args:
         first: [S, T, C], the input of the first block.
-        layer, edit: what `edit_stream` does there.
         state: of S rows, that the tokens continue.
+        values: of layers, as `edit_stream` counts them, what takes the place of the first token's vector [C]. Each is
+            put into rows of its own, as many for each, in this order.
     """
     edits: list[Callable[[Tensor], Tensor] | None] = [None] * (len(model.blocks) + 1)
-    edits[layer] = edit
-    begin = edits[0]
-    edits[0] = lambda _: begin(first) if begin is not None else first
+    edits[0] = partial(_instead, first)
+    for i, (layer, value) in enumerate(values.items()):
+        rows = slice(i * len(first) // len(values), (i + 1) * len(first) // len(values))
+        if layer == 0:
+            first[rows, 0] = value
+        else:
+            edits[layer] = partial(_replace, rows=rows, value=value)
     with edit_stream(model, edits):
         said, _ = model(row.expand(len(first), -1), state, last_only=True)
     return said[:, 0].float().softmax(-1)[:, answer]
-
-
-def _replace(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """x [S, T, C] with one vector of each row, at `places` [S], replaced by `values` [S, C]."""
-    x = x.clone()
-    x[torch.arange(len(x), device=x.device), places] = values
-    return x
 
 
 def _instead(x: Tensor, _: Tensor) -> Tensor:
     return x
 
 
-def _states(model: Model, row: Tensor, noisy: Tensor, begin: int) -> Iterator[tuple[int, tuple[State, State]]]:
-    """The states after every token from `begin` to the one before the last: the place, and the states without noise
-    [1] and with it [draws]."""
-    clean = model(row[:, :begin])[1] if begin else model.initial_state()
-    damaged = clean[[0] * len(noisy)]
-    nothing: list[None] = [None] * len(model.blocks)
-    for place in range(begin, row.shape[1] - 1):
-        token, x = row[:, place : place + 1], noisy[:, place : place + 1]
-        clean = model(token, clean)[1]
-        with edit_stream(model, [partial(_instead, x), *nothing]):
-            damaged = model(token.expand(len(noisy), 1), damaged)[1]
-        yield place, (clean, damaged)
+def _replace(x: Tensor, rows: slice, value: Tensor) -> Tensor:
+    """x [S, T, C] with `value` [C] as the first token of some rows."""
+    x = x.clone()
+    x[rows, 0] = value
+    return x
 
 
 def _with_layer(clean: State, damaged: State, layer: int) -> State:

@@ -12,20 +12,23 @@ from ..errors import InputError
 from ..models import Model
 from ..ops.recording import Call, record_calls
 
-MAX_NUMBERS = 1 << 28  # of one array; 2 GB in float64
+MAX_NUMBERS = 1 << 28  # in the arrays of one view; 1 GB in float32
 
 
 @contextmanager
 def plain_modules(model: Model) -> Iterator[None]:
-    """In the `with` block the model runs in eval mode and as modules, not as the C++ step that hooks cannot see."""
-    training, native = model.training, model.native_step_enabled
+    """In the `with` block the model runs in eval mode and as modules, each once: not as the C++ step that hooks cannot
+    see, nor again for the gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    native, checkpointing = model.native_step_enabled, model.gradient_checkpointing
     model.eval()
-    model.native_step_enabled = False
+    model.native_step_enabled = model.gradient_checkpointing = False
     try:
         yield
     finally:
-        model.native_step_enabled = native
-        model.train(training)
+        model.native_step_enabled, model.gradient_checkpointing = native, checkpointing
+        for module, training in modes:  # parts may be frozen in eval mode
+            module.training = training
 
 
 @contextmanager
@@ -50,18 +53,24 @@ def _replaced(edit: Callable[[Tensor], Tensor | None], values: tuple[Tensor, ...
 
 
 def residual_stream(model: Model, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The input of the first block and the output of every block, L + 1 of [B, T, C], and the logits [B, T, V]."""
+    """The input of the first block and the output of every block, L + 1 of [B, T, C], and the logits after the last
+    token [B, 1, V]."""
     stream: list[Tensor] = []
     with plain_modules(model), edit_stream(model, [stream.append] * (len(model.blocks) + 1)):
-        logits, _ = model(tokens)
+        logits, _ = model(tokens, last_only=True)
     return stream, logits
 
 
 @torch.no_grad()
 def operator_calls(model: Model, tokens: Tensor) -> list[Call]:
-    """The call of its operator by every layer, for a text [1, T] that begins from nothing."""
+    """The call of its operator by every layer, for a text [1, T] that begins from nothing.
+
+    Raises:
+        InputError: a text that is too long.
+    """
+    check_size(8 * len(model.blocks) * tokens.numel() * model.config.n_embd, "what all operators are called with")
     with plain_modules(model), record_calls() as calls:
-        model(tokens)
+        model(tokens, last_only=True)
     return calls
 
 
@@ -82,6 +91,6 @@ def is_rwkv4(model: Model) -> bool:
 
 
 def check_size(n: int, what: str) -> None:
-    """InputError if an array of n numbers is too large to be drawn from."""
+    """InputError if arrays of n numbers in all are too large for the memory."""
     if n > MAX_NUMBERS:
         raise InputError(f"{what} would have {n:,} numbers, more than {MAX_NUMBERS:,}: take a shorter text")

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..models import Model
 from .inside import as_row, residual_stream
+
+PIECE = 64  # tokens of which all probabilities are in memory together
 
 
 class Lens(NamedTuple):
@@ -29,13 +32,20 @@ class Lens(NamedTuple):
 @torch.no_grad()
 def read_lens(model: Model, tokens: Sequence[int]) -> Lens:
     """Source: "interpreting GPT: the logit lens" (nostalgebraist, 2020)."""
-    stream, logits = residual_stream(model, as_row(model, tokens))
+    stream, _ = residual_stream(model, as_row(model, tokens))
     norm, head = model.get_submodule("ln_out"), model.get_submodule("head")
-    final = logits[0].float().log_softmax(-1)  # [T, V]
+
+    def read(x: Tensor) -> Tensor:
+        said: Tensor = head(norm(x)).float().log_softmax(-1)  # [T, V]
+        return said
+
     parts = []
-    for x in stream:
-        said = head(norm(x))[0].float().log_softmax(-1)
-        best = said.max(-1)
-        divergence = (final.exp() * (final - said)).sum(-1)
-        parts.append([part.cpu().numpy() for part in (best.indices, best.values.exp(), divergence)])
-    return Lens(*(np.stack(part) for part in zip(*parts, strict=True)))
+    for some in torch.cat(stream).split(PIECE, 1):  # [L + 1, T, C]
+        final = read(some[-1])
+        for x in some:
+            said = read(x)
+            best = said.max(-1)
+            divergence = (final.exp() * (final - said)).sum(-1).clamp(min=0)  # rounding may take it below
+            parts.append([part.cpu().numpy() for part in (best.indices, best.values.exp(), divergence)])
+    rows = len(stream)
+    return Lens(*(np.stack([np.concatenate(part[i::rows]) for i in range(rows)]) for part in zip(*parts, strict=True)))

@@ -21,13 +21,15 @@ DPI = 100
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 0 auto; padding: 1rem; }
 figure { margin: 2rem 0; }
+figure div { overflow-x: auto; }
 img { max-width: 100%; height: auto; display: block; }
-figcaption { color: #444; margin-top: .5rem; }
-pre { white-space: pre-wrap; background: #f4f4f4; padding: .75rem; }
+figcaption { color: #444; margin-top: .5rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: .75rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
+@media (max-width: 800px) { img { max-width: none; width: 800px; } }
 """
 
 
@@ -87,6 +89,7 @@ def _page(
         images = [_embedded(_image(picture, "png"), "png", picture.caption)]
         if picture.animation is not None:
             images.append(_embedded(picture.animation, "gif", "animated: " + picture.caption))
+        images = [f"<div>{image}</div>" for image in images]  # wider than a phone, so that the labels stay readable
         parts.append(f"<figure>{''.join(images)}<figcaption>{html.escape(picture.caption)}</figcaption></figure>")
     if data is not None:  # "</script>" in a text would end it
         content = json.dumps(data).replace("<", "\\u003c")

@@ -45,7 +45,7 @@ def read_weights(model: Model, tokens: Sequence[int]) -> Reads:
     """Raises InputError for a text that is too long."""
     att = model.blocks[0].att
     units = att.time_decay.numel() if is_rwkv4(model) else att.heads
-    check_size(units * len(tokens) ** 2, "a map of what every token reads")
+    check_size(len(model.blocks) * units * len(tokens) ** 2, "a map of what every token reads")
     calls = operator_calls(model, as_row(model, tokens))
     weights, shares, errors = [], [], []
     for call in calls:

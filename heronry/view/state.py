@@ -16,7 +16,7 @@ from ..models.state import LayerState
 from .inside import as_row, is_rwkv4
 
 MAX_POINTS = 64  # at which the state is looked at
-MAX_ROWS = 32  # states that run together
+MAX_ROWS = 8  # states that run together; one of a large model takes many MB
 
 
 class History(NamedTuple):
@@ -114,7 +114,7 @@ def knock_out(model: Model, tokens: Sequence[int]) -> Knockout:
         for number, (i, heads) in enumerate(some):
             layers[i].wkv[number, heads] = empty.layers[i].wkv[0, heads]
         said = _next_token(model, row, State(layers, state.fingerprint, contexts=rows.contexts))
-        kl.append((whole.exp() * (whole - said)).sum(-1))
+        kl.append((whole.exp() * (whole - said)).sum(-1).clamp(min=0))  # rounding may take it below
     values = torch.cat(kl).cpu().numpy()
     return Knockout(values[n_layers:].reshape(n_layers, n_heads), values[:n_layers])
 

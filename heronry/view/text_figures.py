@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,21 @@ WIDTH = 12.0  # inches
 MAX_LABELS = 60  # tokens that are written along an axis
 MAX_ROWS = 48  # heads that get a row of their own
 MAX_CELLS = 18  # tokens whose predictions are written out
+HALF_LIVES = (1e-2, 1e7)  # tokens; what is beyond is drawn at the edge
+MAX_LETTERS = 16  # of a token on an axis
+FONTS = (  # for what the usual font lacks, as far as they are installed
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",  # the name by which older matplotlib knows the file with all of them
+    "PingFang SC",
+    "PingFang HK",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+    "Arial Unicode MS",
+    "Segoe UI Symbol",
+    "Noto Emoji",
+)
+VISIBLE = {"\n": "⏎", "\r": r"\r", "\t": "⇥"}
 
 
 def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
@@ -36,25 +52,29 @@ def draw_reads(shares: NDArray[Any], labels: Sequence[str]) -> Figure:
     halves: Any = figure.subfigures(2, 1, height_ratios=[2.2 + 0.16 * len(last), 2.1 * rows])
     top, bottom = halves
     axis = top.subplots()
-    image = axis.imshow(last, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    # of many tokens each has a small share
+    scale: dict[str, Any] = {"vmin": 0} if n <= MAX_LABELS else {"norm": "log", "vmin": 1e-4, "vmax": 1}
+    image = axis.imshow(last.clip(1e-9), aspect="auto", cmap="cividis", interpolation="nearest", **scale)
     if by_head and heads > 1:
         names = [f"layer {i} head {h}" if h == 0 else f"head {h}" for i in range(layers) for h in range(heads)]
     else:
         names = [f"layer {i}" for i in range(layers)]
     axis.set_yticks(range(len(names)), names, fontsize="x-small")
     _label_tokens(axis, labels)
-    axis.set_title(f"Where the last token, “{_shown(labels[-1])}”, reads: the share of every earlier token")
+    axis.set_title(f"Where the last token, “{_label(labels[-1])}”, reads: the share of every earlier token")
     top.colorbar(image, ax=axis, label="share of what is read")
     axes = bottom.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for layer, axis in enumerate(axes.flat):
         if layer < layers:
-            axis.imshow(shares[layer].mean(0), cmap="cividis", vmin=0, interpolation="nearest")
+            axis.imshow(shares[layer].mean(0).clip(1e-9), cmap="cividis", interpolation="nearest", **scale)
             axis.set_title(f"layer {layer}", fontsize="medium")
+            for side in (axis.xaxis, axis.yaxis):
+                side.get_major_locator().set_params(integer=True)
         else:
             axis.set_visible(False)
     bottom.supxlabel("token that is read" + (" (positions; the mean of all heads)" if heads > 1 else " (positions)"))
     bottom.supylabel("token that reads")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_flow(
@@ -71,16 +91,16 @@ def draw_flow(
     layers, n = remembered.shape
     figure = new_figure(WIDTH, max(4.2, 1.6 + 0.21 * min(n, MAX_LABELS)))
     axes = figure.subplots(1, 3, sharey=True)
-    word = f"“{_shown(answer)}”"
-    low, high = min(corrupted, restored.min(), remembered.min()), max(clean, restored.max(), remembered.max())
+    word = f"“{_label(answer)}”"
+    most = max(clean, restored.max(), remembered.max())
     panels = (
-        (restored, "one layer's output\nput back at one token", low, high),
-        (remembered, "one layer's memory\nput back after one token", low, high),
-        (influence, f"how much the logit of {word}\ndepends on one output", 0, None),
+        (restored, "one layer's output\nput back at one token", most),
+        (remembered, "one layer's memory\nput back after one token", most),
+        (influence, f"how much the logit of {word}\ndepends on one output", None),
     )
     images = []
-    for axis, (values, title, least, most) in zip(axes, panels, strict=True):
-        images.append(axis.imshow(values.T, aspect="auto", cmap="viridis", vmin=least, vmax=most))
+    for axis, (values, title, largest) in zip(axes, panels, strict=True):
+        images.append(axis.imshow(values.T, aspect="auto", cmap="viridis", vmin=0, vmax=largest))
         axis.set_title(title, fontsize="medium")
         names = [*(["in"] if len(values) > layers else []), *map(str, range(layers))]
         places = _few(len(names))
@@ -88,9 +108,11 @@ def draw_flow(
         axis.set_xlabel("layer" + (" (in: the embedding)" if len(values) > layers else ""))
     figure.colorbar(images[0], ax=axes[:2], label=f"probability of {word}")
     figure.colorbar(images[2], ax=axes[2], label="length of the gradient")
-    figure.suptitle(f"Where {word} comes from: {clean:.1%} as it is, {corrupted:.1%} with noise on the subject")
+    figure.suptitle(
+        f"Where {word} comes from: {100 * clean:.3g}% as it is, {100 * corrupted:.3g}% with noise on the subject"
+    )
     _label_tokens(axes[0], labels, on_y=True)
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_lens(said: Sequence[Sequence[str]], probability: NDArray[Any], labels: Sequence[str]) -> Figure:
@@ -104,16 +126,15 @@ def draw_lens(said: Sequence[Sequence[str]], probability: NDArray[Any], labels: 
     for i in range(layers):
         for t in range(n):
             colour = "black" if shown[i, t] > 0.6 else "white"
-            word = _shown(said[layers - 1 - i][len(labels) - n + t])
-            axis.text(
-                t, i, word if len(word) < 11 else word[:9] + "…", ha="center", va="center", fontsize=7, color=colour
-            )
+            word = said[layers - 1 - i][len(labels) - n + t]
+            word = _shown(word if len(word) < 11 else word[:9] + "…")
+            axis.text(t, i, word, ha="center", va="center", fontsize=7, color=colour)
     axis.set_yticks(range(layers), [f"layer {i}" for i in reversed(range(layers - 1))] + ["embedding"])
     _label_tokens(axis, labels[-n:])
     axis.set_xlabel("the token that was read last")
     axis.set_title("What each layer would say next, read by the head of the model")
     figure.colorbar(image, ax=axis, label="probability of that word")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_decay_curves(
@@ -129,15 +150,15 @@ def draw_decay_curves(
     axes = figure.subplots(2, 2)
     colours = _layer_colours(layers)
     curves, histogram, shift, text = axes.flat
+    half_lives = half_lives.clip(*HALF_LIVES)
+    low = 10.0 ** math.floor(np.log10(half_lives.min()))
+    high = max(10 * low, 10.0 ** math.ceil(np.log10(half_lives.max())))  # whole decades: their labels have room
     for layer in range(layers):
         curves.plot(np.linspace(0, 100, channels), np.sort(half_lives[layer]), color=colours[layer])
-    curves.set(yscale="log", xlabel="share of the channels, %", ylabel="half-life, tokens")
+    curves.set(yscale="log", ylim=(low, high), xlabel="share of the channels, %", ylabel="half-life, tokens")
     curves.set_title("How long channels remember, by layer")
-    low, high = max(half_lives.min(), 1e-2), min(half_lives.max(), 1e7)
-    bins = np.geomspace(low, max(high, 1.01 * low), 40)
-    clipped = [x.clip(low, high) for x in half_lives]
-    histogram.hist(clipped, bins=bins, stacked=True, color=colours)
-    histogram.set(xscale="log", xlabel="half-life, tokens", ylabel="channels")
+    histogram.hist(list(half_lives), bins=np.geomspace(low, high, 41), stacked=True, color=colours)
+    histogram.set(xscale="log", xlim=(low, high), xlabel="half-life, tokens", ylabel="channels")
     histogram.set_title("Half-lives of all channels")
     for (name, share), style in zip(mixes.items(), _line_styles(len(mixes)), strict=True):
         shift.plot(range(layers), share.mean(1), marker="o", label=name, **style)
@@ -145,11 +166,7 @@ def draw_decay_curves(
     shift.set_title("Token shift: how much of the token before is mixed in")
     shift.legend(fontsize="small", ncols=2)
     _draw_by_layer(text, half_lives, on_text, rates)
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    scale = ScalarMappable(Normalize(0, max(layers - 1, 1)), "viridis")
-    figure.colorbar(scale, ax=axes[0, :], label="layer", ticks=_few(layers))
+    _add_layer_scale(figure, axes[0, :], colours)
     return figure
 
 
@@ -172,7 +189,7 @@ def _draw_by_layer(
         spread = [np.quantile(x, (0.05, 0.25, 0.5, 0.75, 0.95)) for x in rates]
         _draw_spread(axis, places + 0.16, spread, "#d55e00", "in-context learning rate")
     axis.set(xlabel="layer", ylabel=name if rates is None else "from 0 to 1", xticks=_few(layers))
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_spread(axis: Axes, places: NDArray[Any], spread: Sequence[NDArray[Any]], colour: str, name: str) -> None:
@@ -210,6 +227,8 @@ def draw_history(positions: NDArray[Any], norms: NDArray[Any], ranks: NDArray[An
     right.set_title(f"How many of its {size} directions are in use", fontsize="medium")
     if layers <= 12:
         left.legend(fontsize="x-small", ncols=2)
+    else:
+        _add_layer_scale(top, [left, right], colours)
     axes = bottom.subplots(len(shown_heads), len(shown_layers), squeeze=False)
     for column, layer in enumerate(shown_layers):
         for head in shown_heads:
@@ -221,8 +240,9 @@ def draw_history(positions: NDArray[Any], norms: NDArray[Any], ranks: NDArray[An
                 axis.set_title(f"layer {layer}", fontsize="small")
             if column == 0:
                 axis.set_ylabel(f"head {head}", fontsize="small")
+    some = f" ({len(shown_heads)} of {heads} heads)" if heads > len(shown_heads) else ""
     bottom.suptitle(
-        "The state at the end: values (down) by keys (across), every head on its own scale", fontsize="medium"
+        f"The state at the end{some}: values (down) by keys (across), every head on its own scale", fontsize="medium"
     )
     return figure
 
@@ -243,13 +263,13 @@ def draw_knockout(heads: NDArray[Any], layers: NDArray[Any], prompt: str) -> Fig
         axes[1].set_title("Without what one head remembers", fontsize="medium")
         figure.colorbar(image, ax=axes[1], label="KL divergence, nats")
     figure.suptitle(f"What the next word after “{_end_of(prompt)}” rests on", fontsize="medium")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_difference(apart: NDArray[Any]) -> Figure:
     """How far apart two states are, [L, H], see memory.py."""
     layers, heads = apart.shape
-    figure = new_figure(max(4.0, 1.8 + 0.4 * heads), max(3.4, 1.6 + 0.25 * layers))
+    figure = new_figure(min(max(4.0, 1.8 + 0.4 * heads), WIDTH), max(3.4, 1.6 + 0.25 * layers))
     axis = figure.subplots()
     image = axis.imshow(apart, aspect="auto", cmap="viridis", vmin=0)
     axis.set(xlabel="head", ylabel="layer", xticks=_few(heads), yticks=_few(layers))
@@ -262,6 +282,15 @@ def _layer_colours(layers: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.92 * i / max(layers - 1, 1)) for i in range(layers)]
+
+
+def _add_layer_scale(figure: Any, axes: Any, colours: Sequence[Any]) -> None:
+    """Which colour is which layer, beside the axes of a figure or of a part of one."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    scale = ScalarMappable(Normalize(-0.5, len(colours) - 0.5), ListedColormap(colours))
+    figure.colorbar(scale, ax=axes, label="layer", ticks=_few(len(colours)))
 
 
 def _line_styles(n: int) -> list[dict[str, Any]]:
@@ -280,14 +309,43 @@ def _label_tokens(axis: Axes, labels: Sequence[str], on_y: bool = False) -> None
     if len(labels) > MAX_LABELS:
         axis.set_ylabel("position") if on_y else axis.set_xlabel("position")
     elif on_y:
-        axis.set_yticks(range(len(labels)), [_shown(x) for x in labels], fontsize="small")
+        axis.set_yticks(range(len(labels)), [_label(x) for x in labels], fontsize="small")
     else:
-        axis.set_xticks(range(len(labels)), [_shown(x) for x in labels], rotation=90, fontsize="small")
+        axis.set_xticks(range(len(labels)), [_label(x) for x in labels], rotation=90, fontsize="small")
 
 
-def _shown(token: str) -> str:
-    """A token so that one sees it; $ would begin a formula."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$") or "∅"
+@cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """The families that words are drawn in, and the characters that these have."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    files = {font.name: font.fname for font in fontManager.ttflist if font.name in FONTS}
+    names = [name for name in FONTS if name in files]
+    paths = [findfont(FontProperties()), *(files[name] for name in names)]
+    characters = frozenset(character for path in paths for character in get_font(path).get_charmap())
+    return [*FontProperties().get_family(), *names], characters
+
+
+def _with_fonts(figure: Figure) -> Figure:
+    """The figure with all that is written in it in fonts that have the characters."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontfamily(_fonts()[0])
+    return figure
+
+
+def _shown(text: str) -> str:
+    """A text so that one sees it: what is invisible as a sign, what no font has as its code point."""
+    if text.isspace():
+        text = text.replace(" ", "␣")
+    characters = _fonts()[1]
+    drawn = "".join(VISIBLE.get(x) or (x if ord(x) in characters else f"U+{ord(x):04X}") for x in text)
+    return drawn.replace("$", r"\$") or "∅"  # a bare $ would begin a formula
+
+
+def _label(token: str) -> str:
+    return _shown(token if len(token) <= MAX_LETTERS else token[: MAX_LETTERS - 1] + "…")
 
 
 def _end_of(text: str) -> str:
@@ -315,7 +373,7 @@ def draw_memory(
     right.set_xscale("symlog", linthresh=4)
     right.set(xlabel="tokens between the fact and the question", ylabel="gain of the answer's log-probability, nats")
     right.set_title(f"How long “{_end_of(fact)}” is remembered", fontsize="medium")
-    return figure
+    return _with_fonts(figure)
 
 
 def draw_cascade(
@@ -327,7 +385,8 @@ def draw_cascade(
     left, right = figure.subplots(1, 2)
     layers, pieces = steps.shape
     left.imshow(steps, cmap="viridis", origin="lower", aspect="auto", alpha=0.85)
-    if layers * pieces <= 400:
+    numbered = layers <= 24
+    if numbered:
         for layer in range(layers):
             for piece in range(pieces):
                 colour = "white" if steps[layer, piece] < steps.max() * 0.6 else "black"
@@ -336,7 +395,8 @@ def draw_cascade(
                 )
     left.set(xlabel="piece of the text", ylabel="layer", xticks=_few(pieces), yticks=_few(layers))
     left.set_title(
-        f"Cells with the same number can run together:\n{steps.max() + 1} steps in place of {layers * pieces}",
+        f"Cells of the same {'number' if numbered else 'colour'} can run together:\n"
+        f"{steps.max() + 1} steps in place of {layers * pieces}",
         fontsize="medium",
     )
     places = np.arange(len(chunks))

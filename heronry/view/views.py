@@ -78,22 +78,40 @@ class Look:
         return ids
 
     @cached_property
+    def pieces(self) -> list[tuple[str, int]]:
+        """The prompt in whole characters: a text, and how many tokens it takes."""
+        stream, pieces, n = self.tokenizer.stream(), [], 0
+        for token in self.tokens[len(self.opening) :]:
+            n += 1
+            text = stream.push(token)
+            if stream.whole:
+                pieces.append((text, n))
+                n = 0
+        return [*pieces, (stream.finish(), n)] if n else pieces
+
+    @cached_property
     def labels(self) -> list[str]:
-        return [self.tokenizer.decode([token]) for token in self.tokens]
+        """Of every token its text; of parts of a character the character, and which part it is."""
+        labels = [self.tokenizer.decode([token]) for token in self.opening]
+        for text, n in self.pieces:
+            labels += [text] if n == 1 else [f"{text} {i + 1}/{n}" for i in range(n)]
+        return labels
 
     def subject_positions(self) -> list[int]:
         """Of the tokens that hold a character of the subject, wherever it stands in the prompt."""
         if not self.subject:
             raise InputError("name the part of the prompt that gets noise with --subject")
-        if self.subject not in self.prompt:
+        prompt = "".join(text for text, _ in self.pieces)  # a tokenizer may normalise what it reads
+        begins = [i for i in range(len(prompt)) if prompt.startswith(self.subject, i)]
+        if not begins:
             raise InputError(f"the prompt does not contain the subject {self.subject!r}")
-        begins = [i for i in range(len(self.prompt)) if self.prompt.startswith(self.subject, i)]
-        first, positions, at = len(self.opening), [], 0
-        for position in range(first, len(self.tokens)):
-            end = len(self.tokenizer.decode(self.tokens[first : position + 1]))
+        position, at = len(self.opening), 0
+        positions: list[int] = []
+        for text, n in self.pieces:
+            end = at + len(text)
             if any(at < begin + len(self.subject) and begin < end for begin in begins):
-                positions.append(position)
-            at = end
+                positions += range(position, position + n)
+            position, at = position + n, end
         return positions
 
     def answer_token(self) -> int:
@@ -110,11 +128,10 @@ def view_decay(look: Look) -> list[Picture]:
     found = read_decays(look.model, look.tokens)
     figure = draw.draw_decay_curves(found.half_lives, found.on_text, found.rates, found.mixes)
     on = "averaged over the prompt" if found.on_text is not None else "the same for every text"
-    return [
-        Picture(
-            figure, f"How fast the memory of each channel fades ({on}). Half-life: after so many tokens half is left."
-        )
-    ]
+    caption = f"How fast the memory of each channel fades ({on}). Half-life: after so many tokens half is left."
+    if look.model.name == "rwkv6":
+        caption += " The token shift of the time mix is drawn without what depends on the token."
+    return [Picture(figure, caption)]
 
 
 def view_flow(look: Look) -> list[Picture]:
@@ -126,9 +143,9 @@ def view_flow(look: Look) -> list[Picture]:
     return [
         Picture(
             figure,
-            f"Noise on “{look.subject}” changes the probability of “{word}” from {found.clean:.1%} to "
-            f"{found.corrupted:.1%}. The first two pictures: where putting back one layer's output, or "
-            "its memory, undoes that.",
+            f"Noise on “{look.subject}” changes the probability of “{word}” from {100 * found.clean:.3g}% to "
+            f"{100 * found.corrupted:.3g}%. The first two pictures: where putting back one layer's output, or its "
+            "memory, undoes that.",
         )
     ]
 
@@ -196,19 +213,22 @@ def view_lens(look: Look) -> list[Picture]:
 def view_memory(look: Look) -> list[Picture]:
     if not look.texts:
         raise InputError("memory needs long texts: give them with --text")
+    encode = look.tokenizer.encode
+    question, recalled = encode(look.question), encode(look.recalled)
+    if not question or not recalled:
+        raise InputError("memory needs a --question and what should be --recalled, of at least one token each")
     length = min(map(len, look.texts))
     losses = loss_by_position(
         look.model, [[*look.opening, *text[:length]] for text in look.texts], progress=look.progress
     )
-    encode = look.tokenizer.encode
     distances = [distance for distance in DISTANCES if distance <= length]
     remembered = recall(
         look.model,
         look.opening,
         encode(look.fact),
         [text[:length] for text in look.texts],
-        encode(look.question),
-        encode(look.recalled)[0],
+        question,
+        recalled[0],
         distances,
         progress=look.progress,
     )

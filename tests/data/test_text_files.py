@@ -121,3 +121,15 @@ def test_zstd_needs_a_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"a.txt.zst: reading .zst needs pyarrow: pip install 'heronry\[train\]'"):
         TextFile(tmp_path / "a.txt.zst")
+
+
+def test_the_beginning_of_a_text(tmp_path):
+    """A character that the limit cuts is left out; one that the file itself cuts is told."""
+    (tmp_path / "t.txt").write_bytes("aé鳥b".encode())
+    assert [read_text(tmp_path / "t.txt", limit) for limit in (1, 2, 3, 5, 6, 7, 8, -1)] == [
+        "a", "a", "aé", "aé", "aé鳥", "aé鳥b", "aé鳥b", "aé鳥b",
+    ]  # fmt: skip
+    (tmp_path / "cut.txt").write_bytes("aé鳥".encode()[:-1])
+    for limit in (-1, 100):
+        with pytest.raises(InputError, match="line 1: is not UTF-8"):
+            read_text(tmp_path / "cut.txt", limit)

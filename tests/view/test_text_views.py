@@ -15,6 +15,7 @@ from heronry.checkpoint import assemble
 from heronry.models import Model, State
 from heronry.models.state import LayerState
 from heronry.ops.recording import record_calls
+from heronry.view import lens
 from heronry.view.cascade import measure_cascade
 from heronry.view.decay import read_decays
 from heronry.view.flow import influence, trace
@@ -111,15 +112,25 @@ def test_mixes_are_shares_of_the_token_before(random_checkpoint):
 
 
 def test_lens_ends_with_what_the_model_says(model):
-    lens = read_lens(model, TOKENS)
+    found = read_lens(model, TOKENS)
     with torch.no_grad():
         probabilities = model(torch.tensor([TOKENS]))[0][0].float().softmax(-1)
         first = model.head(model.ln_out(model.blocks[0].ln0(model.emb(torch.tensor(TOKENS))))).float().softmax(-1)
-    np.testing.assert_array_equal(lens.best[-1], probabilities.argmax(-1).numpy())
-    np.testing.assert_allclose(lens.probability[-1], probabilities.amax(-1).numpy(), rtol=1e-5)
-    np.testing.assert_allclose(lens.divergence[-1], 0, atol=1e-6)
+    np.testing.assert_array_equal(found.best[-1], probabilities.argmax(-1).numpy())
+    np.testing.assert_allclose(found.probability[-1], probabilities.amax(-1).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found.divergence[-1], 0, atol=1e-6)
     kl = (probabilities * (probabilities / first).log()).sum(-1)
-    np.testing.assert_allclose(lens.divergence[0], kl.numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.divergence[0], kl.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_hooks_go_when_work_is_interrupted(plain):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trace(plain, TOKENS, [3], 7, draws=1, progress=interrupt)
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in plain.blocks)
+    assert plain.native_step_enabled
 
 
 def test_flow_is_brute_force(model):
@@ -193,6 +204,13 @@ def test_influence_is_the_gradient(plain):
     assert all(p.requires_grad for p in plain.parameters())
 
 
+def test_lens_in_pieces(plain, monkeypatch):
+    whole = read_lens(plain, TOKENS)
+    monkeypatch.setattr(lens, "PIECE", 4)
+    for part, expected in zip(read_lens(plain, TOKENS), whole, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_history_is_that_of_the_state(random_checkpoint):
     model = assemble(random_checkpoint("7"))
     history = read_history(model, TOKENS)
@@ -233,6 +251,15 @@ def test_knockout_is_brute_force(model):
             assert found.layers[layer] == pytest.approx(divergence(layer, slice(None)), rel=1e-3, abs=1e-6)
             for head in range(heads):
                 assert found.heads[layer, head] == pytest.approx(divergence(layer, [head]), rel=1e-3, abs=1e-6)
+
+
+def test_a_divergence_is_never_below_zero(random_checkpoint):
+    """A state that says nothing: what is left is rounding."""
+    model = assemble(random_checkpoint("7", vocab=5000))
+    for block in model.blocks:
+        torch.nn.init.constant_(block.att.output.weight, 1e-7)
+    assert knock_out(model, TOKENS).heads.min() >= 0
+    assert read_lens(model, TOKENS).divergence.min() >= 0
 
 
 def test_difference_of_states(plain):
@@ -284,10 +311,16 @@ def test_cascade_is_a_grid_of_times(plain):
 
 def test_the_model_is_as_before(plain):
     plain.train()
+    plain.blocks[1].eval()  # frozen
+    plain.gradient_checkpointing = True
+    influence(plain, TOKENS, 7)
     with torch.no_grad(), record_calls() as calls:
         knock_out(plain, TOKENS)
         read_weights(plain, TOKENS)
     assert plain.training
+    assert plain.gradient_checkpointing
+    assert plain.blocks[0].att.training
+    assert not plain.blocks[1].att.training
     assert plain.native_step_enabled
     assert calls == [] or all(call.operator == "wkv7" for call in calls)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in plain.blocks)
@@ -307,8 +340,10 @@ def test_bad_input(plain, random_checkpoint):
         trace(plain, TOKENS, [11], 7)
     with pytest.raises(InputError, match="a text of at least 2 tokens is needed, got 1"):
         knock_out(plain, [3])
-    with pytest.raises(InputError, match="take a shorter text"):
-        read_weights(plain, TOKENS * 1000)
+    with pytest.raises(InputError, match=r"what every token reads would have 726,000,000 numbers.*take a shorter text"):
+        read_weights(plain, TOKENS * 1000)  # 2 layers of 3 heads
+    with pytest.raises(InputError, match="what all operators are called with would have"):
+        read_decays(plain, TOKENS * 20_000)
     with pytest.raises(InputError, match="fillers of at least 3 tokens"):
         recall(plain, [0], [1], [[1, 2]], [2], 3, [3])
     with pytest.raises(InputError, match="texts of one length"):

@@ -8,12 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
-from heronry import save
+from heronry import LLM, save
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
-from heronry.view.views import VIEWS
+from heronry.view.text_figures import _shown, draw_cascade, draw_decay_curves, draw_difference, draw_reads
+from heronry.view.views import VIEWS, Look
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def test_one_page_with_everything(here, command, random_checkpoint):
     code, _, err = command("view", "report", *options)
     assert code == 0, err
     page = (here / "report.html").read_text()
-    assert page.count("<figure>") == len(VIEWS) - 1
+    assert page.count("<figure><div>") == len(VIEWS) - 1  # each scrolls sideways on a phone
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
@@ -87,6 +89,10 @@ def test_an_animation(here, command):
         (["reeds"], "unknown view 'reeds'"),
         (["flow", "--subject", "Sue"], "the prompt does not contain the subject 'Sue'"),
         (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
+        (
+            ["memory", "--text", "short.txt", "--recalled", ""],
+            "memory needs a --question and what should be --recalled",
+        ),
         (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
         (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
         (["reads", "--out", "reads.gif"], "nothing moves in this picture"),
@@ -105,6 +111,47 @@ def test_bad_input(words, message, here, command, random_checkpoint):
     assert message in err
     assert err.count("\n") == 1
     assert not any(path.suffix in (".png", ".html", ".svg", ".gif") for path in here.iterdir())
+
+
+def test_words_that_fonts_lack_are_shown(here, command, recwarn):
+    """Parts of characters, formulas, invisible characters and pictographs: no warning, and nothing lost."""
+    text = "你 $a$ \\ \x1b\r\n 🙂𝄞 <b>"
+    code, _, err = command("view", "reads", "--prompt", text, "--out", "r.html")
+    assert (code, err.count("\n")) == (0, 1), err
+    assert not [warning for warning in recwarn if "missing" in str(warning.message)]
+    assert _shown("\x1b\n") == "U+001B⏎"
+    assert _shown("  ") == "␣␣"
+    assert _shown("a$b$") == r"a\$b\$"
+    assert _shown("\U0010fffd") == "U+10FFFD"
+
+
+def test_the_subject_is_found_by_characters():
+    """A pictograph is four tokens here; with the noise on a part of them, the rest would still say what it was."""
+    bundled = LLM()
+    look = Look(bundled.model, bundled.tokenizer, [0], "é 🙂 Tim 🙂Tim", subject="🙂")
+    assert look.labels[:3] == ["", "é 1/2", "é 2/2"]
+    assert [look.labels[i] for i in look.subject_positions()] == [f"🙂 {i}/4" for i in (1, 2, 3, 4)] * 2
+    assert len(look.labels) == len(look.tokens)
+    look = Look(bundled.model, bundled.tokenizer, [0], "One day, Tim", subject="im")
+    assert look.subject_positions() == [len(look.tokens) - 1]
+    look = Look(bundled.model, bundled.tokenizer, [0], "One day, Tim", subject="One")
+    assert look.subject_positions() == [1]
+
+
+def test_a_large_model_stays_readable():
+    """48 layers, many heads, and more tokens than an axis has room for."""
+    random = np.random.default_rng(0)
+    shares = random.dirichlet(np.ones(61), (48, 2, 61)).astype(np.float32)
+    top, *_ = draw_reads(shares, ["a"] * 61).findobj(Axes)
+    assert len(top.get_yticklabels()) == 48  # layers, not heads
+    assert top.images[0].norm.vmin == 1e-4
+    steps = np.arange(48)[:, None] + np.arange(8)
+    grid, _ = draw_cascade(steps, [32], [1.0], [0.5]).axes
+    assert "Cells of the same colour" in grid.get_title()
+    assert not grid.texts
+    assert draw_difference(np.zeros((48, 64))).get_figwidth() == 12
+    curves = draw_decay_curves(np.full((2, 8), 2.3), None, None, {"ffn k": np.zeros((2, 8))}).axes[0]
+    assert curves.get_ylim() == (1, 10)
 
 
 def test_no_matplotlib(here, command, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..files import check_writable
 from . import options
 
 
@@ -31,6 +32,7 @@ def compare(
     if check_ending(out) != ".html":
         raise InputError(f"{out}: a comparison is an .html page")
     new_figure(1, 1)  # says at once if matplotlib is missing
+    check_writable(out)  # not after minutes
     try:
         from ..bench.comparison import compare, describe, pictures, table
         from ..bench.learning import check_text, standard_library

@@ -23,7 +23,7 @@ def compare(
     threads: options.Threads = None,
     force: options.Force = False,
 ) -> None:
-    """Compare RWKV with LSTM, GPT and AFT at equal parameters: time, memory, learning. See docs/compare.md."""
+    """Compare RWKV with LSTM, GPT and AFT of the same size. See docs/compare.md."""
     out = options.check_target(out, force)
     from ..view.figures import new_figure
     from ..view.page import check_ending, write_pictures

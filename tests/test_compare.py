@@ -257,6 +257,7 @@ def test_the_command(monkeypatch, tmp_path, command, one_thread):
         (["--out", "x.pdf"], "x.pdf: unknown ending"),
         (["--out", "there.html"], "there.html: already exists; replace it with --force"),
         (["--text", "short.txt"], "short.txt: 9 bytes are too few to train on; give a text of 5,140"),
+        (["--out", "short.txt/x.html"], "short.txt"),
         (["--text", "missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
     ],
 )

@@ -166,10 +166,10 @@ def pictures(found: Comparison) -> list[Picture]:
 
 def describe(found: Comparison) -> str:
     """What the report says first."""
-    machine = found.about["machine"]
+    about, machine = found.about, found.about["machine"]
     return "\n".join(
         [
-            f"heronry {found.about['heronry']}, {found.about['date']}, {found.about['threads']} threads",
+            f"heronry {about['heronry']}, {about['date']}, threads: {about['threads']}, for decoding 1",
             ", ".join(f"{name} {value}" for name, value in machine.items()),
             f"text: {found.text['name']}, {found.text['bytes']:,} bytes, sha256 {found.text['sha256'][:16]}",
             f"All models have as many parameters as the RWKV-7 of {found.plan.layers} layers and {found.plan.width} "

@@ -30,7 +30,7 @@ class Plan:
     step_blocks: int = 3
     context: int = 256
     batch: int = 8
-    steps: int = 250
+    steps: int = 160
     lr: float = 4e-3
     eval_rows: int = 128
 

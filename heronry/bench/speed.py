@@ -28,7 +28,7 @@ from .plan import Plan
 from .worker import Contestant, forget_peak, process_memory
 
 GROWING = ("GPT", "AFT-full")  # keep every token
-MOST_STEPS = 32  # in a block of decoding
+MOST_STEPS = 64  # in a block of decoding
 PIECE = 512  # tokens of a prompt at a time
 
 
@@ -142,19 +142,20 @@ def compare_decoding(plan: Plan, configs: dict[str, Any], progress: Progress | N
     """
     first, last = plan.positions[0], plan.positions[-1]
     rows = []
-    for name, config in configs.items():
-        contestant = Contestant(Decoder, (name, with_positions(config, last + MOST_STEPS)))
-        for position in plan.positions:
+    for position in plan.positions:  # each block follows that of another process, so all find the caches equally cold
+        for name, config in configs.items():
+            contestant = Contestant(Decoder, (name, with_positions(config, last + MOST_STEPS)))
             steps = MOST_STEPS if name not in GROWING else max(4, min(MOST_STEPS, 131072 // position))
             against = (f"{name} {first}",) if position == last else ()
             rows.append(
                 Row(f"{name} {position}", contestant, "decode", (position, steps), None, steps, against=against)
             )
+    for name, config in configs.items():
         if name.startswith("RWKV"):
             plain = Contestant(Decoder, (name, config, True))
             rows.append(Row(f"{name} plain", plain, "decode", (first, MOST_STEPS), None, MOST_STEPS))
     outcome = Outcome(Contest("compare", "decoding", "token", rows))
-    _run(outcome, plan.decode_blocks, progress)
+    _run(outcome, plan.decode_blocks, 1, progress)  # a step this small gains nothing from more threads
     results = outcome.results
 
     def by_position(figure: Callable[[Result, int], float]) -> dict[str, NDArray[Any]]:
@@ -221,7 +222,7 @@ def compare_training(plan: Plan, configs: dict[str, Any], progress: Progress | N
             n = max(1, plan.step_tokens // length)
             rows.append(Row(f"{name} {length}", contestant, "step", (n, length), units=n * length))
     outcome = Outcome(Contest("compare", "training", "token", rows))
-    _run(outcome, plan.step_blocks, progress)
+    _run(outcome, plan.step_blocks, torch.get_num_threads(), progress)
     found = {name: [outcome.results[f"{name} {length}"] for length in plan.contexts] for name in configs}
     return Training(
         np.array(plan.contexts),
@@ -233,13 +234,13 @@ def compare_training(plan: Plan, configs: dict[str, Any], progress: Progress | N
     )
 
 
-def _run(outcome: Outcome, blocks: int, progress: Progress | None) -> None:
-    """Runs a contest; its workers have as many threads as this process.
+def _run(outcome: Outcome, blocks: int, threads: int, progress: Progress | None) -> None:
+    """Runs a contest, whose workers have so many threads each.
 
     Raises:
         InputError: a contestant failed.
     """
-    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     total, lines = len(outcome.results) * (1 + WARM_UP_BLOCKS + blocks), 0
 
     def report(line: str) -> None:

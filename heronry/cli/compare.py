@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..files import check_writable
 from . import options
 
 
@@ -22,7 +23,7 @@ def compare(
     threads: options.Threads = None,
     force: options.Force = False,
 ) -> None:
-    """Compare RWKV with LSTM, GPT and AFT at equal parameters: time, memory, learning. See docs/compare.md."""
+    """Compare RWKV with LSTM, GPT and AFT of the same size. See docs/compare.md."""
     out = options.check_target(out, force)
     from ..view.figures import new_figure
     from ..view.page import check_ending, write_pictures
@@ -31,6 +32,7 @@ def compare(
     if check_ending(out) != ".html":
         raise InputError(f"{out}: a comparison is an .html page")
     new_figure(1, 1)  # says at once if matplotlib is missing
+    check_writable(out)  # not after minutes
     try:
         from ..bench.comparison import compare, describe, pictures, table
         from ..bench.learning import check_text, standard_library

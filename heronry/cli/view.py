@@ -59,7 +59,7 @@ def view(
     threads: options.Threads = None,
     ln_x_eps: options.LnXEps = None,
 ) -> None:
-    """Draw what a model computes: what it remembers, reads and forgets. See docs/view.md."""
+    """Draw what a model remembers, reads and forgets. See docs/view.md."""
     if name not in NAMES:
         raise unknown_name("view", name, NAMES)
     out = options.check_target(out or Path(f"{name}.html" if name == "report" else f"{name}.png"), force)

@@ -38,12 +38,14 @@ WRITERS = {
     "generate": ("generate x -m m.pth --max-tokens 3 --save-state OUT --force", "OUT"),
     "see": (f"see {'p.png ' * 40} -m v.safetensors --features OUT --force", "OUT"),
     "chat": ("chat -m m.pth --max-tokens 3 --session OUT", "OUT"),
+    "view": ("view decay -m m.pth --tokenizer bytes --out OUT.png --force", "OUT.png"),
 }
 SLOW_WRITERS = {
     "gguf": ("convert m.pth OUT.gguf --force", "OUT.gguf"),
     "ggml": ("convert m.pth OUT.bin --force", "OUT.bin"),
     "train": ("train data.train=tokens model.n_layer=1 model.n_embd=64 run.steps=3 run.out=OUT", "OUT"),
     "bench": ("bench machine --quick --json OUT", "OUT"),
+    "compare": ("compare --quick --text t.txt --out OUT.html --force", "OUT.html"),
 }
 # what prints on standard output
 PRINTERS = {

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..errors import InputError
 from ..progress import Progress
 from ..view.compare_figures import draw_decoding, draw_learning, draw_training
 from ..view.views import Picture
@@ -72,7 +73,10 @@ def compare(plan: Plan, text: bytes, name: str, progress: Callable[[str], Progre
     decoding = compare_decoding(plan, configs, reports[0])
     training = compare_training(plan, configs, reports[1])
     with tempfile.TemporaryDirectory(prefix="heronry-compare-") as folder:
-        learning = compare_learning(plan, configs, text, Path(folder), reports[2])
+        try:
+            learning = compare_learning(plan, configs, text, Path(folder), reports[2])
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
     about = {"date": now, "heronry": __version__, "threads": torch.get_num_threads(), "machine": describe_machine()}
     return Comparison(

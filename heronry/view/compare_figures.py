@@ -37,10 +37,7 @@ def draw_decoding(positions: NDArray[Any], seconds: Lines, state_bytes: Lines, s
     right.set(ylabel="kept to go on, MB")
     growth = {name: x[-1] / x[0] for name, x in state_bytes.items()}
     _set_title(right, f"Memory, position {positions[-1]:,} over position {positions[0]:,}", growth)
-    for axis in (left, right):
-        axis.set_xlabel("position: tokens read before")
-    _legend(figure, left)
-    return figure
+    return _finished(figure, "position: tokens read before", left, right)
 
 
 def draw_training(contexts: NDArray[Any], seconds: Lines, peak_bytes: Lines, step_tokens: int) -> Figure:
@@ -56,10 +53,7 @@ def draw_training(contexts: NDArray[Any], seconds: Lines, peak_bytes: Lines, ste
     right.set(ylabel="largest memory of a step, MB", yscale="linear", ylim=(0, None))
     growth = {name: x[-1] / x[0] for name, x in peak_bytes.items()}
     _set_title(right, f"Memory of a step of {step_tokens:,} tokens, longest over shortest texts", growth)
-    for axis in (left, right):
-        axis.set_xlabel("tokens of a text")
-    _legend(figure, left)
-    return figure
+    return _finished(figure, "tokens of a text", left, right)
 
 
 def draw_learning(
@@ -136,6 +130,14 @@ def _factors(growth: Mapping[str, float]) -> str:
 
 def _factor(x: float) -> str:
     return f"{x:.2f}" if x < 10 else f"{x:,.0f}"
+
+
+def _finished(figure: Figure, xlabel: str, *axes: Axes) -> Figure:
+    """The figure with the label of all x axes, and one legend."""
+    for axis in axes:
+        axis.set_xlabel(xlabel)
+    _legend(figure, axes[0])
+    return figure
 
 
 def _legend(figure: Figure, axis: Axes) -> None:

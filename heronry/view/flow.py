@@ -122,6 +122,7 @@ def _probability(
             put into rows of its own, as many for each, in this order.
     """
     edits: list[Callable[[Tensor], Tensor] | None] = [None] * (len(model.blocks) + 1)
+    first = first.clone() if 0 in values else first
     edits[0] = partial(_instead, first)
     for i, (layer, value) in enumerate(values.items()):
         rows = slice(i * len(first) // len(values), (i + 1) * len(first) // len(values))

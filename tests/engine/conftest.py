@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from heronry.checkpoint import assemble
+from heronry.engine.llm import LLM
 from heronry.models import LayerState, Model, State
 from heronry.text.tokenizers import ByteStream
 
@@ -106,3 +107,8 @@ def scripted():
         return Scripted(tokenizer, ids, cue), tokenizer
 
     return make
+
+
+@pytest.fixture(scope="module")
+def llm(model) -> LLM:
+    return LLM(model)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from chats import assert_same, last, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,34 +17,9 @@ from heronry.engine import chat as chat_file
 from heronry.engine.chat import Chat
 from heronry.engine.completion import Completion
 from heronry.engine.llm import LLM
-from heronry.engine.options import DecodeOptions
 from heronry.errors import InputError
-from heronry.models import State
 from heronry.text.chat_templates import G1, STORY, TEMPLATES, WORLD, Template, usual_template
 from heronry.text.conversations import render_conversation
-from heronry.text.jinja_templates import JinjaTemplate, chat_template
-
-
-@pytest.fixture(scope="module")
-def llm(model) -> LLM:
-    return LLM(model)
-
-
-def assert_same(a: State, b: State, tolerance: float = 1e-8) -> None:
-    for x, y in zip(a.layers, b.layers, strict=True):
-        for left, right in zip(x, y, strict=True):
-            torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
-
-
-def last(chat: Chat):
-    return chat._tree.heads[chat.branch]
-
-
-def talk(scripted, *replies, template="story", system=None, **options):
-    """A chat with the scripted model: (chat, model, last turn's owed text after each reply)."""
-    cue = (TEMPLATES[template] if isinstance(template, str) else template).turn.rsplit("\n", 1)[1]
-    model, tokenizer = scripted(*replies, cue=cue)
-    return LLM(model, tokenizer=tokenizer).chat(template=template, system=system), model
 
 
 def test_templates_as_the_models_know_them(scripted):
@@ -453,116 +429,6 @@ def test_threads_in_one_conversation_get_a_clear_error(llm):
     assert len(chat.messages) % 2 == 0
 
 
-# answers that go on
-
-
-@pytest.mark.parametrize("cut", range(10))
-def test_an_answer_that_was_cut_off_goes_on(scripted, cut):
-    """Wherever max_tokens cuts it, the parts make one answer, and the state is that of its text."""
-    reply = [" Hi", " there", ".\n\n", "Us", "e", " it", "!", "\n\nU", "ser:"]
-    chat, model = talk(scripted, reply)
-    said = chat.say("x", max_tokens=cut).text
-    before = last(chat).answer
-    more = chat.go_on()
-    assert chat.messages[0] == {"role": "user", "content": "x"}
-    assert len(chat.messages) == 2
-    turn = last(chat)
-    said_for_good = before.removesuffix("\n\nU")  # which was the beginning of the stop string
-    assert turn.answer == said_for_good + more.text if before else turn.answer.strip() == more.text
-    assert model.read(turn.state) == turn.state.texts[0]
-    assert turn.state.texts[0] + turn.owed == chat.text == "User: x\n\nAssistant:" + turn.answer + "\n\n"
-    assert said == before.strip()
-    assert more.usage.prompt_tokens == len(model.tokenizer.encode("User: x\n\nAssistant:")) + len(
-        model.tokenizer.encode(before)
-    )
-
-
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["presence", "repetition"])
-def test_penalties_count_what_was_said_before(options):
-    """The parts are what it would have said without the cut; what the caller says for the model does not count."""
-    llm = LLM()
-    whole = llm.chat(template="raven").say("Tell me about a frog", 30, temperature=0, **options).text
-    chat = llm.chat(template="raven")
-    said = chat.say("Tell me about a frog", 9, temperature=0, **options).text
-    assert said + chat.go_on(21, temperature=0, **options).text == whole
-    given = llm.chat(template="raven").say("Tell me about a frog", 21, beginning=said, temperature=0, **options).text
-    assert said + given != whole
-
-
-def test_going_on_undo_retry_and_branches(llm):
-    letters = torch.tensor([chr(i).isascii() and chr(i).isalpha() for i in range(256)])
-    best: DecodeOptions = {"temperature": 0, "mask": lambda ids: letters}  # half a character cannot be read again
-    chat = llm.chat(template="story")
-    chat.say("a", max_tokens=6, **best)
-    cut = chat.messages
-    chat.fork("other")
-    more = chat.go_on(max_tokens=7, **best)
-    assert chat.messages[1]["content"] == (cut[1]["content"] + more.text).strip()
-    assert llm.chat(template="story").say("a", max_tokens=13, **best).text == chat.messages[1]["content"]
-    assert_same(last(chat).state, llm.state(last(chat).state.texts[0]))
-    chat.switch("main")
-    assert chat.messages == cut
-    chat.switch("other")
-    assert chat.retry(max_tokens=6, **best).text == cut[1]["content"]
-    assert chat.undo() == "a"
-    with pytest.raises(InputError, match="there is no message whose answer could go on"):
-        chat.go_on()
-
-
-def test_going_on_that_is_broken_off(scripted):
-    """Before anything new came the turn stays as it was; what came is kept."""
-    chat, _ = talk(scripted, [" One", " two", " three"])
-    chat.say("x", max_tokens=1)
-    turn = last(chat)
-    stream = chat.go_on(stream=True)
-    stream.close()
-    assert last(chat) is turn
-    stream = chat.go_on(stream=True)
-    assert next(stream).text == " two"
-    stream.close()
-    assert chat.messages[1]["content"] == "One two"
-    assert chat.go_on(max_tokens=0).text == ""
-    assert chat.messages[1]["content"] == "One two"
-
-
-def test_a_stop_string_across_the_cut(scripted):
-    """A beginning of one that was said because the answer ended there is taken back when its end comes."""
-    chat, model = talk(scripted, [" Hi", "\n\nUs", "er:", " x"])
-    assert chat.say("x", max_tokens=2).text == "Hi\n\nUs"
-    assert chat.go_on().text == ""
-    assert last(chat).answer == " Hi"
-    assert chat.text == "User: x\n\nAssistant: Hi\n\n"
-    assert model.read(last(chat).state) + last(chat).owed == chat.text
-
-
-@pytest.mark.parametrize(
-    ("template", "given", "asked"),
-    [
-        ("world", " The heron ", "User: x\n\nAssistant: The heron"),
-        ("world", "The heron\n\nUser: y", "User: x\n\nAssistant: The heron\nUser: y"),
-        ("raven-alpaca", "The heron", "# Instruction:\nx\n\n# Response:\nThe heron"),
-        ("g1-think", "<think>hm", "User: x\n\nAssistant: <think>hm"),
-        ("g1-think", "The heron", "User: x\n\nAssistant: The heron"),
-        ("g1-fast-think", "The heron", "User: x\n\nAssistant: <think>\n</think>\nThe heron"),
-        ("g1-fast-think", "<think>hm", "User: x\n\nAssistant: <think>hm"),
-        ("g1", "", "User: x\n\nAssistant:"),
-    ],
-)
-def test_messages_that_end_with_an_answer(scripted, template, given, asked):
-    """The prompt ends in its text; only what follows is returned."""
-    model, tokenizer = scripted([" flies", "."], cue=asked.rsplit("\n", 1)[-1])
-    llm = LLM(model, tokenizer=tokenizer)
-    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": given}]
-    answer = llm.chat(talk, template=template)
-    assert answer.text == (" flies." if given else "flies.")
-    assert answer.state.texts[0].endswith(f"{asked} flies.")
-    assert model.read(answer.state) == answer.state.texts[0]
-    chat = llm.chat(template=template)
-    assert "".join(map(str, chat.say("x", beginning=given, stream=True))) == answer.text
-    begun = asked.rsplit("x\n\n", 1)[1].split(":", 1)[1].strip()
-    assert chat.messages[1]["content"] == f"{begun} flies.".strip()
-
-
 def test_an_input_in_a_chat(scripted):
     model, tokenizer = scripted([" 3"], [" Bye"], cue="Response:")
     llm = LLM(model, tokenizer=tokenizer)
@@ -574,95 +440,3 @@ def test_an_input_in_a_chat(scripted):
     assert Chat(llm, "instruction", history=chat.messages).text == chat.text
     asked = [{"role": "user", "content": "Add", "input": "1 2"}]
     assert llm.chat(asked, template="instruction").state.texts == ("Instruction: Add\n\nInput: 1 2\n\nResponse: 3",)
-
-
-# templates in Jinja
-
-KEEPS = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'Assistant: ' + m.content + '\n\n' }}"
-    "{% else %}{{ m.role | title + ': ' + m.content + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' + opening }}{% endif %}"
-)
-OFFICIAL = "{% set opening = ' <think></think>\n' %}" + KEEPS
-DROPS = OFFICIAL.replace(
-    "m.content + '\n\n' }}{% else %}", "m.content.split('</think>')[-1].strip() + '\n\n' }}{% else %}"
-)
-
-
-def test_a_jinja_template_goes_on_from_the_last_state(scripted, tmp_path):
-    model, tokenizer = scripted(["Hi", "."], ["Yes", "\n\nUser:"], ["No"], ["Again"], cue="</think>\n")
-    llm = LLM(model, tokenizer=tokenizer)
-    chat = llm.chat(template=OFFICIAL, system="Be  kind.")
-    assert chat.say("a\n\nb").text == "Hi."
-    first = "System: Be  kind.\n\nUser: a\n\nb\n\nAssistant: <think></think>\nHi."
-    assert last(chat).state.texts == (first,)
-    assert chat.messages[-1] == {"role": "assistant", "content": "<think></think>\nHi."}
-    model.reads.clear()
-    assert chat.say("c").text == "Yes"
-    assert model.reads[0] == len(tokenizer.encode("\n\nUser: c\n\nAssistant: <think></think>\n"))
-    second = first + "\n\nUser: c\n\nAssistant: <think></think>\nYes"
-    assert chat.text == second + "\n\n"
-    chat.save(tmp_path / "talk")
-    again = llm.chat()
-    again.load(tmp_path / "talk")
-    assert (again.template, again.messages, again.text) == (chat.template, chat.messages, chat.text)
-    assert again.say("d").text == "No"
-    assert again.text == second + "\n\nUser: d\n\nAssistant: <think></think>\nNo\n\n"
-    assert again.undo() == "d"
-    assert again.retry().text == "Yes"
-    assert again.text == second + "\n\n"
-
-
-def test_a_jinja_template_that_drops_thoughts(scripted, tmp_path):
-    """The model always sees what the template shows of the messages, as in transformers."""
-    model, tokenizer = scripted(["Hi"], ["Yes"], ["No"], cue="</think>\n")
-    llm = LLM(model, tokenizer=tokenizer)
-    chat = llm.chat(template=DROPS)
-    chat.say("a")
-    model.replies = model.replies[1:]  # the thought is not read again, so the script counts from here
-    assert chat.say("b").text == "Yes"
-    shown = "User: a\n\nAssistant: Hi\n\nUser: b\n\nAssistant: <think></think>\nYes"
-    assert model.read(last(chat).state) == shown
-    assert last(chat).state.texts == (shown,)
-    assert chat.messages[1]["content"] == "<think></think>\nHi"
-    chat.save(tmp_path / "talk")
-    again = llm.chat()
-    again.load(tmp_path / "talk")
-    assert again.text == chat.text == shown + "\n\n"
-    assert again.messages == chat.messages
-    answer = llm.chat(chat.messages[:3], template=DROPS)
-    assert answer.state.texts == (shown,)
-    chat.retry(max_tokens=0)
-    assert chat.go_on().text == "Yes"
-    assert chat.text == shown + "\n\n"
-    begun = llm.chat([*chat.messages[:3], {"role": "assistant", "content": "Yes"}], 0, template=DROPS)
-    assert begun.state.texts == ("User: a\n\nAssistant: Hi\n\nUser: b\n\nAssistant: Yes",)
-
-
-@pytest.mark.parametrize("name", list(TEMPLATES))
-def test_a_jinja_template_as_ours(scripted, name):
-    """The same texts as of the template that it was made from, and nothing is read twice either."""
-    space = TEMPLATES[name].space if not TEMPLATES[name].opening else ""
-    replies = [[f"{space}Hi", "\n\n", "Use it."], [f"{space}Yes", *TEMPLATES[name].stops[0]], [f"{space}No"]]
-    source = JinjaTemplate(chat_template(name), stop_strings=TEMPLATES[name].stops)
-    ours, model = talk(scripted, *replies, template=name, system="Be kind.")
-    theirs = ours._llm.chat(template=source, system="Be kind.")
-    for message in ("Hello", "And\n\nthen?", "x"):
-        extra = len(model.tokenizer.encode(ours.text)) if message == "Hello" else 0  # the system text
-        model.reads.clear()
-        ours.say(message)
-        reads = list(model.reads)
-        model.reads.clear()
-        theirs.say(message)
-        assert model.reads == [reads[0] + extra, *reads[1:]]
-        assert theirs.text == ours.text
-        assert [m["content"] for m in theirs.messages[2::2]] == [m["content"] for m in ours.messages[2::2]]
-
-
-def test_jinja_templates_that_are_damaged(llm):
-    for template, said in [
-        ("{% if %}", "chat template: line 1: Expected an expression"),
-        ("{{ 1 }}", "chat template: does not show the messages"),
-    ]:
-        with pytest.raises(InputError, match=said):
-            llm.chat(template=template)

@@ -21,11 +21,6 @@ from heronry.text.tokenizers import ByteTokenizer
 GREEDY = {"temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def llm(model) -> LLM:
-    return LLM(model)
-
-
 def plain_loop(llm: LLM, prompt: str, count: int) -> tuple[list[int], torch.Tensor]:
     """Greedy token ids, and the logits that each was drawn from, [count, V]."""
     ids, seen = list(prompt.encode()), []

@@ -19,11 +19,6 @@ from heronry.errors import InputError
 from heronry.models import State
 
 
-@pytest.fixture(scope="module")
-def llm(model) -> LLM:
-    return LLM(model)
-
-
 def last(chat):
     return chat._tree.heads[chat.branch]
 

@@ -32,11 +32,6 @@ def streamed(llm: LLM, *given, **options) -> list[str]:
     return [piece.text for piece in llm.generate(*given, stream=True, **options) if piece.text]
 
 
-@pytest.fixture(scope="module")
-def llm(model) -> LLM:
-    return LLM(model)
-
-
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3}, {"seed": 1, "top_k": 5, "presence_penalty": 0.5}])
 def test_a_list_is_each_alone(llm, options):
     together = written(llm, PROMPTS, 15, **options)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import InputError, unknown_name
+from ..files import check_writable
 from . import options
 
 NAMES = ("decay", "flow", "reads", "cascade", "state", "knockout", "lens", "memory", "report")
@@ -63,6 +64,7 @@ def view(
     if name not in NAMES:
         raise unknown_name("view", name, NAMES)
     out = options.check_target(out or Path(f"{name}.html" if name == "report" else f"{name}.png"), force)
+    from ..data.text_files import read_text
     from ..view.figures import new_figure
     from ..view.page import check_ending, write_pictures
     from ..view.views import VIEWS, Look, view_report
@@ -71,17 +73,19 @@ def view(
     if check_ending(out) != ".html" and name == "report":
         raise InputError(f"{out}: a report is an .html page")
     new_figure(1, 1)  # says at once if matplotlib is missing
+    check_writable(out)  # not after minutes
+    if prompt is not None and subject is None and name == "flow":
+        raise InputError("name the part of the prompt that gets noise with --subject")
+    given_text = None if text is None else read_text(text, MAX_BYTES)
     llm = options.load_llm(model, tokenizer, dtype, device, threads, None, None, ln_x_eps)
     defaults = STORY if model in (None, "bundled") else PLACE
     given = {"prompt": prompt, "subject": subject, "fact": fact, "question": question, "recalled": recalled}
-    if prompt is not None and subject is None and name == "flow":
-        raise InputError("name the part of the prompt that gets noise with --subject")
-    chosen = {key: defaults[key] if value is None else value for key, value in given.items()}
+    chosen: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in given.items()}
+    if prompt is not None:
+        chosen["subject"] = subject  # that of the other prompt is not in it
     texts: list[list[int]] = []
-    if text is not None:
-        from ..data.text_files import read_text
-
-        ids = llm.tokenizer.encode(read_text(text, MAX_BYTES))
+    if given_text is not None:
+        ids = llm.tokenizer.encode(given_text)
         length = min(len(ids) // N_TEXTS, MAX_LENGTH) if len(ids) >= N_TEXTS * LENGTH else len(ids)
         texts = [ids[i : i + length] for i in range(0, length * (len(ids) // max(length, 1)), max(length, 1))][:N_TEXTS]
     elif name in ("memory", "cascade", "report"):
@@ -99,7 +103,11 @@ def view(
             progress=progress,
             **chosen,
         )
-        pictures = view_report(look) if name == "report" else VIEWS[name](look)
+        pictures, left_out = view_report(look) if name == "report" else (VIEWS[name](look), {})
     about = f"heronry view {name}\nmodel: {model or 'bundled'} ({llm.model.generation})\nprompt: {look.prompt}"
+    about += "".join(f"\nwithout {view}: {reason}" for view, reason in left_out.items())
     write_pictures(pictures, out, f"{name}: {model or 'bundled'}", about)
-    note(f"{out}: {pictures[0].caption if len(pictures) == 1 else f'{len(pictures)} pictures'}")
+    if name == "report":
+        note(f"{out}: {len(pictures)} pictures" + "".join(f"; without {view}: {x}" for view, x in left_out.items()))
+    else:
+        note(f"{out}: {pictures[0].caption}")

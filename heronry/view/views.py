@@ -15,7 +15,6 @@ from . import text_figures as draw
 from .cascade import measure_cascade
 from .decay import read_decays
 from .flow import influence, trace
-from .inside import is_rwkv4
 from .lens import read_lens
 from .memory import loss_by_position, recall
 from .reads import read_weights
@@ -255,7 +254,18 @@ VIEWS: dict[str, Callable[[Look], list[Picture]]] = {
 }
 
 
-def view_report(look: Look) -> list[Picture]:
-    """All that fit the model."""
-    names = [name for name in VIEWS if not (name == "state" and is_rwkv4(look.model))]
-    return [picture for name in names for picture in VIEWS[name](look)]
+def view_report(look: Look) -> tuple[list[Picture], dict[str, str]]:
+    """All that fit the model and the texts; and why the others, by name, do not.
+
+    Raises:
+        InputError: the prompt is too short for any of them.
+    """
+    _ = look.tokens
+    pictures: list[Picture] = []
+    left_out = {}
+    for name, view in VIEWS.items():
+        try:
+            pictures += view(look)
+        except InputError as error:
+            left_out[name] = str(error)
+    return pictures, left_out

@@ -73,7 +73,22 @@ def test_one_page_with_everything(here, command, random_checkpoint):
     assert code == 0, err
     page = (here / "report.html").read_text()
     assert page.count("<figure><div>") == len(VIEWS) - 1  # each scrolls sideways on a phone
+    assert "without state: RWKV-4 keeps two sums a channel" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_a_report_of_a_prompt_without_a_subject(here, command, random_checkpoint):
+    """It has no causal tracing, which needs one, and no cascade, which needs a longer text, and says so."""
+    save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
+    (here / "text.txt").write_text("To be, or not to be, that is the question. " * 20)
+    words = ("report", "--model", "seven", "--tokenizer", "bytes", "--text", "text.txt", "--prompt", "To be")
+    code, _, err = command("view", *words)
+    assert code == 0, err
+    page = (here / "report.html").read_text()
+    assert page.count("<figure>") == len(VIEWS) - 2
+    for text in (err, page):
+        assert "without flow: name the part of the prompt that gets noise with --subject" in text
+        assert "without cascade: cascade needs a text of 1024 tokens, got 860" in text
 
 
 @pytest.mark.slow
@@ -99,6 +114,7 @@ def test_an_animation(here, command):
         (["report", "--out", "all.png"], "all.png: a report is an .html page"),
         (["cascade", "--text", "short.txt"], "cascade needs a text of 1024 tokens"),
         (["memory", "--text", "missing.txt"], "missing.txt"),
+        (["reads", "--out", "/proc/heronry/x.png"], "/proc/heronry"),
         (["state", "--model", "four", "--tokenizer", "bytes"], "RWKV-4 keeps two sums a channel"),
     ],
 )

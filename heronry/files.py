@@ -31,11 +31,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     with naming(typed, part), _folder(path.parent, typed):
         try:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
+            mode = part.stat().st_mode
             yield part
             with open(part, "rb+") as written:
                 os.fsync(written.fileno())
             if path.exists():
-                os.chmod(part, path.stat().st_mode & 0o777)
+                mode = path.stat().st_mode
+            os.chmod(part, mode & 0o777)  # libraries that replace the file make it their user's alone
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

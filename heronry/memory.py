@@ -60,6 +60,15 @@ def _block(size: int) -> mmap.mmap:
     return memory
 
 
+def drop_file_pages(x: Tensor) -> None:
+    """Gives the memory under a tensor that is mapped from a file, and unchanged, back to the system: what is read of it
+    later comes from the file again. For tensors in memory of their own this would lose the numbers."""
+    if sys.platform == "linux":
+        begin = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # pages shared with a neighbour are read again
+        size = x.data_ptr() + x.nbytes - begin
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 def _not_enough(size: int) -> MemoryError:
     return MemoryError(f"not enough memory: {size / 1e6:.1f} MB more cannot be had")
 

@@ -184,20 +184,24 @@ def assemble(
             if not on_meta_device and not stored:
                 samples[key] = sample(q) + sample(scales)
             replace_matrix(model, name, pack_quantized(key, q, scales, matrix_arena))
+            lazy_q.drop_pages()
+            lazy_scales.drop_pages()
         elif quantize is not None:
-            x = take(key)
+            lazy, x = remaining[key], take(key)
             samples[key] = sample(x)
             replace_matrix(model, name, pack_matrix(key, x, quantize, matrix_arena))
+            lazy.drop_pages()
     matrix_keys = {f"{name}.weight" for name, _ in quantizable_matrices(model)}
     copies, rounded = {}, []
     for key in list(remaining):
         empty = (matrix_arena if key in matrix_keys else arena).allocate(expected[key].shape, dtype)
-        x = take(key)
+        lazy, x = remaining[key], take(key)
         copies[key] = empty.copy_(x)
         if may_round and not x.is_meta and _is_rounded(empty, x):
             rounded.append(x.dtype)
         if not x.is_meta:
             samples[key] = sample(x)  # after the copy, which reads a mapped file in order
+        lazy.drop_pages()
     if rounded:
         widest = max(rounded, key=lambda x: torch.finfo(x).bits)
         log.warning(

@@ -155,9 +155,9 @@ def _as_lazy(tensor: Any) -> LazyTensor:
     shape = torch.Size(int(size) for size in tensor.shape[::-1])
     kind = tensor.tensor_type.name
     if kind in ("F32", "F16", "F64"):
-        return LazyTensor.from_tensor(torch.from_numpy(tensor.data).view(shape))
+        return LazyTensor.from_tensor(torch.from_numpy(tensor.data).view(shape), mapped=True)
     if kind == "BF16":
-        return LazyTensor.from_tensor(torch.from_numpy(tensor.data).view(torch.bfloat16).view(shape))
+        return LazyTensor.from_tensor(torch.from_numpy(tensor.data).view(torch.bfloat16).view(shape), mapped=True)
 
     def read_quantized() -> Tensor:
         try:

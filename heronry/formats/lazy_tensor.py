@@ -10,22 +10,32 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..memory import drop_file_pages
 
 
 class LazyTensor:
     """A tensor in a file: shape and dtype are known, `read()` returns the numbers, as often as it is called.
 
     packed_as: the type of a tensor that the file holds in a quantized form, like "q8_0"; "" for all others.
+    mapped: the mapped tensors that `read` reads.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, read: Callable[[], Tensor], packed_as: str = ""):
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        read: Callable[[], Tensor],
+        packed_as: str = "",
+        mapped: Sequence[Tensor] = (),
+    ):
         self.shape, self.dtype, self.read, self.packed_as = torch.Size(shape), dtype, read, packed_as
+        self.mapped = tuple(mapped)
 
     @classmethod
-    def from_tensor(cls, x: Tensor) -> LazyTensor:
+    def from_tensor(cls, x: Tensor, mapped: bool = False) -> LazyTensor:
         """A tensor in memory, or mapped from a file, as a lazy one."""
         x = x.detach()
-        return cls(x.shape, x.dtype, lambda: x)
+        return cls(x.shape, x.dtype, lambda: x, mapped=[x] if mapped else ())
 
     @classmethod
     def zeros(cls, shape: Sequence[int], dtype: torch.dtype) -> LazyTensor:
@@ -46,14 +56,20 @@ class LazyTensor:
         except (RuntimeError, IndexError, ValueError) as error:
             shapes = " and ".join(str(list(x.shape)) for x in inputs)
             raise InputError(f"a tensor of the shape {shapes} is in the place of one of another shape") from error
-        return cls(result.shape, result.dtype, lambda: function(*(x.read() for x in inputs)))
+        return cls.deferred(result.shape, result.dtype, function, *inputs)
 
     @classmethod
     def deferred(
         cls, shape: Sequence[int], dtype: torch.dtype, function: Callable[..., Tensor], *inputs: LazyTensor
     ) -> LazyTensor:
         """function(*inputs), which has this shape and dtype, recomputed each time it is read."""
-        return cls(torch.Size(shape), dtype, lambda: function(*(x.read() for x in inputs)))
+        mapped = [source for x in inputs for source in x.mapped]
+        return cls(torch.Size(shape), dtype, lambda: function(*(x.read() for x in inputs)), mapped=mapped)
+
+    def drop_pages(self) -> None:
+        """Gives the memory of what was read of a mapped file back: a model that is loaded needs it once."""
+        for x in self.mapped:
+            drop_file_pages(x)
 
     def on_meta(self) -> Tensor:
         """A tensor of this shape and dtype without numbers."""
@@ -82,8 +98,8 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
-def as_lazy(tensors: Mapping[str, Any]) -> Tensors:
-    """The values of a checkpoint as lazy tensors.
+def as_lazy(tensors: Mapping[str, Any], mapped: bool = False) -> Tensors:
+    """The values of a checkpoint as lazy tensors. mapped: they are as they stand in a mapped file.
 
     Raises:
         InputError: a value is not a dense tensor of numbers.
@@ -97,7 +113,7 @@ def as_lazy(tensors: Mapping[str, Any]) -> Tensors:
             raise InputError(f"{key} is a sparse, nested, meta or empty tensor; save dense tensors")
         if x.nbytes > x.untyped_storage().nbytes():
             raise InputError(f"{key} holds fewer numbers than its shape implies; save contiguous tensors")
-    return {key: x if isinstance(x, LazyTensor) else LazyTensor.from_tensor(x) for key, x in tensors.items()}
+    return {key: x if isinstance(x, LazyTensor) else LazyTensor.from_tensor(x, mapped) for key, x in tensors.items()}
 
 
 def same_numbers(shape: torch.Size, expected: torch.Size) -> bool:

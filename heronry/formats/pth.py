@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import re
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -33,9 +34,8 @@ def is_pth(head: bytes) -> bool:
 
 def read(path: Path) -> Tensors:
     """The tensors of a .pth file, mapped where it is a zip archive. Code inside a pickle is refused, never run."""
-    with open(path, "rb") as file:
-        mapped = file.read(2) == b"PK"
     try:
+        mapped = _can_be_mapped(path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # `_explain` says it
             tensors = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
@@ -51,7 +51,17 @@ def read(path: Path) -> Tensors:
     if not any(isinstance(x, Tensor) for x in tensors.values()):
         keys = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
         raise InputError(f"not an RWKV checkpoint (it holds {keys or 'nothing'})")
-    return as_lazy(tensors)
+    return as_lazy(tensors, mapped)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a file holds the numbers as this machine has them in memory."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return False
+        archive = zipfile.ZipFile(file)
+        orders = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/byteorder")]
+        return orders in ([], [sys.byteorder])
 
 
 def _unwrap(contents: Any) -> Any:

@@ -32,7 +32,7 @@ def is_safetensors(head: bytes) -> bool:
 
 def read(path: Path) -> Tensors:
     """The tensors of a .safetensors file, mapped."""
-    return as_lazy(read_mapped(path))
+    return as_lazy(read_mapped(path), mapped=True)
 
 
 def read_mapped(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Turning logits into tokens and, from text_model.py up, tokens into text."""
 
 from .completion import Completion, FinishReason, TokenLogprob, Usage
-from .generate import Event, Generation, Result, generate, prefill
+from .decode_batch import Event
+from .generate import Generation, Result, generate, prefill
 from .options import DecodeOptions, GenerateOptions
 from .sampling import Mask, Sampler, Sampling, probabilities
 from .text_model import TextModel

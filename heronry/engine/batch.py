@@ -11,7 +11,8 @@ from ..errors import InputError, show
 from ..models import State
 from ..text.tokenizers import Tokenizer
 from .completion import Completion, Pieces, TokenLogprob, Usage
-from .generate import Event, Generation
+from .decode_batch import Event
+from .generate import Generation
 from .options import Prompt, Prompts, whole_number
 from .stop_strings import StopStringBuffer
 

@@ -193,6 +193,14 @@ class Model(Network):
             layers.append(LayerState(att_shift, wkv.expand(rows, *wkv.shape).clone(), ffn_shift))
         return State(layers, self.fingerprint)
 
+    def usable_native_step(self) -> native_step.NativeStep | None:
+        """The C++ step that may take the place of the modules; None where the plain model runs, whatever its input."""
+        if not self.native_step_enabled or self.sharded or self.device.type != "cpu":
+            return None
+        if self._step is None or not self._step.is_current():
+            self._step = native_step.NativeStep(self)
+        return self._step if self._step.is_available() else None
+
     def select_native_step(self, tokens: Tensor, state: State, cu: Boundaries | None) -> native_step.NativeStep | None:
         """The C++ step for the forward pass of these tokens, or None where the plain model must run (native_step.py
         says when).
@@ -207,14 +215,10 @@ class Model(Network):
             fits = rows <= native_step.MAX_TOKENS and cu is None
         else:
             fits = rows <= native_step.MAX_CALL_TOKENS or (cu is None and len(tokens) <= native_step.MAX_CALL_TOKENS)
-        if not fits or self.sharded or isinstance(cu, SequenceShard):
+        if not fits or isinstance(cu, SequenceShard) or torch.is_autocast_enabled("cpu"):
             return None
-        if tokens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return None
-        if self._step is None or not self._step.is_current():
-            self._step = native_step.NativeStep(self)
-        step = self._step
-        if not step.is_available():
+        step = self.usable_native_step()
+        if step is None:
             return None
         seen = state is not step.last_state[0]() and has_tangents(x for layer in state.layers for x in layer)
         return None if seen else step

@@ -7,7 +7,8 @@ which grows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -115,9 +116,13 @@ class State:
             if any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in numbers):
                 raise TypeError("rows are picked by number, not by a mask")
             picked = [range(len(self))[i] for i in numbers]
+        texts = None if self._texts is None else [self._texts[i] for i in picked]
+        if self._stacks is not None and texts is None:
+            index = torch.tensor(picked, device=self._stacks.wkv.device)
+            return State.from_stacked(LayerState(*(x.index_select(1, index) for x in self._stacks)), self.fingerprint)
         layers = (LayerState(*(x[picked] for x in layer)) for layer in self.layers)
         contexts = [self.contexts[i] for i in picked] if self.contexts else ()
-        return State(layers, self.fingerprint, [self.texts[i] for i in picked], contexts)
+        return State(layers, self.fingerprint, texts, contexts)
 
     @staticmethod
     def stack(states: Sequence[State]) -> State:
@@ -133,6 +138,10 @@ class State:
         texts = [text for state in states for text in state.texts]
         contexts = [context for state in states for context in state.contexts]
         return State(layers, states[0].fingerprint, texts, contexts)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that hold a row each of all sequences, [S, ...], layer by layer; the contexts of RWKV-7b apart."""
+        return chain.from_iterable(self.layers)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         layers = (LayerState(*(change(x) for x in layer)) for layer in self.layers)

@@ -53,6 +53,7 @@ class Scripted(Model):
     """
 
     name = "scripted"
+    native_step_enabled = False
 
     def __init__(self, tokenizer: Pieces, replies: list[list[int]], cue: str):
         super().__init__(SimpleNamespace(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=1))

@@ -86,7 +86,7 @@ def test_a_jinja_template_as_ours(scripted, name):
         reads = list(model.reads)
         model.reads.clear()
         theirs.say(message)
-        assert model.reads == [reads[0] + extra, *reads[1:]]
+        assert sum(model.reads) == sum(reads) + extra
         assert theirs.text == ours.text
         assert [m["content"] for m in theirs.messages[2::2]] == [m["content"] for m in ours.messages[2::2]]
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from heronry.checkpoint import assemble
 from heronry.engine import Generation, Sampling, generate, prefill
+from heronry.engine.call_sizes import CallSizes
 from heronry.engine.generate import _packs
 from heronry.errors import InputError
 from heronry.models import Model, State
@@ -49,25 +50,34 @@ class Counted:
         self._hook.remove()
 
 
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), chunk=st.integers(1, 40))
-def test_packs_hold_every_token_once_and_never_too_many(lengths, chunk):
-    packs = list(_packs(lengths, chunk))
-    assert all(0 < sum(end - start for _, start, end in pack) <= chunk for pack in packs)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    grid=st.integers(1, 10),
+    pieces=st.integers(1, 4),
+    shared=st.booleans(),
+)
+def test_packs_hold_every_token_once_and_never_too_many(lengths, grid, pieces, shared):
+    sizes = CallSizes(grid, grid * pieces, shared, rows=1)
+    packs = list(_packs(lengths, sizes))
+    assert all(0 < sum(end - start for _, start, end in pack) <= sizes.tokens for pack in packs)
     # each is cut where it would be alone
     cuts = {(i, start) for pack in packs for i, start, _ in pack}
-    assert cuts == {(i, start) for i, length in enumerate(lengths) for start in range(0, length, chunk)}
-    # and a pack is closed only when what comes next has no room
-    sizes = [sum(end - start for _, start, end in pack) for pack in packs]
-    assert all(size + after[0][2] - after[0][1] > chunk for size, after in zip(sizes, packs[1:], strict=False))
+    assert cuts == {(i, start) for i, length in enumerate(lengths) for start in range(0, length, sizes.tokens)}
+    if shared:  # and a pack is closed only when what comes next has no room
+        counts = [sum(end - start for _, start, end in pack) for pack in packs]
+        pairs = zip(counts, packs[1:], strict=False)
+        assert all(count + after[0][2] - after[0][1] > sizes.tokens for count, after in pairs)
+    else:
+        assert all(len(pack) == 1 for pack in packs)
     assert all(len({i for i, _, _ in pack}) == len(pack) for pack in packs)
     seen = [(i, t) for pack in packs for i, start, end in pack for t in range(start, end)]
     assert seen == [(i, t) for i, length in enumerate(lengths) for t in range(length)]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 512])
-def test_prefill_is_reading_each_alone(any_model, chunk):
-    logits, state = prefill(any_model, PROMPTS, chunk=chunk)
-    alone = [read(any_model, prompt) for prompt in PROMPTS]
+def test_prefill_is_reading_each_alone(any_model):
+    prompts = [*PROMPTS, [7] * 300]
+    logits, state = prefill(any_model, prompts)
+    alone = [read(any_model, prompt) for prompt in prompts]
     torch.testing.assert_close(logits, torch.stack([x for x, _ in alone]), rtol=1e-7, atol=1e-7)
     for i, (_, one) in enumerate(alone):
         assert torch.allclose(read(any_model, [3], state[i])[0], read(any_model, [3], one)[0], rtol=1e-7, atol=1e-7)
@@ -90,7 +100,7 @@ def test_prefill_in_bfloat16_is_each_alone_to_the_bit(model):
 
 def test_prefill_goes_on_from_states(model):
     _, before = prefill(model, PROMPTS)
-    logits, state = prefill(model, PROMPTS[::-1], before, chunk=5)
+    logits, state = prefill(model, PROMPTS[::-1], before)
     for i, prompt in enumerate(PROMPTS):
         alone, one = read(model, prompt + PROMPTS[::-1][i])
         torch.testing.assert_close(logits[i], alone, rtol=1e-8, atol=1e-8)
@@ -99,8 +109,8 @@ def test_prefill_goes_on_from_states(model):
 
 def test_prefill_calls_are_bounded(model):
     with Counted(model) as calls:
-        prefill(model, [[1] * 100, [2] * 30], chunk=64)
-    assert calls == [64, 36, 30]
+        prefill(model, [[1] * 300, [2] * 30])
+    assert calls == [128, 128, 44, 30]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9, seed=3, frequency_penalty=0.3)])
@@ -110,10 +120,6 @@ def test_a_batch_is_its_sequences_alone(any_model, sampling):
         [alone] = generate(any_model, [prompt], sampling, 12, stop_ids={4, 17, 50}).run()
         assert alone.tokens == result.tokens
         assert alone.finish_reason == result.finish_reason
-    assert (
-        generate(any_model, PROMPTS, sampling, 12).run()[0].tokens
-        == generate(any_model, PROMPTS, sampling, 12, chunk=3).run()[0].tokens
-    )
 
 
 def test_each_sequence_has_its_own_sampling(model):
@@ -164,15 +170,17 @@ def test_going_on_is_not_starting_again(model):
     assert first.tokens + second.tokens == whole.tokens
 
 
-def test_one_step_a_token_and_finished_rows_leave(model):
+def test_one_step_a_token_and_finished_rows_leave(random_checkpoint):
+    model = assemble(random_checkpoint("7", width=32, heads=2, ffn=40, rank=3))
     free = generate(model, PROMPTS, Sampling(seed=5), 6).run()
     stop = free[1].tokens[2]
     kept = sum(len(r.tokens) for r in generate(model, PROMPTS, Sampling(seed=5), 6, stop_ids={stop}).run())
     with Counted(model) as calls:
         generate(model, PROMPTS, Sampling(seed=5), 6, stop_ids={stop}).run()
-    assert calls[0] == sum(len(prompt) for prompt in PROMPTS)
-    assert sum(calls[1:]) == kept < 4 * 6
-    assert calls[1:] == sorted(calls[1:], reverse=True)
+    read, steps = calls[: len(PROMPTS)], calls[len(PROMPTS) :]
+    assert read == [len(prompt) for prompt in PROMPTS]
+    assert sum(steps) == kept < 4 * 6
+    assert steps == sorted(steps, reverse=True)
 
 
 def test_dropped_sequences_say_nothing_more(model):
@@ -183,7 +191,7 @@ def test_dropped_sequences_say_nothing_more(model):
         if len(seen) == 6:  # in the second step, at sequence 1
             events.drop(0)
             events.drop(2)
-    assert [i for i, _ in seen] == [0, 1, 2, 3, 0, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3]
+    assert [i for i, _ in seen] == [0, 1, 2, 3, 0, 1, 3, 1, 3, 1, 3, 1, 1, 3, 3]
     alone = generate(model, [PROMPTS[3]], Sampling(seed=1), 5).run()[0]
     assert [token for i, token in seen if i == 3] == [*alone.tokens, None]
 
@@ -204,7 +212,7 @@ def test_nothing_needs_a_gradient(model):
 @settings(max_examples=20)
 @given(prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=20), min_size=1, max_size=5))
 def test_any_prompts(model, prompts):
-    together = generate(model, prompts, Sampling(seed=9), 3, chunk=16).run()
+    together = generate(model, prompts, Sampling(seed=9), 3).run()
     alone = [generate(model, [prompt], Sampling(seed=9), 3).run()[0] for prompt in prompts]
     assert [r.tokens for r in together] == [r.tokens for r in alone]
 
@@ -223,8 +231,6 @@ def test_what_cannot_be_generated_is_named(model, random_checkpoint):
         generate(model, [[]], GREEDY, 1, state=state[0])
     with pytest.raises(InputError, match="a state of 2 sequences was given for 3 prompts"):
         generate(model, [[1]] * 3, GREEDY, 1, state=state)
-    with pytest.raises(InputError, match="chunk must be at least 1"):
-        prefill(model, [[1]], chunk=0)
     with pytest.raises(InputError, match="3 samplings were given for 1 sequences"):
         generate(model, [[1]], [GREEDY] * 3, 1)
     other = assemble(random_checkpoint("7", vocab=256, width=32, heads=2, layers=2, ffn=40, rank=3, seed=1))

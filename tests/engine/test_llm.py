@@ -105,7 +105,7 @@ def test_a_stopped_sequence_is_not_computed_further(scripted):
     model, tokenizer = scripted(["aa"] * 50, cue=":")
     llm = LLM(model, tokenizer=tokenizer)
     written(llm, ["x:", "y:"], stop="aaa")
-    assert model.reads == [4, 2, 2]
+    assert model.reads == [2, 2, 1, 1, 1, 1]
 
 
 def test_half_a_character_at_the_end(scripted):

@@ -389,7 +389,7 @@ def as_llm(random_checkpoint) -> LLM:
 def test_a_batch_of_unequal_lengths_is_each_alone(model):
     random = torch.Generator().manual_seed(1)
     prompts = [torch.randint(101, (n,), generator=random).tolist() for n in (1, 40, 7, 300, 2)]
-    together = generate(model, prompts, GREEDY, 12, chunk=64).run()
+    together = generate(model, prompts, GREEDY, 12).run()
     for prompt, found in zip(prompts, together, strict=True):
         (alone,) = generate(model, [prompt], GREEDY, 12).run()
         assert found.tokens == alone.tokens

@@ -84,12 +84,14 @@ class SequenceDecoder:
         token = self._sampler.pick(logits, allowed, banned)
         if token not in self.stop_ids:
             self.drawn.append(token)
-        return token, None if self.top_logprobs is None else logprob_of(token, logits, self.top_logprobs)
+        if self.top_logprobs is None:
+            return token, None
+        logprobs = torch.log_softmax(logits.detach().to("cpu", torch.float32), 0)
+        return token, token_logprob(token, logprobs, self.top_logprobs)
 
 
-def logprob_of(token: int, logits: Tensor, top: int) -> TokenLogprob:
-    """The log-probability of a token under logits [V], and those of the `top` most likely ones."""
-    logprobs = torch.log_softmax(logits.detach().to("cpu", torch.float32), 0)
+def token_logprob(token: int, logprobs: Tensor, top: int) -> TokenLogprob:
+    """The entry of a token, and of the `top` most likely ones, from log-probabilities [V], float32 on the CPU."""
     values, ids = logprobs.topk(min(top, len(logprobs)))
     return TokenLogprob(token, float(logprobs[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
 
@@ -113,6 +115,10 @@ class DecodeBatch:
     def free(self) -> int:
         """How many more may join."""
         return self._sizes.rows - len(self)
+
+    def numbers(self) -> list[int]:
+        """Of its sequences."""
+        return [row[0] for row in self._rows if row is not None]
 
     @torch.inference_mode()
     def add(self, sequences: Mapping[int, SequenceDecoder], logits: Tensor, state: State) -> None:

@@ -71,10 +71,10 @@ class Look:
     def tokens(self) -> list[int]:
         return self.encode(self.prompt)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, name: str = "the prompt") -> list[int]:
         ids = [*self.opening, *self.tokenizer.encode(text)]
         if len(ids) < 2:
-            raise InputError("the prompt is too short: it needs at least two tokens")
+            raise InputError(f"{name} is too short: it needs at least two tokens")
         return ids
 
     @cached_property
@@ -181,7 +181,7 @@ def view_cascade(look: Look) -> list[Picture]:
 def view_state(look: Look) -> list[Picture]:
     if look.against is not None:
         check_has_heads(look.model)
-        states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against))]
+        states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against, "--against"))]
         figure = draw.draw_difference(state_difference(*states), look.prompt, look.against)
         caption = f"How far apart the states after “{look.prompt}” and “{look.against}” are, head by head."
         return [Picture(figure, caption)]
@@ -215,9 +215,9 @@ def view_memory(look: Look) -> list[Picture]:
     if not look.texts:
         raise InputError("memory needs long texts: give them with --text")
     encode = look.tokenizer.encode
-    question, recalled = encode(look.question), encode(look.recalled)
-    if not question or not recalled:
-        raise InputError("memory needs a --question and what should be --recalled, of at least one token each")
+    fact, question, recalled = encode(look.fact), encode(look.question), encode(look.recalled)
+    if not (fact and question and recalled):
+        raise InputError("memory needs a --fact, a --question and what should be --recalled, of a token or more each")
     length = min(map(len, look.texts))
     if length < SHORTEST:
         raise InputError(f"memory needs a text of {SHORTEST} tokens, got {length}: give a longer --text")
@@ -228,7 +228,7 @@ def view_memory(look: Look) -> list[Picture]:
     remembered = recall(
         look.model,
         look.opening,
-        encode(look.fact),
+        fact,
         [text[:length] for text in look.texts],
         question,
         recalled,

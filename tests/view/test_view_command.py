@@ -127,8 +127,10 @@ def test_an_animation(here, command):
         (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
         (
             ["memory", "--text", "short.txt", "--recalled", ""],
-            "memory needs a --question and what should be --recalled",
+            "memory needs a --fact, a --question and what should be --recalled",
         ),
+        (["memory", "--text", "short.txt", "--fact", ""], "memory needs a --fact"),
+        (["state", "--against", ""], "--against is too short: it needs at least two tokens"),
         (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
         (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
         (["reads", "--out", "reads.gif"], "nothing moves in this picture"),

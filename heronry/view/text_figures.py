@@ -426,7 +426,7 @@ def animate_cascade(
     figure = new_figure(8, 3.6)
     axes = figure.subplots(1, 2, sharey=True)
     end = float((begins + seconds).max())
-    figure.suptitle("0 ms", fontsize="medium")
+    figure.suptitle("after 0 ms; yellow: done", fontsize="medium")
     images = []
     for title, axis in zip(("as early as possible", "cell after cell, as measured"), axes, strict=True):
         images.append(
@@ -441,7 +441,7 @@ def animate_cascade(
     for now in np.linspace(0, end, frames):
         for image, start in zip(images, (ideal_begins, begins), strict=True):
             image.set_data(((now - start) / np.maximum(seconds, 1e-12)).clip(0, 1))
-        figure.suptitle(f"{1000 * now:.0f} ms", fontsize="medium")
+        figure.suptitle(f"after {1000 * now:.0f} ms; yellow: done", fontsize="medium")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
         pictures.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE))

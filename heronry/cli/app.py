@@ -45,6 +45,7 @@ from .pull import pull
 from .quantize import quantize
 from .rm import rm
 from .see import see
+from .serve import serve
 from .signals import Terminated, signals_raise
 from .train import train
 from .view import view
@@ -59,6 +60,7 @@ UNKNOWN = re.compile(r"No such (option|command):? '?([^\s']+)'?")  # in typer's 
 COMMANDS = (
     generate,
     chat,
+    serve,
     pull,
     list_models,
     rm,

@@ -51,6 +51,10 @@ class Scheduler:
     def start(self) -> None:
         self._thread.start()
 
+    def is_alive(self) -> bool:
+        """Whether requests are worked on."""
+        return self._thread.is_alive()
+
     def sizes(self, model: Model) -> CallSizes:
         """How this model's prompts are cut."""
         if model not in self._sizes:

@@ -142,13 +142,16 @@ class HFTokenizer:
 def spell(tokenizer: Tokenizer, token: int) -> str:
     """The text of one token; of a part of a character the bytes, such as \\xe4."""
     text = tokenizer.decode([token])
-    if "\ufffd" not in text:
-        return text
+    return text if "\ufffd" not in text else bytes_of(tokenizer, token).decode(errors="backslashreplace")
+
+
+def bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of one token, which need not be UTF-8."""
     if isinstance(tokenizer, HFTokenizer):
-        return tokenizer.bytes_of(token).decode(errors="backslashreplace")
+        return tokenizer.bytes_of(token)
     if isinstance(tokenizer, ByteTokenizer | WorldTokenizer):
-        return tokenizer.vocabulary[token].decode(errors="backslashreplace")
-    return text
+        return tokenizer.vocabulary[token]
+    return tokenizer.decode([token]).encode()
 
 
 class WindowStream:

@@ -10,13 +10,13 @@ from fastapi import FastAPI
 from .. import __version__
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
-from . import basics, completions
+from . import basics, completions, metrics
 from .errors import add_error_handlers
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
 from .server import Server
 
-ROUTERS = (basics.router, completions.router)
+ROUTERS = (basics.router, metrics.router, completions.router)
 
 
 def create_app(
@@ -44,7 +44,7 @@ def create_app(
         scheduler.close(drain)
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler)
+    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler))
     for router in ROUTERS:
         app.include_router(router)
     add_error_handlers(app)

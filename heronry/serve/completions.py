@@ -31,6 +31,7 @@ class CompletionBody(SamplingBody):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=1024)
+    add_special_tokens: bool | None = Field(None, description="begin with the tokens that the model's texts begin with")
     return_tokens_as_token_ids: bool | None = None
 
 
@@ -54,7 +55,7 @@ class _Call:
         tokenizer = model.speaker.tokenizer
         self.names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
         prompts = _split(body.prompt)
-        self.encoded = [model.speaker.encode(prompt, begins=False) for prompt in prompts]
+        self.encoded = [model.speaker.encode(prompt, begins=bool(body.add_special_tokens)) for prompt in prompts]
         self.texts = [x if isinstance(x, str) else tokenizer.decode(x) for x in prompts]
         top = body.logprobs if self.rows == self.n else body.logprobs or 0
         max_tokens = server.most_tokens if body.max_tokens is None else body.max_tokens
@@ -63,7 +64,7 @@ class _Call:
         try:
             for ids, text in zip(self.encoded, self.texts, strict=True):
                 generation = Generation(
-                    server.scheduler,
+                    server,
                     model,
                     ids,
                     text,

@@ -73,10 +73,14 @@ def add_error_handlers(app: FastAPI) -> None:
         first: Mapping[str, Any] = error.errors()[0]
         if first["type"] == "json_invalid":
             return respond(ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
-        return respond(ApiError(400, first["msg"], _place(first["loc"])))
+        if first["loc"] == ("body",):
+            return respond(ApiError(400, "the body must be a JSON object, sent as application/json"))
+        return respond(ApiError(400, first["msg"].removeprefix("Value error, "), _place(first["loc"])))
 
     async def of_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, ApiError):  # while the body was read
+            return respond(error.__cause__)
         message = {404: "there is no such route", 405: "this route does not take that method"}.get(error.status_code)
         found = ApiError(error.status_code, message or str(error.detail or HTTPStatus(error.status_code).phrase))
         found.headers |= dict(error.headers or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -12,9 +13,9 @@ from ..engine.completion import Completion, TokenLogprob
 from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
-from ..engine.scheduler import Scheduler
 from ..models import State
 from .models import ServedModel
+from .server import Server
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Generation:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        server: Server,
         model: ServedModel,
         tokens: Sequence[int],
         text: str,
@@ -46,7 +47,7 @@ class Generation:
             stops: strings that end a completion.
         """
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Completion | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
         logprobs = decoding.top_logprobs is not None
         tokenizer = model.speaker.tokenizer
         stop_ids = decoding.stop_ids(tokenizer)
@@ -54,7 +55,7 @@ class Generation:
         self._rows = [Row(tokenizer, [*tokens], text, stops, logprobs, 0, i) for i in choices]
         self._min_tokens = decoding.min_tokens
         self._unwanted: set[int] = set()
-        self._scheduler = scheduler
+        self._metrics, self._begin = server.metrics, time.perf_counter()
         self.cached_tokens = begin[0]
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}  # of the end of text, by completion
@@ -79,7 +80,7 @@ class Generation:
             prompt_logprobs=prompt_logprobs,
             owner=owner,
         )
-        scheduler.submit(self._request)
+        server.scheduler.submit(self._request)
 
     def cancel(self) -> None:
         """Nothing more of it is wanted."""
@@ -91,17 +92,26 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[Completion, None]:
         """The pieces of all completions as they come; the last of each has a finish_reason."""
-        running = len(self._rows)
+        running = set(range(len(self._rows)))
+        last: dict[int, float] = {}
         try:
             while running:
                 item = await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
-                if item is None or item.choice in self._unwanted:
+                if item.choice not in running:
                     continue
-                running -= item.finish_reason is not None
+                now = time.perf_counter()
+                if item.choice in last:
+                    self._metrics.between.observe(now - last[item.choice])
+                else:
+                    self._metrics.first_token.observe(now - self._begin)
+                last[item.choice] = now
+                if item.finish_reason is not None:
+                    running.discard(item.choice)
                 yield item
-                running -= item.choice in self._unwanted and item.finish_reason is None
+                running -= self._unwanted
+            self._metrics.whole.observe(time.perf_counter() - self._begin)
         finally:
             self._request.cancel()
 

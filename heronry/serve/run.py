@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -30,7 +31,8 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(f"{host}, port {port}: {error.strerror or error}; choose another with --port") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise InputError(f"{host}, port {port}: {reason}; choose another with --port") from error
 
 
 def serve(app: FastAPI, listening: socket.socket, drain: float, log_level: str, announce: Callable[[], None]) -> None:

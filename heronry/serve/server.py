@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
 from ..engine.scheduler import Scheduler
 from .models import ModelTable
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Server:
 
     models: ModelTable
     scheduler: Scheduler
+    metrics: Metrics
     most_tokens: int = 4096
 
 

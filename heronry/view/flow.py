@@ -26,7 +26,7 @@ from .inside import as_row, edit_stream, plain_modules, residual_stream
 
 NOISE = 3.0  # standard deviations of the embedding
 MAX_TOKENS = 512  # that run together
-MAX_ROWS = 32  # states that run together
+MAX_ROWS = 16  # states that run together
 
 
 class Flow(NamedTuple):

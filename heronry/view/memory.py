@@ -16,7 +16,7 @@ from ..models import Model
 from ..progress import Progress
 from .inside import as_row
 
-PIECE = 512  # tokens in a call of the model, of all rows together
+PIECE = 256  # tokens in a call of the model, of all rows together
 
 
 class PositionLoss(NamedTuple):

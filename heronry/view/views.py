@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import InputError
+from ..memory import release_memory
 from ..models import Model
 from ..progress import Progress
 from ..text.tokenizers import Tokenizer
@@ -268,4 +269,5 @@ def view_report(look: Look) -> tuple[list[Picture], dict[str, str]]:
             pictures += view(look)
         except InputError as error:
             left_out[name] = str(error)
+        release_memory()  # each view has other needs
     return pictures, left_out

@@ -172,6 +172,21 @@ def test_pages_say_their_language(pages, site):
         assert [x["lang"] for tag, x in page.tags if tag == "html"] == [expected], path
 
 
+def test_the_language_is_changed_on_the_same_page(pages, site):
+    translations = CONFIG["extra"]["translations"]
+    assert {site / page for page in translations.values()} == {
+        page for page in pages if page.is_relative_to(site / "zh")
+    }
+    pairs = [*translations.items(), ("view.html", "zh/index.html")]  # one without a translation
+    for english, chinese in pairs:
+        for path in (english, chinese) if english in translations else (english,):
+            links = [x for _, x in pages[site / path].tags if "hreflang" in x]
+            assert len(links) == 4  # in the head and in the menu
+            for link in links:
+                target = chinese if link["hreflang"] == "zh" else english if english in translations else "index.html"
+                assert ((site / path).parent / link["href"]).resolve() == site / target
+
+
 def test_pages_fit_a_phone(pages):
     for path, page in pages.items():
         viewports = [x["content"] for tag, x in page.tags if tag == "meta" and x.get("name") == "viewport"]

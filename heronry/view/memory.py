@@ -86,7 +86,7 @@ def recall(
     fact: Sequence[int],
     fillers: Sequence[Sequence[int]],
     question: Sequence[int],
-    answer: int,
+    answer: Sequence[int],
     distances: Sequence[int],
     progress: Progress | None = None,
 ) -> Recall:
@@ -95,11 +95,13 @@ def recall(
     Args:
         opening: what every text begins with.
         fillers: texts between the fact and the question, at least as long as the largest distance.
-        answer: the id of the token that should follow the question.
+        answer: what should follow the question.
         distances: from small to large; 0: the question comes right after the fact.
     """
     if not fillers or min(map(len, fillers)) < max(distances):
         raise InputError(f"fillers of at least {max(distances)} tokens are needed")
+    asked = torch.tensor([[*question, *answer[:-1]]] * len(fillers), device=model.device)
+    expected = torch.tensor([list(answer)] * len(fillers), device=model.device)
     said = []  # [with and without the fact][distance]
     for done, known in enumerate((fact, ())):
         begun = [*opening, *known]
@@ -111,9 +113,9 @@ def recall(
                 piece = [list(filler[first : min(first + PIECE, distance)]) for filler in fillers]
                 _, state = model(torch.tensor(piece, device=model.device), state, last_only=True)
             begin = distance
-            asked = torch.tensor([list(question)] * len(fillers), device=model.device)
-            logits, _ = model(asked, state, last_only=True)
-            row.append(logits[:, 0].float().log_softmax(-1)[:, answer].mean().item())
+            logits, _ = model(asked, state)
+            said_there = logits[:, -len(answer) :].float().log_softmax(-1)  # [fillers, answer, V]
+            row.append(said_there.gather(-1, expected[..., None]).sum((1, 2)).mean().item())
             if progress is not None:
                 progress(done * max(distances) + distance, 2 * max(distances))
         said.append(row)

@@ -286,12 +286,13 @@ def test_loss_by_position(model):
 
 def test_recall_is_two_texts(model):
     fillers = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
-    found = recall(model, [0], [50, 51], fillers, [20, 21], 33, [0, 3, 6])
+    found = recall(model, [0], [50, 51], fillers, [20, 21], [33, 34], [0, 3, 6])
     with torch.no_grad():
 
         def said(known, distance):
-            rows = [[0, *known, *filler[:distance], 20, 21] for filler in fillers]
-            return model(torch.tensor(rows))[0][:, -1].float().log_softmax(-1)[:, 33].mean().item()
+            rows = [[0, *known, *filler[:distance], 20, 21, 33] for filler in fillers]
+            logits = model(torch.tensor(rows))[0].float().log_softmax(-1)
+            return (logits[:, -2, 33] + logits[:, -1, 34]).mean().item()
 
         for i, distance in enumerate((0, 3, 6)):
             assert found.gain[i] == pytest.approx(said([50, 51], distance) - said([], distance), abs=1e-5)
@@ -345,6 +346,6 @@ def test_bad_input(plain, random_checkpoint):
     with pytest.raises(InputError, match="what all operators are called with would have"):
         read_decays(plain, TOKENS * 20_000)
     with pytest.raises(InputError, match="fillers of at least 3 tokens"):
-        recall(plain, [0], [1], [[1, 2]], [2], 3, [3])
+        recall(plain, [0], [1], [[1, 2]], [2], [3], [3])
     with pytest.raises(InputError, match="texts of one length"):
         loss_by_position(plain, [[1, 2], [1, 2, 3]])

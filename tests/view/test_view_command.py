@@ -15,7 +15,7 @@ from heronry import LLM, save
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
 from heronry.view.text_figures import _shown, draw_cascade, draw_decay_curves, draw_difference, draw_reads
-from heronry.view.views import VIEWS, Look
+from heronry.view.views import VIEWS, Look, view_memory
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,27 @@ def test_one_page_with_everything(here, command, random_checkpoint):
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
+def test_a_model_of_bytes_writes_its_own_texts(here, command, random_checkpoint, monkeypatch):
+    """No token starts its texts, so they go on from the prompt. All are different."""
+    monkeypatch.setattr("heronry.cli.view.LENGTH", 64)
+    seen = []
+    monkeypatch.setitem(VIEWS, "memory", lambda look: seen.extend(look.texts) or view_memory(look))
+    save(assemble(random_checkpoint("5.2", vocab=256)), here / "five")
+    code, _, err = command("view", "memory", "--model", "five", "--tokenizer", "bytes", "--out", "p.html")
+    assert code == 0, err
+    page = (here / "p.html").read_text()
+    assert "the loss at every position of 16 texts of 64 tokens" in page
+    assert "\ntext: what the model writes itself" in page
+    assert len({tuple(text) for text in seen}) == 16
+    assert "prompt:" not in page  # which memory does not read
+
+
+def test_noise_that_changes_nothing(here, command):
+    code, _, err = command("view", "flow", "--prompt", "Once upon a time", "--subject", "Once", "--answer", " zebra")
+    assert code == 0
+    assert "The answer does not rest on the subject: there is little to put back." in err
+
+
 def test_a_report_of_a_prompt_without_a_subject(here, command, random_checkpoint):
     """It has no causal tracing, which needs one, and no cascade, which needs a longer text, and says so."""
     save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
@@ -106,14 +127,19 @@ def test_an_animation(here, command):
         (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
         (
             ["memory", "--text", "short.txt", "--recalled", ""],
-            "memory needs a --question and what should be --recalled",
+            "memory needs a --fact, a --question and what should be --recalled",
         ),
+        (["memory", "--text", "short.txt", "--fact", ""], "memory needs a --fact"),
+        (["state", "--against", ""], "--against is too short: it needs at least two tokens"),
         (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
         (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
         (["reads", "--out", "reads.gif"], "nothing moves in this picture"),
         (["report", "--out", "all.png"], "all.png: a report is an .html page"),
         (["cascade", "--text", "short.txt"], "cascade needs a text of 1024 tokens"),
         (["memory", "--text", "missing.txt"], "missing.txt"),
+        (["memory", "--text", "short.txt"], "memory needs a text of 64 tokens, got 5: give a longer --text"),
+        (["lens", "--subject", "Tim"], "--subject is for flow; lens does not look at it"),
+        (["reads", "--text", "short.txt"], "--text is for memory and cascade; reads does not look at it"),
         (["reads", "--out", "/proc/heronry/x.png"], "/proc/heronry"),
         (["state", "--model", "four", "--tokenizer", "bytes"], "RWKV-4 keeps two sums a channel"),
     ],
@@ -165,9 +191,11 @@ def test_a_large_model_stays_readable():
     grid, _ = draw_cascade(steps, [32], [1.0], [0.5]).axes
     assert "Cells of the same colour" in grid.get_title()
     assert not grid.texts
-    assert draw_difference(np.zeros((48, 64))).get_figwidth() == 12
+    assert draw_difference(np.zeros((48, 64)), "a", "b").get_figwidth() == 12
     curves = draw_decay_curves(np.full((2, 8), 2.3), None, None, {"ffn k": np.zeros((2, 8))}).axes[0]
     assert curves.get_ylim() == (1, 10)
+    curves.figure.draw_without_rendering()
+    assert not any(label.get_text() for label in curves.get_yticklabels(minor=True))  # "3e-1" on "4e-1"
 
 
 def test_no_matplotlib(here, command, monkeypatch):

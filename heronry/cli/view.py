@@ -55,6 +55,8 @@ def view(
         typer.Option(help="A .png, .svg, .html or .gif file.", show_default="NAME.png here, of several NAME.html"),
     ] = None,
     force: options.Force = False,
+    quantize: options.Quantize = None,
+    adapter: options.Adapter = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -77,7 +79,7 @@ def view(
     if prompt is not None and subject is None and name == "flow":
         raise InputError("name the part of the prompt that gets noise with --subject")
     given_text = None if text is None else read_text(text, MAX_BYTES)
-    llm = options.load_llm(model, tokenizer, dtype, device, threads, None, None, ln_x_eps)
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     defaults = STORY if model in (None, "bundled") else PLACE
     given = {"prompt": prompt, "subject": subject, "fact": fact, "question": question, "recalled": recalled}
     chosen: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in given.items()}
@@ -105,6 +107,7 @@ def view(
         )
         pictures, left_out = view_report(look) if name == "report" else (VIEWS[name](look), {})
     about = f"heronry view {name}\nmodel: {model or 'bundled'} ({llm.model.generation})\nprompt: {look.prompt}"
+    about += "" if adapter is None else f"\nadapter: {adapter}"
     about += "".join(f"\nwithout {view}: {reason}" for view, reason in left_out.items())
     write_pictures(pictures, out, f"{name}: {model or 'bundled'}", about)
     if name == "report":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, show
 from ..models import Model
 from ..progress import Progress
 from ..text.tokenizers import Tokenizer
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CHUNKS = (32, 64, 128, 256, 512)  # tokens a piece
 ANIMATED = 128  # of these
+MAX_QUOTED = 100  # characters
 DISTANCES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -70,10 +71,10 @@ class Look:
     def tokens(self) -> list[int]:
         return self.encode(self.prompt)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, name: str = "the prompt") -> list[int]:
         ids = [*self.opening, *self.tokenizer.encode(text)]
         if len(ids) < 2:
-            raise InputError("the prompt is too short: it needs at least two tokens")
+            raise InputError(f"{name} is too short: it needs at least two tokens")
         return ids
 
     @cached_property
@@ -103,7 +104,7 @@ class Look:
         prompt = "".join(text for text, _ in self.pieces)  # a tokenizer may normalise what it reads
         begins = [i for i in range(len(prompt)) if prompt.startswith(self.subject, i)]
         if not begins:
-            raise InputError(f"the prompt does not contain the subject {self.subject!r}")
+            raise InputError(f"the prompt does not contain the subject {show(self.subject)}")
         position, at = len(self.opening), 0
         positions: list[int] = []
         for text, n in self.pieces:
@@ -123,6 +124,12 @@ class Look:
         return ids[0]
 
 
+def quote(text: str) -> str:
+    """A text in quotation marks and on one line; of a long one the end."""
+    line = "".join(draw.VISIBLE.get(x, x) for x in text)
+    return f"“{line if len(line) <= MAX_QUOTED else '…' + line[1 - MAX_QUOTED :]}”"
+
+
 def view_decay(look: Look) -> list[Picture]:
     found = read_decays(look.model, look.tokens)
     figure = draw.draw_decay_curves(found.half_lives, found.on_text, found.rates, found.mixes)
@@ -139,26 +146,26 @@ def view_flow(look: Look) -> list[Picture]:
     gradient = influence(look.model, look.tokens, answer)
     word = look.tokenizer.decode([answer])
     figure = draw.draw_flow(*found, gradient, look.labels, word)
-    return [
-        Picture(
-            figure,
-            f"Noise on “{look.subject}” changes the probability of “{word}” from {100 * found.clean:.3g}% to "
-            f"{100 * found.corrupted:.3g}%. The first two pictures: where putting back one layer's output, or its "
-            "memory, undoes that.",
-        )
-    ]
+    caption = (
+        f"Noise on {quote(look.subject or '')} changes the probability of {quote(word)} from {100 * found.clean:.3g}% "
+        f"to {100 * found.corrupted:.3g}%. The first two pictures: where putting back one layer's output, or its "
+        "memory, undoes that."
+    )
+    if look.model.generation in ("rwkv7a", "rwkv7b"):
+        caption += " What every layer looks up for a token gets no noise."
+    return [Picture(figure, caption)]
 
 
 def view_reads(look: Look) -> list[Picture]:
     found = read_weights(look.model, look.tokens)
     figure = draw.draw_reads(found.shares, look.labels)
-    return [
-        Picture(
-            figure,
-            "The operators written as attention: how much of what a token reads was written by each earlier token. "
-            f"The map times the values gives the operator's output up to {found.error:.0e}.",
-        )
-    ]
+    caption = (
+        "The operators written as attention: how much of what a token reads was written by each earlier token. "
+        f"The map times the values gives the operator's output up to {found.error:.0e}."
+    )
+    if look.model.generation == "rwkv7b":
+        caption += " The attention that RWKV-7b has beside them is not drawn."
+    return [Picture(figure, caption)]
 
 
 def view_cascade(look: Look) -> list[Picture]:
@@ -179,9 +186,11 @@ def view_cascade(look: Look) -> list[Picture]:
 def view_state(look: Look) -> list[Picture]:
     if look.against is not None:
         check_has_heads(look.model)
-        states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against))]
+        texts = look.tokens, look.encode(look.against, "the text of --against")
+        states = [read_state(look.model, tokens) for tokens in texts]
         figure = draw.draw_difference(state_difference(*states))
-        caption = f"How far apart the states after “{look.prompt}” and “{look.against}” are, head by head."
+        after = f"{quote(look.prompt)} and {quote(look.against)}"
+        caption = f"How far apart the states after {after} are, head by head."
         return [Picture(figure, caption)]
     return [
         Picture(
@@ -213,9 +222,9 @@ def view_memory(look: Look) -> list[Picture]:
     if not look.texts:
         raise InputError("memory needs long texts: give them with --text")
     encode = look.tokenizer.encode
-    question, recalled = encode(look.question), encode(look.recalled)
-    if not question or not recalled:
-        raise InputError("memory needs a --question and what should be --recalled, of at least one token each")
+    fact, question, recalled = encode(look.fact), encode(look.question), encode(look.recalled)
+    if not fact or not question or not recalled:
+        raise InputError("memory needs a --fact, a --question and what should be --recalled; one is empty")
     length = min(map(len, look.texts))
     losses = loss_by_position(
         look.model, [[*look.opening, *text[:length]] for text in look.texts], progress=look.progress
@@ -224,20 +233,20 @@ def view_memory(look: Look) -> list[Picture]:
     remembered = recall(
         look.model,
         look.opening,
-        encode(look.fact),
+        fact,
         [text[:length] for text in look.texts],
         question,
-        recalled[0],
+        recalled,
         distances,
         progress=look.progress,
     )
     figure = draw.draw_memory(*losses, remembered.distances, remembered.gain, look.fact)
-    asked, answer = look.question.strip(), look.recalled.strip()
     return [
         Picture(
             figure,
-            f"Left: the loss at every position of {len(look.texts)} texts of {length:,} tokens. Right: “{look.fact}” "
-            f"is read, then other text, then “{asked}”; how much more probable “{answer}” is than without the fact.",
+            f"Left: the loss at every position of {len(look.texts)} texts of {length:,} tokens. Right: "
+            f"{quote(look.fact)} is read, then other text, then {quote(look.question.strip())}; how much more probable "
+            f"{quote(look.recalled.strip())} is than without the fact.",
         )
     ]
 

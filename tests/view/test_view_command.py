@@ -8,10 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
 from heronry import LLM, save
+from heronry.adapters import save_adapter
+from heronry.adapters.inject import inject_miss
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
 from heronry.view.text_figures import _shown, draw_cascade, draw_decay_curves, draw_difference, draw_reads
@@ -47,6 +50,14 @@ def test_two_states_are_compared(here, command):
     assert picture((here / "two.png").read_bytes()).std() > 20
 
 
+def test_what_is_quoted_stays_on_one_line(here, command):
+    code, _, err = command("view", "state", "--prompt", "A\ncat. " * 30, "--against", "A\tdog.", "--out", "two.html")
+    assert code == 0
+    assert (
+        err == f"two.html: How far apart the states after “…{('A⏎cat. ' * 30)[-99:]}” and “A⇥dog.” are, head by head.\n"
+    )
+
+
 def test_flow_finds_the_hero(here, command):
     """Noise on the name takes the answer away; the token of the name brings it back."""
     code, _, err = command("view", "flow", "--out", "flow.svg")
@@ -75,6 +86,26 @@ def test_one_page_with_everything(here, command, random_checkpoint):
     assert page.count("<figure><div>") == len(VIEWS) - 1  # each scrolls sideways on a phone
     assert "without state: RWKV-4 keeps two sums a channel" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_a_model_with_an_adapter(here, command, random_checkpoint):
+    """Merged, or beside packed weights; the page says that it is there."""
+    model = assemble(random_checkpoint("7", vocab=256, width=64, heads=2, ffn=64))
+    save(model, here / "seven")
+    inject_miss(model, rank=4)
+    for name, p in model.named_parameters():
+        if "miss" in name:
+            torch.nn.init.ones_(p)
+    save_adapter(model, here / "adapter")
+    words = ("view", "knockout", "--model", "seven", "--tokenizer", "bytes", "--prompt", "To be")
+    pages = []
+    for i, options in enumerate(((), ("--adapter", "adapter"), ("--adapter", "adapter", "--quantize", "int8"))):
+        code, _, err = command(*words, *options, "--out", f"{i}.html")
+        assert code == 0, err
+        page = (here / f"{i}.html").read_text()
+        assert ("\nadapter: adapter" in page) == (i > 0)
+        pages.append(re.findall(r"base64,([^\"]+)", page)[0])
+    assert len({*pages}) == 3
 
 
 def test_a_report_of_a_prompt_without_a_subject(here, command, random_checkpoint):
@@ -106,7 +137,12 @@ def test_an_animation(here, command):
         (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
         (
             ["memory", "--text", "short.txt", "--recalled", ""],
-            "memory needs a --question and what should be --recalled",
+            "memory needs a --fact, a --question and what should be --recalled; one is empty",
+        ),
+        (["memory", "--text", "short.txt", "--fact", ""], "memory needs a --fact"),
+        (
+            ["state", "--model", "seven", "--tokenizer", "bytes", "--against", "x"],
+            "the text of --against is too short: it needs at least two tokens",
         ),
         (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
         (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
@@ -122,6 +158,8 @@ def test_bad_input(words, message, here, command, random_checkpoint):
     (here / "short.txt").write_text("Too short.")
     if "four" in words:
         save(assemble(random_checkpoint("4", vocab=256)), here / "four")
+    if "seven" in words:
+        save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
     code, out, err = command("view", *words)
     assert (code, out) == (2, "")
     assert message in err

@@ -68,6 +68,8 @@ def view(
         typer.Option(help="A .png, .svg, .html or .gif file.", show_default="NAME.png here, of several NAME.html"),
     ] = None,
     force: options.Force = False,
+    quantize: options.Quantize = None,
+    adapter: options.Adapter = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -96,7 +98,7 @@ def view(
     if prompt is not None and subject is None and name == "flow":
         raise InputError("name the part of the prompt that gets noise with --subject")
     given_text = None if text is None else read_text(text, MAX_BYTES)
-    llm = options.load_llm(model, tokenizer, dtype, device, threads, None, None, ln_x_eps)
+    llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     defaults = STORY if model in (None, "bundled") else PLACE
     given["prompt"] = prompt
     chosen: dict[str, Any] = {key: value if given[key] is None else given[key] for key, value in defaults.items()}
@@ -125,6 +127,7 @@ def view(
         )
         pictures, left_out = view_report(look) if name == "report" else (VIEWS[name](look), {})
     about = f"heronry view {name}\nmodel: {model or 'bundled'} ({llm.model.generation})"
+    about += "" if adapter is None else f"\nadapter: {adapter}"
     if name not in LONG:
         about += f"\nprompt: {look.prompt}"
     if name in (*LONG, "report"):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..models import Model
 from ..progress import Progress
-from .inside import as_row
+from .inside import as_row, in_eval_mode
 
-PIECE = 512  # tokens in a call of the model, of all rows together
+PIECE = 256  # tokens in a call of the model, of all rows together
 
 
 class PositionLoss(NamedTuple):
@@ -32,6 +32,7 @@ class PositionLoss(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def loss_by_position(
     model: Model, texts: Sequence[Sequence[int]], bins: int = 24, progress: Progress | None = None
 ) -> PositionLoss:
@@ -80,6 +81,7 @@ class Recall(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def recall(
     model: Model,
     opening: Sequence[int],
@@ -95,13 +97,12 @@ def recall(
     Args:
         opening: what every text begins with.
         fillers: texts between the fact and the question, at least as long as the largest distance.
-        answer: what should follow the question.
+        answer: what should follow the question, one token at least.
         distances: from small to large; 0: the question comes right after the fact.
     """
     if not fillers or min(map(len, fillers)) < max(distances):
         raise InputError(f"fillers of at least {max(distances)} tokens are needed")
-    asked = torch.tensor([[*question, *answer[:-1]]] * len(fillers), device=model.device)
-    expected = torch.tensor([list(answer)] * len(fillers), device=model.device)
+    expected = torch.tensor([list(answer)] * len(fillers), device=model.device)[..., None]
     said = []  # [with and without the fact][distance]
     for done, known in enumerate((fact, ())):
         begun = [*opening, *known]
@@ -113,9 +114,10 @@ def recall(
                 piece = [list(filler[first : min(first + PIECE, distance)]) for filler in fillers]
                 _, state = model(torch.tensor(piece, device=model.device), state, last_only=True)
             begin = distance
+            asked = torch.tensor([[*question, *answer[:-1]]] * len(fillers), device=model.device)
             logits, _ = model(asked, state)
-            said_there = logits[:, -len(answer) :].float().log_softmax(-1)  # [fillers, answer, V]
-            row.append(said_there.gather(-1, expected[..., None]).sum((1, 2)).mean().item())
+            each = logits[:, -len(answer) :].float().log_softmax(-1).gather(-1, expected)  # [fillers, tokens, 1]
+            row.append(each.sum(1).mean().item())
             if progress is not None:
                 progress(done * max(distances) + distance, 2 * max(distances))
         said.append(row)

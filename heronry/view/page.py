@@ -54,7 +54,9 @@ def write_pictures(
     """
     kind = check_ending(path)
     if kind == ".html":
-        content = _page(pictures, title, about, table, data).encode()
+        content = _page(pictures, title, about, table, data).encode(
+            errors="replace"
+        )  # names of files may hold any bytes
     elif len(pictures) != 1:
         raise InputError(f"{path}: a {kind} holds one picture, not {len(pictures)}; write an .html page")
     elif kind == ".gif":

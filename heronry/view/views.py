@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, show
+from ..memory import release_memory
 from ..models import Model
 from ..progress import Progress
 from ..text.tokenizers import Tokenizer, spell
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 CHUNKS = (32, 64, 128, 256, 512)  # tokens a piece
 ANIMATED = 128  # of these
 SHORTEST = 64  # tokens of a text that says something about memory
+MAX_QUOTED = 100  # characters
 DISTANCES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -104,7 +106,7 @@ class Look:
         prompt = "".join(text for text, _ in self.pieces)  # a tokenizer may normalise what it reads
         begins = [i for i in range(len(prompt)) if prompt.startswith(self.subject, i)]
         if not begins:
-            raise InputError(f"the prompt does not contain the subject {self.subject!r}")
+            raise InputError(f"the prompt does not contain the subject {show(self.subject)}")
         position, at = len(self.opening), 0
         positions: list[int] = []
         for text, n in self.pieces:
@@ -124,6 +126,12 @@ class Look:
         return ids[0]
 
 
+def quote(text: str) -> str:
+    """A text in quotation marks and on one line; of a long one the end."""
+    line = "".join(draw.VISIBLE.get(x, x) for x in text)
+    return f"“{line if len(line) <= MAX_QUOTED else '…' + line[1 - MAX_QUOTED :]}”"
+
+
 def view_decay(look: Look) -> list[Picture]:
     found = read_decays(look.model, look.tokens)
     figure = draw.draw_decay_curves(found.half_lives, found.on_text, found.rates, found.mixes)
@@ -140,27 +148,29 @@ def view_flow(look: Look) -> list[Picture]:
     gradient = influence(look.model, look.tokens, answer)
     word = spell(look.tokenizer, answer)
     figure = draw.draw_flow(*found, gradient, look.labels, word)
-    noise = (
-        f"Noise on “{look.subject}” changes the probability of “{word}” from {100 * found.clean:.3g}% to "
-        f"{100 * found.corrupted:.3g}%."
+    caption = (
+        f"Noise on {quote(look.subject or '')} changes the probability of {quote(word)} from {100 * found.clean:.3g}% "
+        f"to {100 * found.corrupted:.3g}%."
     )
     if found.corrupted > found.clean / 2:
-        hint = " The answer does not rest on the subject: there is little to put back."
+        caption += " The answer does not rest on the subject: there is little to put back."
     else:
-        hint = " The first two pictures: where putting back one layer's output, or its memory, undoes that."
-    return [Picture(figure, noise + hint)]
+        caption += " The first two pictures: where putting back one layer's output, or its memory, undoes that."
+    if look.model.generation in ("rwkv7a", "rwkv7b"):
+        caption += " What every layer looks up for a token gets no noise."
+    return [Picture(figure, caption)]
 
 
 def view_reads(look: Look) -> list[Picture]:
     found = read_weights(look.model, look.tokens)
     figure = draw.draw_reads(found.shares, look.labels)
-    return [
-        Picture(
-            figure,
-            "The operators written as attention: how much of what a token reads was written by each earlier token. "
-            f"The map times the values gives the operator's output up to {found.error:.0e}.",
-        )
-    ]
+    caption = (
+        "The operators written as attention: how much of what a token reads was written by each earlier token. "
+        f"The map times the values gives the operator's output up to {found.error:.0e}."
+    )
+    if look.model.generation == "rwkv7b":
+        caption += " The attention that RWKV-7b has beside them is not drawn."
+    return [Picture(figure, caption)]
 
 
 def view_cascade(look: Look) -> list[Picture]:
@@ -183,7 +193,7 @@ def view_state(look: Look) -> list[Picture]:
         check_has_heads(look.model)
         states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against, "--against"))]
         figure = draw.draw_difference(state_difference(*states), look.prompt, look.against)
-        caption = f"How far apart the states after “{look.prompt}” and “{look.against}” are, head by head."
+        caption = f"How far apart the states after {quote(look.prompt)} and {quote(look.against)} are, head by head."
         return [Picture(figure, caption)]
     return [
         Picture(
@@ -236,13 +246,13 @@ def view_memory(look: Look) -> list[Picture]:
         progress=look.progress,
     )
     figure = draw.draw_memory(*losses, remembered.distances, remembered.gain, look.fact)
-    asked, answer = look.question.strip(), look.recalled.strip()
     texts = f"{len(look.texts)} texts" if len(look.texts) > 1 else "a text"
     return [
         Picture(
             figure,
-            f"Left: the loss at every position of {texts} of {length:,} tokens. Right: “{look.fact}” "
-            f"is read, then other text, then “{asked}”; how much more probable “{answer}” is than without the fact.",
+            f"Left: the loss at every position of {texts} of {length:,} tokens. Right: {quote(look.fact)} is read, "
+            f"then other text, then {quote(look.question.strip())}; how much more probable "
+            f"{quote(look.recalled.strip())} is than without the fact.",
         )
     ]
 
@@ -273,4 +283,5 @@ def view_report(look: Look) -> tuple[list[Picture], dict[str, str]]:
             pictures += view(look)
         except InputError as error:
             left_out[name] = str(error)
+        release_memory()  # each view has other needs
     return pictures, left_out

@@ -8,10 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
 from heronry import LLM, save
+from heronry.adapters import save_adapter
+from heronry.adapters.inject import inject_miss
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
 from heronry.view.text_figures import _shown, draw_cascade, draw_decay_curves, draw_difference, draw_reads
@@ -45,6 +48,14 @@ def test_two_states_are_compared(here, command):
     code, _, err = command("view", "state", "--prompt", "A cat.", "--against", "A dog.", "--out", "two.png")
     assert (code, err) == (0, "two.png: How far apart the states after “A cat.” and “A dog.” are, head by head.\n")
     assert picture((here / "two.png").read_bytes()).std() > 20
+
+
+def test_what_is_quoted_stays_on_one_line(here, command):
+    code, _, err = command("view", "state", "--prompt", "A\ncat. " * 30, "--against", "A\tdog.", "--out", "two.html")
+    assert code == 0
+    assert (
+        err == f"two.html: How far apart the states after “…{('A⏎cat. ' * 30)[-99:]}” and “A⇥dog.” are, head by head.\n"
+    )
 
 
 def test_flow_finds_the_hero(here, command):
@@ -98,6 +109,26 @@ def test_noise_that_changes_nothing(here, command):
     assert "The answer does not rest on the subject: there is little to put back." in err
 
 
+def test_a_model_with_an_adapter(here, command, random_checkpoint):
+    """Merged, or beside packed weights; the page says that it is there."""
+    model = assemble(random_checkpoint("7", vocab=256, width=64, heads=2, ffn=64))
+    save(model, here / "seven")
+    inject_miss(model, rank=4)
+    for name, p in model.named_parameters():
+        if "miss" in name:
+            torch.nn.init.ones_(p)
+    save_adapter(model, here / "adapter")
+    words = ("view", "knockout", "--model", "seven", "--tokenizer", "bytes", "--prompt", "To be")
+    pages = []
+    for i, options in enumerate(((), ("--adapter", "adapter"), ("--adapter", "adapter", "--quantize", "int8"))):
+        code, _, err = command(*words, *options, "--out", f"{i}.html")
+        assert code == 0, err
+        page = (here / f"{i}.html").read_text()
+        assert ("\nadapter: adapter" in page) == (i > 0)
+        pages.append(re.findall(r"base64,([^\"]+)", page)[0])
+    assert len({*pages}) == 3
+
+
 def test_a_report_of_a_prompt_without_a_subject(here, command, random_checkpoint):
     """It has no causal tracing, which needs one, and no cascade, which needs a longer text, and says so."""
     save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
@@ -148,6 +179,8 @@ def test_bad_input(words, message, here, command, random_checkpoint):
     (here / "short.txt").write_text("Too short.")
     if "four" in words:
         save(assemble(random_checkpoint("4", vocab=256)), here / "four")
+    if "seven" in words:
+        save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
     code, out, err = command("view", *words)
     assert (code, out) == (2, "")
     assert message in err

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 from ..errors import InputError, show, unknown_name
 from ..models import State
 from ..text.chat_templates import read_messages, usual_template
+from ..text.stop_strings import StopStringBuffer
 from ..text.template_choice import AnyTemplate, find_template
 from ..text.tokenizers import WorldTokenizer
 from ..text.utf8 import encode_utf8
@@ -36,7 +37,6 @@ from .conversation import Beginning, ConversationTree, Turn, beginning_of, linea
 from .generate import Generation, prefill
 from .options import DecodeOptions, Decoding, check_names, resolve
 from .sampling import Sampling
-from .stop_strings import StopStringBuffer
 from .text_model import TextModel
 
 if TYPE_CHECKING:

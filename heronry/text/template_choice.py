@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import InputError, show, unknown_name
 from ..files import read_json
-from .chat_templates import TEMPLATES, Template, parse_template, template_by_name, template_from
 from .jinja_templates import JinjaTemplate, to_jinja
+from .model_names import template_by_name
+from .templates import TEMPLATES, Template, parse_template, template_from
 
 AnyTemplate = Template | JinjaTemplate
 MOST_BYTES = 1 << 20  # of a file with a template; the longest that are published have 20 KB

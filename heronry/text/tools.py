@@ -50,7 +50,7 @@ class ToolCall:
     id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}", compare=False)
 
 
-Tools = Sequence[Mapping[str, Any]] | Mapping[str, Schema]
+Tools = Sequence[Mapping[str, Any]] | Mapping[str, Schema | Tool]
 
 
 def read_tools(tools: Tools | None) -> dict[str, Tool]:
@@ -58,7 +58,7 @@ def read_tools(tools: Tools | None) -> dict[str, Tool]:
 
     Args:
         tools: OpenAI's list, {"type": "function", "function": {"name", "description", "parameters"}} each; or the JSON
-            Schema of each one's arguments by its name.
+            Schema of each one's arguments by its name; or what this returns.
 
     Raises:
         InputError: another type of tool, a name that is missing or given twice, a schema that is none of an object.
@@ -66,6 +66,8 @@ def read_tools(tools: Tools | None) -> dict[str, Tool]:
     if tools is None:
         return {}
     if isinstance(tools, Mapping):
+        if all(isinstance(tool, Tool) for tool in tools.values()):
+            return {**tools}  # type: ignore[dict-item]
         tools = [{"function": {"name": name, "parameters": schema}} for name, schema in tools.items()]
     if isinstance(tools, str) or not isinstance(tools, Sequence):
         raise InputError(f"tools must be a list of tools, got {show(tools)}", param="tools")

@@ -43,7 +43,8 @@ class ToolStyle:
     template: Template | None = None
 
     def begin_call(self, name: str | None = None) -> str:
-        """What a call begins with, up to its name; with a name up to the arguments."""
+        """What a call begins with, up to its name; with a name up to the arguments. With a space in front it is an
+        `opening` of `render`."""
         return self.begin + self.begin_name + (f"{name}{self.begin_arguments}" if name is not None else "")
 
 
@@ -193,7 +194,7 @@ TOOL_STYLES = {
         show_result=_indented_result,
         begin="**Tool Call:**\n```json",
         begin_name='\n{\n  "name": "',
-        begin_arguments='",\n  "arguments": ',
+        begin_arguments='",\n  "arguments":',
         template=FUNCTION_CALLING,
     ),
     "xml": ToolStyle(

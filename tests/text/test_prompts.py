@@ -266,6 +266,9 @@ def test_calls_are_read_as_they_are_shown(style):
     )
     assert answer.startswith(TOOL_STYLES[style].begin)
     for opening in ("", TOOL_STYLES[style].begin_call(), TOOL_STYLES[style].begin_call("weather")):
+        assert not opening or render([user("x")], tools=TOOLS, tool_style=style, opening=f" {opening}").endswith(
+            opening
+        )
         assert answer.startswith(opening)
         parsed = parse(answer[len(opening) :], TOOLS, opening=f" {opening}")
         assert [(x.name, x.arguments) for x in parsed.calls] == [(call.name, '{"city":"Paris"}')]

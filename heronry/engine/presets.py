@@ -31,6 +31,6 @@ PRESETS = {
 
 def preset_by_name(name: str) -> Sampling:
     """Raises InputError if there is no such preset."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise unknown_name("sampling preset", name, PRESETS, param="preset")
     return PRESETS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 THINK, END_OF_THOUGHT = "<think", "</think>"
 
@@ -19,7 +19,7 @@ class ThoughtParser:
         self._reasoning, self._content = TrimmedText(), TrimmedText()
         self._hidden = n_hidden
         self._state: Callable[[str], None] = self._begin  # takes the next character
-        self._input: list[Iterator[str]] = []  # what is to be read, the next last
+        self._input: list[tuple[str, int]] = []  # what is to be read, and from where on; the next last
         self._held = ""  # what may become a mark
 
     @property
@@ -28,13 +28,22 @@ class ThoughtParser:
         return self._state in (self._begin_thought, self._think)
 
     def _read(self, text: str) -> None:
-        self._input.append(iter(text))
+        self._input.append((text, 0))
         while self._input:
-            character = next(self._input[-1], "")
-            if character:
-                self._state(character)
-            else:
-                self._input.pop()
+            text, at = self._input.pop()
+            at = self._read_plain(text, at)
+            if at < len(text):
+                self._input.append((text, at + 1))
+                self._state(text[at])
+
+    def _read_plain(self, text: str, at: int) -> int:
+        """Reads what can be no mark at once, for speed; returns where it ends."""
+        if self._state != self._think or self._held:
+            return at
+        end = text.find("<", at)
+        end = len(text) if end < 0 else end
+        self._hand_out(text[at:end], self._reasoning)
+        return end
 
     def _finish_thought(self) -> None:
         """At the end of the text."""
@@ -59,7 +68,7 @@ class ThoughtParser:
 
     def _leave(self, state: Callable[[str], None]) -> None:
         """What was held is read by another state."""
-        self._input.append(iter(self._held))
+        self._input.append((self._held, 0))
         self._held, self._state = "", state
 
     def _begin_thought(self, c: str) -> None:

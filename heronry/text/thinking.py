@@ -47,7 +47,7 @@ def thinking_by_name(name: str, question: str) -> Thinking:
     Raises:
         InputError: there is no such mode.
     """
-    if name not in THINKING:
+    if not isinstance(name, str) or name not in THINKING:
         raise unknown_name("mode of thinking", name, THINKING, param="think")
     if name.startswith("chinese") and not re.search("[\u3400-\u9fff]", question):
         return THINKING["open"]

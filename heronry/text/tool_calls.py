@@ -15,6 +15,7 @@ a text in single quotation marks there, one in double ones, or none, so there ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ TAGS = ("<tool_call>", "<tool_calls>")
 CLOSING_TAGS = ("</tool_call>", "</tool_calls>")
 LABEL = "**Tool Call:**"
 FENCE = "```"
+MARK_BEGIN = re.compile(r"[<*`]")
+FENCE_LINE_END = re.compile(r"[`\n]")
 LANGUAGES = ("", "json")  # of fences that may hold calls
 LONGEST_LANGUAGE = 24  # characters, with the fence in front
 
@@ -118,6 +121,18 @@ class AnswerParser(ThoughtParser):
         self._said, self._calls = [], []
         return Parsed(self._reasoning.take(), self._content.take(), calls)
 
+    def _read_plain(self, text: str, at: int) -> int:
+        if self._state == self._look:
+            mark = MARK_BEGIN.search(text, at)
+            end = mark.start() if mark else len(text)
+        elif self._state == self._say:
+            end = len(text)
+        else:
+            return super()._read_plain(text, at)
+        if end > at:
+            self._say(text[at:end])
+        return end
+
     # --- what is said
 
     def _begin_content(self, c: str) -> None:
@@ -179,7 +194,7 @@ class AnswerParser(ThoughtParser):
         begins = not self._fence or (self._fence == "json" and language)
         if begins and language in LANGUAGES:
             self._open(fence, "fence")
-            self._input.append(iter(c))
+            self._input.append((c, 0))
             return
         self._unhold(c)
         if begins:
@@ -192,15 +207,14 @@ class AnswerParser(ThoughtParser):
         text = self._held.removesuffix(c)
         self._held, self._state = "", self._look
         self._say(text)
-        self._input.append(iter(c))
+        self._input.append((c, 0))
 
     def _say(self, text: str) -> None:
-        for c in text:
-            if self._is_fence_line and c in "`\n":
-                self._is_fence_line = False
-                if c == "`":  # code within a line
-                    self._fence = ""
-            self._before = c
+        self._before = text[-1:] or self._before
+        if self._is_fence_line and (end := FENCE_LINE_END.search(text)):
+            self._is_fence_line = False
+            if end[0] == "`":  # code within a line
+                self._fence = ""
         visible = self._visible(text, self._content)
         if self._label and text.isspace():
             self._label.append(visible)
@@ -270,7 +284,7 @@ class AnswerParser(ThoughtParser):
         self._say(block.mark)
         if block.kind == "fence":
             self._fence, self._is_fence_line = "json", True
-        self._input.append(iter(block.text))
+        self._input.append(("".join(block.text), 0))
 
     def _close(self) -> None:
         """The block holds calls."""

@@ -50,7 +50,7 @@ class ToolStyle:
 
 def style_by_name(name: str) -> ToolStyle:
     """Raises InputError if there is no such style."""
-    if name not in TOOL_STYLES:
+    if not isinstance(name, str) or name not in TOOL_STYLES:
         raise unknown_name("tool style", name, TOOL_STYLES, param="tool_style")
     return TOOL_STYLES[name]
 

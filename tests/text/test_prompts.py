@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,9 @@ def test_calls_are_read_as_they_are_shown(style):
         ([user("x"), called(("c1", "{}"))], {}, "messages.[1].tool_calls", "have no results yet"),
         ([user("x")], {"continue_final_message": True}, "continue_final_message", "got one of 'user'"),
         ([user("x")], {"think": "deep"}, "think", "unknown mode of thinking 'deep'"),
+        ([user("x")], {"think": ["open"]}, "think", "unknown mode of thinking"),
+        ([user("x")], {"opening": []}, "opening", "opening must be plain"),
+        ([user("x")], {"tool_style": {}}, "tool_style", "unknown tool style"),
         ([user("x")], {"tool_style": "yaml"}, "tool_style", "unknown tool style 'yaml'"),
         (
             [user("x")],
@@ -355,7 +359,7 @@ def test_calls_are_read_as_they_are_shown(style):
 def test_what_is_refused_is_named(messages, options, param, message):
     with pytest.raises(InputError, match=message) as error:
         render(messages, **options)
-    assert error.value.param == param
+    assert error.value.param == pickle.loads(pickle.dumps(error.value)).param == param
     assert "\n" not in str(error.value)
 
 

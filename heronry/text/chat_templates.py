@@ -232,11 +232,13 @@ def _answer(message: Message, style: ToolStyle | None, is_last: bool = False) ->
 
 
 def _opening(opening: str, style: ToolStyle) -> str:
-    named = {"plain": "", "fence": style.begin, "call": style.begin_call()}
+    named = {"": "", "plain": "", "fence": style.begin, "call": style.begin_call()}
     if isinstance(opening, str) and opening in named:
         return named[opening]
     if not isinstance(opening, str) or not opening.startswith(" ") or opening != opening.rstrip():
-        what = f"opening must be {', '.join(named)}, or a text that begins with a space and ends without one"
+        what = (
+            f"opening must be {', '.join(filter(None, named))}, or a text that begins with a space and ends without one"
+        )
         raise InputError(f"{what}, got {show(opening)}", param="opening")
     return opening
 

@@ -165,7 +165,9 @@ def _indented_call(call: ToolCall) -> str:
 
 def _g1k_result(call: ToolCall, text: str) -> str:
     value = _value(text)
-    result = {"ok": True, "tool": call.name, "result": text if value is None else value}
+    result: dict[str, Any] = {"ok": True, "tool": call.name, "result": text if value is None else value}
+    if isinstance(value, dict) and [*value] == ["error"]:
+        result = {"ok": False, "tool": call.name, "error": value["error"]}
     return f"<tool_response>{compact(result)}</tool_response>"
 
 

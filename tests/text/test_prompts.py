@@ -216,6 +216,12 @@ def test_tools_in_other_styles():
     assert render([user("x")], "bot", tools=own, think="none").endswith("### User\nx\n### Assistant\n")
 
 
+def test_a_tool_that_failed():
+    talk = [user("x"), called(("c1", "")), result('{"error": "no such city"}')]
+    assert '{"ok":false,"tool":"weather","error":"no such city"}' in render(talk, tool_style="g1k")
+    assert 'Function output:\n{"error":"no such city"}' in render(talk)
+
+
 def test_results_of_tools():
     """Several become one message; JSON is written compactly, other text as it is."""
     talk = [user("x"), called(("a", '{"city": "Paris"}'), ("b", ""), text="I look."), result(" 1\n\n2 ", "a")]

@@ -198,7 +198,8 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
     that it comes from if it was not typed."""
     verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen, and show errors in full.")]
     quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no notes, only errors.")]
-    arguments = inspect.signature(function).parameters
+    arguments = dict(inspect.signature(function).parameters)
+    takes_context = arguments.pop("context", None) is not None
 
     @wraps(function)
     def run(context: typer.Context, verbose: bool, quiet: bool, **options: Any) -> None:
@@ -208,7 +209,7 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
         if context.obj is not None:
             raise context.obj
         try:
-            function(**options)
+            function(**options, **({"context": context} if takes_context else {}))
         except InputError as error:
             message = _as_typed(str(error), arguments)
             for name in [name for name in DEFAULTS if name in options]:

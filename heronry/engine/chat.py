@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from ..errors import InputError, show, unknown_name
 from ..models import State
-from ..text.chat_templates import read_messages, usual_template
+from ..text.chat_templates import Prompt, read_messages, usual_template
+from ..text.stop_strings import StopStringBuffer
 from ..text.template_choice import AnyTemplate, find_template
 from ..text.tokenizers import WorldTokenizer
 from ..text.utf8 import encode_utf8
@@ -36,7 +37,6 @@ from .conversation import Beginning, ConversationTree, Turn, beginning_of, linea
 from .generate import Generation, prefill
 from .options import DecodeOptions, Decoding, check_names, resolve
 from .sampling import Sampling
-from .stop_strings import StopStringBuffer
 from .text_model import TextModel
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class _Request(NamedTuple):
     text: all of the conversation, up to where the answer begins.
     answer: what the answer begins with already.
     again: the message was said before, in the last turn of the branch.
+    is_raw: the answer is handed out with the white space at its beginning.
     """
 
     before: Turn | Beginning
@@ -58,6 +59,7 @@ class _Request(NamedTuple):
     text: str
     answer: str
     again: bool = False
+    is_raw: bool = False
 
 
 class Chat:
@@ -82,10 +84,7 @@ class Chat:
             history: messages of an earlier conversation, read at once: [{"role": "user", "content": ...}, ...], the
                 last of "assistant". `undo` does not reach into them.
         """
-        name = llm.chat_template if template is None else template
-        if name is None:
-            name = usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
-        chosen = find_template(name)
+        chosen = choose_template(llm, template)
         _ = chosen.separator  # InputError for a template that is damaged
         messages = read_messages(history)
         if system:
@@ -233,6 +232,14 @@ class Chat:
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
 
+    def answer(self, prompt: Prompt, max_tokens: int, options: Mapping[str, Any]) -> Generator[Completion, None, None]:
+        """What the model writes behind a prompt that holds a whole conversation, with white space at its beginning."""
+
+        def begin(old: Turn | Beginning) -> _Request:
+            return _Request(old, {"content": ""}, prompt.context, prompt.beginning, is_raw=True)
+
+        return self._answer(begin, self._decoding(max_tokens, options))
+
     def check_options(self, max_tokens: int = 512, **options: Unpack[DecodeOptions]) -> None:
         """InputError where `say` would not take these options."""
         self._decoding(max_tokens, options)
@@ -363,7 +370,7 @@ class Chat:
                 if self._tree.heads.get(branch) is not turn:
                     return  # the conversation moved on while this stream was open
                 answer = certain.rstrip()
-                new = answer[shown:] if shown else answer.lstrip()
+                new = answer[shown:] if shown or request.is_raw else answer.lstrip()
                 shown = max(shown, len(answer))
                 marks = _useful(marks, answer, certain, self.template.separator)
                 turn = _settled(turn, request.text, answer + self.template.separator, len(answer), read, marks)
@@ -405,6 +412,14 @@ class Chat:
             InputError: no such file, not a conversation, of another model, or damaged; this one then stays.
         """
         self._tree = ConversationTree.load(path, self._llm.model)
+
+
+def choose_template(llm: TextModel, template: str | AnyTemplate | None) -> AnyTemplate:
+    """What `find_template` finds; None = the template of the model."""
+    name = llm.chat_template if template is None else template
+    if name is None:
+        name = usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
+    return find_template(name)
 
 
 def _read_beginning(llm: TextModel, template: AnyTemplate, messages: list[dict[str, str]]) -> Beginning:

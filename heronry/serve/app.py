@@ -10,13 +10,13 @@ from fastapi import FastAPI
 from .. import __version__
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
-from . import basics, completions, metrics
+from . import basics, chat, completions, metrics
 from .errors import add_error_handlers
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
 from .server import Server
 
-ROUTERS = (basics.router, metrics.router, completions.router)
+ROUTERS = (basics.router, metrics.router, completions.router, chat.router)
 
 
 def create_app(

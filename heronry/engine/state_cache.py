@@ -1,0 +1,127 @@
+"""Keeps the states of prompts' beginnings, so that what was read once need not be read again.
+
+- only states that prefill left on the grid of call_sizes.py are put here: with one of them a prompt gives the same
+  bits as without. States that decoding left never are; see kept_states.py for those
+- the longest known beginning counts; the last token of a prompt is always read, for its logits
+- in RAM, and behind it in a store (state_store.py) that outlives the process and may serve several of them
+- nothing here fails: what cannot be kept, read or trusted is read again by the model
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..models import State
+from .call_sizes import GRID
+from .prefix_keys import choose_cuts, prefix_keys
+from .state_memory import StateMemory
+
+log = logging.getLogger("heronry")
+
+SEEN = 1 << 16  # cells whose keys are remembered without a state: some 10 MB
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a `StateCache` did so far.
+
+    hits, misses: prompts of which a beginning was known, and the others.
+    cached_tokens, prompt_tokens: not read again, of so many.
+    ram_bytes, store_bytes: of states, now.
+    dropped: states that were not stored because the store was too slow.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    ram_bytes: int = 0
+    store_bytes: int = 0
+    dropped: int = 0
+
+
+class StateCache:
+    """For any number of models, adapters, initial states and tenants: each has a root, see `cache_root`. Its methods
+    may be called from any thread."""
+
+    def __init__(self, ram_bytes: int, grid: int = GRID):
+        """
+        Args:
+            ram_bytes: of states in RAM at most; 0 = only the store.
+            grid: of the model's call sizes.
+        """
+        self.grid = grid
+        self._memory = StateMemory(ram_bytes)
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stats = CacheStats()
+
+    def lookup(self, root: bytes, tokens: Sequence[int]) -> tuple[int, State] | None:
+        """The longest known beginning of a prompt: how many tokens it has, a multiple of the grid below len(tokens),
+        and the state after them: one row, on the CPU. None where none is known.
+
+        It may read from the store, which takes as long as a disk or a network does.
+        """
+        keys = prefix_keys(root, tokens[:-1], self.grid)
+        found = self._find(keys)
+        cached = 0 if found is None else found[0]
+        with self._lock:
+            now = self._stats
+            self._stats = replace(
+                now,
+                hits=now.hits + (found is not None),
+                misses=now.misses + (found is None),
+                cached_tokens=now.cached_tokens + cached,
+                prompt_tokens=now.prompt_tokens + len(tokens),
+            )
+        return found
+
+    def _find(self, keys: Sequence[str]) -> tuple[int, State] | None:
+        for i in reversed(range(len(keys))):
+            state = self._memory.get(keys[i])
+            if state is not None:
+                return (i + 1) * self.grid, state
+        return None
+
+    def cut_positions(
+        self, root: bytes, tokens: Sequence[int], borders: Iterable[int] = (), start: int = 0
+    ) -> list[int]:
+        """Where to cut a prompt and `put` its state: a handful of multiples of the grid above `start`, in order. To be
+        called once for every prompt, since it is remembered: where the next one leaves it, that one is cut as well, and
+        the third that begins alike finds a state there.
+
+        Args:
+            borders: numbers of tokens after which a message ends, where that is known.
+            start: what `lookup` found.
+        """
+        keys = prefix_keys(root, tokens, self.grid)
+        with self._lock:
+            shared = next((i for i in range(len(keys), 0, -1) if keys[i - 1] in self._seen), 0) * self.grid
+            for key in reversed(keys):  # the beginnings, which are shared most, are forgotten last
+                self._seen[key] = None
+                self._seen.move_to_end(key)
+            while len(self._seen) > SEEN:
+                self._seen.popitem(last=False)
+        return choose_cuts(len(tokens), self.grid, borders, start, shared)
+
+    def put(self, root: bytes, tokens: Sequence[int], position: int, state: State) -> None:
+        """Keeps the state that prefill left after tokens[:position]; it is found at once, and written in the
+        background.
+
+        Args:
+            position: a multiple of the grid.
+            state: one row.
+        """
+        if position <= 0 or position % self.grid or position > len(tokens) or len(state) != 1:
+            raise ValueError(f"a state of {len(state)} rows at token {position} of {len(tokens)} cannot be kept")
+        self._memory.put(prefix_keys(root, tokens[:position], self.grid)[-1], state)
+
+    @property
+    def stats(self) -> CacheStats:
+        """What it did so far."""
+        with self._lock:
+            return replace(self._stats, ram_bytes=self._memory.nbytes)

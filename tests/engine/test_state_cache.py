@@ -1,0 +1,148 @@
+"""Kept states of prompts' beginnings: found where they should be, and never changing a bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from heronry import State
+from heronry.checkpoint import assemble
+from heronry.engine import prefill
+from heronry.engine.call_sizes import choose_call_sizes
+from heronry.engine.prefix_keys import cache_root, choose_cuts, prefix_keys
+from heronry.engine.state_cache import StateCache
+from heronry.models import LayerState, Model
+
+ROOT = bytes(32)
+
+
+def make_state(number: float, size: int = 8) -> State:
+    """One row of size * 4 bytes."""
+    return State([LayerState(*(torch.full((1, n), float(number)) for n in (1, size - 2, 1)))], "f" * 32)
+
+
+def small(random_checkpoint, version: str = "7", kind: str = "float32") -> Model:
+    quantize = kind if kind.startswith("int") else None
+    weights = random_checkpoint(version, width=128, heads=2, ffn=256)
+    return assemble(weights, dtype=None if quantize else getattr(torch, kind), quantize=quantize)
+
+
+def read(
+    model: Model, cache: StateCache, root: bytes, prompt: list[int], borders=()
+) -> tuple[int, torch.Tensor, State]:
+    """Reads a prompt as a scheduler does: from what is known, cut where its states are to be kept."""
+    position, state = cache.lookup(root, prompt) or (0, None)
+    cached = position
+    for cut in cache.cut_positions(root, prompt, borders, position):
+        _, state = prefill(model, [prompt[position:cut]], state)
+        cache.put(root, prompt, cut, state)
+        position = cut
+    logits, state = prefill(model, [prompt[position:]], state)
+    return cached, logits, state
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_hit_changes_no_bit(random_checkpoint, kind, one_thread):
+    model = small(random_checkpoint, kind=kind)
+    cache = StateCache(1 << 30, choose_call_sizes(model).grid)
+    root = cache_root(model)
+    draw = random.Random(kind)
+    system = [draw.randrange(101) for _ in range(300)]
+    hits = 0
+    for _ in range(20):
+        prompt = system[: draw.randrange(301)] + [draw.randrange(101) for _ in range(draw.randrange(1, 99))]
+        for _ in range(2):
+            cached, logits, state = read(model, cache, root, prompt, [len(system)])
+            expected, after = prefill(model, [prompt])
+            assert torch.equal(logits, expected)
+            assert all(torch.equal(x, y) for x, y in zip(state.tensors(), after.tensors(), strict=True))
+            hits += cached > 0
+        assert cached == (len(prompt) - 1) // cache.grid * cache.grid
+    assert hits >= 20
+
+
+def test_the_third_prompt_that_begins_alike_finds_a_state():
+    """Without borders: the second one shows where they part."""
+    cache = StateCache(1 << 20)
+    prompts = [[1] * 200 + [n] * 100 for n in (2, 3, 4)]
+    assert cache.cut_positions(ROOT, prompts[0]) == [256]
+    assert cache.lookup(ROOT, prompts[1]) is None
+    assert cache.cut_positions(ROOT, prompts[1]) == [192, 256]
+    cache.put(ROOT, prompts[1], 192, make_state(1))
+    assert cache.lookup(ROOT, prompts[2])[0] == 192
+    assert cache.cut_positions(ROOT, prompts[2], start=192) == [256]
+
+
+def test_the_last_token_is_always_read():
+    cache = StateCache(1 << 20)
+    cache.put(ROOT, [1] * 128, 128, make_state(1))
+    cache.put(ROOT, [1] * 64, 64, make_state(2))
+    assert cache.lookup(ROOT, [1] * 128)[0] == 64
+    assert cache.lookup(ROOT, [1] * 129)[0] == 128
+    assert cache.lookup(ROOT, [1] * 64) is None
+    assert cache.lookup(ROOT, []) is None
+    stats = cache.stats
+    assert (stats.hits, stats.misses, stats.cached_tokens, stats.prompt_tokens) == (2, 2, 192, 321)
+
+
+def test_cuts():
+    assert choose_cuts(1, 64, [], 0, 0) == []
+    assert choose_cuts(64, 64, [], 0, 0) == []
+    assert choose_cuts(65, 64, [], 0, 0) == [64]
+    assert choose_cuts(1000, 64, [100, 300, 500, 700, 900, 1000], 0, 0) == [64, 640, 896, 960]
+    assert choose_cuts(1000, 64, [100, 300, 500, 700, 900], 640, 300) == [896, 960]
+    assert choose_cuts(1000, 64, [], 0, 5000) == [960]
+    assert choose_cuts(1000, 64, [-5, 0, 2000], 0, 300) == [256, 960]
+
+
+def test_keys_are_of_the_tokens_and_the_root():
+    keys = prefix_keys(ROOT, [1] * 200, 64)
+    assert len(keys) == len(set(keys)) == 3
+    assert prefix_keys(ROOT, [1] * 128 + [2] * 64, 64)[:2] == keys[:2]
+    assert prefix_keys(ROOT, [1] * 127 + [2], 64)[0] == keys[0] != prefix_keys(ROOT, [2] + [1] * 63, 64)[0]
+    assert not {*keys} & {*prefix_keys(b"1" * 32, [1] * 200, 64)}
+    assert not {*keys} & {*prefix_keys(ROOT, [1] * 256, 128)}
+
+
+def test_roots(random_checkpoint):
+    """Whatever changes the numbers, changes the root; the same model, loaded again, has the same."""
+    model = small(random_checkpoint)
+    root = cache_root(model)
+    assert cache_root(small(random_checkpoint)) == root == cache_root(model, model.initial_state())
+    _, other = prefill(model, [[1, 2, 3]])
+    roots = [root, cache_root(model, other), cache_root(model, salt="a"), cache_root(model, salt="b")]
+    roots += [cache_root(small(random_checkpoint, kind=kind)) for kind in ("bfloat16", "float16", "int8")]
+    plain = small(random_checkpoint)
+    plain.native_step_enabled = False
+    roots.append(cache_root(plain))
+    assert len(set(roots)) == len(roots) == 8
+
+
+def test_memory_is_bounded_by_bytes():
+    cache = StateCache(100)  # three states of 32 bytes
+    prompts = [[n] * 65 for n in range(5)]
+    for prompt in prompts[:3]:
+        cache.put(ROOT, prompt, 64, make_state(1))
+    assert cache.lookup(ROOT, prompts[0])
+    cache.put(ROOT, prompts[3], 64, make_state(1))
+    assert [cache.lookup(ROOT, prompt) is not None for prompt in prompts] == [True, False, True, True, False]
+    cache.put(ROOT, prompts[4], 64, make_state(1, size=25))  # of 100 bytes
+    assert [cache.lookup(ROOT, prompt) is not None for prompt in prompts] == [False] * 4 + [True]
+    cache.put(ROOT, prompts[4], 64, make_state(1, size=26))
+    assert cache.stats.ram_bytes == 0
+
+
+def test_a_part_of_a_larger_tensor_is_not_kept_whole():
+    cache = StateCache(1000)
+    many = torch.zeros(100, 8)
+    cache.put(ROOT, [1] * 64, 64, State([LayerState(many[:1, :1], many[:1, 1:7], many[:1, 7:])], "f" * 32))
+    [layer] = cache.lookup(ROOT, [1] * 65)[1].layers
+    assert [x.untyped_storage().nbytes() for x in layer] == [4, 24, 4]
+
+
+@pytest.mark.parametrize("position", [0, 63, 128, -64])
+def test_only_states_on_the_grid_are_kept(position):
+    with pytest.raises(ValueError, match="cannot be kept"):
+        StateCache(1000).put(ROOT, [1] * 100, position, make_state(1))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,15 @@ from .call_sizes import choose_call_sizes
 LAST_BORDERS = 2  # of a conversation: behind the last answer and behind the last message
 
 
-def cache_root(model: Model, initial: State | None = None, salt: str = "") -> bytes:
-    """Where the keys of a model begin; 32 bytes. To be computed once for each model, initial state and salt.
+class CacheRoot(NamedTuple):
+    """Where the keys of a model begin, and the distance between its cuts in tokens."""
+
+    digest: bytes
+    grid: int
+
+
+def cache_root(model: Model, initial: State | None = None, salt: str = "") -> CacheRoot:
+    """To be computed once for each model, initial state and salt.
 
     Args:
         initial: one row, what prompts continue in place of the model's own initial state.
@@ -44,14 +52,15 @@ def cache_root(model: Model, initial: State | None = None, salt: str = "") -> by
         "initial": numbers.hexdigest(),
         "salt": salt,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+    return CacheRoot(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest(), sizes.grid)
 
 
-def prefix_keys(root: bytes, tokens: Sequence[int], grid: int) -> list[str]:
+def prefix_keys(root: CacheRoot, tokens: Sequence[int]) -> list[str]:
     """One key for every whole cell of the tokens: that of the first cell, of the first two, ... 64 hex digits each."""
+    digest, grid = root
     cells = len(tokens) // grid
     data = np.asarray(tokens[: cells * grid], dtype="<i8").tobytes()
-    keys, digest = [], root
+    keys = []
     for i in range(cells):
         digest = hashlib.sha256(digest + data[i * grid * 8 : (i + 1) * grid * 8]).digest()
         keys.append(digest.hex())

@@ -33,12 +33,11 @@ class StateMemory:
             return state
 
     def put(self, key: str, state: State) -> None:
-        """Keeps the state, on the CPU, and drops the least recently used ones; itself, if it alone is too large."""
+        """Keeps the state and drops the least recently used ones; itself, if it alone is too large."""
         size = state.nbytes
         if size > self._max_bytes:
             self.drop(key)
             return
-        state = state.compact().to("cpu")
         with self._lock:
             self._drop(key)
             self._states[key] = state

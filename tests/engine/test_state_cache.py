@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,12 +13,13 @@ import torch
 from heronry import State
 from heronry.checkpoint import assemble
 from heronry.engine import prefill
-from heronry.engine.call_sizes import choose_call_sizes
-from heronry.engine.prefix_keys import cache_root, choose_cuts, prefix_keys
+from heronry.engine.disk_store import DiskStore
+from heronry.engine.prefix_keys import CacheRoot, cache_root, choose_cuts, prefix_keys
 from heronry.engine.state_cache import StateCache
+from heronry.engine.state_store import Key
 from heronry.models import LayerState, Model
 
-ROOT = bytes(32)
+ROOT = CacheRoot(bytes(32), 64)
 
 
 def make_state(number: float, size: int = 8) -> State:
@@ -30,7 +34,7 @@ def small(random_checkpoint, version: str = "7", kind: str = "float32") -> Model
 
 
 def read(
-    model: Model, cache: StateCache, root: bytes, prompt: list[int], borders=()
+    model: Model, cache: StateCache, root: CacheRoot, prompt: list[int], borders=()
 ) -> tuple[int, torch.Tensor, State]:
     """Reads a prompt as a scheduler does: from what is known, cut where its states are to be kept."""
     position, state = cache.lookup(root, prompt) or (0, None)
@@ -46,7 +50,7 @@ def read(
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_hit_changes_no_bit(random_checkpoint, kind, one_thread):
     model = small(random_checkpoint, kind=kind)
-    cache = StateCache(1 << 30, choose_call_sizes(model).grid)
+    cache = StateCache(1 << 30)
     root = cache_root(model)
     draw = random.Random(kind)
     system = [draw.randrange(101) for _ in range(300)]
@@ -59,7 +63,7 @@ def test_a_hit_changes_no_bit(random_checkpoint, kind, one_thread):
             assert torch.equal(logits, expected)
             assert all(torch.equal(x, y) for x, y in zip(state.tensors(), after.tensors(), strict=True))
             hits += cached > 0
-        assert cached == (len(prompt) - 1) // cache.grid * cache.grid
+        assert cached == (len(prompt) - 1) // root.grid * root.grid
     assert hits >= 20
 
 
@@ -98,12 +102,12 @@ def test_cuts():
 
 
 def test_keys_are_of_the_tokens_and_the_root():
-    keys = prefix_keys(ROOT, [1] * 200, 64)
+    keys = prefix_keys(ROOT, [1] * 200)
     assert len(keys) == len(set(keys)) == 3
-    assert prefix_keys(ROOT, [1] * 128 + [2] * 64, 64)[:2] == keys[:2]
-    assert prefix_keys(ROOT, [1] * 127 + [2], 64)[0] == keys[0] != prefix_keys(ROOT, [2] + [1] * 63, 64)[0]
-    assert not {*keys} & {*prefix_keys(b"1" * 32, [1] * 200, 64)}
-    assert not {*keys} & {*prefix_keys(ROOT, [1] * 256, 128)}
+    assert prefix_keys(ROOT, [1] * 128 + [2] * 64)[:2] == keys[:2]
+    assert prefix_keys(ROOT, [1] * 127 + [2])[0] == keys[0] != prefix_keys(ROOT, [2] + [1] * 63)[0]
+    assert not {*keys} & {*prefix_keys(CacheRoot(b"1" * 32, 64), [1] * 200)}
+    assert not {*keys} & {*prefix_keys(CacheRoot(bytes(32), 128), [1] * 256)}
 
 
 def test_roots(random_checkpoint):
@@ -117,7 +121,7 @@ def test_roots(random_checkpoint):
     plain = small(random_checkpoint)
     plain.native_step_enabled = False
     roots.append(cache_root(plain))
-    assert len(set(roots)) == len(roots) == 8
+    assert len({root.digest for root in roots}) == len(roots) == 8
 
 
 def test_memory_is_bounded_by_bytes():
@@ -146,3 +150,121 @@ def test_a_part_of_a_larger_tensor_is_not_kept_whole():
 def test_only_states_on_the_grid_are_kept(position):
     with pytest.raises(ValueError, match="cannot be kept"):
         StateCache(1000).put(ROOT, [1] * 100, position, make_state(1))
+
+
+def test_states_outlive_the_process(tmp_path, random_checkpoint, one_thread):
+    """Written in the background, found again by the longest beginning, and exact."""
+    model = small(random_checkpoint)
+    root = cache_root(model)
+    prompt = [(7 * i * i + i) % 101 for i in range(300)]
+    expected, _ = prefill(model, [prompt])
+    with closing(DiskStore(tmp_path, 1 << 30)) as store:
+        first = StateCache(0, store)
+        read(model, first, root, prompt, [130, 200])
+        first.close()
+        assert first.stats.store_bytes > 0
+    with closing(DiskStore(tmp_path, 1 << 30)) as store:
+        cache = StateCache(1 << 30, store)
+        assert cache.lookup(root, prompt[:150])[0] == 128
+        position, state = cache.lookup(root, prompt)
+        assert position == 256
+        logits, _ = prefill(model, [prompt[256:]], state)
+        assert torch.equal(logits, expected)
+        assert cache.lookup(cache_root(model, salt="other"), prompt) is None
+        store.delete(Key("prefix", "", prefix_keys(root, prompt)[256 // root.grid - 1]))
+        assert cache.lookup(root, prompt)[0] == 256  # it is in RAM now
+        cache.close()
+
+
+def test_damage_in_the_store_is_a_shorter_beginning(tmp_path):
+    store = DiskStore(tmp_path, 1 << 20)
+    cache = StateCache(0, store)
+    prompt = [1] * 300
+    cache.put(ROOT, prompt, 64, make_state(1))
+    assert cache.flush(10)
+    cache.put(ROOT, prompt, 256, make_state(2))
+    cache.flush()
+    newest = max(tmp_path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    position, state = cache.lookup(ROOT, prompt)
+    assert (position, float(state.layers[0].wkv[0, 0])) == (64, 1)
+    store.put(Key("prefix", "", prefix_keys(ROOT, prompt)[3]), b"no state at all")
+    assert cache.lookup(ROOT, prompt)[0] == 64
+    cache.close()
+
+
+class SlowStore(DiskStore):
+    """Writes when it may."""
+
+    def __init__(self, folder, may_write: threading.Event):
+        super().__init__(folder, 1 << 20)
+        self.may_write = may_write
+
+    def put(self, key, data, about=None):
+        self.may_write.wait()
+        if float(State.from_bytes(data).layers[0].wkv[0, 0]) == 3:
+            raise ValueError("as a bug would")
+        return super().put(key, data, about)
+
+
+def test_a_slow_store_holds_nobody_up(tmp_path, monkeypatch, caplog):
+    """States that wait are found; those it has no room for are left out and counted."""
+    monkeypatch.setattr("heronry.engine.state_cache.MAX_PENDING", 100)
+    may_write = threading.Event()
+    cache = StateCache(0, SlowStore(tmp_path, may_write))
+    prompts = [[n] * 65 for n in range(5)]
+    start = time.monotonic()
+    for n, prompt in enumerate(prompts):
+        cache.put(ROOT, prompt, 64, make_state(n))
+    assert [cache.lookup(ROOT, prompt) is not None for prompt in prompts] == [True] * 3 + [False] * 2
+    assert cache.stats.dropped == 2
+    assert not cache.flush(0.01)
+    assert time.monotonic() - start < 0.5
+    may_write.set()
+    assert cache.flush(10)
+    cache.put(ROOT, prompts[3], 64, make_state(3))
+    cache.put(ROOT, prompts[4], 64, make_state(4))
+    cache.close()
+    assert "could not be stored" in caplog.text
+    assert caplog.text.count("ValueError: as a bug would") == 1
+    assert [cache.lookup(ROOT, prompt) is not None for prompt in prompts] == [True, True, True, False, True]
+    cache.put(ROOT, prompts[3], 64, make_state(3))
+    assert cache.stats.dropped == 3
+
+
+def test_from_many_threads(tmp_path):
+    """What is found is always what was put for that beginning."""
+    cache = StateCache(1000, DiskStore(tmp_path, 100_000))
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(150):
+            n = draw.randrange(40)
+            prompt = [n] * 65
+            found = cache.lookup(ROOT, prompt)
+            if found is not None and (found[0], float(found[1].layers[0].wkv[0, 0])) != (64, n):
+                wrong.append(found)
+            cache.cut_positions(ROOT, prompt)
+            cache.put(ROOT, prompt, 64, make_state(n))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cache.close()
+    stats = cache.stats
+    assert not wrong
+    assert stats.hits + stats.misses == 600
+    assert stats.ram_bytes <= 1000
+
+
+def test_what_is_remembered_of_prompts_is_bounded(monkeypatch):
+    """The longest unshared ends are forgotten first."""
+    monkeypatch.setattr("heronry.engine.state_cache.SEEN", 10)
+    cache = StateCache(0)
+    cache.cut_positions(ROOT, [1] * 640 + [2])
+    cache.cut_positions(ROOT, [2] * 128)
+    assert len(cache._seen) == 10
+    assert cache.cut_positions(ROOT, [1] * 700) == [512, 640]

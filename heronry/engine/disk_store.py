@@ -189,16 +189,14 @@ class DiskStore(StateStore):
             return bool(gone)
         return False
 
-    def expire(self, kind: str, data_seconds: float, about_seconds: float) -> None:
+    def expire(self, kind: str, data_before: float, about_before: float) -> None:
+        data, about = int(max(data_before, about_before) * 1e9), int(about_before * 1e9)
         with self._writing:
-            now = time.time_ns()
-            data, about = (now - int(seconds * 1e9) for seconds in (data_seconds, about_seconds))
             with self._transaction():
-                gone = self._query(
-                    "SELECT file FROM entries WHERE kind = ? AND used < ? AND size > 0", kind, max(data, about)
-                )
+                old = "kind = ? AND used < ? AND size > 0"
+                gone = self._query(f"SELECT file FROM entries WHERE {old}", kind, data)
+                self._forget_data(old, kind, data)
                 self._query("DELETE FROM entries WHERE kind = ? AND used < ?", kind, about)
-                self._forget_data("kind = ? AND used < ? AND size > 0", kind, data)
             self._unlink(gone)
             self._remove_leftovers()
 

@@ -112,13 +112,13 @@ end
 return found
 """
 EXPIRE = """
-local function old(set, seconds, f)
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', P..set, 0, number(now() - seconds * 1000000))) do
+local function old(set, before, f)
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', P..set, '-inf', '('..before)) do
         if string.sub(id, 1, #ARGV[1] + 1) == ARGV[1]..'/' then f(id) end
     end
 end
-old('known', ARGV[3], forget)
 old('data', ARGV[2], drop_data)
+old('known', ARGV[3], forget)
 """
 
 
@@ -202,9 +202,9 @@ class RedisStore(StateStore):
             return bool(self._run(DELETE, str(key)))
         return False
 
-    def expire(self, kind: str, data_seconds: float, about_seconds: float) -> None:
+    def expire(self, kind: str, data_before: float, about_before: float) -> None:
         with self._reading, self._writing:
-            self._run(EXPIRE, kind, data_seconds, about_seconds)
+            self._run(EXPIRE, kind, int(data_before * 1e6), int(about_before * 1e6))
 
     @property
     def nbytes(self) -> int:

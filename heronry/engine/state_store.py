@@ -126,9 +126,10 @@ class StateStore(ABC):
         """Forgets an entry; False if there was none."""
 
     @abstractmethod
-    def expire(self, kind: str, data_seconds: float, about_seconds: float) -> None:
-        """Of the entries of a kind, drops the bytes of those not used for some time, and forgets those not used for
-        another. To be called from time to time: it also removes what killed processes have left."""
+    def expire(self, kind: str, data_before: float, about_before: float) -> None:
+        """Of the entries of a kind, drops the bytes of those last used before a time, in seconds since 1970, and
+        forgets those last used before another. To be called now and then: it also removes what killed processes left.
+        """
 
     @property
     @abstractmethod

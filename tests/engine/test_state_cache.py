@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from contextlib import closing
 
 import pytest
@@ -213,13 +212,11 @@ def test_a_slow_store_holds_nobody_up(tmp_path, monkeypatch, caplog):
     may_write = threading.Event()
     cache = StateCache(0, SlowStore(tmp_path, may_write))
     prompts = [[n] * 65 for n in range(5)]
-    start = time.monotonic()
     for n, prompt in enumerate(prompts):
         cache.put(ROOT, prompt, 64, make_state(n))
     assert [cache.lookup(ROOT, prompt) is not None for prompt in prompts] == [True] * 3 + [False] * 2
     assert cache.stats.dropped == 2
     assert not cache.flush(0.01)
-    assert time.monotonic() - start < 0.5
     may_write.set()
     assert cache.flush(10)
     cache.put(ROOT, prompts[3], 64, make_state(3))

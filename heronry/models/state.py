@@ -261,7 +261,7 @@ class State:
         try:
             tensors = safetensors.torch.load(data)  # which checks the header
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            about = header.get("__metadata__", {})
+            about = header.get("__metadata__") or {}
             if about.get("format") != "heronry.state":
                 raise InputError("not a heronry state file")
             return State.from_tensors(tensors, about["fingerprint"], json.loads(about["texts"]))

@@ -62,7 +62,7 @@ class DiskStore(StateStore):
             OSError: the folder cannot be written.
         """
         self._folder = Path(folder).expanduser().resolve()
-        super().__init__(str(self._folder), (OSError, sqlite3.Error))
+        super().__init__(str(self._folder), (OSError, sqlite3.Error, ValueError))
         self._max_bytes, self._max_about_bytes = max_bytes, max_about_bytes
         self._lock = threading.RLock()  # of the connection
         index = self._folder / INDEX
@@ -174,14 +174,14 @@ class DiskStore(StateStore):
             return {wanted[name] for [name] in self._query(sql, json.dumps([*wanted]))}
         return set()
 
-    def entries(self, kind: str, tenant: str) -> list[Entry]:
+    def entries(self, kind: str, tenant: str, limit: int = 1000) -> list[Entry]:
         with self._reading:
-            sql = f"SELECT {COLUMNS} FROM entries WHERE kind = ? AND tenant = ? ORDER BY used DESC"
-            return [_entry(row) for row in self._query(sql, kind, tenant)]
+            sql = f"SELECT {COLUMNS} FROM entries WHERE kind = ? AND tenant = ? ORDER BY used DESC LIMIT ?"
+            return [_entry(row) for row in self._query(sql, kind, tenant, limit)]
         return []
 
     def delete(self, key: Key) -> bool:
-        with self._writing:
+        with self._removing:
             with self._transaction():
                 gone = self._query("SELECT file FROM entries WHERE id = ?", str(key))
                 self._query("DELETE FROM entries WHERE id = ?", str(key))
@@ -191,7 +191,7 @@ class DiskStore(StateStore):
 
     def expire(self, kind: str, data_before: float, about_before: float) -> None:
         data, about = int(max(data_before, about_before) * 1e9), int(about_before * 1e9)
-        with self._writing:
+        with self._removing:
             with self._transaction():
                 old = "kind = ? AND used < ? AND size > 0"
                 gone = self._query(f"SELECT file FROM entries WHERE {old}", kind, data)
@@ -202,7 +202,7 @@ class DiskStore(StateStore):
 
     def _remove_leftovers(self) -> None:
         """Files without an entry that nobody can be writing any more."""
-        with self._writing, self._transaction():
+        with self._removing, self._transaction():
             known = {file for [file] in self._query("SELECT file FROM entries WHERE size > 0")}
             for file in self._folder.iterdir():
                 if file.suffix in (SUFFIX, ".part") and file.name not in known:

@@ -2,7 +2,8 @@
 
 - bytes lie in pieces under a name that is drawn, and come before the entry that names them; pieces that no entry names,
   for their server was killed, expire
-- entries, order of use and sums change together, in scripts that Redis runs as a whole
+- entries, order of use and sums change together, in scripts that Redis runs as a whole; a full Redis (`allow-oom`) can
+  still be read and emptied
 - one clock counts: that of Redis
 - Redis should keep what it is given (`maxmemory-policy noeviction`); how much that is, the store decides
 """
@@ -26,20 +27,20 @@ TIMEOUT = 5  # seconds for an answer
 PAUSE = 2  # seconds after a failure without another try
 
 # Of an entry `id`: the hash entry:id. Its last use, in microseconds or one more than the largest, is its score in
-# `known`, and in `data` and `about` where it has these. Its id is in the set of:kind/tenant.
-FUNCTIONS = (
-    f"local P = '{PREFIX}'"
-    + """
+# `known`, in of:kind/tenant, and in `data` and `about` where it has these.
+FUNCTIONS = """
+local P = 'heronry:'
 local function number(x) return string.format('%.0f', x) end
 local function now()
     local t = redis.call('TIME')
     return t[1] * 1000000 + t[2]
 end
+local function owner(id) return P..'of:'..string.match(id, '^(.*)/') end
 local function touch(id)
     local last = redis.call('ZREVRANGE', P..'known', 0, 0, 'WITHSCORES')[2] or '0'
     local used = number(math.max(now(), last + 1))
-    for _, set in ipairs({'known', 'data', 'about'}) do
-        redis.pcall('ZADD', P..set, 'XX', used, id) -- a full Redis can still be read
+    for _, set in ipairs({P..'known', P..'data', P..'about', owner(id)}) do
+        redis.call('ZADD', set, 'XX', used, id)
     end
 end
 local function forget_data(id)
@@ -53,13 +54,10 @@ local function forget_data(id)
     end
 end
 local function forget(id)
-    local e = P..'entry:'..id
     forget_data(id)
-    redis.call('DECRBY', P..'about_bytes', redis.call('HSTRLEN', e, 'about'))
-    redis.call('ZREM', P..'known', id)
-    redis.call('ZREM', P..'about', id)
-    redis.call('SREM', P..'of:'..(string.match(id, '^(.*)/') or ''), id)
-    return redis.call('UNLINK', e)
+    redis.call('DECRBY', P..'about_bytes', redis.call('HSTRLEN', P..'entry:'..id, 'about'))
+    for _, set in ipairs({P..'known', P..'about', owner(id)}) do redis.call('ZREM', set, id) end
+    return redis.call('UNLINK', P..'entry:'..id)
 end
 local function drop_data(id)
     if redis.call('HSTRLEN', P..'entry:'..id, 'about') == 0 then forget(id) else forget_data(id) end
@@ -69,7 +67,6 @@ local function row(id)
     return {id, redis.call('ZSCORE', P..'known', id), unpack(e)}
 end
 """
-)
 PUT = """
 local id, about, size, digest, blob, pieces = unpack(ARGV)
 for i = 0, pieces - 1 do
@@ -78,19 +75,18 @@ end
 forget(id)
 redis.call('HSET', P..'entry:'..id, 'about', about, 'size', size, 'digest', digest, 'blob', blob, 'pieces', pieces,
     'created', number(now()))
-redis.call('SADD', P..'of:'..string.match(id, '^(.*)/'), id)
-redis.call('ZADD', P..'known', 0, id)
-redis.call('ZADD', P..'data', 0, id)
+for _, set in ipairs({P..'known', P..'data', owner(id)}) do redis.call('ZADD', set, 0, id) end
 if #about > 0 then redis.call('ZADD', P..'about', 0, id) end
 touch(id)
-redis.call('INCRBY', P..'bytes', size)
-redis.call('INCRBY', P..'about_bytes', #about)
-while tonumber(redis.call('GET', P..'bytes')) > tonumber(ARGV[7]) do
-    drop_data(redis.call('ZRANGE', P..'data', 0, 0)[1])
+local function fit(sum, added, most, set, drop)
+    local total = redis.call('INCRBY', sum, added)
+    while total > tonumber(most) do
+        drop(redis.call('ZRANGE', set, 0, 0)[1])
+        total = tonumber(redis.call('GET', sum))
+    end
 end
-while tonumber(redis.call('GET', P..'about_bytes')) > tonumber(ARGV[8]) do
-    forget(redis.call('ZRANGE', P..'about', 0, 0)[1])
-end
+fit(P..'bytes', size, ARGV[7], P..'data', drop_data)
+fit(P..'about_bytes', #about, ARGV[8], P..'about', forget)
 return 1
 """
 FIND = """
@@ -105,10 +101,8 @@ return 1
 """
 DELETE = "return forget(ARGV[1])"
 LIST = """
-local found = {}
-for _, id in ipairs(redis.call('SMEMBERS', P..'of:'..ARGV[1])) do
-    found[#found + 1] = row(id)
-end
+local found = redis.call('ZREVRANGE', P..'of:'..ARGV[1], 0, ARGV[2] - 1)
+for i, id in ipairs(found) do found[i] = row(id) end
 return found
 """
 EXPIRE = """
@@ -120,6 +114,8 @@ end
 old('data', ARGV[2], drop_data)
 old('known', ARGV[3], forget)
 """
+SCRIPTS = {name: f"#!lua flags=allow-oom\n{FUNCTIONS}{name}" for name in (FIND, DROP, DELETE, LIST, EXPIRE)}
+SCRIPTS[PUT] = f"#!lua\n{FUNCTIONS}{PUT}"
 
 
 class RedisStore(StateStore):
@@ -128,7 +124,7 @@ class RedisStore(StateStore):
     def __init__(self, url: str, max_bytes: int, max_about_bytes: int = MAX_ABOUT_BYTES):
         """
         Args:
-            url: "redis://host:6379/0"; rediss:// for TLS, unix:// for a socket. Redis 6.2 or later.
+            url: "redis://host:6379/0"; rediss:// for TLS, unix:// for a socket. Redis 7 or later.
             max_bytes: of all states together.
             max_about_bytes: of what is known about them, and about those that are gone.
 
@@ -147,7 +143,7 @@ class RedisStore(StateStore):
         except ValueError as error:
             raise InputError(f"the URL of Redis is wrong: {error}") from error
         where = self._redis.connection_pool.connection_kwargs
-        super().__init__(f"Redis at {where.get('path') or where.get('host')}", (redis.RedisError, _Away))
+        super().__init__(f"Redis at {where.get('path') or where.get('host')}", (redis.RedisError, ValueError, _Away))
         self._writing = Outage(f"{self._where} cannot be written", (redis.ResponseError,))  # it is full, or a replica
         self._max_bytes, self._max_about_bytes = max_bytes, max_about_bytes
         self._paused_until = 0.0
@@ -166,7 +162,7 @@ class RedisStore(StateStore):
             raise
 
     def _run(self, script: str, *args: Any) -> Any:
-        return self._call(self._redis.register_script(FUNCTIONS + script), args=args)
+        return self._call(self._redis.register_script(SCRIPTS[script]), args=args)
 
     def put(self, key: Key, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
         text = json.dumps(dict(about)) if about else ""
@@ -191,19 +187,18 @@ class RedisStore(StateStore):
                 return {key for key, used in zip(wanted, uses, strict=True) if used is not None}
         return set()
 
-    def entries(self, kind: str, tenant: str) -> list[Entry]:
+    def entries(self, kind: str, tenant: str, limit: int = 1000) -> list[Entry]:
         with self._reading:
-            found = [_entry(row) for row in self._run(LIST, f"{kind}/{tenant}")]
-            return sorted(found, key=lambda entry: -entry.used)
+            return [_entry(row) for row in self._run(LIST, f"{kind}/{tenant}", limit)]
         return []
 
     def delete(self, key: Key) -> bool:
-        with self._reading, self._writing:
+        with self._reading:
             return bool(self._run(DELETE, str(key)))
         return False
 
     def expire(self, kind: str, data_before: float, about_before: float) -> None:
-        with self._reading, self._writing:
+        with self._reading:
             self._run(EXPIRE, kind, int(data_before * 1e6), int(about_before * 1e6))
 
     @property

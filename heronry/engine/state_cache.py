@@ -23,7 +23,7 @@ from .state_writer import StateWriter
 
 KIND = "prefix"  # of the entries in the store
 MAX_PENDING = 512 << 20  # bytes of states that wait to be stored
-SEEN = 1 << 16  # cells whose keys are remembered without a state: some 10 MB
+SEEN = 1 << 16  # cells whose keys are remembered without a state: some 15 MB
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class StateCache:
         known, state = 0, None
         for i in range(len(keys), 0, -1):
             state = self._memory.get(names[i - 1])
-            if state is None and self._writer is not None:
+            if state is not None and self._writer is not None:
+                self._writer.submit(keys[i - 1], state)  # what RAM answers for is in use in the store too
+            elif self._writer is not None:
                 state = self._writer.get(keys[i - 1])
             if state is not None:
                 known = i

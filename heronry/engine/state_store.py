@@ -89,6 +89,7 @@ class StateStore(ABC):
         self._where = where
         self._reading = Outage(f"{where} cannot be read", errors)
         self._writing = Outage(f"{where} cannot be written", errors)
+        self._removing = Outage(f"{where}: nothing can be removed", errors)  # a full disk may allow it
 
     def get(self, key: Key, *, with_data: bool = True) -> Entry | None:
         """The entry, or None; without its bytes if they are gone."""
@@ -118,8 +119,8 @@ class StateStore(ABC):
         """Those whose bytes are there, in one query."""
 
     @abstractmethod
-    def entries(self, kind: str, tenant: str) -> list[Entry]:
-        """All of them, without bytes, the latest used first."""
+    def entries(self, kind: str, tenant: str, limit: int = 1000) -> list[Entry]:
+        """Without bytes, those used last, the latest first."""
 
     @abstractmethod
     def delete(self, key: Key) -> bool:
@@ -170,7 +171,7 @@ class Outage:
         if error is not None and not isinstance(error, self._errors):
             return False
         if error is not None and not self.is_failing:
-            log.warning("%s (%s); until it can, states are computed again", self._what, error)
+            log.warning("%s (%s); states that are missing are computed again", self._what, error)
         if error is None and self.is_failing:
             log.warning("%s: this is over", self._what)
         self.is_failing = error is not None

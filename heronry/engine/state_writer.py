@@ -31,7 +31,7 @@ class StateWriter:
         return self._pending.get(key)
 
     def submit(self, key: Key, state: State) -> bool:
-        """Returns at once; False if the state will not be written."""
+        """Returns at once; False if the state will not be written. One that is in the store already counts as used."""
         with self._changed:
             if key in self._pending:
                 return True
@@ -65,7 +65,8 @@ class StateWriter:
                     return
                 key, state = next(iter(self._pending.items()))
             try:
-                if not self._store.present([key]):  # another server has read the same
+                entry = self._store.get(key, with_data=False)
+                if entry is None:
                     self._store.put(key, state.to_bytes())
             except Exception:  # this state is lost, the next ones should not be
                 log.exception("%s could not be stored", key)

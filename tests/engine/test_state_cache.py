@@ -192,6 +192,23 @@ def test_damage_in_the_store_is_a_shorter_beginning(tmp_path):
     cache.close()
 
 
+def test_what_ram_answers_for_is_in_use_in_the_store(tmp_path):
+    size = len(make_state(1).to_bytes())
+    store = DiskStore(tmp_path, 3 * size)
+    cache = StateCache(1000, store)
+    prompts = [[n] * 65 for n in range(4)]
+    for prompt in prompts[:3]:
+        cache.put(ROOT, prompt, 64, make_state(1))
+        assert cache.flush(10)
+    cache.lookup(ROOT, prompts[0])
+    assert cache.flush(10)
+    cache.put(ROOT, prompts[3], 64, make_state(1))
+    cache.close()
+    again = StateCache(0, store)
+    assert [again.lookup(ROOT, prompt) is not None for prompt in prompts] == [True, False, True, True]
+    again.close()
+
+
 class SlowStore(DiskStore):
     """Writes when it may."""
 

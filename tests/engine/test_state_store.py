@@ -65,6 +65,7 @@ def test_what_is_put_is_there_when_opened_again(open_store):
     assert store.present([]) == set()
     assert store.nbytes == 8
     assert [entry.key for entry in store.entries("state", "t")] == [B, A]
+    assert [entry.key for entry in store.entries("state", "t", 1)] == [B]
     assert store.entries("state", "") == store.entries("other", "t") == []
     assert store.delete(A)
     assert not store.delete(A)
@@ -277,7 +278,10 @@ def test_redis_goes_away_and_comes_back(tmp_path, monkeypatch, caplog):
         store._redis.config_set("maxmemory-policy", "noeviction")
         assert not store.put(C, b"c")
         assert data_of(store, A) == [b"a"]
-        assert not store.put(C, b"c")
+        assert not store.put(A, b"c")
+        assert data_of(store, A) == [b"a"]
+        assert store.delete(B)
+        assert store.nbytes == 1
         [record] = caplog.records
         assert record.message.startswith("Redis at 127.0.0.1 cannot be written (command not allowed when used memory")
         store._redis.config_set("maxmemory", 0)

@@ -28,8 +28,9 @@ PAUSE = 2  # seconds after a failure without another try
 
 # Of an entry `id`: the hash entry:id. Its last use, in microseconds or one more than the largest, is its score in
 # `known`, in of:kind/tenant, and in `data` and `about` where it has these.
-FUNCTIONS = """
-local P = 'heronry:'
+FUNCTIONS = (
+    f"local P = '{PREFIX}'"
+    + """
 local function number(x) return string.format('%.0f', x) end
 local function now()
     local t = redis.call('TIME')
@@ -67,6 +68,7 @@ local function row(id)
     return {id, redis.call('ZSCORE', P..'known', id), unpack(e)}
 end
 """
+)
 PUT = """
 local id, about, size, digest, blob, pieces = unpack(ARGV)
 for i = 0, pieces - 1 do
@@ -81,7 +83,9 @@ touch(id)
 local function fit(sum, added, most, set, drop)
     local total = redis.call('INCRBY', sum, added)
     while total > tonumber(most) do
-        drop(redis.call('ZRANGE', set, 0, 0)[1])
+        local oldest = redis.call('ZRANGE', set, 0, 0)[1]
+        if oldest == id then redis.call('SET', sum, added) return end -- keys of ours were deleted by somebody
+        drop(oldest)
         total = tonumber(redis.call('GET', sum))
     end
 end

@@ -175,6 +175,25 @@ def test_states_outlive_the_process(tmp_path, random_checkpoint, one_thread):
         cache.close()
 
 
+@pytest.mark.slow
+def test_every_generation_from_the_store(tmp_path, random_checkpoint, version, one_thread):
+    model = small(random_checkpoint, version)
+    root = cache_root(model)
+    prompt = [(7 * i * i + i) % 101 for i in range(300)]
+    with closing(DiskStore(tmp_path, 1 << 30)) as store:
+        cache = StateCache(0, store)
+        assert read(model, cache, root, prompt)[0] == 0
+        assert cache.flush(60)
+        cached, logits, state = read(model, cache, root, prompt)
+        cache.close()
+    expected, after = prefill(model, [prompt])
+    assert cached == 256
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(x, y) for x, y in zip(state.tensors(), after.tensors(), strict=True))
+    for one, other in zip(state.contexts, after.contexts, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
 def test_damage_in_the_store_is_a_shorter_beginning(tmp_path):
     store = DiskStore(tmp_path, 1 << 20)
     cache = StateCache(0, store)

@@ -250,6 +250,21 @@ def test_large_values_lie_in_pieces(redis, monkeypatch):
     assert set(store._redis.keys("*")) == {b"heronry:bytes", b"heronry:about_bytes"}
 
 
+def test_keys_that_somebody_deletes_in_redis(redis):
+    """What is left goes on, and the sums come right again."""
+    store = RedisStore(redis.url, 100)
+    store._redis.flushall()
+    assert store.put(A, bytes(60), {"text": "a"})
+    store._redis.delete("heronry:entry:state/t/a")
+    assert store.get(A) is None
+    assert store.put(B, bytes(60))
+    assert store.put(C, bytes(40))
+    assert data_of(store, B, C) == [bytes(60), bytes(40)]
+    assert store.put(D, bytes(60))
+    assert data_of(store, B, C, D) == [None, bytes(40), bytes(60)]
+    assert store.nbytes == 100
+
+
 def test_redis_goes_away_and_comes_back(tmp_path, monkeypatch, caplog):
     """Its answers are missed, with one warning; once it is back, what it had is there."""
     monkeypatch.setattr(redis_store, "PAUSE", 0.05)

@@ -245,9 +245,11 @@ class State:
         if not path.is_file():
             raise InputError(f"{path}: no such state file")
         try:
-            return State.from_bytes(path.read_bytes()).to(device)
-        except OSError as error:
-            raise InputError(f"{path}: state file cannot be read ({error})") from error
+            with safe_open(path, "pt", device=str(device)) as file:
+                names = file.keys()
+                return State._from_saved(file.metadata(), lambda: {name: file.get_tensor(name) for name in names})
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged or truncated state file ({error})") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -261,11 +263,16 @@ class State:
         try:
             tensors = safetensors.torch.load(data)  # which checks the header
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            about = header.get("__metadata__") or {}
-            if about.get("format") != "heronry.state":
-                raise InputError("not a heronry state file")
-            return State.from_tensors(tensors, about["fingerprint"], json.loads(about["texts"]))
-        except InputError:
-            raise
         except (SafetensorError, ValueError, LookupError, RecursionError) as error:
+            raise InputError(f"damaged or truncated state file ({error})") from error
+        return State._from_saved(header.get("__metadata__"), lambda: tensors)
+
+    @staticmethod
+    def _from_saved(about: Mapping[str, str] | None, read: Callable[[], Mapping[str, Tensor]]) -> State:
+        """From what stands in a safetensors file: metadata, and a function that reads the tensors."""
+        if about is None or about.get("format") != "heronry.state":
+            raise InputError("not a heronry state file")
+        try:
+            return State.from_tensors(read(), about["fingerprint"], json.loads(about["texts"]))
+        except (ValueError, LookupError, RecursionError) as error:
             raise InputError(f"damaged or truncated state file ({error})") from error

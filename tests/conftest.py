@@ -186,7 +186,7 @@ def mount(tmp_path):
         return folder
 
     yield mounted
-    subprocess.run(["umount", str(folder)], capture_output=True)
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)  # a test that failed may have left files open
 
 
 @pytest.fixture

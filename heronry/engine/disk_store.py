@@ -123,7 +123,8 @@ class DiskStore(StateStore):
                 part.write_bytes(data)
             try:
                 with self._transaction():
-                    file.stat()  # it may have been taken for a leftover
+                    for needed in (file, self._folder / INDEX):  # a leftover to another process; a deleted folder
+                        needed.stat()
                     now = time.time_ns()
                     gone = self._query("SELECT file FROM entries WHERE id = ?", str(key))
                     row = (str(key), key.kind, key.tenant, file.name, len(data), digest, now, now, len(text), text)

@@ -71,6 +71,7 @@ end
 )
 PUT = """
 local id, about, size, digest, blob, pieces = unpack(ARGV)
+if redis.call('HGET', P..'entry:'..id, 'blob') == blob then return 1 end -- asked again, for the answer was lost
 for i = 0, pieces - 1 do
     if redis.call('PERSIST', P..'blob:'..blob..':'..i) == 0 then return 0 end
 end

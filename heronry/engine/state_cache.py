@@ -1,7 +1,7 @@
 """Keeps the states of prompts' beginnings, so that what was read once need not be read again.
 
 - only states that prefill left on the grid of call_sizes.py are put here: with one of them a prompt gives the same
-  bits as without. States that decoding left never are; see kept_states.py for those
+  bits as without, on the devices of which that file knows it. States that decoding left never are; see kept_states.py
 - the longest known beginning counts; the last token of a prompt is always read, for its logits
 - in RAM, and behind it in a store (state_store.py) that outlives the process and may serve several of them
 - nothing here fails: what cannot be kept, read or trusted is read again by the model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -161,6 +162,7 @@ class Outage:
         self._what = what
         self._errors = errors
         self.is_failing = False
+        self._lock = threading.Lock()
 
     def __enter__(self) -> None:
         pass
@@ -170,9 +172,10 @@ class Outage:
     ) -> bool:
         if error is not None and not isinstance(error, self._errors):
             return False
-        if error is not None and not self.is_failing:
+        with self._lock:
+            was_failing, self.is_failing = self.is_failing, error is not None
+        if self.is_failing and not was_failing:
             log.warning("%s (%s); states that are missing are computed again", self._what, error)
-        if error is None and self.is_failing:
+        elif was_failing and not self.is_failing:
             log.warning("%s: this is over", self._what)
-        self.is_failing = error is not None
         return error is not None

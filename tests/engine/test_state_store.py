@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import signal
 import sqlite3
 import time
@@ -250,6 +251,19 @@ def test_large_values_lie_in_pieces(redis, monkeypatch):
     assert set(store._redis.keys("*")) == {b"heronry:bytes", b"heronry:about_bytes"}
 
 
+def test_an_answer_of_redis_that_is_lost(redis, monkeypatch):
+    """The question is asked again, and nothing is done twice."""
+    store = RedisStore(redis.url, 100)
+    store._redis.flushall()
+    assert store.put(A, b"before")
+    send = store._run
+    monkeypatch.setattr(store, "_run", lambda *words: send(*words) and send(*words))
+    assert store.put(A, b"content", {"text": "a"})
+    monkeypatch.undo()
+    assert data_of(store, A) == [b"content"]
+    assert store.nbytes == 7
+
+
 def test_keys_that_somebody_deletes_in_redis(redis):
     """What is left goes on, and the sums come right again."""
     store = RedisStore(redis.url, 100)
@@ -348,6 +362,16 @@ def test_an_index_that_cannot_be_opened(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file"):
         DiskStore(tmp_path / "file" / "states", 1000)
+
+
+def test_a_folder_that_somebody_deletes(tmp_path, caplog):
+    """Nothing is said to be kept that would be gone after a restart."""
+    store = DiskStore(tmp_path / "states", 1000)
+    assert store.put(A, b"a")
+    shutil.rmtree(tmp_path / "states")
+    assert not store.put(B, b"b")
+    assert store.get(A) is None
+    assert "cannot be written ([Errno 2] No such file or directory" in caplog.text
 
 
 def test_leftovers_are_removed(tmp_path, monkeypatch):

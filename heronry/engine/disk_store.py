@@ -40,7 +40,6 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (used);
 CREATE INDEX IF NOT EXISTS by_use_with_data ON entries (used) WHERE size > 0;
 CREATE INDEX IF NOT EXISTS by_owner ON entries (kind, tenant, used);
 CREATE INDEX IF NOT EXISTS sizes ON entries (size, about_size);
-CREATE UNIQUE INDEX IF NOT EXISTS files ON entries (file) WHERE size > 0;
 PRAGMA user_version = {VERSION};
 """
 COLUMNS = "id, file, size, digest, created, used, about"

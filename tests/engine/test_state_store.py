@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis_server import RedisServer
 
 from heronry.engine import disk_store, redis_store
 from heronry.engine.disk_store import DiskStore
 from heronry.engine.redis_store import RedisStore
 from heronry.engine.state_store import Key
 from heronry.errors import InputError
-from tests.redis_server import RedisServer
 
 A, B, C, D = (Key("state", "t", name) for name in "abcd")
 

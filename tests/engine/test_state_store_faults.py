@@ -13,12 +13,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from redis_server import RedisServer
 
 from heronry.engine import disk_store
 from heronry.engine.disk_store import DiskStore
 from heronry.engine.redis_store import RedisStore
 from heronry.engine.state_store import Key, StateStore
-from tests.redis_server import RedisServer
 
 FORK = multiprocessing.get_context("fork")
 

@@ -153,7 +153,8 @@ def test_a_full_disk(mount, caplog):
             stored.append(number)
     assert 3 < len(stored) < 14
     [record] = caplog.records
-    assert record.message.startswith(f"{folder / 'states'} cannot be written ([Errno 28] No space left on device")
+    assert record.message.startswith(f"{folder / 'states'} cannot be written (")
+    assert "No space left on device" in record.message or "disk is full" in record.message  # the index was too large
     assert not list((folder / "states").glob(".*"))
     for number in range(30):
         entry = store.get(key_of(number))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from heronry.engine.disk_store import DiskStore
 from heronry.engine.prefix_keys import CacheRoot, cache_root, choose_cuts, prefix_keys
 from heronry.engine.state_cache import StateCache
 from heronry.engine.state_store import Key
-from heronry.models import LayerState, Model
+from heronry.models import RWKV7, LayerState, Model
 
 ROOT = CacheRoot(bytes(32), 64)
 
@@ -121,6 +122,17 @@ def test_roots(random_checkpoint):
     plain.native_step_enabled = False
     roots.append(cache_root(plain))
     assert len({root.digest for root in roots}) == len(roots) == 8
+
+
+def test_a_tuned_initial_state_has_a_root_of_its_own():
+    """Its model has the fingerprint of the one that it came from."""
+    model = RWKV7(replace(RWKV7.Config.sized(64, 1, 64), time_state=True))
+    root, fingerprint = cache_root(model), model.fingerprint
+    with torch.no_grad():
+        model.blocks[0].att.time_state[0, 0, 0] = 0.5
+    model.invalidate_fingerprint()
+    assert model.fingerprint == fingerprint
+    assert cache_root(model) != root
 
 
 def test_memory_is_bounded_by_bytes():

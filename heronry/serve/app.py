@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from .. import __version__
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
+from ..engine.state_cache import StateCache
 from . import basics, chat, completions, metrics
 from .errors import add_error_handlers
 from .gate import LOCAL_HOSTS, Gate
@@ -27,6 +28,7 @@ def create_app(
     hosts: Collection[str] = LOCAL_HOSTS,
     max_body: int = 64 << 20,
     drain: float = 30,
+    cache: StateCache | None = None,
 ) -> FastAPI:
     """
     Args:
@@ -34,6 +36,7 @@ def create_app(
         hosts: see `Gate`.
         max_body: bytes of a request.
         drain: seconds that requests under way have to end when the server stops.
+        cache: of states; closed with the app.
     """
     scheduler = Scheduler(limits)
 
@@ -42,9 +45,11 @@ def create_app(
         scheduler.start()
         yield
         scheduler.close(drain)
+        if cache is not None:
+            cache.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler))
+    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), cache)
     for router in ROUTERS:
         app.include_router(router)
     add_error_handlers(app)

@@ -64,6 +64,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answers a list of messages."""
     server = server_of(request)
     call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    await call.generation.submit()
     if body.stream:
         return await stream_events(call.stream())
     return JSONResponse(await while_connected(request, call.answer()))
@@ -185,9 +186,7 @@ class _Answer:
 
     def __init__(self, call: _Call, prompt: Prompt):
         body = call.body
-        self.parser = AnswerParser(
-            prompt.tools, opening=prompt.opening, beginning=prompt.beginning, stops=body.stops
-        )
+        self.parser = AnswerParser(prompt.tools, opening=prompt.opening, beginning=prompt.beginning, stops=body.stops)
         self.only_one = body.parallel_tool_calls is False
         self.any_call = False
         self.written = self.thought = 0

@@ -40,6 +40,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continues texts, or lists of token ids."""
     server = server_of(request)
     call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    await call.submit()
     if body.stream:
         return await stream_events(call.stream())
     return JSONResponse(await while_connected(request, call.answer()))
@@ -60,29 +61,33 @@ class _Call:
         top = body.logprobs if self.rows == self.n else body.logprobs or 0
         max_tokens = server.most_tokens if body.max_tokens is None else body.max_tokens
         decoding = body.decoding(model, max_tokens, PLAIN, top, self.rows)
-        self.generations: list[Generation] = []
-        try:
-            for ids, text in zip(self.encoded, self.texts, strict=True):
-                generation = Generation(
-                    server,
-                    model,
-                    ids,
-                    text,
-                    decoding,
-                    stops=body.stops,
-                    prompt_logprobs=body.logprobs if body.echo else None,
-                    owner=owner,
-                )
-                self.generations.append(generation)
-        except BaseException:
-            self.cancel()
-            raise
+        self.generations = [
+            Generation(
+                server,
+                model,
+                ids,
+                text,
+                decoding,
+                stops=body.stops,
+                prompt_logprobs=body.logprobs if body.echo else None,
+                owner=owner,
+            )
+            for ids, text in zip(self.encoded, self.texts, strict=True)
+        ]
         self.head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
             "created": int(time.time()),
             "model": model.name,
         }
+
+    async def submit(self) -> None:
+        """All prompts or none."""
+        try:
+            await asyncio.gather(*(generation.submit() for generation in self.generations))
+        except BaseException:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

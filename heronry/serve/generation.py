@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from ..engine.batch import Row
-from ..engine.completion import Completion, TokenLogprob
+from ..engine.completion import Completion, TokenLogprob, join
 from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
@@ -50,6 +51,7 @@ class Generation:
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
+        self._waiting: deque[Completion | Exception] = deque()  # taken from it already
         self._server, self._model, self._begin = server, model, time.perf_counter()
         speaker = model.speaker
         logprobs = decoding.top_logprobs is not None
@@ -115,9 +117,10 @@ class Generation:
         last: dict[int, float] = {}
         try:
             while running:
-                item = await self._queue.get()
+                item = self._waiting.popleft() if self._waiting else await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
+                item = self._join_ready(item)
                 if item.choice not in running:
                     continue
                 now = time.perf_counter()
@@ -133,6 +136,17 @@ class Generation:
             self._server.metrics.whole.observe(time.perf_counter() - self._begin)
         finally:
             self._request.cancel()
+
+    def _join_ready(self, item: Completion) -> Completion:
+        """One piece of this and what has come behind it: where events cost more than tokens, several tokens share
+        one."""
+        while item.finish_reason is None and not self._queue.empty():
+            after = self._queue.get_nowait()
+            if isinstance(after, Exception) or after.choice != item.choice:
+                self._waiting.append(after)
+                break
+            item = join([item, after])
+        return item
 
     # On the scheduler's thread
 

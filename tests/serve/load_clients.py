@@ -74,10 +74,10 @@ async def load(host: str, port: int, clients: int, tokens: int, **options: objec
 def describe(rate: float, heard: Sequence[Heard]) -> str:
     """One line."""
     good = [x for x in heard if x.complete]
-    rates = [1 / (x.whole - x.first) for x in good] or [0.0]
-    states = {status: sum(x.status == status for x in heard) for status in sorted({x.status for x in heard})}
+    firsts, wholes = [x.first for x in good], [x.whole for x in good]
+    statuses = [x.status for x in heard]
+    states = {status: statuses.count(status) for status in sorted(set(statuses))}
     return (
-        f"{len(heard)} clients: {rate:.0f} tokens/s, first token after {statistics.median(x.first for x in good):.3f} s "
-        f"(at most {max(x.first for x in good):.3f}), fastest over slowest {max(rates) / min(rates):.2f}, "
-        f"complete {len(good)}, statuses {states}"
+        f"{len(heard)} clients: {rate:.0f} tokens/s, first token after {statistics.median(firsts):.3f} s (at most "
+        f"{max(firsts):.3f}), slowest over fastest {max(wholes) / min(wholes):.2f}, complete {len(good)}, {states}"
     )

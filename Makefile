@@ -57,14 +57,14 @@ test-arm: .venv/dev
 
 # the lowest versions that pyproject.toml allows, in an environment of their own: a few tests of every room
 LOWEST := tests/test_checkpoint.py tests/test_quantization.py tests/test_memory.py tests/ops/test_wkv7.py \
-	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py tests/data/test_token_file.py \
+	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py tests/engine/test_constraints.py tests/data/test_token_file.py \
 	tests/train/test_trainer.py tests/train/test_adapters.py tests/convert/test_conversion.py tests/convert/test_onnx.py \
 	tests/integrations/test_transformers.py tests/test_cli.py
 test-lowest:
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/python -m pip install --quiet $(TORCH) $(UV)
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct $(TORCH) \
-		-e ".[cli,train,convert,vision,onnx]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.100.0 psutil==6.0.0 transformers==5.16.0
+		-e ".[cli,train,convert,vision,onnx,serve]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.100.0 psutil==6.0.0 transformers==5.16.0
 	build/lowest/bin/python -m pytest -n auto --dist loadfile -k "not neither_typer" $(LOWEST)
 
 # the C++ compiled, not run, for the systems that are not here
@@ -119,7 +119,7 @@ storyteller: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml
-	$(INSTALL) -e ".[dev,docs,plots,train,convert,onnx,vision]"
+	$(INSTALL) -e ".[dev,docs,plots,train,convert,onnx,vision,serve]"
 	$(BIN)/python -m compileall -q heronry
 	@touch $@ .venv/run
 
@@ -135,7 +135,7 @@ constraints:
 	$(BIN)/python -m pip install --quiet $(UV)
 	echo "$(TORCH)" > .venv/torch.txt
 	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra cli --extra dev --extra docs --extra plots \
-		--extra train --extra convert --extra onnx --extra vision --extra bench --extra cluster --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
+		--extra train --extra convert --extra onnx --extra vision --extra serve --extra bench --extra cluster --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
 

@@ -240,7 +240,9 @@ class Chat:
     def _decoding(self, max_tokens: int, options: Mapping[str, Any]) -> Decoding:
         check_names(options, ["max_tokens", "stream", *DecodeOptions.__annotations__])
         default, vocab_size = Sampling(**self.template.sampling), self._llm.model.config.vocab_size
-        return resolve(options, max_tokens, default, vocab_size, prompts=1)
+        decoding = resolve(options, max_tokens, default, vocab_size, prompts=1)
+        decoding.matcher(self._llm.tokenizer, vocab_size)  # InputError before anything is read
+        return decoding
 
     def undo(self) -> str:
         """Takes the last message and its answer back; returns the message."""
@@ -306,6 +308,8 @@ class Chat:
         """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
         branch, old = self.branch, self._tree.head
         request = begin(old)
+        written = (self.template.opening if request.text.endswith(self.template.opening) else "") + request.answer
+        matcher = decoding.matcher(self._llm.tokenizer, self._llm.model.config.vocab_size, written)
         before, beginning = request.before, request.answer
         kept = (*(turn.state for turn in reversed(lineage(before))), beginning_of(before).state)
         state = next((x for x in kept if x is not None and request.text.startswith(x.texts[0])), None)
@@ -345,6 +349,7 @@ class Chat:
             prompts=[self._llm.tokenizer.encode(request.text.removeprefix(before.text) + beginning)],
             decode=self._llm.decode_token,
             earlier=more if request.again else (),
+            matcher=matcher,
         )
         self._tree.heads[branch] = turn  # the options are right
         try:
@@ -358,7 +363,7 @@ class Chat:
                     piece = decoder.push(event.token)
                     read += piece
                     certain += buffer.push(piece) if len(token_ids) > decoding.min_tokens else piece
-                    if decoder.whole:
+                    if decoder.whole and event.again is None:  # else it would be read again
                         marks[len(read)] = event.state
                 if self._tree.heads.get(branch) is not turn:
                     return  # the conversation moved on while this stream was open

@@ -320,6 +320,7 @@ class LLM(TextModel):
         if "" in stops:
             raise InputError("a stop string must not be empty")
         decoding = resolve(options, max_tokens, DEFAULT, self.model.config.vocab_size, len(batch.prompts), batch.n)
+        matcher = decoding.matcher(self.tokenizer, self.model.config.vocab_size)
         speakers = self.adapters.choose_each(adapter, len(batch.prompts))
         tokens = [x.encode(prompt, begins=state is None) for x, prompt in zip(speakers, batch.prompts, strict=True)]
         texts = [self.text_of(prompt) for prompt in batch.prompts]
@@ -354,6 +355,7 @@ class LLM(TextModel):
                 masks=[decoding.masks[i * batch.n + j] for i, j in rows],
                 prompts=[tokens[i] for i, _ in rows],
                 decode=self.decode_token,
+                matcher=matcher,
             )
             logprobs = decoding.top_logprobs is not None
             completions = [Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j) for i, j in rows]

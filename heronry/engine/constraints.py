@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 Kind = Literal["schema", "regex", "choices", "grammar"]
 LARGEST = {"schema": 1 << 18, "regex": 1 << 16, "choices": 1 << 16, "grammar": 1 << 16}  # characters
-STACK = 1 << 28  # bytes; the deepest grammars of these sizes need a tenth of it
+STACK = 1 << 28  # bytes; the deepest schemas of this size need a quarter of it
 MAX_STATES = 50_000  # of the lexer of one text, at some 2 kB
 WHITESPACE = " "  # within JSON, where it may be: at most this, for small models that write on and on of it
 GBNF = re.compile(r"(?m)^\s*[\w-]+\s*::=")
 SNIPPET = re.compile(r"^\s*(\d+ \||\^+$)")  # lines of a message that show the grammar
+
+_stack_size = threading.Lock()  # held while that of new threads is changed
 
 
 @dataclass(frozen=True)
@@ -256,38 +258,38 @@ def token_table(tokenizer: Tokenizer) -> LLTokenizer:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it."""
+    """A tokenizer as llguidance wants it: the bytes of each id, none for those without text, and how text is cut."""
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self.eos_token_id = tokenizer.vocab_size
-        self.special_token_ids = [self.eos_token_id]
-        self.tokens = [*_bytes_of_tokens(tokenizer), b"<end>"]
+        size = tokenizer.vocab_size
+        self.eos_token_id = size
+        self.special_token_ids = [size]
+        if isinstance(tokenizer, HFTokenizer):
+            tokens, self._encode = _read_json(tokenizer)
+        else:
+            tokens = list(getattr(tokenizer, "vocabulary", ()))
+            if not tokens:  # nothing can be known of tokens within a character
+                texts = [tokenizer.decode([i]) for i in range(size)]
+                tokens = [b"" if "\ufffd" in text else text.encode() for text in texts]
+            self._encode = lambda text: tokenizer.encode(text.decode())
+        self.tokens = [*(b"" if i in tokenizer.stop_ids else token for i, token in enumerate(tokens)), b"<end>"]
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode())
+        return self._encode(text)
 
 
-def _bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each id; none for those that are no text."""
+def _read_json(tokenizer: HFTokenizer) -> tuple[list[bytes], Callable[[bytes], list[int]]]:
+    """The bytes of each id, and the function that cuts text, without the space that some put in front of it."""
+    from llguidance import LLTokenizer
+
+    try:
+        table = LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=tokenizer.end_of_text_id)
+    except ValueError as error:
+        raise InputError(f"llguidance does not know this kind of tokenizer.json: {_in_one_line(error)}") from None
     ids = range(tokenizer.vocab_size)
-    if isinstance(tokenizer, HFTokenizer):
-        from llguidance import LLTokenizer
-
-        try:
-            table = LLTokenizer(tokenizer.to_json(), eos_token=tokenizer.end_of_text_id)
-        except ValueError as error:
-            raise InputError(f"llguidance does not know this tokenizer: {_in_one_line(error)}") from None
-        found = [b"" if table.is_special_token(i) else table.decode_bytes([i]) for i in ids if i < table.vocab_size]
-        found += [b""] * (len(ids) - len(found))
-    else:
-        found = list(getattr(tokenizer, "vocabulary", ()))
-        if not found:  # of its tokens within a character, nothing can be known
-            texts = [tokenizer.decode([i]) for i in ids]
-            found = [b"" if "\ufffd" in text else text.encode() for text in texts]
-    return [b"" if i in tokenizer.stop_ids else token for i, token in enumerate(found)]
+    return [b"" if table.is_special_token(i) else table.decode_bytes([i]) for i in ids], table.tokenize_bytes
 
 
 def _compile(table: LLTokenizer, definition: str) -> LLMatcher:
@@ -299,24 +301,25 @@ def _compile(table: LLTokenizer, definition: str) -> LLMatcher:
     thread = threading.Thread(
         target=lambda: found.append(LLMatcher(table, definition, log_level=0, limits=limits)), name="heronry-grammar"
     )
-    usual = threading.stack_size(STACK)
-    try:
-        thread.start()
-    finally:
-        threading.stack_size(usual)
+    with _stack_size:
+        usual = threading.stack_size(STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
     thread.join()
     return found[0]
 
 
 def _convert_gbnf(text: str) -> str:
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         return gbnf_to_lark(text)
-    except GbnfToLarkError as error:
-        raise InputError(f"grammar: {_in_one_line(error)}") from None
     except RecursionError:
         raise InputError("grammar is nested too deeply") from None
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"grammar: {_in_one_line(error)}") from None
 
 
 def _in_one_line(message: object) -> str:

@@ -44,13 +44,18 @@ def templates() -> dict[str, Any]:
     """The chat templates by name, with the fields that decide what a conversation looks like."""
     from heronry.text.chat_templates import TEMPLATES
 
-    fields = ("turn", "turn_with_input", "system", "separator", "stops", "collapse", "opening", "space")
+    fields = ("turn", "turn_with_input", "system", "separator", "stops", "collapse", "opening", "space", "label")
     return {name: {field: getattr(template, field) for field in fields} for name, template in TEMPLATES.items()}
 
 
 def embedded_templates() -> str:
     """The data that assets/prompt-formats.js renders with."""
-    data = json.dumps({"whiteSpace": WHITE_SPACE, "templates": templates()}).replace("<", "\\u003c")
+    from heronry.text.thinking import THINKING
+
+    # those in Chinese depend on the question
+    thinking = {name: mode._asdict() for name, mode in THINKING.items() if not name.startswith("chinese")}
+    parts = {"whiteSpace": WHITE_SPACE, "templates": templates(), "thinking": thinking}
+    data = json.dumps(parts).replace("<", "\\u003c")
     return f'<script type="application/json" id="prompt-formats-data">{data}</script>'
 
 
@@ -80,6 +85,38 @@ def template_list() -> str:
         lines = "become one" if template["collapse"] else "stay"
         rows.append(f"| empty lines in a message | {lines} |")
         texts.append("\n".join([f"### {name}", "", "| part | text |", "|---|---|", *rows]))
+    return "\n\n".join(texts)
+
+
+def thinking_table() -> str:
+    """What an answer begins with in each mode of thinking, and what stands behind the question."""
+    from heronry.text.thinking import THINKING
+
+    rows = ["| `think=` | the answer begins with | behind the question |", "|---|---|---|"]
+    for name, mode in THINKING.items():
+        opening, hint = (quoted(text) if text else "" for text in mode)
+        rows.append(f"| `{name}` | {opening} | {hint} |")
+    return "\n".join(rows)
+
+
+def tool_styles() -> str:
+    """A conversation with a tool in every style."""
+    from heronry.text.chat_templates import render
+    from heronry.text.tool_styles import TOOL_STYLES
+
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    function = {"name": "weather", "description": "Weather of a city", "parameters": schema}
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain in Paris?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": '{"rain": true}'},
+    ]
+    texts = []
+    for name in TOOL_STYLES:
+        text = render(messages, tools=[{"type": "function", "function": function}], tool_style=name)
+        texts.append(f"### Tools: {name}\n\n````text\n{text}\n````")
     return "\n\n".join(texts)
 
 

@@ -348,6 +348,13 @@ def test_config_must_agree(weights, tmp_path):
     assert refusal(tmp_path) == "no model.safetensors in the folder"
 
 
+def test_a_head_that_is_the_embedding_is_saved(weights, tmp_path):
+    model = built(weights)
+    model.head.weight = model.emb.weight
+    heronry.save(model, tmp_path / "tied")
+    torch.testing.assert_close(logits(heronry.load(tmp_path / "tied")), logits(model))
+
+
 def test_saving_again_and_failing(weights, tmp_path, monkeypatch):
     model = built(weights)
     (tmp_path / "vocabulary.txt").write_text("a b c")

@@ -22,7 +22,8 @@ from py_mini_racer import MiniRacer
 
 from heronry.cli.app import COMMAND_NAMES
 from heronry.errors import InputError
-from heronry.text.chat_templates import ROLES, TEMPLATES, read_messages
+from heronry.text.chat_templates import ROLES, TEMPLATES, render
+from heronry.text.thinking import THINKING
 
 tomllib = pytest.importorskip("tomllib", reason="zensical needs Python 3.11")
 ROOT = Path(__file__).parent.parent
@@ -172,6 +173,21 @@ def test_pages_say_their_language(pages, site):
         assert [x["lang"] for tag, x in page.tags if tag == "html"] == [expected], path
 
 
+def test_the_language_is_changed_on_the_same_page(pages, site):
+    translations = CONFIG["extra"]["translations"]
+    assert {site / page for page in translations.values()} == {
+        page for page in pages if page.is_relative_to(site / "zh")
+    }
+    pairs = [*translations.items(), ("view.html", "zh/index.html")]  # one without a translation
+    for english, chinese in pairs:
+        for path in (english, chinese) if english in translations else (english,):
+            links = [x for _, x in pages[site / path].tags if "hreflang" in x]
+            assert len(links) == 4  # in the head and in the menu
+            for link in links:
+                target = chinese if link["hreflang"] == "zh" else english if english in translations else "index.html"
+                assert ((site / path).parent / link["href"]).resolve() == site / target
+
+
 def test_pages_fit_a_phone(pages):
     for path, page in pages.items():
         viewports = [x["content"] for tag, x in page.tags if tag == "meta" and x.get("name") == "viewport"]
@@ -209,27 +225,23 @@ def script(site) -> Iterator[MiniRacer]:
         yield engine
 
 
-def rendered_there(script: MiniRacer, name: str, messages: list[dict[str, str]]) -> str | None:
-    call = f"renderer.render({json.dumps(name)}, {json.dumps(messages)})"
+def rendered_there(script: MiniRacer, name: str, messages: list[dict[str, str]], think: str | None) -> str | None:
+    call = f"renderer.render({json.dumps(name)}, {json.dumps(messages)}, {json.dumps(think)})"
     return json.loads(
         script.eval(f"(() => {{ try {{ return JSON.stringify({call}) }} catch (e) {{ return 'null' }} }})()")
     )
 
 
-def rendered_here(name: str, messages: list[dict[str, str]]) -> str | None:
-    """What heronry.Chat has the model read; None where a message is refused."""
-    template = TEMPLATES[name]
+def rendered_here(name: str, messages: list[dict[str, str]], think: str | None) -> str | None:
+    """The prompt; None where a message is refused."""
     try:
-        checked = read_messages(messages)
-        if checked and checked[-1]["role"] == "user":
-            return template.extend(template.render_history(checked[:-1]), checked)
-        return template.render_history(checked)
+        return render(messages, name, think=think)
     except InputError:
         return None
 
 
 PARTS = ["a", "\n", "\n\n", "\r\n", "b\r\n\nc", " ", "\t", "\x1c", "\x85", "\ufeff", "\u3000", "鹭", "🪶", "\\"]
-PARTS += ["$&", "{user}", "{input}", "{system}", "\n\nUser:", "<think", ">\n</think", "</script>"]
+PARTS += ["$&", "{user}", "{input}", "{system}", "\n\nUser:", "<think", ">\n</think", "</script>", "✿"]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
 CONTENTS = st.fixed_dictionaries({"content": TEXTS}, optional={"input": TEXTS})
 ORDERS = st.sampled_from([["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]])
@@ -238,10 +250,13 @@ CONVERSATIONS = (ORDERS | st.lists(st.sampled_from(ROLES), max_size=4)).flatmap(
 )
 
 
+THOUGHTS = st.sampled_from([None, *(name for name in THINKING if not name.startswith("chinese"))])
+
+
 @settings(max_examples=300)
-@given(name=st.sampled_from(sorted(TEMPLATES)), messages=CONVERSATIONS)
-def test_page_renders_conversations_as_heronry_does(script, name, messages):
-    assert rendered_there(script, name, [*messages]) == rendered_here(name, [*messages])
+@given(name=st.sampled_from(sorted(TEMPLATES)), messages=CONVERSATIONS, think=THOUGHTS)
+def test_page_renders_conversations_as_heronry_does(script, name, messages, think):
+    assert rendered_there(script, name, [*messages], think) == rendered_here(name, [*messages], think)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -254,7 +269,9 @@ def test_page_renders_a_whole_conversation(script, name):
             {"role": "user", "content": "And 鹭?"},
         ]
         for n in range(1, 5):
-            assert rendered_there(script, name, messages[:n]) == rendered_here(name, messages[:n]) is not None
+            assert (
+                rendered_there(script, name, messages[:n], None) == rendered_here(name, messages[:n], None) is not None
+            )
 
 
 def test_guide_names_every_template():

@@ -176,7 +176,7 @@ def describe(found: Comparison) -> str:
             f"heronry {about['heronry']}, {about['date']}, threads: {about['threads']}, for decoding 1",
             ", ".join(f"{name} {value}" for name, value in machine.items()),
             f"text: {found.text['name']}, {found.text['bytes']:,} bytes, sha256 {found.text['sha256'][:16]}",
-            f"All models have as many parameters as the RWKV-7 of {found.plan.layers} layers and {found.plan.width} "
-            "channels. Times are medians of blocks that alternate.",
+            f"All models have about as many parameters as the RWKV-7 of {found.plan.layers} layers and "
+            f"{found.plan.width} channels. Times are medians of blocks that alternate.",
         ]
     )

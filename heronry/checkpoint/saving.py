@@ -67,6 +67,10 @@ def save(
         raise InputError(f"{tokenizer}: tokenizer file not found")
     model = getattr(model, "_orig_mod", model)  # inside a wrapper of torch.compile
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    first = {x.data_ptr(): name for name, x in reversed(tensors.items())}
+    for name, x in tensors.items():
+        if first[x.data_ptr()] != name:  # a head that is the embedding: safetensors writes no memory twice
+            tensors[name] = x.clone()
     config = {"model": model.name, **asdict(model.config), **(notes or {})}
     if model.quantization is not None:
         config |= {"quantization": model.quantization, "fingerprint": model.fingerprint}

@@ -45,6 +45,7 @@ from .pull import pull
 from .quantize import quantize
 from .rm import rm
 from .see import see
+from .serve import serve
 from .signals import Terminated, signals_raise
 from .train import train
 from .view import view
@@ -59,6 +60,7 @@ UNKNOWN = re.compile(r"No such (option|command):? '?([^\s']+)'?")  # in typer's 
 COMMANDS = (
     generate,
     chat,
+    serve,
     pull,
     list_models,
     rm,
@@ -196,7 +198,8 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
     that it comes from if it was not typed."""
     verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen, and show errors in full.")]
     quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no notes, only errors.")]
-    arguments = inspect.signature(function).parameters
+    arguments = dict(inspect.signature(function).parameters)
+    takes_context = arguments.pop("context", None) is not None
 
     @wraps(function)
     def run(context: typer.Context, verbose: bool, quiet: bool, **options: Any) -> None:
@@ -206,7 +209,7 @@ def _with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
         if context.obj is not None:
             raise context.obj
         try:
-            function(**options)
+            function(**options, **({"context": context} if takes_context else {}))
         except InputError as error:
             message = _as_typed(str(error), arguments)
             for name in [name for name in DEFAULTS if name in options]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def chat(
+    context: typer.Context,
     model: options.Model = None,
     tokenizer: options.Tokenizer = None,
     dtype: options.Precision = None,
@@ -33,6 +34,7 @@ def chat(
         typer.Option(help="Continue from this file if it exists, and save the conversation there after every answer."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    preset: options.Preset = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 always takes the most likely token.", show_default="by the template")
     ] = None,
@@ -56,11 +58,8 @@ def chat(
     llm = options.load_llm(model, tokenizer, dtype, device, threads, quantize, adapter, ln_x_eps)
     if state is not None:
         llm.begin_from(state)
-    sampling: DecodeOptions = {}
-    if temperature is not None:
-        sampling["temperature"] = temperature
-    if top_p is not None:
-        sampling["top_p"] = top_p
+    given = {name: x for name, x in (("temperature", temperature), ("top_p", top_p)) if x is not None}
+    sampling: DecodeOptions = {**options.apply_preset(context, preset, given)}  # type: ignore[typeddict-item]
     conversation = llm.chat(template=template, system=system)
     first: DecodeOptions = {**sampling, "seed": seed}
     conversation.check_options(max_tokens, **first)  # fails before the first message

@@ -33,6 +33,13 @@ def template(incomplete: str) -> list[str]:
     return _beginning(TEMPLATES, incomplete)
 
 
+def preset(incomplete: str) -> list[str]:
+    """Names of presets of sampling."""
+    from ..engine.presets import PRESETS
+
+    return _beginning(PRESETS, incomplete)
+
+
 def setting(incomplete: str) -> list[str]:
     """Settings of `heronry train`, and files."""
     from ..train.config import setting_names

@@ -16,6 +16,7 @@ from .output import print_result
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -34,6 +35,7 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file, to its last line break.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    preset: options.Preset = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens only; 0 = all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens that together reach this.")] = 0.85,
@@ -89,6 +91,19 @@ def generate(
         saved_state = State.load(state, device)
     elif state is not None:
         llm.begin_from(state)
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "penalty_decay": penalty_decay,
+        "penalize_digits": penalize_digits,
+        "repetition_penalty": repetition_penalty,
+        "order": order,
+    }
+    sampling = options.apply_preset(context, preset, given)
     with progress_bar("reading the prompt") as progress:
         stream = llm.generate(
             text,
@@ -96,16 +111,7 @@ def generate(
             stream=True,
             state=saved_state,
             stop=None if stop is None else [options.unescape(x) for x in stop],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            penalty_decay=penalty_decay,
-            penalize_digits=penalize_digits,
-            repetition_penalty=repetition_penalty,
-            order=order,
+            **sampling,
             seed=seed,
             progress=progress,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from . import complete
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
+
+
+TYPED = ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _tokenizer(name: str | None) -> str | None:
@@ -83,7 +86,7 @@ LnXEps = Annotated[
 ]
 TEMPLATE = (
     "How conversations are shown: raven, world, g1, g1-think, g1-fast-think, story, alpaca, raven-alpaca, instruction, "
-    r"qa; a file FILE.jinja; or a turn of your own, such as 'Bob: {user}\n\nAlice:'."
+    r"qa, bot; a file FILE.jinja; or a turn of your own, such as 'Bob: {user}\n\nAlice:'."
 )
 Template = Annotated[
     str | None,
@@ -103,6 +106,16 @@ DataTemplate = Annotated[
         help=TEMPLATE,
         show_default="the Jinja template beside the tokenizer",
         autocompletion=complete.template,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Sampling by name: chat, gradio, open-think, fake-think, lightning, tools, tools-stable, function-call, "
+        "maths, creative, conservative, fixed. Other options replace its values.",
+        show_default="none",
+        autocompletion=complete.preset,
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
@@ -135,6 +148,20 @@ def load_llm(
             ln_x_eps=ln_x_eps,
             progress=progress,
         )
+
+
+def apply_preset(context: typer.Context, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of sampling: those of the preset where the command line does not say otherwise; without a preset all that
+    are given."""
+    from ..engine.presets import preset_by_name
+    from ..engine.sampling import UnseededOptions
+
+    if preset is None:
+        return given
+    chosen = preset_by_name(preset)
+    sources = {name: context.get_parameter_source(name) for name in given}  # not config.toml, which is for all calls
+    explicit = {name: given[name] for name, source in sources.items() if source is not None and source.name in TYPED}
+    return {name: getattr(chosen, name) for name in UnseededOptions.__annotations__} | explicit
 
 
 def use_threads(threads: int | None) -> None:

@@ -246,7 +246,7 @@ class TokenWriter:
             os.fsync(file.fileno())
         metadata = metadata | {"documents": self.written.documents, "tokens": self.written.tokens}
         with open(part_file(self.prefix, ".json"), "w", encoding="utf-8") as text:
-            text.write(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+            text.write(json.dumps(metadata, indent=2) + "\n")  # in ASCII, as names of files may hold any bytes
             text.flush()
             os.fsync(text.fileno())
 

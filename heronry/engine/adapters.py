@@ -60,6 +60,7 @@ class Adapters(Mapping[str, TextModel]):
             raise InputError(f"{path}: {error}") from error
         template = adapter.notes.get("chat_template", base.chat_template)
         adapted = TextModel(model, base.tokenizer, template, adapter.notes.get("opening_tokens", base.opening))
+        adapted.tool_style = base.tool_style
         with self._lock:
             self._adapted = self._adapted | {name: adapted}
         return adapted

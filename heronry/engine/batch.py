@@ -9,12 +9,12 @@ from typing import Any
 
 from ..errors import InputError, show
 from ..models import State
+from ..text.stop_strings import StopStringBuffer
 from ..text.tokenizers import Tokenizer
 from .completion import Completion, Pieces, TokenLogprob, Usage
 from .decode_batch import Event
 from .generate import Generation
 from .options import Prompt, Prompts, whole_number
-from .stop_strings import StopStringBuffer
 
 
 @dataclass(frozen=True)

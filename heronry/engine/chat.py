@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from ..errors import InputError, show, unknown_name
 from ..models import State
-from ..text.chat_templates import read_messages, usual_template
+from ..text.chat_templates import Prompt, read_messages, usual_template
+from ..text.stop_strings import StopStringBuffer
 from ..text.template_choice import AnyTemplate, find_template
 from ..text.tokenizers import WorldTokenizer
 from ..text.utf8 import encode_utf8
@@ -36,7 +37,6 @@ from .conversation import Beginning, ConversationTree, Turn, beginning_of, linea
 from .generate import Generation, prefill
 from .options import DecodeOptions, Decoding, check_names, resolve
 from .sampling import Sampling
-from .stop_strings import StopStringBuffer
 from .text_model import TextModel
 
 if TYPE_CHECKING:
@@ -49,15 +49,19 @@ class _Request(NamedTuple):
     before: what it follows.
     message: of the user.
     text: all of the conversation, up to where the answer begins.
-    answer: what the answer begins with already.
+    opening: what the answer begins with in that text.
+    answer: what the answer begins with already, behind the opening.
     again: the message was said before, in the last turn of the branch.
+    is_raw: the answer is handed out with the white space at its beginning.
     """
 
     before: Turn | Beginning
     message: dict[str, str]
     text: str
+    opening: str
     answer: str
     again: bool = False
+    is_raw: bool = False
 
 
 class Chat:
@@ -82,10 +86,7 @@ class Chat:
             history: messages of an earlier conversation, read at once: [{"role": "user", "content": ...}, ...], the
                 last of "assistant". `undo` does not reach into them.
         """
-        name = llm.chat_template if template is None else template
-        if name is None:
-            name = usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
-        chosen = find_template(name)
+        chosen = choose_template(llm, template)
         _ = chosen.separator  # InputError for a template that is damaged
         messages = read_messages(history)
         if system:
@@ -177,7 +178,7 @@ class Chat:
         def begin(old: Turn | Beginning) -> _Request:
             before = self._tree.messages(old)
             text = self.template.extend(old.text, [*before, asked])
-            return _Request(old, asked, text.removesuffix(self.template.opening) + opening, answer)
+            return _Request(old, asked, text.removesuffix(self.template.opening) + opening, opening, answer)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
@@ -202,7 +203,7 @@ class Chat:
         def begin(_: Turn | Beginning) -> _Request:
             last = self._last("to answer again")
             text = self.template.extend(last.before.text, [*self._tree.messages(last.before), last.asked])
-            return _Request(last.before, last.asked, text, "", again=True)
+            return _Request(last.before, last.asked, text, self.template.opening, "", again=True)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
@@ -228,10 +229,20 @@ class Chat:
 
         def begin(_: Turn | Beginning) -> _Request:
             last = self._last("whose answer could go on")
-            return _Request(last.before, last.asked, self._tree.text_before_answer(last), last.answer, again=True)
+            text, opening = self._tree.text_before_answer(last), self.template.opening
+            opening = opening if text.endswith(opening) else ""
+            return _Request(last.before, last.asked, text, opening, last.answer, again=True)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
+
+    def answer(self, prompt: Prompt, max_tokens: int, options: Mapping[str, Any]) -> Generator[Completion, None, None]:
+        """What the model writes behind a prompt that holds a whole conversation, with white space at its beginning."""
+
+        def begin(old: Turn | Beginning) -> _Request:
+            return _Request(old, {"content": ""}, prompt.context, prompt.opening, prompt.beginning, is_raw=True)
+
+        return self._answer(begin, self._decoding(max_tokens, options))
 
     def check_options(self, max_tokens: int = 512, **options: Unpack[DecodeOptions]) -> None:
         """InputError where `say` would not take these options."""
@@ -308,7 +319,7 @@ class Chat:
         """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
         branch, old = self.branch, self._tree.head
         request = begin(old)
-        written = (self.template.opening if request.text.endswith(self.template.opening) else "") + request.answer
+        written = request.opening + request.answer
         matcher = decoding.matcher(self._llm.tokenizer, self._llm.model.config.vocab_size, written)
         before, beginning = request.before, request.answer
         kept = (*(turn.state for turn in reversed(lineage(before))), beginning_of(before).state)
@@ -368,7 +379,7 @@ class Chat:
                 if self._tree.heads.get(branch) is not turn:
                     return  # the conversation moved on while this stream was open
                 answer = certain.rstrip()
-                new = answer[shown:] if shown else answer.lstrip()
+                new = answer[shown:] if shown or request.is_raw else answer.lstrip()
                 shown = max(shown, len(answer))
                 marks = _useful(marks, answer, certain, self.template.separator)
                 turn = _settled(turn, request.text, answer + self.template.separator, len(answer), read, marks)
@@ -410,6 +421,14 @@ class Chat:
             InputError: no such file, not a conversation, of another model, or damaged; this one then stays.
         """
         self._tree = ConversationTree.load(path, self._llm.model)
+
+
+def choose_template(llm: TextModel, template: str | AnyTemplate | None) -> AnyTemplate:
+    """What `find_template` finds; None = the template of the model."""
+    name = llm.chat_template if template is None else template
+    if name is None:
+        name = usual_template(llm.model.name, isinstance(llm.tokenizer, WorldTokenizer))
+    return find_template(name)
 
 
 def _read_beginning(llm: TextModel, template: AnyTemplate, messages: list[dict[str, str]]) -> Beginning:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from ..models import State
+from ..text.tools import ToolCall
 
-# "stop": an end of text, a stop id or a stop string; "length": max_tokens were generated
-FinishReason = Literal["stop", "length"]
+# "stop": an end of text, a stop id or a stop string; "length": max_tokens were generated; "tool_calls": it calls tools
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Completion:
         logprobs: one entry a token where they were asked for, else None.
         usage: token counts, in a stream those so far.
         index, choice: which of the prompts, and which of its `n` completions, from 0.
+        reasoning, tool_calls: the thought and the calls of an answer to a list of messages, which are not in `text`.
     """
 
     text: str
@@ -58,6 +60,8 @@ class Completion:
     usage: Usage
     index: int = 0
     choice: int = 0
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     make_state: Callable[[], State] = field(repr=False, compare=False, kw_only=True)
 
     def __str__(self) -> str:
@@ -83,6 +87,8 @@ class Pieces:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[ToolCall] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.last: Completion | None = None
@@ -90,6 +96,8 @@ class Pieces:
     def add(self, piece: Completion) -> None:
         """Takes the next piece."""
         self.texts.append(piece.text)
+        self.thoughts.append(piece.reasoning)
+        self.calls += piece.tool_calls
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs or ()
         self.last = piece
@@ -106,6 +114,8 @@ class Pieces:
             usage=self.last.usage,
             index=self.last.index,
             choice=self.last.choice,
+            reasoning="".join(self.thoughts),
+            tool_calls=self.calls,
             make_state=self.last.make_state,
         )
 

@@ -110,7 +110,7 @@ class SequenceDecoder:
             allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
             banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()
             tokens = [self._sampler.pick(logits, allowed, banned, self._grammar())]
-        logprob = None if self.top_logprobs is None else logprob_of(tokens[0], logits, self.top_logprobs)
+        logprob = self.logprob_of(tokens[0], logits)
         if tokens[0] in self.stop_ids:
             return [], logprob
         self.drawn += tokens
@@ -118,6 +118,12 @@ class SequenceDecoder:
             for token in tokens:
                 self.matcher.consume(token)
         return tokens, logprob
+
+    def logprob_of(self, token: int, logits: Tensor) -> TokenLogprob | None:
+        """The log-probability of a token under logits [V], if it was asked for."""
+        if self.top_logprobs is None:
+            return None
+        return token_logprob(token, torch.log_softmax(logits.detach().to("cpu", torch.float32), 0), self.top_logprobs)
 
     def _forced(self) -> list[int]:
         if self.matcher is None or not self._may_force:
@@ -136,9 +142,8 @@ class SequenceDecoder:
         return allowed
 
 
-def logprob_of(token: int, logits: Tensor, top: int) -> TokenLogprob:
-    """The log-probability of a token under logits [V], and those of the `top` most likely ones."""
-    logprobs = torch.log_softmax(logits.detach().to("cpu", torch.float32), 0)
+def token_logprob(token: int, logprobs: Tensor, top: int) -> TokenLogprob:
+    """The entry of a token, and of the `top` most likely ones, from log-probabilities [V], float32 on the CPU."""
     values, ids = logprobs.topk(min(top, len(logprobs)))
     return TokenLogprob(token, float(logprobs[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
 
@@ -162,6 +167,10 @@ class DecodeBatch:
     def free(self) -> int:
         """How many more may join."""
         return self._sizes.rows - len(self)
+
+    def numbers(self) -> list[int]:
+        """Of its sequences."""
+        return [row[0] for row in self._rows if row is not None]
 
     @torch.inference_mode()
     def add(self, sequences: Mapping[int, SequenceDecoder], logits: Tensor, state: State) -> None:
@@ -268,8 +277,8 @@ class DecodeBatch:
         self._put(row, after, 0)
         events = []
         for n, token in enumerate(tokens, 1):
-            if n > 1 and sequence.top_logprobs is not None:
-                logprob = logprob_of(token, logits[0, n - 2], sequence.top_logprobs)
+            if n > 1:
+                logprob = sequence.logprob_of(token, logits[0, n - 2])
             if n < len(tokens):
                 again = partial(_read, self._model, tokens[:n])
                 events.append(Event(index, token, None, logprob, before, 0, again=again))

@@ -22,17 +22,18 @@ from ..checkpoint import load_checkpoint, locate, select_notes
 from ..errors import InputError, show
 from ..models import Model, State
 from ..progress import Progress
-from ..text.chat_templates import read_messages
+from ..text.chat_templates import chat_defaults
 from ..text.jinja_templates import JinjaTemplate
-from ..text.template_choice import AnyTemplate, model_template
+from ..text.template_choice import AnyTemplate, model_template, published_name
 from ..text.tokenizers import Tokenizer, guess_tokenizer, load_tokenizer, read_tokenizer_json
 from .adapters import Adapters
+from .answers import answer_messages
 from .asynchronous import iterate
 from .batch import BatchCollector, PromptBatch, Row, alternate, stream_pieces
 from .chat import Chat
-from .completion import Completion
+from .completion import Completion, join
 from .generate import Generation, check_prompts, prefill
-from .options import DecodeOptions, GenerateOptions, Prompt, Prompts, check_names, resolve
+from .options import ChatOptions, GenerateOptions, Prompt, Prompts, check_names, read_stops, resolve
 from .sampling import Sampling
 from .text_model import TextModel
 
@@ -119,6 +120,8 @@ class LLM(TextModel):
             template = notes.get("chat_template", template)
             described |= notes
         super().__init__(model, tokenizer, template, described.get("opening_tokens", ()))
+        if isinstance(path, Path):
+            self.tool_style = chat_defaults(published_name(path)).tool_style
         self.adapters = Adapters(self, base_file)
 
     def __repr__(self) -> str:
@@ -241,64 +244,63 @@ class LLM(TextModel):
     def chat(self, messages: None = ..., *, template: str | AnyTemplate | None = ...,
              system: str | None = ..., adapter: str | None = ...) -> Chat: ...
     @overload
-    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ..., *,
              template: str | AnyTemplate | None = ..., system: str | None = ..., adapter: str | None = ...,
              stream: Literal[False] = ...,
-             **options: Unpack[DecodeOptions]) -> Completion: ...
+             **options: Unpack[ChatOptions]) -> Completion: ...
     @overload
-    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ..., *,
              template: str | AnyTemplate | None = ..., system: str | None = ..., adapter: str | None = ...,
              stream: Literal[True],
-             **options: Unpack[DecodeOptions]) -> Generator[Completion, None, None]: ...
+             **options: Unpack[ChatOptions]) -> Generator[Completion, None, None]: ...
     @overload
-    def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int = ..., *,
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ..., *,
              template: str | AnyTemplate | None = ..., system: str | None = ..., adapter: str | None = ...,
              stream: bool,
-             **options: Unpack[DecodeOptions]) -> Completion | Generator[Completion, None, None]: ...
+             **options: Unpack[ChatOptions]) -> Completion | Generator[Completion, None, None]: ...
     # fmt: on
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         max_tokens: int = 512,
         *,
         template: str | AnyTemplate | None = None,
         system: str | None = None,
         adapter: str | None = None,
         stream: bool = False,
-        **options: Unpack[DecodeOptions],
+        **options: Unpack[ChatOptions],
     ) -> Chat | Completion | Generator[Completion, None, None]:
         """A conversation to go on with, or the answer to a list of messages.
 
+            answer = llm.chat([{"role": "user", "content": "Rain in Paris?"}], tools=tools, think="short")
+            answer.reasoning, answer.text, answer.tool_calls
+
         Args:
-            messages: [{"role": "user", "content": ...}, ...]: at most one of "system" first, then "user" and
-                "assistant" in turn; None = a `Chat` that has not begun. If the last one is of the assistant, the model
-                goes on with it, and only what it writes is returned. One of the user may have an "input", see
-                `Chat.say`.
+            messages: [{"role": "user", "content": ...}, ...], in OpenAI's form with calls and results of tools, see
+                `heronry.text.messages.parse_messages`; None = a `Chat` that has not begun. If the last one is of the
+                assistant, the model goes on with it, and only what it writes is returned. One of the user may have an
+                "input", see `Chat.say`.
             template, system: see `Chat`.
             adapter: who answers, one of `adapters` by its name; None = the model itself.
-            max_tokens, stream, options: see `Chat.say`.
+            max_tokens, stream: see `Chat.say`.
+            options: see `ChatOptions`.
+
+        Returns:
+            A `Chat`, or a Completion whose text is what the model says, without its thought (`reasoning`) and its calls
+            (`tool_calls`), and without white space around it.
         """
+        speaker = self.adapters.choose(adapter)
         if messages is None:
             given = ["max_tokens"] * (max_tokens != 512) + ["stream"] * stream + list(options)
             if given:
                 raise InputError(f"{given[0]} is given to say(): without messages, chat() answers nothing yet")
-            return Chat(self.adapters.choose(adapter), template, system)
+            return Chat(speaker, template, system)
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise InputError(
                 f"messages must be a list of messages, got {show(messages)}; a template is named by template="
             )
-        if not messages:
-            raise InputError("there are no messages")
-        *history, last = read_messages(messages)
-        beginning = ""
-        if last["role"] == "assistant":
-            beginning = last["content"]
-            *history, last = history
-        if last["role"] != "user":
-            raise InputError("the last message must be from the user, or an answer to go on with")
-        chat = Chat(self.adapters.choose(adapter), template, system, history)
-        about = last.get("input", "")
-        return chat.say(last["content"], max_tokens, input=about, beginning=beginning, stream=stream, **options)
+        pieces = answer_messages(speaker, messages, max_tokens, template, system, options)
+        return pieces if stream else join(pieces)
 
     def _generate(
         self, batch: PromptBatch, max_tokens: int, options: dict[str, Any]
@@ -312,13 +314,7 @@ class LLM(TextModel):
             raise InputError(f"progress must be a function of (tokens read, tokens in all), got {show(progress)}")
         if state is not None and not isinstance(state, State):
             raise InputError(f"state must be a State, got {type(state).__name__}")
-        if not isinstance(stop, str | Sequence | None):
-            raise InputError(f"stop must be a text or a list of texts, got {show(stop)}")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(x, str) for x in stops):
-            raise InputError(f"stop must be a text or a list of texts, got {show(stop)}")
-        if "" in stops:
-            raise InputError("a stop string must not be empty")
+        stops = read_stops(stop)
         decoding = resolve(options, max_tokens, DEFAULT, self.model.config.vocab_size, len(batch.prompts), batch.n)
         matcher = decoding.matcher(self.tokenizer, self.model.config.vocab_size)
         speakers = self.adapters.choose_each(adapter, len(batch.prompts))

@@ -12,7 +12,9 @@ from ..errors import InputError, show, unknown_name
 from ..models import State
 from ..progress import Progress
 from ..text.tokenizers import Tokenizer
+from ..text.tools import Tools
 from .constraints import Grammar, Matcher
+from .presets import preset_by_name
 from .sampling import Mask, Sampling, UnseededOptions
 
 Prompt = str | Sequence[int]  # a text, or token ids that are read as they are
@@ -23,7 +25,8 @@ Prompts = list[str] | list[list[int]] | list[str | list[int]] | list[Prompt] | t
 class DecodeOptions(UnseededOptions, total=False):
     """How tokens are drawn, and when it ends.
 
-    sampling: a Sampling for all prompts, or one a prompt; the options below replace its fields.
+    sampling: a Sampling, or the name of one in heronry.engine.presets.PRESETS, for all prompts or one a prompt; the
+        options below replace its fields.
     seed: one for all prompts, where completion j of `n` takes seed + j; or one a completion, prompt by prompt.
     min_tokens: an end of text or a stop comes only after so many tokens; stop strings are looked for behind them.
     stop_token_ids: ids that end the text like an end of text.
@@ -38,7 +41,7 @@ class DecodeOptions(UnseededOptions, total=False):
     All others are fields of `Sampling`.
     """
 
-    sampling: Sampling | Sequence[Sampling] | None
+    sampling: Sampling | str | Sequence[Sampling | str] | None
     seed: int | Sequence[int] | None
     min_tokens: int
     stop_token_ids: Sequence[int]
@@ -73,6 +76,27 @@ class GenerateOptions(DecodeOptions, total=False):
     adapter: str | Sequence[str | None] | None
     stop: str | Sequence[str] | None
     progress: Progress | None
+
+
+class ChatOptions(DecodeOptions, total=False):
+    """Also how messages are shown, and how the answer is taken apart; see `heronry.text.chat_templates.render`.
+
+    tools: that may be called: OpenAI's list of tools, or the JSON Schema of their arguments by name.
+    tool_style: how tools are shown; None = as the name of the model's file says, or the template.
+    parallel_tool_calls: False ends the answer with its first call.
+    think: "none", "open", "short", "medium", "long", "fake", ...; None = as the template has it.
+    opening: what the answer begins with: "plain", "fence", "call" or a text; None = by `think` and the tools.
+    preserve_reasoning: thoughts of all earlier answers are shown.
+    stop: strings that end what is said; they are not looked for in the thought and in calls.
+    """
+
+    tools: Tools | None
+    tool_style: str | None
+    parallel_tool_calls: bool
+    think: str | None
+    opening: str | None
+    preserve_reasoning: bool
+    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -117,14 +141,18 @@ def resolve(
     options = dict(options)
     rows = prompts * n
     given = options.pop("sampling", None)
+    if isinstance(given, str):
+        given = preset_by_name(given)
+    elif isinstance(given, Sequence):
+        given = [preset_by_name(x) if isinstance(x, str) else x for x in given]
     one_each = _each("sampling", default if given is None else given, Sampling, prompts, "prompt")
     seed = options.pop("seed", None)
     mask = options.pop("mask", None)
     grammar = _choose_grammar(options)
     min_tokens = whole_number("min_tokens", options.pop("min_tokens", 0))
     top = whole_number("top_logprobs", options.pop("top_logprobs", 0))
-    logprobs = _flag("logprobs", options.pop("logprobs", False))
-    ignore_eos = _flag("ignore_eos", options.pop("ignore_eos", False))
+    logprobs = flag("logprobs", options.pop("logprobs", False))
+    ignore_eos = flag("ignore_eos", options.pop("ignore_eos", False))
     stop_ids = options.pop("stop_token_ids", ())
     if not isinstance(stop_ids, Sequence | frozenset | set) or isinstance(stop_ids, str | bytes):
         raise InputError(f"stop_token_ids must be a list of token ids, got {show(stop_ids)}")
@@ -191,7 +219,20 @@ def _check_token(name: str, value: Any, vocab_size: int) -> None:
         raise InputError(f"{name} must be below {vocab_size}, the size of the vocabulary, got {value}")
 
 
-def _flag(name: str, value: Any) -> bool:
+def read_stops(stop: object) -> tuple[str, ...]:
+    """The stop strings; InputError if they are none."""
+    if not isinstance(stop, str | Sequence | None):
+        raise InputError(f"stop must be a text or a list of texts, got {show(stop)}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(x, str) for x in stops):
+        raise InputError(f"stop must be a text or a list of texts, got {show(stop)}")
+    if "" in stops:
+        raise InputError("a stop string must not be empty")
+    return stops
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value; InputError if it is neither True nor False."""
     if not isinstance(value, bool):
         raise InputError(f"{name} must be True or False, got {show(value)}")
     return value

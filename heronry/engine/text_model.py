@@ -26,6 +26,7 @@ class TextModel:
         model, tokenizer: a `Model` and the `Tokenizer` for its vocabulary.
         chat_template: of its conversations: a template, or what `find_template` takes, such as the name of one; None =
             what is usual for its generation.
+        tool_style: how the model was shown tools, one of heronry.text.tool_styles; None = as its template shows them.
         opening: token ids read in front of every text that begins from nothing, like the end-of-text token that a model
             always saw there in training; "opening_tokens" in a folder's config.json.
         start: the state of one row that a text begins from, in front of the opening; None = the model's own.
@@ -42,6 +43,7 @@ class TextModel:
         self.model = model
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.tool_style: str | None = None
         self.opening = list(opening)
         self.start = start
 

@@ -107,7 +107,8 @@ class NativeStep:
         self.ln_x_eps = getattr(config, "ln_x_eps", 0.0)
         self.states, self.logits, self.scratch = Pool(), Pool(), Scratch()
         self.scratch_sizes: dict[tuple[int, int, bool], int] = {}  # bytes for so many tokens, sequences, and last_only
-        named = dict(chain(model.named_parameters(), model.named_buffers()))
+        every = {"remove_duplicate": False}  # a head that is the embedding has a name of its own
+        named = dict(chain(model.named_parameters(**every), model.named_buffers(**every)))
         self.model = self._table(named, self.library.model_names, "")
         layers = [self._table(named, self.library.layer_names, f"blocks.{i}.") for i in range(config.n_layer)]
         self.layers = (_Tensor * (len(layers) * len(layers[0])))(*chain.from_iterable(layers))

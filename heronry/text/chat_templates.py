@@ -1,214 +1,279 @@
-"""How models were shown conversations in training."""
+"""From a list of messages to a prompt: the one renderer, for every template, tools and thoughts.
+
+- `render` gives the text; `prepare` also what an answer is read with, see tool_calls.py
+- what a conversation looks like is in templates.py, tools in tool_styles.py, thoughts in thinking.py; a folder's own
+  template in Jinja shows all of it by itself
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..errors import InputError, show
+from .jinja_templates import JinjaTemplate
+from .messages import ROLES, Message, parse_messages, read_messages
+from .model_names import ChatDefaults, chat_defaults, template_by_name, trained_context, usual_template
+from .template_choice import AnyTemplate, find_template
+from .templates import BOT, FOCUSED, G1, RAVEN, STORY, TEMPLATES, WORLD, Template, parse_template
+from .thinking import thinking_by_name
+from .tool_styles import TOOL_STYLES, ToolStyle, style_by_name
+from .tools import Tool, Tools, read_tools
 
-ROLES = ("system", "user", "assistant")
-# what chat models are used with, in the PyPI package rwkv
-FOCUSED = {"top_p": 0.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "penalize_digits": False}
+__all__ = [
+    "BOT",
+    "FIM_STOPS",
+    "FOCUSED",
+    "G1",
+    "RAVEN",
+    "ROLES",
+    "STORY",
+    "TEMPLATES",
+    "WORLD",
+    "AnyTemplate",
+    "ChatDefaults",
+    "Prompt",
+    "Template",
+    "chat_defaults",
+    "fill_in_middle",
+    "parse_template",
+    "prepare",
+    "question_on",
+    "read_messages",
+    "render",
+    "template_by_name",
+    "trained_context",
+    "usual_template",
+]
+FIM_STOPS = ("✿",)  # what ends the text of `fill_in_middle`
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a model was shown conversations in training.
+class Prompt(NamedTuple):
+    """What a model reads before it answers.
 
-    turn: a message, in place of {user}, and the beginning of the answer; no space at the end, the answer brings it
-        (none after a line break).
-    turn_with_input: the same for a message with an input, what the message is about, in place of {input}. Without it an
-        input is shown on the next line of the message.
-    system: what a system text looks like, in front of everything.
-    separator: between an answer and the next turn.
-    stops: what ends an answer, besides the end of text.
-    collapse: runs of newlines within a message become one, for an empty line would end the message.
-    sampling: fields of heronry.Sampling for answers, where the caller says nothing else.
+    context: up to where the answer begins, with its `opening`.
+    opening: what the answer begins with before the model writes: a thought, a fence, or "".
+    beginning: what of the answer the caller has written already, behind the opening.
+    template: in which all of it is shown; its `stops` end the answer.
+    tools: that may be called, by name.
     """
 
-    turn: str
-    system: str = "{system}\n\n"
-    separator: str = "\n\n"
-    stops: tuple[str, ...] = ("\n\nUser:",)
-    collapse: bool = True
-    sampling: Mapping[str, Any] = field(default_factory=lambda: FOCUSED)
-    turn_with_input: str | None = None
-
-    def __post_init__(self) -> None:
-        if "{user}" not in self.turn:
-            raise InputError(f"a template's turn must contain {{user}}, got {self.turn!r}")
-        if self.turn_with_input is not None and not all(x in self.turn_with_input for x in ("{user}", "{input}")):
-            raise InputError(f"turn_with_input must contain {{user}} and {{input}}, got {self.turn_with_input!r}")
-        if "" in self.stops:
-            raise InputError("a stop string must not be empty")
+    context: str
+    opening: str
+    beginning: str
+    template: AnyTemplate
+    tools: dict[str, Tool]
 
     @property
-    def opening(self) -> str:
-        """What an answer begins with before the model writes: the beginning of a thought, such as " <think"."""
-        _, colon, opening = self.turn.split("{user}", 1)[1].rpartition(":")
-        return opening if colon and opening.strip() else ""
-
-    @property
-    def space(self) -> str:
-        """What is between the beginning of an answer and its text."""
-        return "" if self.turn.endswith("\n") else " "
-
-    def ask(self, message: Mapping[str, Any]) -> str:
-        """A message of the user, perhaps with an "input", and the beginning of its answer."""
-        texts = [message["content"].strip(), (message.get("input") or "").strip()]
-        if self.turn_with_input is None or not texts[1]:
-            return self.turn.replace("{user}", self.clean("\n".join(filter(None, texts))))
-        user, about = map(self.clean, texts)
-        return re.sub(r"\{(user|input)\}", lambda place: user if place[1] == "user" else about, self.turn_with_input)
-
-    def begin_answer(self, text: str) -> tuple[str, str]:
-        """An answer in two parts: the `opening`, or "" if the answer is without its thought, and what the model writes
-        behind that."""
-        text = self._one_turn(text)
-        if f"{self.space}{text}".startswith(self.opening):
-            return self.opening, f"{self.space}{text}"[len(self.opening) :]
-        if self.opening.endswith("</think") and not text.startswith("<think"):  # it skips the thinking, and so may they
-            return self.opening, f">\n{text}"
-        return "", f"{self.space}{text}"
-
-    def extend(self, text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation after `text`, that of all messages but the last: the last one is asked."""
-        return text + self.ask(messages[-1])
-
-    def render_history(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation up to where the next message begins: a system text, if there is one, and whole
-        turns (see `read_messages`). A thought is there if the answer holds it: `opening` is for new answers only."""
-        text = ""
-        for message in messages:
-            if message["role"] == "system":
-                text += self.system.replace("{system}", self.clean(message["content"]))
-            elif message["role"] == "user":
-                text += self.ask(message).removesuffix(self.opening)
-            else:
-                text += f"{self.space}{self._one_turn(message['content'])}{self.separator}"
-        return text
-
-    def _one_turn(self, answer: str) -> str:
-        """An answer without white space around it, and without what would end it."""
-        answer = answer.replace("\r\n", "\n").strip()
-        return re.sub("\n+", "\n", answer) if any(stop in answer for stop in self.stops) else answer
-
-    def clean(self, message: str) -> str:
-        """A message as the model gets to see it; InputError if nothing is left of it."""
-        if not isinstance(message, str):
-            raise InputError(f"a message must be a text, got {show(message)}")
-        message = message.replace("\r\n", "\n").strip()
-        if not message:
-            raise InputError("the message is empty")
-        return re.sub("\n+", "\n", message) if self.collapse else message
+    def text(self) -> str:
+        """All of it."""
+        return self.context + self.beginning
 
 
-def read_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Checks a conversation: at most one message of "system" first, then "user" and "assistant" in turn. Returns the
-    messages with role and content alone, those of the user also with an "input" if they have one.
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    template: str | AnyTemplate = "g1",
+    *,
+    tools: Tools | None = None,
+    tool_style: str | None = None,
+    think: str | None = None,
+    opening: str | None = None,
+    continue_final_message: bool = False,
+    preserve_reasoning: bool = False,
+) -> str:
+    """The prompt for an answer to a list of messages.
+
+        render([{"role": "user", "content": "Hi"}])  # "User: Hi\\n\\nAssistant:"
+
+    If the last message is of the assistant, the prompt ends in its text, and the model goes on with it.
+
+    Args:
+        messages: in OpenAI's form, see `heronry.text.messages.parse_messages`. Texts of "system" at the front become
+            one; an empty one is left out.
+        template: one of TEMPLATES by its name, a Template or JinjaTemplate, or what `find_template` takes.
+        tools: that may be called, see `heronry.text.tools.read_tools`.
+        tool_style: one of heronry.text.tool_styles.TOOL_STYLES; None = that of the template.
+        think: one of heronry.text.thinking.THINKING; None = as the template has it.
+        opening: what the answer begins with, whatever `think` says: "plain" = nothing, "fence" = what a call begins
+            with (```json), "call" = the same up to the name of the tool, or a text that begins with a space. None =
+            what `think` says, else the fence in styles that are primed with it, unless the last message is a result.
+        continue_final_message: the last message must be one to go on with.
+        preserve_reasoning: thoughts of all answers are shown. Otherwise only of those after the last message of the
+            user, which are part of the answer that is being given.
 
     Raises:
-        InputError: another order, another role, or a content that is not text; the message is named.
+        InputError: messages, tools or names that are wrong; `param` names the part.
     """
-    checked: list[dict[str, str]] = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"messages[{i}] must be a dict with role and content, got {show(message)}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, got {show(role)}")
-        if not isinstance(content, str):
-            raise InputError(f"messages[{i}]: content must be a text, got {show(content)}")
-        if role != "assistant" and not content.strip():
-            raise InputError(f"messages[{i}]: the message is empty")
-        last = checked[-1]["role"] if checked else None
-        if role == "assistant" and last is None:
-            raise InputError(f"messages[{i}]: a conversation begins with 'system' or 'user', got {role!r}")
-        if last is not None and role != ("assistant" if last == "user" else "user"):
-            raise InputError(f"messages[{i}]: a message of {role!r} cannot follow one of {last!r}")
-        about = message.get("input") if role == "user" else None
-        if not isinstance(about, str | None):
-            raise InputError(f"messages[{i}]: input must be a text, got {show(about)}")
-        checked.append({"role": role, "content": content} | ({"input": about} if about else {}))
-    return checked
+    return prepare(
+        messages,
+        template,
+        tools=tools,
+        tool_style=tool_style,
+        think=think,
+        opening=opening,
+        continue_final_message=continue_final_message,
+        preserve_reasoning=preserve_reasoning,
+    ).text
 
 
-RAVEN = Template("Bob: {user}\n\nAlice:", stops=("\n\n",))
-WORLD = Template("User: {user}\n\nAssistant:")
-G1 = Template("User: {user}\n\nAssistant:", system="System: {system}\n\n")
-STORY = Template("User: {user}\n\nAssistant:", collapse=False, sampling={"temperature": 0.8, "top_p": 0.85})
-ALPACA = Template(
-    "### Instruction: {user}\n### Response:",
-    stops=("\n\n### Instruction:", "\n### Instruction:"),
-    turn_with_input="### Instruction: {user}\n### Input: {input}\n### Response:",
-)
-BELOW = "Below is an instruction that describes a task"
-COMPLETE = "Write a response that appropriately completes the request.\n\n"
-RAVEN_ALPACA = Template(
-    f"{BELOW}. {COMPLETE}# Instruction:\n{{user}}\n\n# Response:\n",
-    stops=(f"\n\n{BELOW}", "\n\n# Instruction:"),
-    turn_with_input=f"{BELOW}, paired with an input that provides further context. {COMPLETE}"
-    "# Instruction:\n{user}\n\n# Input:\n{input}\n\n# Response:\n",
-)
-INSTRUCTION = Template(
-    "Instruction: {user}\n\nResponse:",
-    stops=("\n\nInstruction:",),
-    turn_with_input="Instruction: {user}\n\nInput: {input}\n\nResponse:",
-)
-QUESTION = Template("Question: {user}\n\nAnswer:", stops=("\n\nQuestion:",))
-TEMPLATES = {
-    "raven": RAVEN,
-    "world": WORLD,
-    "g1": G1,
-    "g1-think": replace(G1, turn=G1.turn + " <think"),
-    "g1-fast-think": replace(G1, turn=G1.turn + " <think>\n</think"),
-    "story": STORY,
-    "alpaca": ALPACA,  # as in Hugging Face's blog post on RWKV
-    "raven-alpaca": RAVEN_ALPACA,  # as Raven was trained on Alpaca's data
-    "instruction": INSTRUCTION,  # as World was trained on such data
-    "qa": QUESTION,
-}
-NAMED_AFTER = {  # words in the names of the files that models are published in
-    "raven": "raven",
-    r"g[1-9][a-z]?\d*": "g1",
-    r"world\d*|g0[a-z]?\d*": "world",
-}
+def prepare(
+    messages: Sequence[Mapping[str, Any]],
+    template: str | AnyTemplate = "g1",
+    *,
+    tools: Tools | None = None,
+    tool_style: str | None = None,
+    think: str | None = None,
+    opening: str | None = None,
+    continue_final_message: bool = False,
+    preserve_reasoning: bool = False,
+) -> Prompt:
+    """As `render`, with what is needed to read the answer."""
+    parsed, known = parse_messages(messages), read_tools(tools)
+    last = parsed[-1]
+    if last.calls:
+        what = "the calls of the last message have no results yet"
+        raise InputError(what, param=f"messages.[{len(parsed) - 1}].tool_calls")
+    if continue_final_message and last.role != "assistant":
+        what = f"continue_final_message needs a last message of the assistant, got one of {last.role!r}"
+        raise InputError(what, param="continue_final_message")
+    question = next((i for i in reversed(range(len(parsed))) if parsed[i].role == "user"), -1)
+    shown = [
+        message if preserve_reasoning or i > question else replace(message, reasoning="")
+        for i, message in enumerate(parsed)
+    ]
+    chosen = find_template(template)
+    if isinstance(chosen, JinjaTemplate):
+        if tool_style is not None or opening is not None:
+            name = "opening" if tool_style is None else "tool_style"
+            raise InputError(f"{chosen.name}: shows tools and answers by itself; leave {name} out", param=name)
+        return _prepare_in_jinja(shown, chosen, known, think)
+    return _prepare(shown, chosen, known, tool_style, think, opening)
 
 
-def template_by_name(file_name: str) -> str | None:
-    """The name of the template that a model was trained with, told by the name of its file or folder, as in
-    rwkv7-g1a-0.1b; None if that says nothing."""
-    for words, template in NAMED_AFTER.items():
-        if re.search(rf"(?<![a-z0-9])({words})(?![a-z0-9])", file_name.lower()):
-            return template
-    return None
+def _prepare(
+    messages: Sequence[Message],
+    template: Template,
+    tools: dict[str, Tool],
+    tool_style: str | None,
+    think: str | None,
+    opening: str | None,
+) -> Prompt:
+    own = template
+    style: ToolStyle | None = None if tool_style is None else style_by_name(tool_style)
+    if tools or any(message.calls for message in messages):
+        if style is None and template.tool_style is None:
+            raise InputError("models with this template have no tools", param="tools")
+        style = style or style_by_name(str(template.tool_style))
+        own = style.template or template
+    asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+    thinking = None if think is None else thinking_by_name(think, messages[asked].content if asked >= 0 else "")
+    own = own if thinking is None else own.with_opening(thinking.opening)
+    last, beginning = messages[-1], ""
+    said = _answer(last, style, is_last=True) if last.role == "assistant" else ""
+    if said:
+        begun, beginning = own.begin_answer(said)
+    elif opening is not None:
+        begun = _opening(opening, style or TOOL_STYLES["json"])
+    else:
+        is_primed = style is not None and style.is_primed and tools and last.role != "tool"
+        begun = own.opening or (style.begin if style is not None and is_primed else "")
+    begun = begun and own.space + begun.lstrip(" ")
+    history = messages[:-1] if last.role == "assistant" else messages
+    plain = _plain(history, own, style, tools)
+    if thinking is not None and thinking.hint and asked >= 0:
+        question = [message for message in plain if message["role"] == "user"][-1]
+        question["content"] += thinking.hint
+    return Prompt(own.render_prompt(plain) + begun, begun, beginning, own, tools)
 
 
-def usual_template(generation: str, world: bool) -> str:
-    """The name of the template that models of a generation usually were trained with. world: with that vocabulary."""
-    if generation == "rwkv4" and not world:
-        return "raven"
-    return "g1" if generation == "rwkv7" and world else "world"
+def _plain(
+    messages: Sequence[Message],
+    template: Template,
+    style: ToolStyle | None,
+    tools: dict[str, Tool],
+) -> list[dict[str, str]]:
+    """The messages as a template shows them, of the roles that it knows: tools and calls have become texts."""
+    front = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    system = [template.clean(message.content) for message in messages[:front] if message.content.strip()]
+    if tools and style is not None:
+        system.append(style.show_tools([*tools.values()]))
+    plain: list[dict[str, str]] = [{"role": "system", "content": "\n".join(system)}] if system else []
+    for i, message in enumerate(messages[front:], front):
+        if message.role == "tool" and style is not None and message.called is not None:
+            result = style.show_result(message.called, message.content)
+            if template.tool is None and plain[-1]["role"] == "tool":
+                plain[-1]["content"] += f"\n{result}"
+            else:
+                plain.append({"role": "tool", "content": result})
+        elif message.role == "assistant":
+            plain.append({"role": "assistant", "content": _answer(message, style)})
+        elif message.role == "user":
+            try:
+                question = template.clean(message.content)
+            except InputError as error:
+                raise InputError(f"messages[{i}]: {error}", param=f"messages.[{i}].content") from error
+            plain.append({"role": "user", "content": question, **({"input": message.input} if message.input else {})})
+        elif message.content.strip():
+            plain.append({"role": "system", "content": message.content})
+    return plain
 
 
-def parse_template(text: str) -> Template:
-    r"""A template written as one turn, such as "Bob: {user}\n\nAlice:", perhaps with a system text in front of it:
-    "System: {system}\n\nBob: {user}\n\nAlice:". An answer ends where the model begins the next turn.
-    """
-    first = re.match(r".*\{system\}\s*", text, re.DOTALL)
-    system = first[0] if first else WORLD.system
-    turn = text[len(system) if first else 0 :].rstrip(" ")
-    label, _, lead = turn.partition("{user}")
-    separator = lead[: len(lead) - len(lead.lstrip("\n"))] or "\n\n"
-    return Template(turn, system, separator, (separator + label.rstrip(),))
+def _answer(message: Message, style: ToolStyle | None, is_last: bool = False) -> str:
+    """The text of an answer, with its thought and its calls. is_last: the model goes on with it."""
+    parts = [message.content.strip()] if message.content.strip() else []
+    if style is not None:
+        parts += map(style.show_call, message.calls)
+    if message.reasoning:
+        thought = f"<think>{message.reasoning}"
+        parts = [thought if is_last and not parts else f"{thought}</think>", *parts]
+    return "\n".join(parts)
 
 
-def template_from(fields: dict[str, Any]) -> Template:
-    """Undoes what JSON does to a Template: tuples became lists, and token ids text."""
-    sampling = dict(fields["sampling"])
-    if "logit_bias" in sampling:
-        sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
-    return Template(**{**fields, "stops": tuple(fields["stops"]), "sampling": sampling})
+def _opening(opening: str, style: ToolStyle) -> str:
+    named = {"": "", "plain": "", "fence": style.begin, "call": style.begin_call()}
+    if isinstance(opening, str) and opening in named:
+        return named[opening]
+    if not isinstance(opening, str) or not opening.startswith(" ") or opening != opening.rstrip():
+        what = (
+            f"opening must be {', '.join(filter(None, named))}, or a text that begins with a space and ends without one"
+        )
+        raise InputError(f"{what}, got {show(opening)}", param="opening")
+    return opening
+
+
+def _prepare_in_jinja(
+    messages: Sequence[Message],
+    template: JinjaTemplate,
+    tools: dict[str, Tool],
+    think: str | None,
+) -> Prompt:
+    """The same by a template that knows tools and thoughts itself."""
+    variables: dict[str, Any] = {"tools": [tool.in_openais_form() for tool in tools.values()] or None}
+    if think is not None:
+        thinking_by_name(think, "")
+        variables["enable_thinking"] = think not in ("none", "fake", "fake-compact")
+    plain = [message.in_openais_form() for message in messages if message.role != "system" or message.content.strip()]
+    said = _answer(messages[-1], None, is_last=True) if messages[-1].role == "assistant" else ""
+    if messages[-1].role == "assistant":
+        plain.pop()
+    text = template.render(plain, True, variables=variables)
+    opening = template.opening
+    if not opening or not text.endswith(opening):  # it depends on what was asked for
+        thought = re.search(r" ?<think>?\s*(</think>?\s*)?\Z", text)
+        opening = thought[0] if thought else ""
+    begun, beginning = template.begin_answer(said) if said else (opening, "")
+    return Prompt(text.removesuffix(opening) + begun, begun, beginning, template, tools)
+
+
+def fill_in_middle(prefix: str, suffix: str) -> str:
+    """The prompt for what comes between two texts, as models from G1c on were trained; FIM_STOPS end it."""
+    mark = FIM_STOPS[0]
+    prefix, suffix = prefix.replace(mark, ""), suffix.replace(mark, "")
+    return f"{mark}prefix{mark}{mark}suffix{mark}{suffix}{mark}middle{mark}{prefix}"
+
+
+def question_on(material: str, question: str) -> str:
+    """The prompt for a question that a text answers (RAG), as G1 was trained; best without penalties."""
+    return f"{material.strip()}\n\nQuestion: {question.strip().removesuffix('?')}? Answer:"

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .chat_templates import Template
 from .jinja_templates import JinjaTemplate
+from .templates import Template
 from .tokenizers import Tokenizer
 
 

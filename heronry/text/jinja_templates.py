@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import InputError, show
-from .chat_templates import FOCUSED, TEMPLATES, Template
 from .jinja_process import jinja_process
+from .templates import FOCUSED, TEMPLATES, Template
 
 # a conversation that shows how a template looks
 QUESTION, ANSWER, NEXT = "heronry-question", "heronry-answer", "heronry-next"
@@ -35,6 +36,8 @@ def to_jinja(template: Template) -> str:
     before_system, after_system = template.system.split("{system}")
     collapse = "{%- set ns.text = ns.text.split('\\n') | select | join('\\n') %}"  # runs of newlines become one
     clean = collapse if template.collapse else ""
+    mark = template.separator.strip()
+    unmarked = f".replace({mark!r}, '')" if mark else ""
     forged = " or ".join(f"{stop!r} in ns.text" for stop in template.stops)
     if template.turn_with_input is None:
         begin_input = f"{{%- if about %}}{{%- set ns.text = (ns.text + '\\n' + about).strip() %}}{clean}{{%- endif %}}"
@@ -51,14 +54,16 @@ def to_jinja(template: Template) -> str:
         lead = full_lead = f"({after!r} if about else {before_answer!r})"
     return (
         "{%- for message in messages %}"
-        "{%- set ns = namespace(text=message['content'].replace('\\r\\n', '\\n').strip()) %}"
+        "{%- set ns = namespace(text=message['content'].replace('\\r\\n', '\\n')"
+        f"{unmarked}.strip()) %}}"
         "{%- if message['role'] == 'assistant' %}"
         f"{{%- if {forged} %}}{collapse}{{%- endif %}}"
-        f"{{{{- {template.space!r} + ns.text + {template.separator!r} }}}}"
+        f"{{{{- ({template.space!r} + ns.text if ns.text else '') + {template.separator!r} }}}}"
         "{%- else %}"
         f"{clean}"
         f"{{%- if message['role'] == 'system' %}}{{{{- {before_system!r} + ns.text + {after_system!r} }}}}"
-        "{%- else %}{%- set about = (message['input'] or '').replace('\\r\\n', '\\n').strip() %}"
+        "{%- else %}{%- set about = (message['input'] or '').replace('\\r\\n', '\\n')"
+        f"{unmarked}.strip() %}}"
         f"{begin_input}{{{{- {question} }}}}"
         f"{{%- if not loop.last %}}{{{{- {lead} }}}}"
         f"{{%- elif add_generation_prompt %}}{{{{- {full_lead} }}}}{{%- endif %}}"
@@ -101,23 +106,35 @@ class JinjaTemplate:
     tokens: Mapping[str, str] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=lambda: FOCUSED)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], answering: bool, mark: str = "") -> str:
-        """The text of a conversation; with `answering`, up to where the next answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answering: bool,
+        mark: str = "",
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The text of a conversation; with `answering`, up to where the next answer begins. variables: others that the
+        template may look at, such as tools.
 
         Raises:
             InputError: the template is damaged, refuses these messages, or takes too long or too much memory.
         """
-        [text] = self._render((messages, answering), mark=mark)
+        [text] = self._render((messages, answering), mark=mark, others=variables)
         return text
 
-    def _render(self, *conversations: tuple[Sequence[Mapping[str, Any]], bool], mark: str = "") -> list[str]:
+    def _render(
+        self,
+        *conversations: tuple[Sequence[Mapping[str, Any]], bool],
+        mark: str = "",
+        others: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[str]:
         """The texts of several conversations, within the limit of time for one; see `render`."""
         has_input = re.search(r"\binput\b", self.source)
         variables: list[dict[str, Any]] = []
         for messages, answering in conversations:
             shown = [*messages] if has_input else [_with_input(message) for message in messages]
             variables.append({**self.tokens, "messages": shown, "tools": None, "documents": None})
-            variables[-1]["add_generation_prompt"] = answering
+            variables[-1] |= {"add_generation_prompt": answering, **others}
         try:
             return jinja_process.render(self.source, mark, *variables)
         except InputError as error:

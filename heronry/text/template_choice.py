@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import InputError, show, unknown_name
 from ..files import read_json
-from .chat_templates import TEMPLATES, Template, parse_template, template_by_name, template_from
 from .jinja_templates import JinjaTemplate, to_jinja
+from .model_names import template_by_name
+from .templates import TEMPLATES, Template, parse_template, template_from
 
 AnyTemplate = Template | JinjaTemplate
 MOST_BYTES = 1 << 20  # of a file with a template; the longest that are published have 20 KB
@@ -100,8 +101,13 @@ def model_template(path: Path, notes: Mapping[str, Any], stored: str | None = No
         return next((name for name in names if to_jinja(TEMPLATES[name]) == own.source), own)
     if note is not None:
         return str(note)
-    repository = path.parent.parent.name if path.parent.name == "snapshots" else ""  # in the cache of huggingface_hub
-    return template_by_name(repository or path.name)
+    return template_by_name(published_name(path))
+
+
+def published_name(path: Path) -> str:
+    """The name under which a model was published: of its file or folder, in the cache of huggingface_hub of the
+    repository."""
+    return path.parent.parent.name if path.parent.name == "snapshots" else path.name
 
 
 def read_folder(folder: Path) -> JinjaTemplate | None:

@@ -29,6 +29,7 @@ __all__ = [
     "guess_tokenizer",
     "load_tokenizer",
     "read_tokenizer_json",
+    "spell",
 ]
 
 WORLD_SIZES = range(65530, 65537)  # models pad the 65530 ids of World to 65536, some to fewer
@@ -36,6 +37,10 @@ BUNDLED_SIZE = 2048
 PILE_SIZES = range(50277, 50305)  # 20B_tokenizer.json has 50277 ids; some models pad them to 50304
 MAX_PADDING = 1023  # rows that a model may have beyond its tokenizer's ids
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")
+
+_ITSELF = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that byte-level BPE writes as their own letter
+BYTE_LEVEL = {chr(x): x for x in _ITSELF}
+BYTE_LEVEL |= {chr(256 + i): x for i, x in enumerate(sorted({*range(256)} - {*_ITSELF}))}
 
 
 class Stream(Protocol):
@@ -131,6 +136,27 @@ class HFTokenizer:
 
     def stream(self) -> WindowStream:
         return WindowStream(self)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for; the bytes that byte-level BPE writes as letters of their own are read back."""
+        piece = self._backend.id_to_token(token) or ""
+        known = all(letter in BYTE_LEVEL for letter in piece)
+        return bytes(map(BYTE_LEVEL.__getitem__, piece)) if known else piece.encode()
+
+
+def spell(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token; of a part of a character the bytes, such as \\xe4."""
+    text = tokenizer.decode([token])
+    return text if "\ufffd" not in text else bytes_of(tokenizer, token).decode(errors="backslashreplace")
+
+
+def bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of one token, which need not be UTF-8."""
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.bytes_of(token)
+    if isinstance(tokenizer, ByteTokenizer | WorldTokenizer):
+        return tokenizer.vocabulary[token]
+    return tokenizer.decode([token]).encode()
 
 
 class WindowStream:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Model, State
-from ..models.state import LayerState
+from ..models.state import Context, LayerState
 from ..progress import Progress
 from .inside import as_row, edit_stream, plain_modules, residual_stream
 
 NOISE = 3.0  # standard deviations of the embedding
 MAX_TOKENS = 512  # that run together
-MAX_ROWS = 32  # states that run together
+MAX_ROWS = 16  # states that run together
 
 
 class Flow(NamedTuple):
@@ -150,7 +150,15 @@ def _with_layer(clean: State, damaged: State, layer: int) -> State:
     """The damaged states with what one layer remembers as it is without noise."""
     layers = list(damaged.layers)
     layers[layer] = LayerState(*(x.expand(damaged.rows, *x.shape[1:]) for x in clean.layers[layer]))
-    return State(layers, damaged.fingerprint, contexts=damaged.contexts)
+    contexts = [_with_layer_of(clean.contexts[0], context, layer) for context in damaged.contexts]
+    return State(layers, damaged.fingerprint, contexts=contexts)
+
+
+def _with_layer_of(clean: Context, damaged: Context, layer: int) -> Context:
+    """What RWKV-7b's attention remembers, with one layer's part as it is without noise."""
+    places = torch.arange(len(damaged.kc), device=damaged.kc.device) == layer
+    kc, vc = (torch.where(places[:, None, None], x, y) for x, y in ((clean.kc, damaged.kc), (clean.vc, damaged.vc)))
+    return Context(damaged.tokens, kc, vc, torch.where(places[:, None], clean.q, damaged.q))
 
 
 def influence(model: Model, tokens: Sequence[int], answer: int) -> NDArray[Any]:

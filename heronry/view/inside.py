@@ -4,31 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import Model
 from ..ops.recording import Call, record_calls
 
 MAX_NUMBERS = 1 << 28  # in the arrays of one view; 1 GB in float32
+P = ParamSpec("P")
+Found = TypeVar("Found")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """In the `with` block the model runs in eval mode; after it every part is in the mode that it was in, as some may
+    be frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def in_eval_mode(function: Callable[P, Found]) -> Callable[P, Found]:
+    """The function with its first argument, a model, in eval mode: adapters that are trained may have dropout, which
+    would make of every number a random one."""
+
+    @wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> Found:
+        model: object = args[0] if args else options["model"]
+        assert isinstance(model, nn.Module)
+        with eval_mode(model):
+            return function(*args, **options)
+
+    return run
 
 
 @contextmanager
 def plain_modules(model: Model) -> Iterator[None]:
     """In the `with` block the model runs in eval mode and as modules, each once: not as the C++ step that hooks cannot
     see, nor again for the gradients."""
-    modes = [(module, module.training) for module in model.modules()]
     native, checkpointing = model.native_step_enabled, model.gradient_checkpointing
-    model.eval()
     model.native_step_enabled = model.gradient_checkpointing = False
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         model.native_step_enabled, model.gradient_checkpointing = native, checkpointing
-        for module, training in modes:  # parts may be frozen in eval mode
-            module.training = training
 
 
 @contextmanager

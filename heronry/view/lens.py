@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..models import Model
-from .inside import as_row, residual_stream
+from .inside import as_row, in_eval_mode, residual_stream
 
 PIECE = 64  # tokens of which all probabilities are in memory together
 
@@ -30,6 +30,7 @@ class Lens(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def read_lens(model: Model, tokens: Sequence[int]) -> Lens:
     """Source: "interpreting GPT: the logit lens" (nostalgebraist, 2020)."""
     stream, _ = residual_stream(model, as_row(model, tokens))

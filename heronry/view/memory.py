@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..models import Model
 from ..progress import Progress
-from .inside import as_row
+from .inside import as_row, in_eval_mode
 
-PIECE = 512  # tokens in a call of the model, of all rows together
+PIECE = 256  # tokens in a call of the model, of all rows together
 
 
 class PositionLoss(NamedTuple):
@@ -32,6 +32,7 @@ class PositionLoss(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def loss_by_position(
     model: Model, texts: Sequence[Sequence[int]], bins: int = 24, progress: Progress | None = None
 ) -> PositionLoss:
@@ -80,13 +81,14 @@ class Recall(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def recall(
     model: Model,
     opening: Sequence[int],
     fact: Sequence[int],
     fillers: Sequence[Sequence[int]],
     question: Sequence[int],
-    answer: int,
+    answer: Sequence[int],
     distances: Sequence[int],
     progress: Progress | None = None,
 ) -> Recall:
@@ -95,11 +97,12 @@ def recall(
     Args:
         opening: what every text begins with.
         fillers: texts between the fact and the question, at least as long as the largest distance.
-        answer: the id of the token that should follow the question.
+        answer: what should follow the question, one token at least.
         distances: from small to large; 0: the question comes right after the fact.
     """
     if not fillers or min(map(len, fillers)) < max(distances):
         raise InputError(f"fillers of at least {max(distances)} tokens are needed")
+    expected = torch.tensor([list(answer)] * len(fillers), device=model.device)[..., None]
     said = []  # [with and without the fact][distance]
     for done, known in enumerate((fact, ())):
         begun = [*opening, *known]
@@ -111,9 +114,10 @@ def recall(
                 piece = [list(filler[first : min(first + PIECE, distance)]) for filler in fillers]
                 _, state = model(torch.tensor(piece, device=model.device), state, last_only=True)
             begin = distance
-            asked = torch.tensor([list(question)] * len(fillers), device=model.device)
-            logits, _ = model(asked, state, last_only=True)
-            row.append(logits[:, 0].float().log_softmax(-1)[:, answer].mean().item())
+            asked = torch.tensor([[*question, *answer[:-1]]] * len(fillers), device=model.device)
+            logits, _ = model(asked, state)
+            each = logits[:, -len(answer) :].float().log_softmax(-1).gather(-1, expected)  # [fillers, tokens, 1]
+            row.append(each.sum(1).mean().item())
             if progress is not None:
                 progress(done * max(distances) + distance, 2 * max(distances))
         said.append(row)

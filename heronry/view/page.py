@@ -28,7 +28,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; paddi
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 @media (max-width: 800px) { img { max-width: none; width: 800px; } }
 """
 
@@ -54,7 +54,9 @@ def write_pictures(
     """
     kind = check_ending(path)
     if kind == ".html":
-        content = _page(pictures, title, about, table, data).encode()
+        content = _page(pictures, title, about, table, data).encode(
+            errors="replace"
+        )  # names of files may hold any bytes
     elif len(pictures) != 1:
         raise InputError(f"{path}: a {kind} holds one picture, not {len(pictures)}; write an .html page")
     elif kind == ".gif":

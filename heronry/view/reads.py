@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InputError
 from ..models import Model
 from ..ops.recording import Call
 from .inside import as_row, check_size, is_rwkv4, operator_calls
@@ -60,7 +61,13 @@ def read_weights(model: Model, tokens: Sequence[int]) -> Reads:
 
 def operator_weights(call: Call) -> tuple[Tensor, Tensor]:
     """The weights of one call of wkv4 [A, T, T], or of wkv5, 6 or 7 [H, T, T], 0 for s > t; and what the initial state
-    adds, [T, A] or [T, H, N]. In float64."""
+    adds, [T, A] or [T, H, N]. In float64.
+
+    Raises:
+        InputError: a call for several sequences.
+    """
+    if len(call.output[0]) > 1 or call.inputs[-1] is not None:
+        raise InputError("the weights are those of one sequence: call the model with one, and without cu_seqlens")
     functions = {"wkv4": _wkv4, "wkv5": _wkv56, "wkv6": _wkv56, "wkv7": _wkv7}
     return functions[call.operator](call)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models import Model, State
 from ..models.state import LayerState
-from .inside import as_row, is_rwkv4
+from .inside import as_row, in_eval_mode, is_rwkv4
 
 MAX_POINTS = 64  # at which the state is looked at
 MAX_ROWS = 8  # states that run together; one of a large model takes many MB
@@ -35,6 +35,7 @@ class History(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def read_history(model: Model, tokens: Sequence[int]) -> History:
     """
     Raises:
@@ -55,6 +56,7 @@ def read_history(model: Model, tokens: Sequence[int]) -> History:
 
 
 @torch.no_grad()
+@in_eval_mode
 def read_state(model: Model, tokens: Sequence[int]) -> State:
     """The state after a text that begins from nothing."""
     return model(as_row(model, tokens), last_only=True)[1]
@@ -96,9 +98,10 @@ class Knockout(NamedTuple):
 
 
 @torch.no_grad()
+@in_eval_mode
 def knock_out(model: Model, tokens: Sequence[int]) -> Knockout:
     """What the last token's prediction loses when one head's or one layer's state is that of a text that has read
-    nothing, with all other memory, the token shift's too, as it is."""
+    nothing, with all other memory, that of the token shift and of RWKV-7b's attention too, as it is."""
     row = as_row(model, tokens, at_least=2)
     state = model(row[:, :-1], last_only=True)[1]
     empty = model.initial_state()

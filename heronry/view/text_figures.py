@@ -166,6 +166,11 @@ def draw_decay_curves(
     shift.set_title("Token shift: how much of the token before is mixed in")
     shift.legend(fontsize="small", ncols=2)
     _draw_by_layer(text, half_lives, on_text, rates)
+    if on_text is None:
+        text.set_ylim(low, high)
+    for axis in (curves.yaxis, histogram.xaxis, *([text.yaxis] if on_text is None else [])):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")  # between two decades there is no room
     _add_layer_scale(figure, axes[0, :], colours)
     return figure
 
@@ -188,7 +193,7 @@ def _draw_by_layer(
     if rates is not None:
         spread = [np.quantile(x, (0.05, 0.25, 0.5, 0.75, 0.95)) for x in rates]
         _draw_spread(axis, places + 0.16, spread, "#d55e00", "in-context learning rate")
-    axis.set(xlabel="layer", ylabel=name if rates is None else "from 0 to 1", xticks=_few(layers))
+    axis.set(xlabel="layer", ylabel=name if rates is None else "decay, learning rate (0 to 1)", xticks=_few(layers))
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
@@ -201,7 +206,7 @@ def _draw_spread(axis: Axes, places: NDArray[Any], spread: Sequence[NDArray[Any]
 
 
 def draw_history(positions: NDArray[Any], norms: NDArray[Any], ranks: NDArray[Any], final: NDArray[Any]) -> Figure:
-    """The state while a text is read, see memory.py. norms, ranks: [P, L, H]; final: [L, H, N, N]."""
+    """The state while a text is read, see state.py. norms, ranks: [P, L, H]; final: [L, H, N, N]."""
     layers, heads, size = final.shape[:3]
     shown_layers = np.unique(np.linspace(0, layers - 1, min(layers, 8)).round().astype(int))
     shown_heads = range(min(heads, 8))
@@ -248,7 +253,7 @@ def draw_history(positions: NDArray[Any], norms: NDArray[Any], ranks: NDArray[An
 
 
 def draw_knockout(heads: NDArray[Any], layers: NDArray[Any], prompt: str) -> Figure:
-    """What silencing memory does to the next token, see memory.py. heads: [L, H] in nats, H = 0 where there are none;
+    """What silencing memory does to the next token, see state.py. heads: [L, H] in nats, H = 0 where there are none;
     layers: [L]."""
     n_layers, n_heads = heads.shape
     figure = new_figure(WIDTH, max(3.4, 1.6 + 0.25 * n_layers))
@@ -266,16 +271,17 @@ def draw_knockout(heads: NDArray[Any], layers: NDArray[Any], prompt: str) -> Fig
     return _with_fonts(figure)
 
 
-def draw_difference(apart: NDArray[Any]) -> Figure:
-    """How far apart two states are, [L, H], see memory.py."""
+def draw_difference(apart: NDArray[Any], first: str, second: str) -> Figure:
+    """How far apart the states after two texts are, [L, H], see state.py."""
     layers, heads = apart.shape
-    figure = new_figure(min(max(4.0, 1.8 + 0.4 * heads), WIDTH), max(3.4, 1.6 + 0.25 * layers))
+    figure = new_figure(min(max(8.0, 1.8 + 0.4 * heads), WIDTH), max(3.4, 1.8 + 0.25 * layers))
     axis = figure.subplots()
     image = axis.imshow(apart, aspect="auto", cmap="viridis", vmin=0)
     axis.set(xlabel="head", ylabel="layer", xticks=_few(heads), yticks=_few(layers))
-    axis.set_title("How far apart the two states are")
+    texts = f"“{_end_of(first)}”\nand “{_end_of(second)}”"
+    axis.set_title(f"How far apart the states are after {texts}", fontsize="medium")
     figure.colorbar(image, ax=axis, label="norm of the difference / larger norm")
-    return figure
+    return _with_fonts(figure)
 
 
 def _layer_colours(layers: int) -> list[Any]:
@@ -367,7 +373,7 @@ def draw_memory(
     left.plot(positions, loss, marker="o", color="#0072b2")
     left.fill_between(positions, loss - 2 * error, loss + 2 * error, color="#0072b2", alpha=0.2, linewidth=0)
     left.set(xscale="log", xlabel="position in the text, tokens", ylabel="loss, nats a token")
-    left.set_title("What the text before is worth (band: two standard errors)", fontsize="medium")
+    left.set_title("The loss by position in the text (band: two standard errors)", fontsize="medium")
     right.axhline(0, color="grey", linewidth=1)
     right.plot(distances, gain, marker="o", color="#d55e00")
     right.set_xscale("symlog", linthresh=4)
@@ -420,7 +426,7 @@ def animate_cascade(
     figure = new_figure(8, 3.6)
     axes = figure.subplots(1, 2, sharey=True)
     end = float((begins + seconds).max())
-    figure.suptitle("0 ms", fontsize="medium")
+    figure.suptitle("after 0 ms; yellow: done", fontsize="medium")
     images = []
     for title, axis in zip(("as early as possible", "cell after cell, as measured"), axes, strict=True):
         images.append(
@@ -435,7 +441,7 @@ def animate_cascade(
     for now in np.linspace(0, end, frames):
         for image, start in zip(images, (ideal_begins, begins), strict=True):
             image.set_data(((now - start) / np.maximum(seconds, 1e-12)).clip(0, 1))
-        figure.suptitle(f"{1000 * now:.0f} ms", fontsize="medium")
+        figure.suptitle(f"after {1000 * now:.0f} ms; yellow: done", fontsize="medium")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
         pictures.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE))

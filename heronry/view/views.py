@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, show
+from ..memory import release_memory
 from ..models import Model
 from ..progress import Progress
-from ..text.tokenizers import Tokenizer
+from ..text.tokenizers import Tokenizer, spell
 from . import text_figures as draw
 from .cascade import measure_cascade
 from .decay import read_decays
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CHUNKS = (32, 64, 128, 256, 512)  # tokens a piece
 ANIMATED = 128  # of these
+SHORTEST = 64  # tokens of a text that says something about memory
+MAX_QUOTED = 100  # characters
 DISTANCES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -70,10 +73,10 @@ class Look:
     def tokens(self) -> list[int]:
         return self.encode(self.prompt)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, name: str = "the prompt") -> list[int]:
         ids = [*self.opening, *self.tokenizer.encode(text)]
         if len(ids) < 2:
-            raise InputError("the prompt is too short: it needs at least two tokens")
+            raise InputError(f"{name} is too short: it needs at least two tokens")
         return ids
 
     @cached_property
@@ -91,7 +94,7 @@ class Look:
     @cached_property
     def labels(self) -> list[str]:
         """Of every token its text; of parts of a character the character, and which part it is."""
-        labels = [self.tokenizer.decode([token]) for token in self.opening]
+        labels = [spell(self.tokenizer, token) for token in self.opening]
         for text, n in self.pieces:
             labels += [text] if n == 1 else [f"{text} {i + 1}/{n}" for i in range(n)]
         return labels
@@ -103,7 +106,7 @@ class Look:
         prompt = "".join(text for text, _ in self.pieces)  # a tokenizer may normalise what it reads
         begins = [i for i in range(len(prompt)) if prompt.startswith(self.subject, i)]
         if not begins:
-            raise InputError(f"the prompt does not contain the subject {self.subject!r}")
+            raise InputError(f"the prompt does not contain the subject {show(self.subject)}")
         position, at = len(self.opening), 0
         positions: list[int] = []
         for text, n in self.pieces:
@@ -123,6 +126,12 @@ class Look:
         return ids[0]
 
 
+def quote(text: str) -> str:
+    """A text in quotation marks and on one line; of a long one the end."""
+    line = "".join(draw.VISIBLE.get(x, x) for x in text)
+    return f"“{line if len(line) <= MAX_QUOTED else '…' + line[1 - MAX_QUOTED :]}”"
+
+
 def view_decay(look: Look) -> list[Picture]:
     found = read_decays(look.model, look.tokens)
     figure = draw.draw_decay_curves(found.half_lives, found.on_text, found.rates, found.mixes)
@@ -137,28 +146,31 @@ def view_flow(look: Look) -> list[Picture]:
     positions, answer = look.subject_positions(), look.answer_token()
     found = trace(look.model, look.tokens, positions, answer, progress=look.progress)
     gradient = influence(look.model, look.tokens, answer)
-    word = look.tokenizer.decode([answer])
+    word = spell(look.tokenizer, answer)
     figure = draw.draw_flow(*found, gradient, look.labels, word)
-    return [
-        Picture(
-            figure,
-            f"Noise on “{look.subject}” changes the probability of “{word}” from {100 * found.clean:.3g}% to "
-            f"{100 * found.corrupted:.3g}%. The first two pictures: where putting back one layer's output, or its "
-            "memory, undoes that.",
-        )
-    ]
+    caption = (
+        f"Noise on {quote(look.subject or '')} changes the probability of {quote(word)} from {100 * found.clean:.3g}% "
+        f"to {100 * found.corrupted:.3g}%."
+    )
+    if found.corrupted > found.clean / 2:
+        caption += " The answer does not rest on the subject: there is little to put back."
+    else:
+        caption += " The first two pictures: where putting back one layer's output, or its memory, undoes that."
+    if look.model.generation in ("rwkv7a", "rwkv7b"):
+        caption += " What every layer looks up for a token gets no noise."
+    return [Picture(figure, caption)]
 
 
 def view_reads(look: Look) -> list[Picture]:
     found = read_weights(look.model, look.tokens)
     figure = draw.draw_reads(found.shares, look.labels)
-    return [
-        Picture(
-            figure,
-            "The operators written as attention: how much of what a token reads was written by each earlier token. "
-            f"The map times the values gives the operator's output up to {found.error:.0e}.",
-        )
-    ]
+    caption = (
+        "The operators written as attention: how much of what a token reads was written by each earlier token. "
+        f"The map times the values gives the operator's output up to {found.error:.0e}."
+    )
+    if look.model.generation == "rwkv7b":
+        caption += " The attention that RWKV-7b has beside them is not drawn."
+    return [Picture(figure, caption)]
 
 
 def view_cascade(look: Look) -> list[Picture]:
@@ -179,9 +191,9 @@ def view_cascade(look: Look) -> list[Picture]:
 def view_state(look: Look) -> list[Picture]:
     if look.against is not None:
         check_has_heads(look.model)
-        states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against))]
-        figure = draw.draw_difference(state_difference(*states))
-        caption = f"How far apart the states after “{look.prompt}” and “{look.against}” are, head by head."
+        states = [read_state(look.model, tokens) for tokens in (look.tokens, look.encode(look.against, "--against"))]
+        figure = draw.draw_difference(state_difference(*states), look.prompt, look.against)
+        caption = f"How far apart the states after {quote(look.prompt)} and {quote(look.against)} are, head by head."
         return [Picture(figure, caption)]
     return [
         Picture(
@@ -204,7 +216,7 @@ def view_knockout(look: Look) -> list[Picture]:
 
 def view_lens(look: Look) -> list[Picture]:
     found = read_lens(look.model, look.tokens)
-    said = [[look.tokenizer.decode([int(token)]) for token in row] for row in found.best]
+    said = [[spell(look.tokenizer, int(token)) for token in row] for row in found.best]
     figure = draw.draw_lens(said, found.probability, look.labels)
     return [Picture(figure, "What comes out if the model stops after a layer and says its next word at once.")]
 
@@ -213,10 +225,12 @@ def view_memory(look: Look) -> list[Picture]:
     if not look.texts:
         raise InputError("memory needs long texts: give them with --text")
     encode = look.tokenizer.encode
-    question, recalled = encode(look.question), encode(look.recalled)
-    if not question or not recalled:
-        raise InputError("memory needs a --question and what should be --recalled, of at least one token each")
+    fact, question, recalled = encode(look.fact), encode(look.question), encode(look.recalled)
+    if not (fact and question and recalled):
+        raise InputError("memory needs a --fact, a --question and what should be --recalled, of a token or more each")
     length = min(map(len, look.texts))
+    if length < SHORTEST:
+        raise InputError(f"memory needs a text of {SHORTEST} tokens, got {length}: give a longer --text")
     losses = loss_by_position(
         look.model, [[*look.opening, *text[:length]] for text in look.texts], progress=look.progress
     )
@@ -224,20 +238,21 @@ def view_memory(look: Look) -> list[Picture]:
     remembered = recall(
         look.model,
         look.opening,
-        encode(look.fact),
+        fact,
         [text[:length] for text in look.texts],
         question,
-        recalled[0],
+        recalled,
         distances,
         progress=look.progress,
     )
     figure = draw.draw_memory(*losses, remembered.distances, remembered.gain, look.fact)
-    asked, answer = look.question.strip(), look.recalled.strip()
+    texts = f"{len(look.texts)} texts" if len(look.texts) > 1 else "a text"
     return [
         Picture(
             figure,
-            f"Left: the loss at every position of {len(look.texts)} texts of {length:,} tokens. Right: “{look.fact}” "
-            f"is read, then other text, then “{asked}”; how much more probable “{answer}” is than without the fact.",
+            f"Left: the loss at every position of {texts} of {length:,} tokens. Right: {quote(look.fact)} is read, "
+            f"then other text, then {quote(look.question.strip())}; how much more probable "
+            f"{quote(look.recalled.strip())} is than without the fact.",
         )
     ]
 
@@ -268,4 +283,5 @@ def view_report(look: Look) -> tuple[list[Picture], dict[str, str]]:
             pictures += view(look)
         except InputError as error:
             left_out[name] = str(error)
+        release_memory()  # each view has other needs
     return pictures, left_out

@@ -1,13 +1,12 @@
 """What picture models compute, as arrays for figures.py: receptive fields, decays, Q-shifts and class maps.
 
 Images are the input of the models, float [B, 3, height, width]; results are float32 NumPy arrays. Models are run in
-eval mode and their mode is restored.
+eval mode and the mode of every part is restored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..errors import InputError
 from ..models.baselines import ViT
 from ..models.layers import widen
 from ..models.vision import MEAN, STD, Block, Grid, SpatialMix, SpatialMix6, VisionModel, shift_patches
+from .inside import in_eval_mode
 
 
 def feature_map(model: VisionModel | ViT, images: Tensor) -> Tensor:
@@ -33,6 +33,7 @@ def feature_map(model: VisionModel | ViT, images: Tensor) -> Tensor:
     return features
 
 
+@in_eval_mode
 def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) -> NDArray[Any]:
     """The effective receptive field of the middle patch (H // 2, W // 2), [height, width]: the absolute gradient of the
     sum of its features with respect to the pixels, averaged over colours, pictures and draws.
@@ -43,7 +44,7 @@ def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) ->
     """
     random = torch.Generator().manual_seed(0)
     total = images.new_zeros(images.shape[2:], dtype=torch.float32, device="cpu")
-    with _eval_mode(model), torch.enable_grad():
+    with torch.enable_grad():
         for image in _like_weights(model, images).split(1):
             image = image.detach().requires_grad_()
             features = feature_map(model, image)
@@ -56,6 +57,7 @@ def receptive_field(model: VisionModel | ViT, images: Tensor, draws: int = 8) ->
 
 
 @torch.no_grad()
+@in_eval_mode
 def decay_weights(model: VisionModel, images: Tensor) -> NDArray[Any]:
     """The weight of another patch by its offset, for every layer and channel: [layers, C, 2 T - 1] for T patches in row
     order, from T - 1 before the reading patch to T - 1 after it (0 if attention is causal). In the middle is the weight
@@ -66,16 +68,15 @@ def decay_weights(model: VisionModel, images: Tensor) -> NDArray[Any]:
     over all images, and u, which may be negative, as in ops/biwkv6.
     """
     layers = []
-    with _eval_mode(model):
-        x, grid = model.embed(_like_weights(model, images))
-        for block in model.layers:
-            if isinstance(block.att, SpatialMix6):
-                own, away = _product_weights(block.att, _attention_input(block, x), grid)
-            else:
-                own, away = _power_weights(block.att, x.shape[1])
-            after = torch.zeros_like(away) if model.config.causal else away
-            layers.append(torch.cat([away.flip(1), own[:, None], after], 1))
-            x = block(x, grid)
+    x, grid = model.embed(_like_weights(model, images))
+    for block in model.layers:
+        if isinstance(block.att, SpatialMix6):
+            own, away = _product_weights(block.att, _attention_input(block, x), grid)
+        else:
+            own, away = _power_weights(block.att, x.shape[1])
+        after = torch.zeros_like(away) if model.config.causal else away
+        layers.append(torch.cat([away.flip(1), own[:, None], after], 1))
+        x = block(x, grid)
     return torch.stack(layers).float().cpu().numpy()
 
 
@@ -107,6 +108,7 @@ def _log_w(att: SpatialMix6, x: Tensor, grid: Grid) -> Tensor:
 
 
 @torch.no_grad()
+@in_eval_mode
 def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], NDArray[Any], NDArray[Any]]:
     """The input of the first layer's attention for the first image: of each quarter (left, right, above, below) the
     channel that varies most between patches, and its values [4, H, W] before and after the shift.
@@ -118,10 +120,9 @@ def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], NDArray
     size = model.config.n_embd // heads
     if model.config.shift != "q" or size < 4:
         raise InputError("this model has no Q-shift")
-    with _eval_mode(model):
-        x, grid = model.embed(_like_weights(model, images[:1]))
-        x = _attention_input(model.layers[0], x)
-        shifted = shift_patches(x, grid, model.config, heads)
+    x, grid = model.embed(_like_weights(model, images[:1]))
+    x = _attention_input(model.layers[0], x)
+    shifted = shift_patches(x, grid, model.config, heads)
     deviation = x[0].float().std(0, correction=0).view(heads, size)
     channels = []
     for quarter in range(4):
@@ -132,6 +133,7 @@ def q_shift_maps(model: VisionModel, images: Tensor) -> tuple[list[int], NDArray
     return channels, before, after
 
 
+@in_eval_mode
 def class_maps(
     model: VisionModel | ViT, images: Tensor, labels: Sequence[int] | None = None
 ) -> tuple[NDArray[Any], list[int], NDArray[Any]]:
@@ -153,15 +155,14 @@ def class_maps(
     for label in labels or ():
         if not 0 <= label < classes:
             raise InputError(f"class {label} does not exist: this model has {classes} classes")
-    with _eval_mode(model):
-        with torch.no_grad():
-            features = feature_map(model, _like_weights(model, images))  # [B, C, H, W]
-        with torch.enable_grad():
-            pooled = features.mean((2, 3)).requires_grad_()
-            logits = model.head(pooled)
-            chosen = logits.argmax(1) if labels is None else torch.tensor(labels, device=logits.device)
-            class_logits = logits.gather(1, chosen[:, None])[:, 0]
-            (gradient,) = torch.autograd.grad(class_logits.sum(), pooled)  # logits of pictures are independent
+    with torch.no_grad():
+        features = feature_map(model, _like_weights(model, images))  # [B, C, H, W]
+    with torch.enable_grad():
+        pooled = features.mean((2, 3)).requires_grad_()
+        logits = model.head(pooled)
+        chosen = logits.argmax(1) if labels is None else torch.tensor(labels, device=logits.device)
+        class_logits = logits.gather(1, chosen[:, None])[:, 0]
+        (gradient,) = torch.autograd.grad(class_logits.sum(), pooled)  # logits of pictures are independent
     scores = torch.einsum("bc,bchw->bhw", gradient, features)
     return scores.float().cpu().numpy(), chosen.tolist(), class_logits.detach().float().cpu().numpy()
 
@@ -180,14 +181,3 @@ def _attention_input(block: Block, x: Tensor) -> Tensor:
 def _like_weights(model: VisionModel | ViT, images: Tensor) -> Tensor:
     """The images on the device and in the dtype of the model."""
     return images.to(model.device, model.dtype)
-
-
-@contextmanager
-def _eval_mode(model: VisionModel | ViT) -> Iterator[None]:
-    """Puts the model in eval mode within the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

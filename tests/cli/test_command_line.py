@@ -426,6 +426,24 @@ def test_a_session_stays_in_its_file(command, folder):
     assert [x["content"] for x in chat.messages[::2]] == ["Hi", "Bye"]
 
 
+def test_a_preset_is_replaced_by_what_is_typed(command, folder, monkeypatch, tmp_path):
+    """Not by the defaults of config.toml, which are for all calls."""
+    generate = ("generate", "a", "-m", folder / "m.pth", "--max-tokens", 9, "--seed", 1)
+    llm = LLM(folder / "m.pth")
+    maths = llm.generate("a", 9, seed=1, sampling="maths").text
+    hot = llm.generate("a", 9, seed=1, sampling="maths", temperature=2.0).text
+    assert maths != hot
+    (tmp_path / "heronry").mkdir()
+    (tmp_path / "heronry" / "config.toml").write_text("temperature = 2.0\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert command(*generate, "--preset", "maths")[1] == f"{maths}\n"
+    assert command(*generate, "--preset", "maths", "--temperature", 2)[1] == f"{hot}\n"
+    code, _, err = command(*generate, "--preset", "math")
+    assert (code, err) == (2, "heronry: unknown sampling preset 'math'; did you mean 'maths'?\n")
+    code, _, err = command("chat", "-m", folder / "m.pth", "--preset", "fixed", stdin="/set temperature\n")
+    assert (code, err) == (0, "temperature 0\n")
+
+
 def test_an_answer_goes_on(command, folder):
     lines = ["/continue", "Hi", "/continue", "/history"]
     words = ("chat", "-m", folder / "m.pth", "--template", r"Bob: {user}\n\nAlice:", "--temperature", 0)

@@ -152,6 +152,14 @@ def test_names_appear_at_the_end_and_publishing_can_be_repeated(tmp_path):
         assert TokenFile(prefix).mask.tolist() == [1, 0, 1, 1]
 
 
+def test_what_it_was_made_of_may_have_any_name(tmp_path):
+    """Such as a file whose name is not UTF-8."""
+    writer = TokenWriter(tmp_path / "x", "uint16")
+    writer.write(np.array([5, 6, 0]))
+    writer.finish({"sources": ["d\udcff.jsonl", "书.jsonl"]})
+    assert json.loads((tmp_path / "x.json").read_text("ascii"))["sources"] == ["d\udcff.jsonl", "书.jsonl"]
+
+
 def test_a_name_may_have_its_ending(tmp_path):
     for name in ("x.bin", "x.idx", "x"):
         writer = TokenWriter(tmp_path / name, "uint16")

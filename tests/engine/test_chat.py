@@ -66,7 +66,7 @@ def test_a_thought_stays_in_the_messages(scripted, name, reply, content):
 def test_no_template_leaves_a_space_at_the_end():
     """Where the answer is on a line of its own, there is none in front of it."""
     assert all(template.turn == template.turn.rstrip(" ") for template in TEMPLATES.values())
-    assert {name for name, template in TEMPLATES.items() if not template.space} == {"raven-alpaca"}
+    assert {name for name, template in TEMPLATES.items() if not template.space} == {"raven-alpaca", "bot"}
 
 
 def test_braces_in_texts_stay_as_they_are(scripted):

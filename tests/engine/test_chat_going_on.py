@@ -109,10 +109,12 @@ def test_messages_that_end_with_an_answer(scripted, template, given, asked):
     llm = LLM(model, tokenizer=tokenizer)
     talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": given}]
     answer = llm.chat(talk, template=template)
-    assert answer.text == (" flies." if given else "flies.")
+    written = answer.reasoning + answer.text
+    assert written == (" flies." if given else "flies.")
+    assert bool(answer.reasoning) == given.startswith("<think>")
     assert answer.state.texts[0].endswith(f"{asked} flies.")
     assert model.read(answer.state) == answer.state.texts[0]
     chat = llm.chat(template=template)
-    assert "".join(map(str, chat.say("x", beginning=given, stream=True))) == answer.text
+    assert "".join(map(str, chat.say("x", beginning=given, stream=True))) == written
     begun = asked.rsplit("x\n\n", 1)[1].split(":", 1)[1].strip()
     assert chat.messages[1]["content"] == f"{begun} flies.".strip()

@@ -369,18 +369,13 @@ def test_the_answer_to_a_list_of_messages(scripted):
 
 
 def test_messages_that_are_refused(llm):
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     for messages, message in [
         ([], "there are no messages"),
-        ([{"role": "system", "content": "x"}], "the last message must be from the user, or an answer to go on with"),
-        ([user, user], r"messages\[1\]: a message of 'user' cannot follow one of 'user'"),
-        ([assistant], r"messages\[0\]: a conversation begins with 'system' or 'user\'"),
+        ([{"role": "tool", "content": "x"}], r"messages\[0\]: tool_call_id must be that of an earlier call, got None"),
         (
-            [user, {"role": "system", "content": "x"}],
-            r"messages\[1\]: a message of 'system' cannot follow one of 'user'",
+            [{"role": "user", "content": None}],
+            r"messages\[0\]: content must be a text or a list of text parts, got None",
         ),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\]: role must be one of system, user, assistant, got 'tool'"),
-        ([{"role": "user", "content": None}], r"messages\[0\]: content must be a text, got None"),
         ([{"role": "user"}], r"messages\[0\]: content must be a text"),
         (["hello"], r"messages\[0\] must be a dict with role and content, got 'hello'"),
         ("g1", "a template is named by template="),
@@ -491,7 +486,7 @@ def test_an_answer_that_its_chat_has_left_behind(llm):
         (lambda llm: llm.chat(temperature=0.5), "temperature is given to say"),
         (lambda llm: llm.chat(max_tokens=5), "max_tokens is given to say"),
         (lambda llm: llm.chat(template=5), "template must be a Template or the name of one, got 5"),
-        (lambda llm: llm.chat([{"role": "system", "content": "a"}], system="b"), "the last message must be from"),
+        (lambda llm: llm.chat([{"role": "system", "content": "a"}], system="b"), "a system text was given twice"),
         (
             lambda llm: llm.chat([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], system="c"),
             "a system text was given twice",

@@ -14,8 +14,8 @@ from heronry.checkpoint import assemble, save
 from heronry.engine import Completion, Sampling, generate
 from heronry.engine import llm as llm_file
 from heronry.engine.llm import LLM
-from heronry.engine.stop_strings import StopStringBuffer
 from heronry.errors import InputError
+from heronry.text.stop_strings import StopStringBuffer
 from heronry.text.tokenizers import ByteTokenizer, HFTokenizer
 
 PROMPTS = ["Once upon a time", "鳥", "x" * 30]

@@ -112,6 +112,16 @@ def test_attention_of_another_width(name):
         assert farthest(step(model, text), wide(model)(text)) < 1e-5
 
 
+def test_weights_with_two_names(version, random_checkpoint):
+    """A head that is the embedding, and a matrix that two layers share."""
+    model = assemble(random_checkpoint(version))
+    model.head.weight = model.emb.weight
+    model.blocks[1].att.key.weight = model.blocks[0].att.key.weight
+    model.invalidate_fingerprint()
+    with torch.no_grad():
+        assert farthest(step(model, tokens(2, 5)), plain(model, tokens(2, 5))) < 1e-5
+
+
 def test_tuned_state(version, random_checkpoint):
     if version == "4":
         return  # has none

@@ -8,7 +8,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from heronry.errors import InputError
-from heronry.text.tokenizers import ByteTokenizer, HFTokenizer, WorldTokenizer, guess_tokenizer, load_tokenizer
+from heronry.text.tokenizers import (
+    ByteTokenizer,
+    HFTokenizer,
+    WorldTokenizer,
+    guess_tokenizer,
+    load_tokenizer,
+    spell,
+)
 
 SAMPLE = "Once upon a time there was a rook.\n\nUser: Où est-il ? 鳥は木の上です。 🐦‍⬛ ½\n" * 3
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé鳥🐦 \n\u200d\ufffd\x00")), max_size=40)
@@ -48,6 +55,15 @@ def test_special_tokens_written_out_are_read_as_such(tokenizers):
     [end] = hf.stop_ids
     assert hf.encode("one<|endoftext|>two") == [*hf.encode("one"), end, *hf.encode("two")]
     assert hf.decode(hf.encode("one<|endoftext|>two")) == "onetwo"
+
+
+@pytest.mark.parametrize("name", ["bytes", "world", "hf"])
+def test_a_part_of_a_character_is_spelled_as_bytes(tokenizers, name):
+    tokenizer = tokenizers[name]
+    tokens = tokenizer.encode("\U00013080")  # a hieroglyph that no vocabulary has
+    assert len(tokens) > 1
+    assert "".join(spell(tokenizer, token) for token in tokens) == r"\xf0\x93\x82\x80"
+    assert [spell(tokenizer, token) for token in tokenizer.encode("a")] == ["a"]
 
 
 @pytest.mark.parametrize("name", ["bytes", "world", "hf"])

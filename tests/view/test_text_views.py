@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from heronry import InputError
+from heronry.adapters.inject import inject_miss
 from heronry.checkpoint import assemble
 from heronry.models import Model, State
 from heronry.models.state import LayerState
@@ -22,8 +23,8 @@ from heronry.view.flow import influence, trace
 from heronry.view.inside import edit_stream, operator_calls, plain_modules, residual_stream
 from heronry.view.lens import read_lens
 from heronry.view.memory import loss_by_position, recall
-from heronry.view.reads import read_weights
-from heronry.view.state import effective_rank, knock_out, read_history, state_difference
+from heronry.view.reads import operator_weights, read_weights
+from heronry.view.state import effective_rank, knock_out, read_history, read_state, state_difference
 
 TOKENS = [5, 9, 17, 5, 2, 44, 9, 9, 100, 3, 61]
 
@@ -286,12 +287,13 @@ def test_loss_by_position(model):
 
 def test_recall_is_two_texts(model):
     fillers = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
-    found = recall(model, [0], [50, 51], fillers, [20, 21], 33, [0, 3, 6])
+    found = recall(model, [0], [50, 51], fillers, [20, 21], [33, 34], [0, 3, 6])
     with torch.no_grad():
 
         def said(known, distance):
-            rows = [[0, *known, *filler[:distance], 20, 21] for filler in fillers]
-            return model(torch.tensor(rows))[0][:, -1].float().log_softmax(-1)[:, 33].mean().item()
+            rows = [[0, *known, *filler[:distance], 20, 21, 33] for filler in fillers]
+            both = model(torch.tensor(rows))[0][:, -2:].float().log_softmax(-1)  # of the two tokens of the answer
+            return (both[:, 0, 33] + both[:, 1, 34]).mean().item()
 
         for i, distance in enumerate((0, 3, 6)):
             assert found.gain[i] == pytest.approx(said([50, 51], distance) - said([], distance), abs=1e-5)
@@ -314,6 +316,7 @@ def test_the_model_is_as_before(plain):
     plain.blocks[1].eval()  # frozen
     plain.gradient_checkpointing = True
     influence(plain, TOKENS, 7)
+    read_history(plain, TOKENS)
     with torch.no_grad(), record_calls() as calls:
         knock_out(plain, TOKENS)
         read_weights(plain, TOKENS)
@@ -330,7 +333,50 @@ def test_rwkv7b_is_looked_into_too(random_checkpoint):
     model = assemble(random_checkpoint("7", deep=4, dea=5)).double()
     assert read_weights(model, TOKENS).error < 1e-12
     assert knock_out(model, TOKENS).layers.shape == (2,)
-    assert trace(model, TOKENS, [3], 7, draws=1).remembered[-1, -2] > 0
+    single = assemble(random_checkpoint("7", deep=4, dea=5, layers=1)).double()
+    found = trace(single, TOKENS, [3], 7, draws=2)
+    assert found.corrupted != pytest.approx(found.clean, rel=1e-3)
+    np.testing.assert_allclose(found.remembered[0, 3:-1], found.clean, rtol=1e-5)  # all of its memory is as it was
+
+
+def test_dropout_of_adapters_is_off(plain):
+    """A model whose adapters are being trained is seen as it will be when they are done."""
+    inject_miss(plain, rank=4, dropout=0.5, targets=["key", "output", "head"])
+    for name, p in plain.named_parameters():
+        if "miss" in name:
+            torch.nn.init.normal_(p, std=0.1)
+
+    def look() -> list[np.ndarray]:
+        found = (
+            *read_weights(plain, TOKENS).weights,
+            read_decays(plain, TOKENS).log_w,
+            *read_lens(plain, TOKENS),
+            *knock_out(plain, TOKENS),
+            *read_history(plain, TOKENS),
+            *trace(plain, TOKENS, [3], 7, draws=2),
+            influence(plain, TOKENS, 7),
+            *loss_by_position(plain, [TOKENS]),
+            *recall(plain, [0], [50], [TOKENS], [20], [33], [0, 3]),
+            read_state(plain, TOKENS).layers[1].wkv.numpy(),
+        )
+        return [np.asarray(x) for x in found]
+
+    expected = look()
+    trainable = [name for name, p in plain.named_parameters() if p.requires_grad]
+    plain.train()
+    for x, y in zip(look(), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert plain.training
+    assert [name for name, p in plain.named_parameters() if p.requires_grad] == trainable
+
+
+def test_the_weights_of_a_call_are_of_one_sequence(plain):
+    rows = torch.tensor([TOKENS, TOKENS])
+    for options in ({}, {"cu_seqlens": [0, 4, 11]}):
+        with torch.no_grad(), plain_modules(plain), record_calls() as calls:
+            plain(rows[:1] if options else rows, **options)
+        with pytest.raises(InputError, match="the weights are those of one sequence"):
+            operator_weights(calls[0])
 
 
 def test_bad_input(plain, random_checkpoint):
@@ -345,6 +391,6 @@ def test_bad_input(plain, random_checkpoint):
     with pytest.raises(InputError, match="what all operators are called with would have"):
         read_decays(plain, TOKENS * 20_000)
     with pytest.raises(InputError, match="fillers of at least 3 tokens"):
-        recall(plain, [0], [1], [[1, 2]], [2], 3, [3])
+        recall(plain, [0], [1], [[1, 2]], [2], [3], [3])
     with pytest.raises(InputError, match="texts of one length"):
         loss_by_position(plain, [[1, 2], [1, 2, 3]])

@@ -8,14 +8,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
 from heronry import LLM, save
+from heronry.adapters import save_adapter
+from heronry.adapters.inject import inject_miss
 from heronry.checkpoint import assemble
 from heronry.cli.view import NAMES, PLACE, STORY
 from heronry.view.text_figures import _shown, draw_cascade, draw_decay_curves, draw_difference, draw_reads
-from heronry.view.views import VIEWS, Look
+from heronry.view.views import VIEWS, Look, view_memory
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,14 @@ def test_two_states_are_compared(here, command):
     code, _, err = command("view", "state", "--prompt", "A cat.", "--against", "A dog.", "--out", "two.png")
     assert (code, err) == (0, "two.png: How far apart the states after “A cat.” and “A dog.” are, head by head.\n")
     assert picture((here / "two.png").read_bytes()).std() > 20
+
+
+def test_what_is_quoted_stays_on_one_line(here, command):
+    code, _, err = command("view", "state", "--prompt", "A\ncat. " * 30, "--against", "A\tdog.", "--out", "two.html")
+    assert code == 0
+    assert (
+        err == f"two.html: How far apart the states after “…{('A⏎cat. ' * 30)[-99:]}” and “A⇥dog.” are, head by head.\n"
+    )
 
 
 def test_flow_finds_the_hero(here, command):
@@ -77,6 +88,47 @@ def test_one_page_with_everything(here, command, random_checkpoint):
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
+def test_a_model_of_bytes_writes_its_own_texts(here, command, random_checkpoint, monkeypatch):
+    """No token starts its texts, so they go on from the prompt. All are different."""
+    monkeypatch.setattr("heronry.cli.view.LENGTH", 64)
+    seen = []
+    monkeypatch.setitem(VIEWS, "memory", lambda look: seen.extend(look.texts) or view_memory(look))
+    save(assemble(random_checkpoint("5.2", vocab=256)), here / "five")
+    code, _, err = command("view", "memory", "--model", "five", "--tokenizer", "bytes", "--out", "p.html")
+    assert code == 0, err
+    page = (here / "p.html").read_text()
+    assert "the loss at every position of 16 texts of 64 tokens" in page
+    assert "\ntext: what the model writes itself" in page
+    assert len({tuple(text) for text in seen}) == 16
+    assert "prompt:" not in page  # which memory does not read
+
+
+def test_noise_that_changes_nothing(here, command):
+    code, _, err = command("view", "flow", "--prompt", "Once upon a time", "--subject", "Once", "--answer", " zebra")
+    assert code == 0
+    assert "The answer does not rest on the subject: there is little to put back." in err
+
+
+def test_a_model_with_an_adapter(here, command, random_checkpoint):
+    """Merged, or beside packed weights; the page says that it is there."""
+    model = assemble(random_checkpoint("7", vocab=256, width=64, heads=2, ffn=64))
+    save(model, here / "seven")
+    inject_miss(model, rank=4)
+    for name, p in model.named_parameters():
+        if "miss" in name:
+            torch.nn.init.ones_(p)
+    save_adapter(model, here / "adapter")
+    words = ("view", "knockout", "--model", "seven", "--tokenizer", "bytes", "--prompt", "To be")
+    pages = []
+    for i, options in enumerate(((), ("--adapter", "adapter"), ("--adapter", "adapter", "--quantize", "int8"))):
+        code, _, err = command(*words, *options, "--out", f"{i}.html")
+        assert code == 0, err
+        page = (here / f"{i}.html").read_text()
+        assert ("\nadapter: adapter" in page) == (i > 0)
+        pages.append(re.findall(r"base64,([^\"]+)", page)[0])
+    assert len({*pages}) == 3
+
+
 def test_a_report_of_a_prompt_without_a_subject(here, command, random_checkpoint):
     """It has no causal tracing, which needs one, and no cascade, which needs a longer text, and says so."""
     save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
@@ -106,14 +158,19 @@ def test_an_animation(here, command):
         (["flow", "--prompt", "Hello there"], "name the part of the prompt that gets noise with --subject"),
         (
             ["memory", "--text", "short.txt", "--recalled", ""],
-            "memory needs a --question and what should be --recalled",
+            "memory needs a --fact, a --question and what should be --recalled",
         ),
+        (["memory", "--text", "short.txt", "--fact", ""], "memory needs a --fact"),
+        (["state", "--against", ""], "--against is too short: it needs at least two tokens"),
         (["reads", "--prompt", ""], "the prompt is too short: it needs at least two tokens"),
         (["reads", "--out", "reads.pdf"], "reads.pdf: unknown ending; pictures are written as .png, .svg, .html, .gif"),
         (["reads", "--out", "reads.gif"], "nothing moves in this picture"),
         (["report", "--out", "all.png"], "all.png: a report is an .html page"),
         (["cascade", "--text", "short.txt"], "cascade needs a text of 1024 tokens"),
         (["memory", "--text", "missing.txt"], "missing.txt"),
+        (["memory", "--text", "short.txt"], "memory needs a text of 64 tokens, got 5: give a longer --text"),
+        (["lens", "--subject", "Tim"], "--subject is for flow; lens does not look at it"),
+        (["reads", "--text", "short.txt"], "--text is for memory and cascade; reads does not look at it"),
         (["reads", "--out", "/proc/heronry/x.png"], "/proc/heronry"),
         (["state", "--model", "four", "--tokenizer", "bytes"], "RWKV-4 keeps two sums a channel"),
     ],
@@ -122,6 +179,8 @@ def test_bad_input(words, message, here, command, random_checkpoint):
     (here / "short.txt").write_text("Too short.")
     if "four" in words:
         save(assemble(random_checkpoint("4", vocab=256)), here / "four")
+    if "seven" in words:
+        save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
     code, out, err = command("view", *words)
     assert (code, out) == (2, "")
     assert message in err
@@ -165,9 +224,11 @@ def test_a_large_model_stays_readable():
     grid, _ = draw_cascade(steps, [32], [1.0], [0.5]).axes
     assert "Cells of the same colour" in grid.get_title()
     assert not grid.texts
-    assert draw_difference(np.zeros((48, 64))).get_figwidth() == 12
+    assert draw_difference(np.zeros((48, 64)), "a", "b").get_figwidth() == 12
     curves = draw_decay_curves(np.full((2, 8), 2.3), None, None, {"ffn k": np.zeros((2, 8))}).axes[0]
     assert curves.get_ylim() == (1, 10)
+    curves.figure.draw_without_rendering()
+    assert not any(label.get_text() for label in curves.get_yticklabels(minor=True))  # "3e-1" on "4e-1"
 
 
 def test_no_matplotlib(here, command, monkeypatch):

@@ -112,8 +112,10 @@ def test_new_models_whose_norms_hide_the_plain_sum():
 
 def test_fields_are_the_mean_over_pictures_and_leave_the_model_as_it_was():
     model = make("vrwkv6", drop_path=0.5).train()
+    model.layers[0].eval()  # frozen
     with torch.no_grad():
         once = receptive_field(model, images(1))
+    assert not model.layers[0].training
     assert np.array_equal(once, receptive_field(model, images(1)))
     assert model.training
     assert np.array_equal(once, receptive_field(model.eval(), images(1)))

@@ -1,0 +1,113 @@
+"""`heronry serve`: models for any client of OpenAI's API."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from . import options
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A file, folder or name of any format, or NAME=PATH; repeatable. The first answers where a request "
+            "names none.",
+            show_default="bundled",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all, for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Precision = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    quantize: options.Quantize = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: the first model with a LoRA, DoRA or MiSS adapter; repeatable.")
+    ] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: the first model from a tuned state on; repeatable.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="HERONRY_API_KEY", help="A key that clients must send, or NAME=KEY; repeatable."),
+    ] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="A file with a NAME=KEY a line.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which browsers may call the server; repeatable.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Sequences that are written at a time.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; more are told 429.")] = 256,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 << 20,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it is stopped.")] = 30,
+    log_level: Annotated[
+        str, typer.Option(help="info: a line of JSON a request; warning: only what is wrong.")
+    ] = "info",
+) -> None:
+    """Serve models to any client of OpenAI's API."""
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise InputError(f"--log-level must be debug, info, warning or error, got {log_level!r}")
+    keys = _read_keys(api_key or [], api_keys)
+    if host not in LOOPBACK and not keys:
+        print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
+    try:
+        from ..serve.app import create_app
+        from ..serve.run import bind, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'heronry[serve]'") from error
+    from ..engine.requests import Limits
+    from ..serve.gate import LOCAL_HOSTS
+    from ..serve.load import load_models
+    from .progress import progress_bar
+
+    listening = bind(host, port)
+    options.use_threads(threads)
+    with progress_bar("loading") as progress:
+        models = load_models(
+            model or [],
+            adapter or [],
+            state or [],
+            progress,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+        )
+    hosts = (*LOCAL_HOSTS, *(allow_host or ())) if host in LOOPBACK else tuple(allow_host or ("*",))
+    limits = Limits(rows=max_rows, waiting=max_waiting)
+    app = create_app(models, limits=limits, keys=keys, hosts=hosts, max_body=max_body, drain=drain)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+
+    def announce() -> None:
+        names = ", ".join(models.by_name)
+        print(f"{names} at {address}/v1 - try: curl {address}/v1/models", file=sys.stderr, flush=True)
+
+    serve(app, listening, drain, log_level, announce)
+
+
+def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
+    """API key -> the name of its owner."""
+    lines = list(given)
+    if file is not None:
+        try:
+            lines += [line for line in file.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read ({error})") from error
+    keys: dict[str, str] = {}
+    for i, line in enumerate(lines):
+        name, equals, key = line.strip().partition("=")
+        name, key = (name, key) if equals else (f"key{i + 1}", name)
+        if not key:
+            raise InputError("an API key must not be empty")
+        keys[key] = name
+    return keys

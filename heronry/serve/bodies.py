@@ -1,0 +1,99 @@
+"""What the bodies of several routes have in common: how tokens are drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ..engine.options import Decoding, resolve
+from ..engine.sampling import Sampling
+from .models import ServedModel
+
+MOST_STOPS = 16
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class SamplingBody(BaseModel):
+    """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
+
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0, le=1e6)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1 << 30, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-1e6, le=1e6)
+    frequency_penalty: float | None = Field(None, ge=-1e6, le=1e6)
+    penalty_decay: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    logit_bias: dict[str, float] | None = Field(None, description="token id -> -100 to 100; -100 bans it")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    n: int | None = Field(None, ge=1, le=1024)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=1 << 30)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MOST_STOPS:
+            raise ValueError(f"at most {MOST_STOPS} stop strings")
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for token, value in (bias or {}).items():
+            if not token.isascii() or not token.isdigit():
+                raise ValueError(f"its keys are token ids, got {token[:40]!r}")
+            if not -100 <= value <= 100:
+                raise ValueError(f"the bias of token {token} is not from -100 to 100")
+        return bias
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def decoding(
+        self, model: ServedModel, max_tokens: int, default: Sampling, top_logprobs: int | None, rows: int
+    ) -> Decoding:
+        """What these fields say, for so many completions of one prompt.
+
+        default: where they say nothing.
+
+        Raises:
+            InputError: a value that the engine does not take.
+        """
+        names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "penalty_decay")
+        given: dict[str, Any] = {
+            name: value for name in (*names, "repetition_penalty") if (value := getattr(self, name)) is not None
+        }
+        if self.top_k is not None:
+            given["top_k"] = max(0, self.top_k)
+        if self.logit_bias:
+            bans = {int(token): float("-inf") if bias == -100 else bias for token, bias in self.logit_bias.items()}
+            given["logit_bias"] = bans
+        if self.seed is not None:
+            given["seed"] = [(self.seed + i) % 2**64 for i in range(rows)]
+        for name in ("stop_token_ids", "ignore_eos", "min_tokens"):
+            if (value := getattr(self, name)) is not None:
+                given[name] = value
+        if top_logprobs is not None:
+            given |= {"logprobs": True, "top_logprobs": top_logprobs}
+        return resolve(given, max_tokens, default, model.speaker.model.config.vocab_size, 1, rows)

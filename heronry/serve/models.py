@@ -1,0 +1,75 @@
+"""The models that a server has, by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..engine.llm import LLM
+from ..engine.text_model import TextModel
+from .errors import ApiError
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name that clients can ask for.
+
+    name: its id in /v1/models.
+    llm: the loaded model; speaker: what answers under this name, the LLM itself or one of its adapters or tuned states.
+    path: of its file, or "bundled".
+    context: tokens of the texts that it was trained on, if its name says it; no limit.
+    """
+
+    name: str
+    llm: LLM
+    speaker: TextModel
+    path: str
+    context: int | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def describe(self) -> dict[str, Any]:
+        """As in /v1/models."""
+        model = self.speaker.model
+        meta = {
+            "n_vocab": model.config.vocab_size,
+            "n_ctx_train": self.context,
+            "n_embd": model.config.n_embd,
+            "n_layer": model.config.n_layer,
+            "n_params": self.speaker.num_parameters(),
+            "generation": model.generation,
+            "dtype": model.quantization or str(model.dtype).removeprefix("torch."),
+            "state_bytes": model.initial_state().nbytes,
+        }
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "heronry",
+            "root": self.path,
+            "max_model_len": self.context,
+            "meta": meta,
+        }
+
+
+class ModelTable:
+    """All models of a server; the first is the one that answers where a request names none."""
+
+    def __init__(self, models: Sequence[ServedModel]):
+        self.by_name = {model.name: model for model in models}
+
+    def find(self, name: str | None) -> ServedModel:
+        """ApiError for a name that is not here."""
+        if not name:
+            return next(iter(self.by_name.values()))
+        if name not in self.by_name:
+            known = ", ".join(self.by_name)
+            raise ApiError(404, f"there is no model {name!r} here; there is {known}", "model", "model_not_found")
+        return self.by_name[name]
+
+
+def name_of(path: str | Path) -> str:
+    """The id of a model from its file or folder."""
+    return Path(path).stem if Path(path).suffix in (".pth", ".safetensors", ".gguf") else Path(path).name

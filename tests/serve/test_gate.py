@@ -1,0 +1,159 @@
+"""Who may come in, and how everybody is told what is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from conftest import Process
+
+BODY = {"model": "bundled", "prompt": "Once upon a time", "max_tokens": 4}
+
+
+def error_of(reply: httpx.Response) -> dict:
+    assert reply.json().keys() == {"error"}
+    assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+    return reply.json()["error"]
+
+
+def test_errors_have_openais_shape(http, client):
+    reply = http.post("/v1/completions", content=b'{"prompt": ', headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert "the body is not JSON" in error_of(reply)["message"]
+    reply = http.post("/v1/completions", content=b"prompt=a")
+    assert (reply.status_code, error_of(reply)["message"]) == (
+        400,
+        "the body must be a JSON object, sent as application/json",
+    )
+    reply = http.get("/v1/completions")
+    assert (reply.status_code, error_of(reply)["type"]) == (405, "invalid_request_error")
+    reply = http.get("/v2/nothing")
+    assert (reply.status_code, error_of(reply)["type"]) == (404, "not_found_error")
+    reply = http.post("/v1/completions", json=BODY | {"prompt": 5})
+    assert (reply.status_code, error_of(reply)["param"].split(".")[0]) == (400, "prompt")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9' here; there is bundled") as error:
+        client.completions.create(**BODY | {"model": "gpt-9"})
+    assert error.value.code == "model_not_found"
+    assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).json()["model"] == "bundled"
+
+
+def test_headers(http):
+    reply = http.get("/v1/models", headers={"x-request-id": "mine-1"})
+    assert reply.headers["x-request-id"] == "mine-1"
+    assert int(reply.headers["openai-processing-ms"]) >= 0
+    assert http.get("/v1/models", headers={"x-request-id": "no\tgood"}).headers["x-request-id"].startswith("req_")
+    assert "access-control-allow-origin" not in http.get("/v1/models", headers={"origin": "http://a.b"}).headers
+
+
+def test_names_of_other_hosts_are_refused(http):
+    assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert http.get("/v1/models", headers={"host": "localhost:1234"}).status_code == 200
+
+
+def test_models_tokens_and_health(http, client, llm):
+    [model] = client.models.list().data
+    assert (model.id, model.owned_by) == ("bundled", "heronry")
+    assert model.meta["n_params"] == llm.num_parameters()
+    assert client.models.retrieve("bundled") == model
+    assert http.get("/v1/models/none").status_code == 404
+    assert http.get("/health").json()["status"] == "ok"
+    ids = llm.tokenizer.encode("Hi ä")
+    assert http.post("/tokenize", json={"prompt": "Hi ä"}).json()["tokens"] == ids
+    assert http.post("/tokenize", json={"content": "Hi ä"}).json() == {"tokens": ids}
+    pieces = http.post("/tokenize", json={"content": "Hi ä", "with_pieces": True}).json()["tokens"]
+    assert [x["id"] for x in pieces] == ids
+    assert [x["piece"] for x in pieces[-2:]] == [[0xC3], [0xA4]]
+    assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "Hi ä", "content": "Hi ä"}
+    assert http.post("/tokenize", json={}).status_code == 400
+    about = http.get("/tokenizer_info").json()
+    assert (
+        http.post("/tokenize", json={"prompt": about["eos_token"]}).json()["tokens"]
+        == sorted(llm.tokenizer.stop_ids)[:1]
+    )
+
+
+def test_metrics(http):
+    before = http.get("/metrics").text
+    http.post("/v1/completions", json=BODY)
+    after = http.get("/metrics").text
+
+    def value(text: str, name: str) -> float:
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+    assert value(after, "heronry:generation_tokens_total") - value(before, "heronry:generation_tokens_total") >= 4
+    assert value(after, "heronry:time_to_first_token_seconds_count") > 0
+
+
+def test_keys_sizes_and_the_end(tmp_key_file):
+    server = Process("--api-keys", str(tmp_key_file), "--max-body", "2000", "--drain", "20")
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        assert http.get("/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            reply = http.get("/v1/models", headers=headers)
+            assert (reply.status_code, error_of(reply)["code"]) == (401, "invalid_api_key")
+        assert http.get("/v1/models", headers={"x-api-key": "key-of-bob"}).status_code == 200
+        http.headers["authorization"] = "Bearer key-of-ann"
+        assert http.get("/v1/models").status_code == 200
+        reply = http.post("/v1/completions", json=BODY | {"prompt": "a" * 3000})
+        assert (reply.status_code, error_of(reply)["message"]) == (413, "the body is larger than 2,000 bytes")
+
+        def pieces():
+            for _ in range(30):
+                yield b" " * 100
+
+        reply = http.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+        assert reply.status_code == 413
+        # what is under way ends before the server does
+        seen = []
+        with http.stream(
+            "POST", "/v1/completions", json=BODY | {"stream": True, "max_tokens": 400, "ignore_eos": True}
+        ) as reply:
+            lines = reply.iter_lines()
+            seen.append(next(lines))
+            stopped = threading.Thread(target=lambda: seen.insert(0, server.stop(signal.SIGTERM)))
+            stopped.start()
+            seen += list(lines)
+        stopped.join()
+    assert seen[0] == 128 + signal.SIGTERM
+    assert "data: [DONE]" in seen
+    assert json.loads(seen[-4].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert any(json.loads(line)["path"] == "/v1/completions" for line in server.lines if line.startswith("{"))
+
+
+def test_a_client_that_goes_away_frees_its_row(server, http):
+    def decoding() -> int:
+        return http.get("/health").json()["decoding"]
+
+    endless = BODY | {"max_tokens": 10**6, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json=endless | {"stream": True}) as reply:
+        lines = reply.iter_lines()
+        for _ in range(4):
+            next(lines)
+        assert decoding() == 1
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps(endless).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(0.3)
+    deadline = time.monotonic() + 10
+    while decoding() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert decoding() == 0
+
+
+def test_a_port_in_use(server, capfd):
+    port = server.url.rpartition(":")[2]
+    from typer.testing import CliRunner
+
+    from heronry.cli.app import app
+
+    found = CliRunner().invoke(app, ["serve", "--port", port])
+    assert f"port {port}: Address already in use; choose another with --port" in str(found.exception)

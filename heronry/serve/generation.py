@@ -39,12 +39,14 @@ class Generation:
         prompt_logprobs: int | None = None,
         begin: tuple[int, State | None] = (0, None),
         owner: str = "",
+        written: str | None = None,
     ):
         """
         Args:
             tokens: the prompt; text: what it stands for.
             decoding: one row for each completion.
             stops: strings that end a completion.
+            written: of an answer in a chat, at the end of the prompt.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
@@ -59,6 +61,7 @@ class Generation:
         self.cached_tokens = begin[0]
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}  # of the end of text, by completion
+        matcher = decoding.matcher(tokenizer, model.speaker.model.config.vocab_size, written)
         self._request = Request(
             model.speaker.model,
             tokens,
@@ -72,6 +75,7 @@ class Generation:
                     decoding.masks[i],
                     tokens,
                     model.speaker.decode_token,
+                    matcher=matcher.copy() if matcher else None,
                 )
                 for i, sampling in enumerate(decoding.samplings)
             ],

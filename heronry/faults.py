@@ -27,6 +27,7 @@ EXTRAS = {  # of heronry, by the package that they bring
     **dict.fromkeys(("PIL", "kornia", "datasets"), "vision"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "gguf": "convert",
+    "llguidance": "serve",
     "transformers": "transformers",
 }
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
+from .grammars import GrammarBody
 from .models import ServedModel
 
 MOST_STOPS = 16
@@ -17,7 +18,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(GrammarBody):
     """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
 
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
@@ -94,6 +95,7 @@ class SamplingBody(BaseModel):
         for name in ("stop_token_ids", "ignore_eos", "min_tokens"):
             if (value := getattr(self, name)) is not None:
                 given[name] = value
+        given["grammar"] = self.read_grammar()
         if top_logprobs is not None:
             given |= {"logprobs": True, "top_logprobs": top_logprobs}
         return resolve(given, max_tokens, default, model.speaker.model.config.vocab_size, 1, rows)

@@ -42,12 +42,14 @@ class Generation:
         stops: Sequence[str] = (),
         prompt_logprobs: int | None = None,
         owner: str = "",
+        written: str | None = None,
     ):
         """
         Args:
             tokens: the prompt; text: what it stands for.
             decoding: one row for each completion.
             stops: strings that end a completion.
+            written: of an answer in a chat, at the end of the prompt.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
@@ -63,6 +65,9 @@ class Generation:
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}
+        self._make_matcher = partial(
+            decoding.matcher, speaker.tokenizer, speaker.model.config.vocab_size, written
+        )
         self._request = Request(
             speaker.model,
             tokens,
@@ -93,6 +98,10 @@ class Generation:
         """
         request, cache = self._request, self._server.cache
         self._server.scheduler.check(request)
+        matcher = await asyncio.to_thread(self._make_matcher)  # compiling a grammar takes its time
+        if matcher is not None:
+            for sequence in request.sequences:
+                sequence.matcher = matcher.copy()
         if cache is not None and request.prompt_logprobs is None:
             root = self._server.root_of(self._model, request.owner)
             found = await asyncio.to_thread(cache.lookup, root, request.tokens)

@@ -30,6 +30,7 @@ class Event:
     logprob: of the token, where it was asked for; of the id that ends the text too.
     batch: the state of all rows; `state` is this one's.
     error: why no token could be drawn, where that is the end.
+    stop_id: which of the stop ids was drawn, where that is the end.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Event:
     batch: State
     row: int
     error: Exception | None = None
+    stop_id: int | None = None
 
     @property
     def state(self) -> State:
@@ -177,7 +179,7 @@ class DecodeBatch:
                     if token not in sequence.stop_ids:
                         drawn[i] = token, logprob
                         continue
-                    events.append(Event(index, None, "stop", logprob, self._state, i))
+                    events.append(Event(index, None, "stop", logprob, self._state, i, stop_id=token))
             self._rows[i] = None
         count = len(self)
         if not count:

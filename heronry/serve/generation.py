@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from ..engine.batch import Row
-from ..engine.completion import Completion, TokenLogprob
+from ..engine.completion import Completion, Pieces, TokenLogprob
 from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
@@ -25,6 +25,9 @@ class Generation:
 
     cached_tokens: of the prompt, that were not read again.
     prompt_logprobs: of the prompt's tokens but the first, once the first piece is there, where they were asked for.
+    stopped_by: the stop string or stop id that ended a completion, by its number, once its last piece is there; the end
+        of text is none.
+    begun, read: when it was asked for, and when its prompt was read, by `time.perf_counter`.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Generation:
         decoding: Decoding,
         *,
         stops: Sequence[str] = (),
+        keep_stop: bool = False,
         prompt_logprobs: int | None = None,
         begin: tuple[int, State | None] = (0, None),
         owner: str = "",
@@ -45,6 +49,7 @@ class Generation:
             tokens: the prompt; text: what it stands for.
             decoding: one row for each completion.
             stops: strings that end a completion.
+            keep_stop: the one that does is part of it.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
@@ -52,10 +57,13 @@ class Generation:
         tokenizer = model.speaker.tokenizer
         stop_ids = decoding.stop_ids(tokenizer)
         choices = range(len(decoding.samplings))
-        self._rows = [Row(tokenizer, [*tokens], text, stops, logprobs, 0, i) for i in choices]
+        self._rows = [Row(tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop) for i in choices]
         self._min_tokens = decoding.min_tokens
+        self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
-        self._metrics, self._begin = server.metrics, time.perf_counter()
+        self._metrics = server.metrics
+        self.begun = self.read = time.perf_counter()
+        self.stopped_by: dict[int, str | int] = {}
         self.cached_tokens = begin[0]
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}  # of the end of text, by completion
@@ -105,20 +113,20 @@ class Generation:
                 if item.choice in last:
                     self._metrics.between.observe(now - last[item.choice])
                 else:
-                    self._metrics.first_token.observe(now - self._begin)
+                    self._metrics.first_token.observe(now - self.begun)
                 last[item.choice] = now
                 if item.finish_reason is not None:
                     running.discard(item.choice)
                 yield item
                 running -= self._unwanted
-            self._metrics.whole.observe(time.perf_counter() - self._begin)
+            self._metrics.whole.observe(time.perf_counter() - self.begun)
         finally:
             self._request.cancel()
 
     # On the scheduler's thread
 
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
-        self.prompt_logprobs = logprobs
+        self.prompt_logprobs, self.read = logprobs, time.perf_counter()
 
     def on_event(self, event: Event) -> bool:
         choice = event.index
@@ -128,6 +136,10 @@ class Generation:
         if event.token is None and event.logprob is not None:
             self.last_logprobs[choice] = event.logprob
         piece = row.push(event, self._min_tokens)
+        if row.buffer.found is not None:
+            self.stopped_by[choice] = row.buffer.found
+        elif event.stop_id in self._stop_ids:
+            self.stopped_by[choice] = event.stop_id
         if piece is not None:
             last = piece.finish_reason is not None
             self._hand_over(piece if last else replace(piece, make_state=_no_state))
@@ -143,6 +155,39 @@ class Generation:
 
 def _no_state() -> State:
     raise RuntimeError("the batch has moved on: only the last piece of a completion has its state")
+
+
+def start_all(generations: Iterable[Generation]) -> list[Generation]:
+    """All of them as they start; where one is refused, none goes on."""
+    started: list[Generation] = []
+    try:
+        for generation in generations:
+            started.append(generation)
+    except BaseException:
+        cancel_all(started)
+        raise
+    return started
+
+
+def cancel_all(generations: Iterable[Generation]) -> None:
+    """Nobody waits for them any more."""
+    for generation in generations:
+        generation.cancel()
+
+
+async def collect_all(generations: Sequence[Generation]) -> list[list[Completion]]:
+    """The whole completions of each."""
+    try:
+        return await asyncio.gather(*map(_collect, generations))
+    finally:
+        cancel_all(generations)
+
+
+async def _collect(generation: Generation) -> list[Completion]:
+    rows: dict[int, Pieces] = {}
+    async for piece in generation.pieces():
+        rows.setdefault(piece.choice, Pieces()).add(piece)
+    return [rows[i].joined() for i in sorted(rows)]
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

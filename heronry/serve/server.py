@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Server:
     """
+    keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
     """
 
     models: ModelTable
     scheduler: Scheduler
     metrics: Metrics
+    keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
 
 

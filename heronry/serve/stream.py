@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from .errors import as_api_error
+from .errors import Shape, as_api_error, openai_shape
 
 T = TypeVar("T")
 KEEP_ALIVE = 15  # seconds without an event, after which proxies and clients hear that all is well
@@ -24,7 +24,9 @@ def event(data: Any, name: str | None = None) -> str:
     return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def stream_events(events: AsyncGenerator[str, None], done: str = DONE) -> StreamingResponse:
+async def stream_events(
+    events: AsyncGenerator[str, None], done: str = DONE, error_shape: Shape = openai_shape
+) -> StreamingResponse:
     """A reply with these events, and `done` after them. An error before the first of them is an error of the reply;
     after it, it is the last event."""
     first = await anext(events, None)
@@ -37,7 +39,7 @@ async def stream_events(events: AsyncGenerator[str, None], done: str = DONE) -> 
                 yield item
             yield done
         except Exception as error:
-            yield event(as_api_error(error).body)
+            yield event(error_shape(as_api_error(error)))
         finally:
             await events.aclose()
 

@@ -12,12 +12,12 @@ demo: .venv/run
 	@$(BIN)/heronry generate "Once upon a time" --echo --speed --temperature 0.8 --seed 1
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --durations=10
-test: .venv/dev
+test: .venv/dev .venv/redis-server
 	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels
 	$(PYTEST)
 
 # with what takes long for what it proves: every generation where one stands for all, processes that are killed
-test-all: .venv/dev build/transformers-tests
+test-all: .venv/dev .venv/redis-server build/transformers-tests
 	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels LEVELS=--all
 	$(PYTEST) -m ""
 
@@ -57,14 +57,15 @@ test-arm: .venv/dev
 
 # the lowest versions that pyproject.toml allows, in an environment of their own: a few tests of every room
 LOWEST := tests/test_checkpoint.py tests/test_quantization.py tests/test_memory.py tests/ops/test_wkv7.py \
-	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py tests/data/test_token_file.py \
+	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py \
+	tests/engine/test_state_store.py tests/data/test_token_file.py \
 	tests/train/test_trainer.py tests/train/test_adapters.py tests/convert/test_conversion.py tests/convert/test_onnx.py \
 	tests/integrations/test_transformers.py tests/test_cli.py
 test-lowest:
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/python -m pip install --quiet $(TORCH) $(UV)
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct $(TORCH) \
-		-e ".[cli,train,convert,vision,onnx]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.100.0 psutil==6.0.0 transformers==5.16.0
+		-e ".[cli,train,convert,vision,onnx,serve]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.100.0 psutil==6.0.0 transformers==5.16.0
 	build/lowest/bin/python -m pytest -n auto --dist loadfile -k "not neither_typer" $(LOWEST)
 
 # the C++ compiled, not run, for the systems that are not here
@@ -119,9 +120,17 @@ storyteller: .venv/dev
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml
-	$(INSTALL) -e ".[dev,docs,plots,train,convert,onnx,vision]"
+	$(INSTALL) -e ".[dev,docs,plots,train,convert,onnx,vision,serve]"
 	$(BIN)/python -m compileall -q heronry
 	@touch $@ .venv/run
+
+# a Redis for the tests, which they leave out where there is none; on Debian root can install it. RUNLEVEL=1: not started
+.venv/redis-server: .venv/torch
+	@command -v redis-server >/dev/null || \
+		timeout 120 sh -c "apt-get update && RUNLEVEL=1 apt-get install -y --no-install-recommends redis-server" \
+			>/dev/null 2>&1 </dev/null || \
+		echo "redis-server is missing and could not be installed: the tests with Redis are skipped"
+	@touch $@
 
 # llama.cpp is compiled here for this processor, without what reads pictures; with AMX take clang or gcc 13, for what
 # gcc 12 makes of its AMX code crashes
@@ -135,7 +144,7 @@ constraints:
 	$(BIN)/python -m pip install --quiet $(UV)
 	echo "$(TORCH)" > .venv/torch.txt
 	$(BIN)/uv pip compile pyproject.toml .venv/torch.txt --universal --python-version 3.10 --extra cli --extra dev --extra docs --extra plots \
-		--extra train --extra convert --extra onnx --extra vision --extra bench --extra cluster --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
+		--extra train --extra convert --extra onnx --extra vision --extra serve --extra bench --extra cluster --upgrade --no-annotate --no-header --quiet --output-file .venv/resolved.txt
 	echo "# Made by 'make constraints' for every Python from 3.10 on." > constraints.txt
 	grep -vE '^(nvidia-|cuda-|triton|torch==)' .venv/resolved.txt >> constraints.txt
 

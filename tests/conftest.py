@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for
 
 import io
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,6 +171,22 @@ def command(monkeypatch, capsys):
         return end.value.code or 0, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A function that mounts a small file system at tmp_path/small, for root only."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mounted(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("only root can mount a file system")
+        return folder
+
+    yield mounted
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)  # a test that failed may have left files open
 
 
 @pytest.fixture

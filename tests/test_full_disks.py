@@ -35,22 +35,6 @@ def heronry(*words: object, limit: int | None = None) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.fixture
-def mount(tmp_path):
-    """A function that mounts a small file system at tmp_path/small, for root only."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-
-    def mounted(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-        if done.returncode:
-            pytest.skip("only root can mount a file system")
-        return folder
-
-    yield mounted
-    subprocess.run(["umount", str(folder)], capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")

@@ -12,9 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, show
@@ -93,8 +93,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, which would write all layers for each of them where they are views of one tensor."""
-        compact = self._map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
-        return compact.__dict__
+        return self.compact().__dict__
 
     def __repr__(self) -> str:
         size = f"{self.nbytes / 1e6:.3g} MB"
@@ -151,6 +150,10 @@ class State:
     def clone(self) -> State:
         """A copy with memory of its own."""
         return self._map(torch.clone)
+
+    def compact(self) -> State:
+        """The same numbers, in no more memory than they need: what is part of a larger tensor is copied."""
+        return self._map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
 
     def detach(self) -> State:
         """The same tensors without a gradient history."""
@@ -214,11 +217,17 @@ class State:
             raise ValueError(f"its texts are {show(texts)}, not those of {rows} rows")
         return State(layers, fingerprint, texts, contexts)
 
+    def _metadata(self) -> dict[str, str]:
+        return {"format": "heronry.state", "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file (atomically): `to_tensors`, fingerprint and texts."""
-        about = {"format": "heronry.state", "fingerprint": self.fingerprint, "texts": json.dumps(self.texts)}
         with atomic_write(Path(path).expanduser()) as part:
-            save_file(self.to_tensors(), part, metadata=about)
+            safetensors.torch.save_file(self.to_tensors(), part, metadata=self._metadata())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return safetensors.torch.save(self.to_tensors(), metadata=self._metadata())
 
     @staticmethod
     def is_saved_state(path: str | Path) -> bool:
@@ -237,12 +246,33 @@ class State:
             raise InputError(f"{path}: no such state file")
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                about = file.metadata() or {}
-                if about.get("format") != "heronry.state":
-                    raise InputError(f"{path}: not a heronry state file")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dictionary
-                return State.from_tensors(tensors, about["fingerprint"], json.loads(about["texts"]))
-        except (SafetensorError, OSError, ValueError, LookupError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
+                names = file.keys()
+                return State._from_saved(file.metadata(), lambda: {name: file.get_tensor(name) for name in names})
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged or truncated state file ({error})") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @staticmethod
+    def from_bytes(data: bytes) -> State:
+        """Undoes `to_bytes`; the bytes may come from anywhere.
+
+        Raises:
+            InputError: they are no state, or a damaged one.
+        """
+        try:
+            tensors = safetensors.torch.load(data)  # which checks the header
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        except (SafetensorError, ValueError, LookupError, RecursionError) as error:
+            raise InputError(f"damaged or truncated state file ({error})") from error
+        return State._from_saved(header.get("__metadata__"), lambda: tensors)
+
+    @staticmethod
+    def _from_saved(about: Mapping[str, str] | None, read: Callable[[], Mapping[str, Tensor]]) -> State:
+        """From what stands in a safetensors file: metadata, and a function that reads the tensors."""
+        if about is None or about.get("format") != "heronry.state":
+            raise InputError("not a heronry state file")
+        try:
+            return State.from_tensors(read(), about["fingerprint"], json.loads(about["texts"]))
+        except (ValueError, LookupError, RecursionError) as error:
+            raise InputError(f"damaged or truncated state file ({error})") from error

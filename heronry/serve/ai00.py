@@ -16,7 +16,7 @@ from ..engine.sampling import Sampling
 from .bodies import Stops, listed, refuse
 from .errors import ApiError
 from .gate import find_owner
-from .generation import Generation, collect_all, start_all
+from .generation import Generation, collect_all, submit_all
 from .models import ServedModel
 from .server import owner_of, server_of
 from .stream import event, stream_events, while_connected
@@ -158,6 +158,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     ids = _begin(model, text)
     stops, owner = listed(body.stop), owner_of(request)
     generation = Generation(server, model, ids, text, body.decoding(model), stops=stops, owner=owner)
+    await generation.submit()
     if body.stream:
         return await stream_events(_stream(generation, model, len(ids)), error_shape=error_shape)
     [[found]] = await while_connected(request, collect_all([generation]))
@@ -191,11 +192,12 @@ async def choose(body: ChoosesBody, request: Request) -> dict[str, Any]:
     if not all(before):
         raise ApiError(400, "the input is empty", "input")
     nothing = resolve({}, 0, USUAL, size, 1)
-    generations = start_all(
+    generations = [
         Generation(server, model, [*ids, *choice], "", nothing, prompt_logprobs=0, owner=owner_of(request))
         for ids in before
         for choice in choices
-    )
+    ]
+    await submit_all(generations)
     await while_connected(request, collect_all(generations))
     costs = [
         -sum(entry.logprob for entry in generation.prompt_logprobs[-len(choice) :]) / len(choice)

@@ -11,13 +11,14 @@ from fastapi.routing import APIRoute
 from .. import __version__
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
-from . import ai00, basics, completions, lightning, llama_cpp, metrics, runner
+from ..engine.state_cache import StateCache
+from . import ai00, basics, chat, completions, lightning, llama_cpp, metrics, runner
 from .errors import add_error_handlers
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
 from .server import Server
 
-ROUTERS = (basics.router, metrics.router, completions.router, runner.router)
+ROUTERS = (basics.router, metrics.router, completions.router, chat.router, runner.router)
 DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
 
 
@@ -29,6 +30,7 @@ def create_app(
     hosts: Collection[str] = LOCAL_HOSTS,
     max_body: int = 64 << 20,
     drain: float = 30,
+    cache: StateCache | None = None,
 ) -> FastAPI:
     """
     Args:
@@ -36,6 +38,7 @@ def create_app(
         hosts: see `Gate`.
         max_body: bytes of a request.
         drain: seconds that requests under way have to end when the server stops.
+        cache: of states; closed with the app.
     """
     scheduler, keys = Scheduler(limits), dict(keys or {})
 
@@ -44,9 +47,11 @@ def create_app(
         scheduler.start()
         yield
         scheduler.close(drain)
+        if cache is not None:
+            cache.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), keys)
+    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), cache, keys)
     for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
         app.include_router(router)
     shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}

@@ -15,7 +15,7 @@ from ..engine.sampling import Sampling
 from ..text.chat_templates import FIM_STOPS
 from .bodies import SamplingBody
 from .errors import ApiError
-from .generation import Generation, cancel_all, collect_all, merge, start_all
+from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
@@ -43,6 +43,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continues texts, or lists of token ids."""
     server = server_of(request)
     call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    await submit_all(call.generations)
     if body.stream:
         return await stream_events(call.stream())
     return JSONResponse(await while_connected(request, call.answer()))
@@ -67,10 +68,10 @@ class _Call:
         decoding = body.decoding(model, max_tokens, PLAIN, top, self.rows)
         options: dict[str, Any] = {"stops": stops, "keep_stop": bool(body.include_stop_str_in_output)}
         options |= {"prompt_logprobs": body.logprobs if body.echo else None, "owner": owner}
-        self.generations = start_all(
+        self.generations = [
             Generation(server, model, ids, text, decoding, **options)
             for ids, text in zip(self.encoded, self.texts, strict=True)
-        )
+        ]
         self.head = {
             "id": new_id("cmpl"),
             "object": "text_completion",

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from ..engine.batch import Row
@@ -21,13 +22,15 @@ T = TypeVar("T")
 
 
 class Generation:
-    """The completions of one prompt. Iterate over `pieces` once; leaving it early frees the rows before the next step.
+    """The completions of one prompt. `submit` it, then iterate over `pieces` once; leaving that early frees the rows
+    before the next step.
 
     cached_tokens: of the prompt, that were not read again.
     prompt_logprobs: of the prompt's tokens but the first, once the first piece is there, where they were asked for.
     stopped_by: the stop string or stop id that ended a completion, by its number, once its last piece is there; the end
         of text is none.
     begun, read: when it was asked for, and when its prompt was read, by `time.perf_counter`.
+    last_logprobs: of the end of text, by completion.
     """
 
     def __init__(
@@ -41,7 +44,6 @@ class Generation:
         stops: Sequence[str] = (),
         keep_stop: bool = False,
         prompt_logprobs: int | None = None,
-        begin: tuple[int, State | None] = (0, None),
         owner: str = "",
     ):
         """
@@ -53,22 +55,22 @@ class Generation:
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
+        self._server, self._model = server, model
+        speaker = model.speaker
         logprobs = decoding.top_logprobs is not None
-        tokenizer = model.speaker.tokenizer
-        stop_ids = decoding.stop_ids(tokenizer)
+        stop_ids = decoding.stop_ids(speaker.tokenizer)
         choices = range(len(decoding.samplings))
-        self._rows = [Row(tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop) for i in choices]
+        self._rows = [Row(speaker.tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop) for i in choices]
         self._min_tokens = decoding.min_tokens
         self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
-        self._metrics = server.metrics
         self.begun = self.read = time.perf_counter()
         self.stopped_by: dict[int, str | int] = {}
-        self.cached_tokens = begin[0]
+        self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
-        self.last_logprobs: dict[int, TokenLogprob] = {}  # of the end of text, by completion
+        self.last_logprobs: dict[int, TokenLogprob] = {}
         self._request = Request(
-            model.speaker.model,
+            speaker.model,
             tokens,
             [
                 SequenceDecoder(
@@ -79,16 +81,33 @@ class Generation:
                     decoding.top_logprobs,
                     decoding.masks[i],
                     tokens,
-                    model.speaker.decode_token,
+                    speaker.decode_token,
                 )
                 for i, sampling in enumerate(decoding.samplings)
             ],
             self,
-            begin,
+            (0, speaker.start),
             prompt_logprobs=prompt_logprobs,
             owner=owner,
         )
-        server.scheduler.submit(self._request)
+
+    async def submit(self) -> None:
+        """Has it read and written, from the longest beginning of the prompt that is known.
+
+        Raises:
+            InputError, Busy: see `Scheduler.submit`.
+        """
+        request, cache = self._request, self._server.cache
+        self._server.scheduler.check(request)
+        if cache is not None and request.prompt_logprobs is None:
+            root = self._server.root_of(self._model, request.owner)
+            found = await asyncio.to_thread(cache.lookup, root, request.tokens)
+            if found is not None:
+                request.begin_at(*found)
+                self.cached_tokens = found[0]
+            request.cuts = cache.cut_positions(root, request.tokens, start=self.cached_tokens)
+            request.on_cut = partial(cache.put, root, request.tokens)
+        self._server.scheduler.submit(request)
 
     def cancel(self) -> None:
         """Nothing more of it is wanted."""
@@ -111,15 +130,15 @@ class Generation:
                     continue
                 now = time.perf_counter()
                 if item.choice in last:
-                    self._metrics.between.observe(now - last[item.choice])
+                    self._server.metrics.between.observe(now - last[item.choice])
                 else:
-                    self._metrics.first_token.observe(now - self.begun)
+                    self._server.metrics.first_token.observe(now - self.begun)
                 last[item.choice] = now
                 if item.finish_reason is not None:
                     running.discard(item.choice)
                 yield item
                 running -= self._unwanted
-            self._metrics.whole.observe(time.perf_counter() - self.begun)
+            self._server.metrics.whole.observe(time.perf_counter() - self.begun)
         finally:
             self._request.cancel()
 
@@ -157,16 +176,13 @@ def _no_state() -> State:
     raise RuntimeError("the batch has moved on: only the last piece of a completion has its state")
 
 
-def start_all(generations: Iterable[Generation]) -> list[Generation]:
-    """All of them as they start; where one is refused, none goes on."""
-    started: list[Generation] = []
+async def submit_all(generations: Sequence[Generation]) -> None:
+    """All of them or none."""
     try:
-        for generation in generations:
-            started.append(generation)
+        await asyncio.gather(*(generation.submit() for generation in generations))
     except BaseException:
-        cancel_all(started)
+        cancel_all(generations)
         raise
-    return started
 
 
 def cancel_all(generations: Iterable[Generation]) -> None:

@@ -19,7 +19,7 @@ from ..text.chat_templates import FIM_STOPS, render
 from .bodies import refuse
 from .errors import ApiError
 from .gate import find_owner
-from .generation import Generation, cancel_all, collect_all, merge, start_all
+from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
 from .server import Server, owner_of, server_of
 from .stream import event, stream_events, while_connected
@@ -144,6 +144,7 @@ async def batch_translate(body: TranslateBody, request: Request) -> dict[str, An
     prompts = [f"{source}: {text}\n\n{target}:" for text in body.text_list]
     greedy = {"max_tokens": MOST_TRANSLATED, "temperature": 0, "alpha_presence": 0, "alpha_frequency": 0}
     batch = _Batch(find_model(request, body), prompts, (), BatchBody.model_validate(greedy), request)
+    await submit_all(batch.generations)
     found = await while_connected(request, batch.completions())
     name = body.source_lang if body.source_lang != "auto" else "en"
     return {"translations": [{"detected_source_lang": name, "text": x.text} for x in found]}
@@ -212,12 +213,11 @@ class _Batch:
         }
         size, owner = model.speaker.model.config.vocab_size, owner_of(request)
 
-        def start(i: int) -> Generation:
+        self.generations: list[Generation] = []
+        for i, (ids, prompt) in enumerate(zip(encoded, prompts, strict=True)):
             seed = {} if body.seed is None else {"seed": (body.seed + i) % 2**64}
             decoding = resolve(options | seed, body.max_tokens, USUAL, size, 1)
-            return Generation(server, model, encoded[i], prompts[i], decoding, stops=stops, owner=owner)
-
-        self.generations = start_all(map(start, range(len(prompts))))
+            self.generations.append(Generation(server, model, ids, prompt, decoding, stops=stops, owner=owner))
 
     async def completions(self) -> list[Completion]:
         return [whole for [whole] in await collect_all(self.generations)]
@@ -260,6 +260,7 @@ def _chunk(i: int, delta: dict[str, str], end: dict[str, Any] | None = None, mor
 
 
 async def _reply(batch: _Batch, kind: str, stream: bool) -> Response:
+    await submit_all(batch.generations)
     if stream:
         return await stream_events(batch.stream(), error_shape=error_shape)
     return JSONResponse(await while_connected(batch.request, batch.answer(kind)))

@@ -19,7 +19,7 @@ from ..text.template_choice import in_jinja
 from ..text.tokenizers import bytes_of
 from .bodies import Stops, listed, refuse
 from .errors import ApiError
-from .generation import Generation, cancel_all, collect_all, merge, start_all
+from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
 from .server import Server, owner_of, server_of
 from .stream import event, stream_events, while_connected
@@ -240,9 +240,9 @@ class _Call:
         decoding = _decode(body, model, server)
         self.settings = _settings(body, decoding, stops)
         decode = model.speaker.tokenizer.decode
-        self.generations = start_all(
+        self.generations = [
             Generation(server, model, ids, decode(ids), decoding, stops=stops, owner=owner) for ids in encoded
-        )
+        ]
 
     async def answer(self) -> list[dict[str, Any]]:
         found = await collect_all(self.generations)
@@ -314,6 +314,7 @@ def _timings(generation: Generation, read: int, written: int) -> dict[str, float
 
 
 async def _reply(call: _Call, request: Request) -> Response:
+    await submit_all(call.generations)
     if call.body.stream:
         return await stream_events(call.stream(), "", error_shape)
     found = await while_connected(request, call.answer())

@@ -10,6 +10,7 @@ from ..engine.llm import LLM
 from ..engine.text_model import TextModel
 from ..errors import InputError
 from ..progress import Progress
+from ..text.chat_templates import trained_context
 from .models import ModelTable, ServedModel, name_of
 
 
@@ -45,7 +46,7 @@ def load_models(
     def add(name: str, llm: LLM, speaker: TextModel, path: str) -> None:
         if name in [model.name for model in served]:
             raise InputError(f"two models are called {name!r}; name them NAME=PATH")
-        served.append(ServedModel(name, llm, speaker, path, None))
+        served.append(ServedModel(name, llm, speaker, path, trained_context(name_of(path))))
 
     for text in models or ["bundled"]:
         name, path = split_name(text)
@@ -59,6 +60,7 @@ def load_models(
     for text in states:
         name, state = split_name(text)
         tuned = TextModel(llm.model, llm.tokenizer, llm.chat_template, llm.opening)
+        tuned.tool_style = llm.tool_style
         tuned.begin_from(state)
         add(name or name_of(state), llm, tuned, f"{path} + {state}")
     return ModelTable(served)

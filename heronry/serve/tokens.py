@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..engine.completion import TokenLogprob
-from ..text.tokenizers import Tokenizer, spell
+from ..text.tokenizers import Tokenizer, bytes_of, spell
 
 UNLIKELY = -9999.0  # in place of minus infinity, which JSON does not have
 
@@ -61,3 +61,13 @@ def columns(names: TokenNames, entries: Iterable[TokenLogprob | int], offset: in
         offset += len(names.text(token))
     found = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
     return found, offset
+
+
+def chat_logprob(names: TokenNames, entry: TokenLogprob) -> dict[str, Any]:
+    """One token as /v1/chat/completions has it."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": names(token), "logprob": finite(logprob), "bytes": list(bytes_of(names.tokenizer, token))}
+
+    top = [one(token, x) for token, x in entry.top_logprobs.items()]
+    return one(entry.token_id, entry.logprob) | {"top_logprobs": top}

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,44 +11,11 @@ import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from server_process import Process
 
 import heronry
 from heronry.serve.app import create_app
 from heronry.serve.load import load_models
-
-
-class Process:
-    """`heronry serve` on a free port, with its address and what it has said."""
-
-    def __init__(self, *options: str, env: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "heronry", "serve", "--port", "0", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
-        self.lines: list[str] = []
-        self.url = ""
-        ready = threading.Event()
-
-        def read() -> None:
-            for line in self.process.stderr:
-                self.lines.append(line)
-                if found := re.search(r" at (http://\S+)/v1 ", line):
-                    self.url = found[1]
-                    ready.set()
-            ready.set()
-
-        self.reader = threading.Thread(target=read, daemon=True)
-        self.reader.start()
-        assert ready.wait(60)
-        assert self.url, self.lines
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Its exit code."""
-        self.process.send_signal(number)
-        code = self.process.wait(30)
-        self.reader.join(5)
-        return code
-
-    def openai(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from ..engine.batch import Row
-from ..engine.completion import Completion, TokenLogprob, join
+from ..engine.completion import Completion, Pieces, TokenLogprob, join
 from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
@@ -28,6 +28,9 @@ class Generation:
 
     cached_tokens: of the prompt, that were not read again.
     prompt_logprobs: of the prompt's tokens but the first, once the first piece is there, where they were asked for.
+    stopped_by: the stop string or stop id that ended a completion, by its number, once its last piece is there; the end
+        of text is none.
+    begun, read: when it was asked for, and when its prompt was read, by `time.perf_counter`.
     last_logprobs: of the end of text, by completion.
     """
 
@@ -40,6 +43,7 @@ class Generation:
         decoding: Decoding,
         *,
         stops: Sequence[str] = (),
+        keep_stop: bool = False,
         prompt_logprobs: int | None = None,
         owner: str = "",
         written: str | None = None,
@@ -49,25 +53,27 @@ class Generation:
             tokens: the prompt; text: what it stands for.
             decoding: one row for each completion.
             stops: strings that end a completion.
+            keep_stop: the one that does is part of it.
             written: of an answer in a chat, at the end of the prompt.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
         self._waiting: deque[Completion | Exception] = deque()  # taken from it already
-        self._server, self._model, self._begin = server, model, time.perf_counter()
+        self._server, self._model = server, model
         speaker = model.speaker
         logprobs = decoding.top_logprobs is not None
         stop_ids = decoding.stop_ids(speaker.tokenizer)
         choices = range(len(decoding.samplings))
-        self._rows = [Row(speaker.tokenizer, [*tokens], text, stops, logprobs, 0, i) for i in choices]
+        self._rows = [Row(speaker.tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop) for i in choices]
         self._min_tokens = decoding.min_tokens
+        self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
+        self.begun = self.read = time.perf_counter()
+        self.stopped_by: dict[int, str | int] = {}
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}
-        self._make_matcher = partial(
-            decoding.matcher, speaker.tokenizer, speaker.model.config.vocab_size, written
-        )
+        self._make_matcher = partial(decoding.matcher, speaker.tokenizer, speaker.model.config.vocab_size, written)
         self._request = Request(
             speaker.model,
             tokens,
@@ -136,13 +142,13 @@ class Generation:
                 if item.choice in last:
                     self._server.metrics.between.observe(now - last[item.choice])
                 else:
-                    self._server.metrics.first_token.observe(now - self._begin)
+                    self._server.metrics.first_token.observe(now - self.begun)
                 last[item.choice] = now
                 if item.finish_reason is not None:
                     running.discard(item.choice)
                 yield item
                 running -= self._unwanted
-            self._server.metrics.whole.observe(time.perf_counter() - self._begin)
+            self._server.metrics.whole.observe(time.perf_counter() - self.begun)
         finally:
             self._request.cancel()
 
@@ -160,7 +166,7 @@ class Generation:
     # On the scheduler's thread
 
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
-        self.prompt_logprobs = logprobs
+        self.prompt_logprobs, self.read = logprobs, time.perf_counter()
 
     def on_event(self, event: Event) -> bool:
         choice = event.index
@@ -170,6 +176,10 @@ class Generation:
         if event.token is None and event.logprob is not None:
             self.last_logprobs[choice] = event.logprob
         piece = row.push(event, self._min_tokens)
+        if row.buffer.found is not None:
+            self.stopped_by[choice] = row.buffer.found
+        elif event.stop_id in self._stop_ids:
+            self.stopped_by[choice] = event.stop_id
         if piece is not None:
             last = piece.finish_reason is not None
             self._hand_over(piece if last else replace(piece, make_state=_no_state))
@@ -185,6 +195,36 @@ class Generation:
 
 def _no_state() -> State:
     raise RuntimeError("the batch has moved on: only the last piece of a completion has its state")
+
+
+async def submit_all(generations: Sequence[Generation]) -> None:
+    """All of them or none."""
+    try:
+        await asyncio.gather(*(generation.submit() for generation in generations))
+    except BaseException:
+        cancel_all(generations)
+        raise
+
+
+def cancel_all(generations: Iterable[Generation]) -> None:
+    """Nobody waits for them any more."""
+    for generation in generations:
+        generation.cancel()
+
+
+async def collect_all(generations: Sequence[Generation]) -> list[list[Completion]]:
+    """The whole completions of each."""
+    try:
+        return await asyncio.gather(*map(_collect, generations))
+    finally:
+        cancel_all(generations)
+
+
+async def _collect(generation: Generation) -> list[Completion]:
+    rows: dict[int, Pieces] = {}
+    async for piece in generation.pieces():
+        rows.setdefault(piece.choice, Pieces()).add(piece)
+    return [rows[i].joined() for i in sorted(rows)]
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 class Server:
     """
     cache: of the states of prompts' beginnings.
+    keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
     """
 
@@ -28,6 +30,7 @@ class Server:
     scheduler: Scheduler
     metrics: Metrics
     cache: StateCache | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
     roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import as_api_error
+from .errors import Shape, as_api_error, openai_shape
 
 T = TypeVar("T")
 KEEP_ALIVE = 15  # seconds without an event, after which proxies and clients hear that all is well
@@ -25,21 +25,23 @@ def event(data: Any, name: str | None = None) -> str:
     return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def stream_events(events: AsyncGenerator[str, None], done: str = DONE) -> Response:
+async def stream_events(
+    events: AsyncGenerator[str, None], done: str = DONE, error_shape: Shape = openai_shape
+) -> Response:
     """A reply with these events, and `done` after them. An error before the first of them is an error of the reply;
     after it, it is the last event."""
     first = await anext(events, None)
-    return _EventStream(first, events, done)
+    return _EventStream(first, events, done, error_shape)
 
 
 class _EventStream(Response):
     """Sends each event as it comes, with no task of its own: at thousands of tokens a second that counts. The events
     are closed when the client goes away."""
 
-    def __init__(self, first: str | None, events: AsyncGenerator[str, None], done: str):
+    def __init__(self, first: str | None, events: AsyncGenerator[str, None], done: str, error_shape: Shape):
         super().__init__(media_type="text/event-stream", headers=HEADERS)
         del self.headers["content-length"]
-        self.first, self.events, self.done = first, events, done
+        self.first, self.events, self.done, self.error_shape = first, events, done, error_shape
         self.sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +63,7 @@ class _EventStream(Response):
                 await self._send(send, item)
             await self._send(send, self.done)
         except Exception as error:
-            await self._send(send, event(as_api_error(error).body))
+            await self._send(send, event(self.error_shape(as_api_error(error))))
         finally:
             await self.events.aclose()
         await send({"type": "http.response.body", "body": b""})

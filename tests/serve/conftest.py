@@ -9,9 +9,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
+from fastapi.testclient import TestClient
 from server_process import Process
 
 import heronry
+from heronry.serve.app import create_app
+from heronry.serve.load import load_models
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +39,23 @@ def http(server) -> httpx.Client:
 
 
 @pytest.fixture(scope="session")
-def llm():
+def llm() -> heronry.LLM:
     return heronry.LLM()
+
+
+@pytest.fixture(scope="session")
+def world(random_checkpoint, tmp_path_factory) -> Iterator[TestClient]:
+    """The app in this process, with a random model of World's vocabulary, "tiny", and keys of two owners."""
+    file = tmp_path_factory.mktemp("world") / "tiny.pth"
+    torch.save(random_checkpoint("7", vocab=65536, width=32, heads=1, layers=1, ffn=64), file)
+    app = create_app(load_models([str(file)]), keys={"key-of-ann": "ann", "key-of-bob": "bob"}, hosts=["testserver"])
+    with TestClient(app, headers={"authorization": "Bearer key-of-ann"}) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def world_llm(world) -> heronry.LLM:
+    return world.app.state.server.models.find("tiny").llm
 
 
 @pytest.fixture

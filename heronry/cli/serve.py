@@ -63,10 +63,11 @@ def serve(
         ),
     ] = None,
     store_size: Annotated[
-        float | None, typer.Option(min=0, help="GB of states in the store.", show_default="10; 1 in RAM")
+        float | None, typer.Option(min=0, help="GB of responses and named states.", show_default="10; 1 in RAM")
     ] = None,
     store_days: Annotated[float, typer.Option(min=0, help="Days without use after which a state is dropped.")] = 30,
-    cache_ram: Annotated[float, typer.Option(min=0, help="GB of RAM for states of prompts; 0: none.")] = 1.0,
+    cache_size: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in the store.")] = 10.0,
+    cache_ram: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in RAM; 0: none.")] = 1.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it is stopped.")] = 30,
     log_level: Annotated[
         str, typer.Option(help="info: a line of JSON a request; warning: only what is wrong.")
@@ -106,9 +107,11 @@ def serve(
         )
     hosts = (*LOCAL_HOSTS, *(allow_host or ())) if host in LOOPBACK else tuple(allow_host or ("*",))
     limits = Limits(rows=max_rows, waiting=max_waiting)
-    shared = None if store is None else _open_store(store, round((10 if store_size is None else store_size) * 1e9))
-    cache = StateCache(round(cache_ram * 1e9), shared)
-    kept = KeptStates(shared or MemoryStore(round((1 if store_size is None else store_size) * 1e9)))
+    cache = StateCache(
+        round(cache_ram * 1e9), _open_store(store, "prompts", round(cache_size * 1e9)) if store else None
+    )
+    kept_bytes = round((store_size if store_size is not None else 10 if store else 1) * 1e9)
+    kept = KeptStates(_open_store(store, "kept", kept_bytes) if store else MemoryStore(kept_bytes))
     app = create_app(
         models,
         limits=limits,
@@ -149,11 +152,12 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
     return keys
 
 
-def _open_store(place: str, max_bytes: int) -> StateStore:
+def _open_store(place: str, part: str, max_bytes: int) -> StateStore:
+    """A part of a store, so that what is kept never makes room for what is only convenient."""
     if place.startswith(("redis://", "rediss://", "unix://")):
         from ..engine.redis_store import RedisStore
 
-        return RedisStore(place, max_bytes)
+        return RedisStore(place, max_bytes, prefix=f"heronry:{part}:")
     from ..engine.disk_store import DiskStore
 
-    return DiskStore(place, max_bytes)
+    return DiskStore(Path(place) / part, max_bytes)

@@ -53,10 +53,11 @@ class MemoryStore(StateStore):
                 if self._nbytes <= self._max_bytes:
                     break
                 self._drop_data(old, self._held[old].place)
-            for old in list(self._held):
+            for old, held in list(self._held.items()):
                 if self._about_bytes <= self._max_about_bytes:
                     break
-                self.delete(old)
+                if held.about_size:
+                    self.delete(old)
         return True
 
     def present(self, keys: Iterable[Key]) -> set[Key]:

@@ -15,14 +15,22 @@ from ..engine.memory_store import MemoryStore
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
-from . import ai00, basics, chat, completions, lightning, llama_cpp, metrics, responses, runner
+from . import ai00, basics, chat, completions, lightning, llama_cpp, metrics, responses, runner, states
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
 from .server import Server
 
-ROUTERS = (basics.router, metrics.router, completions.router, chat.router, responses.router, runner.router)
+ROUTERS = (
+    basics.router,
+    metrics.router,
+    completions.router,
+    chat.router,
+    responses.router,
+    states.router,
+    runner.router,
+)
 DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
 
 
@@ -54,7 +62,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
-        expiring = asyncio.create_task(expire_now_and_then(kept.store, keep_days))
+        expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, keep_days))
         yield
         expiring.cancel()
         scheduler.close(drain)

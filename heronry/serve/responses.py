@@ -175,13 +175,15 @@ class _Call:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """All from the first item on; the last one has the whole response, which is kept by then."""
-        async for piece in self.generation.pieces():
-            taken = self.answered.take(piece)
-            for each in self.output.add(taken):
-                yield each
-            if taken.finish_reason is not None:
+        reason = None
+        try:
+            async for piece in self.generation.pieces():
+                taken = self.answered.take(piece)
                 reason = taken.finish_reason
-                break
+                for each in self.output.add(taken):
+                    yield each
+        finally:
+            self.generation.cancel()
         status = "incomplete" if reason == "length" else "completed"
         for each in self.output.finish(status):
             yield each

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-
 import openai
 import pytest
-from server_process import Process
 
 ASK, NEXT, OTHER = "Tell me a story about a dog.", "What happened then?", "And a cat?"
 GREEDY = {"model": "bundled", "temperature": 0, "max_output_tokens": 24}
@@ -262,37 +259,3 @@ def test_bad_requests(client, fields, param, message):
         client.responses.create(**(GREEDY | {"input": ASK} | fields))
     assert error.value.body["param"] == param
     assert error.value.body["type"] == "invalid_request_error"
-
-
-def test_owners_a_restart_and_a_sudden_end(tmp_path, tmp_key_file):
-    """Acknowledged is kept: killed in the middle of other work, the server goes on to the bit, for its owner only."""
-    options = ["--api-keys", str(tmp_key_file), "--store", str(tmp_path / "states")]
-    server = Process(*options)
-    with server.openai(api_key="key-of-ann") as ann:
-        first = ann.responses.create(**GREEDY, input=ASK)
-        before = ann.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
-        endless = {"model": "bundled", "prompt": "A", "max_tokens": 10**6, "stream": True}
-        with ann.completions.create(**endless, extra_body={"ignore_eos": True}) as stream:
-            next(iter(stream))
-            server.stop(signal.SIGKILL)
-    server = Process(*options)
-    try:
-        with server.openai(api_key="key-of-ann") as ann:
-            assert ann.responses.retrieve(before.id) == before
-            after = ann.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
-            assert (after.output_text, after.usage) == (before.output_text, before.usage)
-        with server.openai(api_key="key-of-bob") as bob:
-            for ask in (bob.responses.retrieve, bob.responses.delete, bob.responses.input_items.list):
-                with pytest.raises(openai.NotFoundError):
-                    ask(first.id)
-            with pytest.raises(openai.NotFoundError):
-                bob.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
-        # the items outlive the state
-        for file in (tmp_path / "states").glob("*.safetensors"):
-            file.unlink()
-        with server.openai(api_key="key-of-ann") as ann:
-            again = ann.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
-            assert again.usage.input_tokens_details.cached_tokens == 0
-            assert len(ann.responses.input_items.list(again.id).data) == 3
-    finally:
-        server.stop()

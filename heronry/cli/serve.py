@@ -67,7 +67,9 @@ def serve(
     ] = None,
     store_days: Annotated[float, typer.Option(min=0, help="Days without use after which a state is dropped.")] = 30,
     cache_size: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in the store.")] = 10.0,
-    cache_ram: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in RAM; 0: none.")] = 1.0,
+    cache_ram: Annotated[
+        float, typer.Option(min=0, help="GB of the beginnings of prompts in RAM, and as many of what is in the store.")
+    ] = 1.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it is stopped.")] = 30,
     log_level: Annotated[
         str, typer.Option(help="info: a line of JSON a request; warning: only what is wrong.")
@@ -111,7 +113,10 @@ def serve(
         round(cache_ram * 1e9), _open_store(store, "prompts", round(cache_size * 1e9)) if store else None
     )
     kept_bytes = round((store_size if store_size is not None else 10 if store else 1) * 1e9)
-    kept = KeptStates(_open_store(store, "kept", kept_bytes) if store else MemoryStore(kept_bytes))
+    if store:
+        kept = KeptStates(_open_store(store, "kept", kept_bytes), round(cache_ram * 1e9))
+    else:
+        kept = KeptStates(MemoryStore(kept_bytes))
     app = create_app(
         models,
         limits=limits,

@@ -6,11 +6,9 @@ The items outlive the state: where it is gone, or was read under other instructi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..engine.answer_state import Ending
 from ..engine.kept_states import Kept
 from ..engine.state_store import Key
 from ..errors import InputError
@@ -32,7 +30,7 @@ class ResponseNotFound(ApiError):
 class KeptResponse:
     """
     response: as it was answered.
-    items: all that came before its answer.
+    items: all that came before its answer. continues: which goes on with the last of them.
     front: what stood in front of them; see `ResponsePrompt`.
     state: after the answer; None = it is gone. n_tokens: that it has read; owed: what it has not read of the answer,
         and what separates that from the next turn.
@@ -40,6 +38,7 @@ class KeptResponse:
 
     response: dict[str, Any]
     items: list[Item]
+    continues: bool
     front: str
     n_tokens: int
     owed: str
@@ -47,8 +46,12 @@ class KeptResponse:
 
     @property
     def all_items(self) -> list[Item]:
-        """With those of the answer."""
-        return [*self.items, *self.response["output"]]
+        """With those of the answer; one that it goes on with is whole."""
+        items, output = list(self.items), list(self.response["output"])
+        if self.continues and output and output[0]["type"] == "message":
+            begun, rest = items.pop(), output.pop(0)
+            items.append(begun | {"content": [*begun["content"], *rest["content"]]})
+        return items + output
 
 
 def _key(owner: str, name: str) -> Key | None:
@@ -68,8 +71,7 @@ async def find(server: Server, owner: str, name: str) -> KeptResponse | None:
             raise ApiError(503, "the store of responses cannot be read now; try again")
     if kept is None:
         return None
-    about = kept.entry.about
-    return KeptResponse(about["response"], about["items"], about["front"], about["n_tokens"], about["owed"], kept.state)
+    return KeptResponse(**kept.entry.about, state=kept.state)
 
 
 async def get(server: Server, owner: str, name: str) -> KeptResponse:
@@ -89,13 +91,11 @@ async def get_previous(server: Server, owner: str, name: str) -> KeptResponse:
     return found
 
 
-async def keep(
-    server: Server, owner: str, response: dict[str, Any], items: Sequence[Item], front: str, ending: Ending
-) -> bool:
+async def keep(server: Server, owner: str, kept: KeptResponse) -> bool:
     """Whether it is kept now, and outlives the server if its store does."""
-    about: dict[str, Any] = {"response": response, "items": [*items], "front": front}
-    about |= {"n_tokens": ending.n_tokens, "owed": ending.owed}
-    return await asyncio.to_thread(server.kept.put, Key(KIND, owner, response["id"]), ending.state, about)
+    assert kept.state is not None
+    about = {field.name: getattr(kept, field.name) for field in fields(kept) if field.name != "state"}
+    return await asyncio.to_thread(server.kept.put, Key(KIND, owner, kept.response["id"]), kept.state, about)
 
 
 async def delete(server: Server, owner: str, name: str) -> None:

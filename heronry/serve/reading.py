@@ -35,13 +35,17 @@ class _Reading:
         self.state: asyncio.Future[State] = self._loop.create_future()
 
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
-        self._loop.call_soon_threadsafe(self._set, state)
+        self._hand_over(state)
 
     def on_event(self, event: Event) -> bool:
         return False
 
     def on_error(self, error: Exception) -> None:
-        self._loop.call_soon_threadsafe(self._set, error)
+        self._hand_over(error)
+
+    def _hand_over(self, result: State | Exception) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._set, result)
 
     def _set(self, result: State | Exception) -> None:
         if self.state.done():

@@ -62,6 +62,10 @@ class ResponseBody(AnswerBody):
                 raise ApiError(400, f"{name} is not served here", name)
         if self.n not in (None, 1):
             raise ApiError(400, "a response has one answer", "n")
+        try:  # what is told back and kept
+            json.dumps(self.model_dump(by_alias=True), ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is no JSON that could be kept: {error}") from None
         changes: dict[str, Any] = {"tools": nested_tools(self.tools), "tool_choice": nested_choice(self.tool_choice)}
         if self.reasoning is not None and self.reasoning.effort is not None:
             changes["reasoning_effort"] = self.reasoning.effort

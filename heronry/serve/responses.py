@@ -196,9 +196,11 @@ class _Call:
         numbers = usage(read, cached, self.answered.written, self.answered.thought)
         self.response |= {"status": status, "output": self.output.items, "usage": numbers}
         if self.state is not None:
-            assert self.state.ending is not None
-            kept = (self.server, self.owner, self.response, self.reading.items, self.reading.front, self.state.ending)
-            if not await kept_responses.keep(*kept):
+            end, reading = self.state.ending, self.reading
+            assert end is not None
+            continues, rest = bool(reading.prompt.beginning), (end.n_tokens, end.owed, end.state)
+            kept = kept_responses.KeptResponse(self.response, reading.items, continues, reading.front, *rest)
+            if not await kept_responses.keep(self.server, self.owner, kept):
                 self.response["store"] = False
         yield self.output.event(status, response=self.response)
 

@@ -16,7 +16,7 @@ GO_ON = {"prompt": ". One day,", "state": "mine", "temperature": 0, "max_tokens"
 
 def test_owners_and_a_sudden_end(tmp_path, tmp_key_file):
     """Killed in the middle of other work, the server goes on to the bit."""
-    options = ["--api-keys", str(tmp_key_file), "--store", str(tmp_path / "states")]
+    options = ["--api-keys", str(tmp_key_file), "--store", str(tmp_path / "states"), "--cache-ram", "0"]
     server = Process(*options)
     with server.openai(api_key="key-of-ann") as ann, caller(server, "ann") as http:
         first = ann.responses.create(**GREEDY, input=ASK)

@@ -115,6 +115,27 @@ def test_instructions_are_not_inherited(client):
         assert other.instructions == instructions
 
 
+def test_an_answer_that_is_begun(client):
+    """It goes on, and is whole in what follows, with its state and without."""
+    begun = [{"role": "user", "content": ASK}, {"role": "assistant", "content": "The dog"}]
+    first = client.responses.create(**GREEDY, input=begun)
+    whole = client.chat.completions.create(model="bundled", temperature=0, max_tokens=24, messages=begun)
+    assert first.output_text == whole.choices[0].message.content
+    options = GREEDY | {"input": NEXT, "previous_response_id": first.id}
+    second = client.responses.create(**options)
+    assert second.usage.input_tokens_details.cached_tokens == first.usage.input_tokens + 24
+    texts = [item.content for item in client.responses.input_items.list(second.id, order="asc")]
+    assert ["".join(part.text for part in parts) for parts in texts] == [ASK, f"The dog{first.output_text}", NEXT]
+    again = client.responses.create(**options, instructions="Be kind.")
+    said = [{"role": "system", "content": "Be kind."}, begun[0]]
+    said += [
+        {"role": "assistant", "content": f"The dog{first.output_text}"},
+        {"role": "user", "content": NEXT},
+    ]
+    whole = client.chat.completions.create(model="bundled", temperature=0, max_tokens=24, messages=said)
+    assert again.output_text == whole.choices[0].message.content
+
+
 CALL = '```json\n{"name":"weather","arguments":{"city":"Paris"}}\n```'
 
 
@@ -259,3 +280,13 @@ def test_bad_requests(client, fields, param, message):
         client.responses.create(**(GREEDY | {"input": ASK} | fields))
     assert error.value.body["param"] == param
     assert error.value.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e999"])
+@pytest.mark.parametrize("field", ["metadata", "tools"])
+def test_what_no_json_can_tell_back(http, field, value):
+    about = f'{{"a": {value}}}' if field == "metadata" else f'[{{"type": "function", "name": "f", "x": {value}}}]'
+    body = f'{{"input": "a", "max_output_tokens": 1, "{field}": {about}}}'
+    reply = http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("the body is no JSON that could be kept")

@@ -30,7 +30,6 @@ class Event:
     logprob: of the token, where it was asked for; of the id that ends the text too.
     batch: the state of all rows; `state` is this one's.
     error: why no token could be drawn, where that is the end.
-    stop_id: which of the stop ids was drawn, where that is the end.
     """
 
     index: int
@@ -40,7 +39,6 @@ class Event:
     batch: State
     row: int
     error: Exception | None = None
-    stop_id: int | None = None
 
     @property
     def state(self) -> State:
@@ -63,6 +61,7 @@ class SequenceDecoder:
     decode: the text of a token, for `penalize_digits=False`.
     earlier: what the model wrote before, at the end of the prompt, as the penalties count it.
     drawn: the tokens so far.
+    stopped_by: which of `stop_ids` ended it.
     """
 
     sampling: Sampling
@@ -75,6 +74,7 @@ class SequenceDecoder:
     decode: Callable[[int], str] | None = None
     earlier: Sequence[int] = ()
     drawn: list[int] = field(default_factory=list, init=False)
+    stopped_by: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.sampling, self.prompt, self.decode, self.earlier)
@@ -84,7 +84,9 @@ class SequenceDecoder:
         allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
         banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()
         token = self._sampler.pick(logits, allowed, banned)
-        if token not in self.stop_ids:
+        if token in self.stop_ids:
+            self.stopped_by = token
+        else:
             self.drawn.append(token)
         if self.top_logprobs is None:
             return token, None
@@ -179,7 +181,7 @@ class DecodeBatch:
                     if token not in sequence.stop_ids:
                         drawn[i] = token, logprob
                         continue
-                    events.append(Event(index, None, "stop", logprob, self._state, i, stop_id=token))
+                    events.append(Event(index, None, "stop", logprob, self._state, i))
             self._rows[i] = None
         count = len(self)
         if not count:

@@ -157,8 +157,8 @@ class Generation:
         piece = row.push(event, self._min_tokens)
         if row.buffer.found is not None:
             self.stopped_by[choice] = row.buffer.found
-        elif event.stop_id in self._stop_ids:
-            self.stopped_by[choice] = event.stop_id
+        elif (stop_id := self._request.sequences[choice].stopped_by) in self._stop_ids:
+            self.stopped_by[choice] = stop_id
         if piece is not None:
             last = piece.finish_reason is not None
             self._hand_over(piece if last else replace(piece, make_state=_no_state))

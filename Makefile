@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster test-arm wheel-test cross-check lint format bench storyteller constraints clean
+.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster soak test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -41,6 +41,11 @@ test-cluster: .venv/dev
 	$(INSTALL) -e ".[cluster]"
 	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py
 
+# clients that connect, cancel and die, for MINUTES
+MINUTES := 20
+soak: .venv/dev
+	$(BIN)/python tests/serve/soak.py --minutes $(MINUTES)
+
 # the wheel with compiled libraries for this platform, run in an environment without a compiler
 wheel-test:
 	rm -rf build/wheel build/wheel-env
@@ -58,7 +63,7 @@ test-arm: .venv/dev
 # the lowest versions that pyproject.toml allows, in an environment of their own: a few tests of every room
 LOWEST := tests/test_checkpoint.py tests/test_quantization.py tests/test_memory.py tests/ops/test_wkv7.py \
 	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py \
-	tests/engine/test_state_store.py tests/data/test_token_file.py \
+	tests/engine/test_constraints.py tests/engine/test_state_store.py tests/data/test_token_file.py \
 	tests/train/test_trainer.py tests/train/test_adapters.py tests/convert/test_conversion.py tests/convert/test_onnx.py \
 	tests/integrations/test_transformers.py tests/test_cli.py
 test-lowest:

@@ -28,6 +28,7 @@ EXTRAS = {  # of heronry, by the package that they bring
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "redis"), "serve"),
     "gguf": "convert",
+    "llguidance": "serve",
     "transformers": "transformers",
 }
 

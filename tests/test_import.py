@@ -11,7 +11,7 @@ import pytest
 import heronry
 from heronry.faults import describe
 
-HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "llama_cpp", "rich.progress")
+HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "llama_cpp", "llguidance", "rich.progress")
 
 
 def test_importing_is_light_and_silent(tmp_path):

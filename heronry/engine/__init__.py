@@ -1,6 +1,7 @@
 """Turning logits into tokens and, from text_model.py up, tokens into text."""
 
 from .completion import Completion, FinishReason, TokenLogprob, Usage
+from .constraints import Grammar, Matcher
 from .decode_batch import Event
 from .generate import Generation, Result, generate, prefill
 from .options import DecodeOptions, GenerateOptions
@@ -14,7 +15,9 @@ __all__ = [
     "FinishReason",
     "GenerateOptions",
     "Generation",
+    "Grammar",
     "Mask",
+    "Matcher",
     "Result",
     "Sampler",
     "Sampling",

@@ -49,7 +49,8 @@ class _Request(NamedTuple):
     before: what it follows.
     message: of the user.
     text: all of the conversation, up to where the answer begins.
-    answer: what the answer begins with already.
+    opening: what the answer begins with in that text.
+    answer: what the answer begins with already, behind the opening.
     again: the message was said before, in the last turn of the branch.
     is_raw: the answer is handed out with the white space at its beginning.
     """
@@ -57,6 +58,7 @@ class _Request(NamedTuple):
     before: Turn | Beginning
     message: dict[str, str]
     text: str
+    opening: str
     answer: str
     again: bool = False
     is_raw: bool = False
@@ -176,7 +178,7 @@ class Chat:
         def begin(old: Turn | Beginning) -> _Request:
             before = self._tree.messages(old)
             text = self.template.extend(old.text, [*before, asked])
-            return _Request(old, asked, text.removesuffix(self.template.opening) + opening, answer)
+            return _Request(old, asked, text.removesuffix(self.template.opening) + opening, opening, answer)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
@@ -201,7 +203,7 @@ class Chat:
         def begin(_: Turn | Beginning) -> _Request:
             last = self._last("to answer again")
             text = self.template.extend(last.before.text, [*self._tree.messages(last.before), last.asked])
-            return _Request(last.before, last.asked, text, "", again=True)
+            return _Request(last.before, last.asked, text, self.template.opening, "", again=True)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
@@ -227,7 +229,9 @@ class Chat:
 
         def begin(_: Turn | Beginning) -> _Request:
             last = self._last("whose answer could go on")
-            return _Request(last.before, last.asked, self._tree.text_before_answer(last), last.answer, again=True)
+            text, opening = self._tree.text_before_answer(last), self.template.opening
+            opening = opening if text.endswith(opening) else ""
+            return _Request(last.before, last.asked, text, opening, last.answer, again=True)
 
         pieces = self._answer(begin, self._decoding(max_tokens, options))
         return pieces if stream else join(pieces)
@@ -236,7 +240,7 @@ class Chat:
         """What the model writes behind a prompt that holds a whole conversation, with white space at its beginning."""
 
         def begin(old: Turn | Beginning) -> _Request:
-            return _Request(old, {"content": ""}, prompt.context, prompt.beginning, is_raw=True)
+            return _Request(old, {"content": ""}, prompt.context, prompt.opening, prompt.beginning, is_raw=True)
 
         return self._answer(begin, self._decoding(max_tokens, options))
 
@@ -247,7 +251,9 @@ class Chat:
     def _decoding(self, max_tokens: int, options: Mapping[str, Any]) -> Decoding:
         check_names(options, ["max_tokens", "stream", *DecodeOptions.__annotations__])
         default, vocab_size = Sampling(**self.template.sampling), self._llm.model.config.vocab_size
-        return resolve(options, max_tokens, default, vocab_size, prompts=1)
+        decoding = resolve(options, max_tokens, default, vocab_size, prompts=1)
+        decoding.matcher(self._llm.tokenizer, vocab_size)  # InputError before anything is read
+        return decoding
 
     def undo(self) -> str:
         """Takes the last message and its answer back; returns the message."""
@@ -313,6 +319,8 @@ class Chat:
         """Reads the message and draws its answer: a turn, which takes the end of the branch and grows there."""
         branch, old = self.branch, self._tree.head
         request = begin(old)
+        written = request.opening + request.answer
+        matcher = decoding.matcher(self._llm.tokenizer, self._llm.model.config.vocab_size, written)
         before, beginning = request.before, request.answer
         kept = (*(turn.state for turn in reversed(lineage(before))), beginning_of(before).state)
         state = next((x for x in kept if x is not None and request.text.startswith(x.texts[0])), None)
@@ -352,6 +360,7 @@ class Chat:
             prompts=[self._llm.tokenizer.encode(request.text.removeprefix(before.text) + beginning)],
             decode=self._llm.decode_token,
             earlier=more if request.again else (),
+            matcher=matcher,
         )
         self._tree.heads[branch] = turn  # the options are right
         try:
@@ -365,7 +374,7 @@ class Chat:
                     piece = decoder.push(event.token)
                     read += piece
                     certain += buffer.push(piece) if len(token_ids) > decoding.min_tokens else piece
-                    if decoder.whole:
+                    if decoder.whole and event.again is None:  # else it would be read again
                         marks[len(read)] = event.state
                 if self._tree.heads.get(branch) is not turn:
                     return  # the conversation moved on while this stream was open

@@ -4,12 +4,17 @@
 - idle rows are removed once they are a quarter of all
 - a token is handed out once the model has read it, so the state beside it covers everything handed out so far:
   generation that is stopped here, for whatever reason, can continue from that state without reading anything again
+- tokens that a grammar leaves no choice about are read in one call, of their own sequence: read together they round
+  otherwise than one by one, so whether they are must not depend on others
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+from math import inf
 
 import torch
 from torch import Tensor
@@ -17,7 +22,10 @@ from torch import Tensor
 from ..models import Model, State
 from .call_sizes import CallSizes
 from .completion import FinishReason, TokenLogprob
+from .constraints import Matcher
 from .sampling import Mask, Sampler, Sampling
+
+MAX_FORCED = 64  # tokens read in one call, while others wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,9 @@ class Event:
     finish_reason: None before the end.
     logprob: of the token, where it was asked for; of the id that ends the text too.
     batch: the state of all rows; `state` is this one's.
+    again: what is still to be read into it, for a token in the middle of those that were read in one call.
     error: why no token could be drawn, where that is the end.
+    stop_id: which of the stop ids was drawn, where that is the end.
     """
 
     index: int
@@ -39,12 +49,15 @@ class Event:
     batch: State
     row: int
     error: Exception | None = None
+    again: Callable[[State], State] | None = None
+    stop_id: int | None = None
 
     @property
     def state(self) -> State:
         """One row: the state after the prompt and every token handed out so far, this one included. To be taken before
         another sequence joins the batch."""
-        return self.batch if len(self.batch) == 1 else self.batch[self.row]
+        state = self.batch if len(self.batch) == 1 else self.batch[self.row]
+        return state if self.again is None else self.again(state)
 
 
 @dataclass(eq=False)
@@ -60,8 +73,8 @@ class SequenceDecoder:
     prompt: its token ids, for `repetition_penalty`.
     decode: the text of a token, for `penalize_digits=False`.
     earlier: what the model wrote before, at the end of the prompt, as the penalties count it.
+    matcher: what it must follow. A stop id may come where the text may end.
     drawn: the tokens so far.
-    stopped_by: which of `stop_ids` ended it.
     """
 
     sampling: Sampling
@@ -73,25 +86,62 @@ class SequenceDecoder:
     prompt: Sequence[int] = ()
     decode: Callable[[int], str] | None = None
     earlier: Sequence[int] = ()
+    matcher: Matcher | None = None
     drawn: list[int] = field(default_factory=list, init=False)
-    stopped_by: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.sampling, self.prompt, self.decode, self.earlier)
+        # where the caller bans tokens, the text may have to be cut into others
+        self._may_force = self.mask is None and -inf not in self.sampling.logit_bias.values()
 
-    def pick(self, logits: Tensor) -> tuple[int, TokenLogprob | None]:
-        """The next token from logits [V]; one of `stop_ids` is not among those drawn."""
-        allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
-        banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()
-        token = self._sampler.pick(logits, allowed, banned)
-        if token in self.stop_ids:
-            self.stopped_by = token
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it has ended, before a stop id is drawn; None if it has not."""
+        if self.matcher is not None and self.matcher.ended:
+            return "stop"
+        return "length" if len(self.drawn) >= self.max_tokens else None
+
+    def pick(self, logits: Tensor) -> tuple[list[int], TokenLogprob | None]:
+        """What comes next after logits [V], with the first token's log-probability: one token that is drawn, or some
+        that are not, for they must come; or one of `stop_ids`."""
+        tokens = self._forced()
+        if tokens:
+            for token in tokens:
+                self._sampler.count(token, len(logits))
         else:
-            self.drawn.append(token)
+            allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
+            banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()
+            tokens = [self._sampler.pick(logits, allowed, banned, self._grammar())]
+        logprob = self.logprob_of(tokens[0], logits)
+        if tokens[0] in self.stop_ids:
+            return tokens, logprob
+        self.drawn += tokens
+        if self.matcher is not None:
+            for token in tokens:
+                self.matcher.consume(token)
+        return tokens, logprob
+
+    def logprob_of(self, token: int, logits: Tensor) -> TokenLogprob | None:
+        """The log-probability of a token under logits [V], if it was asked for."""
         if self.top_logprobs is None:
-            return token, None
-        logprobs = torch.log_softmax(logits.detach().to("cpu", torch.float32), 0)
-        return token, token_logprob(token, logprobs, self.top_logprobs)
+            return None
+        return token_logprob(token, torch.log_softmax(logits.detach().to("cpu", torch.float32), 0), self.top_logprobs)
+
+    def _forced(self) -> list[int]:
+        if self.matcher is None or not self._may_force:
+            return []
+        room = min(MAX_FORCED, self.max_tokens - len(self.drawn))
+        return list(takewhile(lambda token: token not in self.stop_ids, self.matcher.forced()[:room]))
+
+    def _grammar(self) -> Tensor | None:
+        """What the matcher allows, bool [V]: a stop id only where the text may end."""
+        if self.matcher is None:
+            return None
+        allowed = self.matcher.allowed()
+        if self.matcher.complete and self.stop_ids:
+            allowed = allowed.clone()
+            allowed[list(self.stop_ids)] = True
+        return allowed
 
 
 def token_logprob(token: int, logprobs: Tensor, top: int) -> TokenLogprob:
@@ -141,11 +191,19 @@ class DecodeBatch:
         elif not self._owned:
             self._resize(len(self._rows))
         idle = [i for i, row in enumerate(self._rows) if row is None]
-        assert self._state is not None
         for j, (i, sequence) in enumerate(zip(idle, sequences.items(), strict=False)):
             self._rows[i], self._logits[i] = sequence, logits[j]
-            for x, y in zip(self._state.tensors(), state.tensors(), strict=True):
-                x[i] = y[j]
+            self._put(i, state, j)
+
+    def _put(self, row: int, state: State, of: int) -> None:
+        """Writes row `of` of a state into the batch's, which is owned."""
+        assert self._state is not None
+        for x, y in zip(self._state.tensors(), state.tensors(), strict=True):
+            x[row] = y[of]
+        if state.contexts:
+            contexts = list(self._state.contexts)
+            contexts[row] = state.contexts[of]
+            self._state.contexts = tuple(contexts)
 
     def _resize(self, rows: int) -> None:
         """Moves all sequences to memory of their own, with so many rows. What is in idle ones does not matter."""
@@ -162,41 +220,76 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token for every sequence, or its end."""
+        """One token for every sequence, or those that a grammar forces, or its end."""
         events: list[Event] = []
-        drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(self._rows)
+        picked: list[tuple[list[int], TokenLogprob | None]] = [([], None)] * len(self._rows)
         for i, held in enumerate(self._rows):
             if held is None:
                 continue
             index, sequence = held
             assert self._state is not None
-            if len(sequence.drawn) >= sequence.max_tokens:
-                events.append(Event(index, None, "length", None, self._state, i))
-            else:
-                try:
-                    token, logprob = sequence.pick(self._logits[i])
-                except Exception as error:  # of a mask, which is the caller's, or of what leaves no token
-                    events.append(Event(index, None, None, None, self._state, i, error))
-                else:
-                    if token not in sequence.stop_ids:
-                        drawn[i] = token, logprob
+            try:
+                reason, logprob, stop_id = sequence.finish_reason, None, None
+                if reason is None:
+                    tokens, logprob = sequence.pick(self._logits[i])
+                    if tokens[0] not in sequence.stop_ids:
+                        picked[i] = tokens, logprob
                         continue
-                    events.append(Event(index, None, "stop", logprob, self._state, i))
+                    reason, stop_id = "stop", tokens[0]
+            except Exception as error:  # of a mask, which is the caller's, or of what leaves no token
+                events.append(Event(index, None, None, None, self._state, i, error))
+            else:
+                events.append(Event(index, None, reason, logprob, self._state, i, stop_id=stop_id))
             self._rows[i] = None
         count = len(self)
         if not count:
             return events
-        if count <= len(self._rows) * 3 // 4:
+        alone = sum(len(tokens) > 1 for tokens, _ in picked)  # sequences that read by themselves
+        if count <= len(self._rows) * 3 // 4 or alone == count:
             self._resize(count)
-            drawn = [x for x in drawn if x is not None]
-        ids = torch.tensor([x[0] if x else 0 for x in drawn], device=self._model.device)[:, None]  # [B, 1]
-        assert self._state is not None
-        logits, self._state = self._model(ids, self._state)
-        self._logits, self._owned = [*logits[:, -1]], True
+            picked = [x for x in picked if x[0]]
+        before = self._state
+        assert before is not None
+        if alone < count:
+            ids = [tokens[0] if len(tokens) == 1 else 0 for tokens, _ in picked]
+            logits, self._state = self._model(torch.tensor(ids, device=self._model.device)[:, None], before)
+            self._logits, self._owned = [*logits[:, -1]], True
         for i, held in enumerate(self._rows):
-            if held is not None and (x := drawn[i]) is not None:
-                events.append(Event(held[0], x[0], None, x[1], self._state, i))
-                if len(held[1].drawn) == held[1].max_tokens:
-                    events.append(Event(held[0], None, "length", None, self._state, i))
-                    self._rows[i] = None
+            if held is None:
+                continue
+            (index, sequence), (tokens, logprob) = held, picked[i]
+            assert self._state is not None
+            if len(tokens) > 1:
+                events += self._read_forced(i, before[i], tokens, logprob)
+            else:
+                events.append(Event(index, tokens[0], None, logprob, self._state, i))
+            if (reason := sequence.finish_reason) is not None:
+                events.append(Event(index, None, reason, None, self._state, i))
+                self._rows[i] = None
         return events
+
+    def _read_forced(self, row: int, before: State, tokens: list[int], logprob: TokenLogprob | None) -> list[Event]:
+        """One sequence reads several tokens."""
+        held = self._rows[row]
+        assert held is not None
+        assert self._state is not None
+        index, sequence = held
+        logits, after = self._model(torch.tensor([tokens], device=self._model.device), before)  # [1, T, V]
+        self._logits[row] = logits[0, -1].clone()  # the others can go
+        self._put(row, after, 0)
+        events = []
+        for n, token in enumerate(tokens, 1):
+            if n > 1:
+                logprob = sequence.logprob_of(token, logits[0, n - 2])
+            if n < len(tokens):
+                again = partial(_read, self._model, tokens[:n])
+                events.append(Event(index, token, None, logprob, before, 0, again=again))
+            else:
+                events.append(Event(index, token, None, logprob, self._state, row))
+        return events
+
+
+@torch.inference_mode()
+def _read(model: Model, tokens: list[int], state: State) -> State:
+    """The state after some more tokens."""
+    return model(torch.tensor([tokens], device=model.device), state, last_only=True)[1]

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..models import Model, State
 from .call_sizes import CallSizes, choose_call_sizes
 from .completion import FinishReason
+from .constraints import Matcher
 from .decode_batch import DecodeBatch, Event, SequenceDecoder
 from .sampling import Mask, Sampling
 
@@ -30,7 +31,8 @@ class Result(NamedTuple):
 
 
 class Generation:
-    """Iterate over it once for the events, in steps: each step yields one event for every running sequence."""
+    """Iterate over it once for the events, in steps: each step yields one event for every running sequence, or
+    several where a grammar forces tokens."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Generation:
         prompts: Sequence[Sequence[int]] | None = None,
         decode: Callable[[int], str] | None = None,
         earlier: Sequence[int] = (),
+        matcher: Matcher | None = None,
     ):
         """Decodes from what `prefill` returned.
 
@@ -62,6 +65,7 @@ class Generation:
             prompts: the token ids of each, for `repetition_penalty`.
             decode: the text of a token, for `penalize_digits=False`.
             earlier: what the model wrote before, at the end of each prompt, as the penalties count it.
+            matcher: what each sequence follows, with a copy of its own.
         """
         count = len(logits)
         samplings = [samplings] * count if isinstance(samplings, Sampling) else list(samplings)
@@ -78,6 +82,7 @@ class Generation:
                 prompts[i] if prompts else (),
                 decode,
                 earlier,
+                matcher.copy() if matcher else None,
             )
             for i, sampling in enumerate(samplings)
         ]

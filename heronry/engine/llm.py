@@ -316,6 +316,7 @@ class LLM(TextModel):
             raise InputError(f"state must be a State, got {type(state).__name__}")
         stops = read_stops(stop)
         decoding = resolve(options, max_tokens, DEFAULT, self.model.config.vocab_size, len(batch.prompts), batch.n)
+        matcher = decoding.matcher(self.tokenizer, self.model.config.vocab_size)
         speakers = self.adapters.choose_each(adapter, len(batch.prompts))
         tokens = [x.encode(prompt, begins=state is None) for x, prompt in zip(speakers, batch.prompts, strict=True)]
         texts = [self.text_of(prompt) for prompt in batch.prompts]
@@ -350,6 +351,7 @@ class LLM(TextModel):
                 masks=[decoding.masks[i * batch.n + j] for i, j in rows],
                 prompts=[tokens[i] for i, _ in rows],
                 decode=self.decode_token,
+                matcher=matcher,
             )
             logprobs = decoding.top_logprobs is not None
             completions = [Row(self.tokenizer, tokens[i], texts[i], stops, logprobs, i, j) for i, j in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..models import State
 from ..progress import Progress
 from ..text.tokenizers import Tokenizer
 from ..text.tools import Tools
+from .constraints import Grammar, Matcher
 from .presets import preset_by_name
 from .sampling import Mask, Sampling, UnseededOptions
 
@@ -34,6 +35,9 @@ class DecodeOptions(UnseededOptions, total=False):
     top_logprobs: and of so many of the most likely ones at its step.
     mask: called before each token with the ids generated so far; returns the tokens allowed next, bool [V], or None
         for all. One for all prompts, or one a completion. It comes after penalties and bias.
+    schema, regex, choices, grammar: what every text must look like, one of them at most; see `Grammar.from_schema` and
+        the others. A grammar is a text in Lark's syntax or GBNF, or a `Grammar`. In a chat it is about the whole
+        answer, its `beginning` included and its thought apart. A text that ends with "length" may be incomplete.
     All others are fields of `Sampling`.
     """
 
@@ -45,6 +49,10 @@ class DecodeOptions(UnseededOptions, total=False):
     logprobs: bool
     top_logprobs: int
     mask: Mask | Sequence[Mask | None] | None
+    schema: Mapping[str, object] | str | bool | type | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | Grammar | None
 
 
 def check_names(options: Iterable[str], known: Iterable[str]) -> None:
@@ -102,10 +110,22 @@ class Decoding:
     stop_token_ids: frozenset[int]
     ignore_eos: bool
     top_logprobs: int | None  # None: no logprobs
+    grammar: Grammar | None
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """All ids that end a text."""
         return self.stop_token_ids | (frozenset() if self.ignore_eos else tokenizer.stop_ids)
+
+    def matcher(self, tokenizer: Tokenizer, vocab_size: int, written: str | None = None) -> Matcher | None:
+        """Of the grammar, where there is one. written: of an answer in a chat, so far.
+
+        Raises:
+            InputError: see `Grammar.matcher`.
+        """
+        if self.grammar is None:
+            return None
+        grammar = self.grammar if written is None else self.grammar.in_answer(written)
+        return grammar.matcher(tokenizer, vocab_size)
 
 
 def resolve(
@@ -128,6 +148,7 @@ def resolve(
     one_each = _each("sampling", default if given is None else given, Sampling, prompts, "prompt")
     seed = options.pop("seed", None)
     mask = options.pop("mask", None)
+    grammar = _choose_grammar(options)
     min_tokens = whole_number("min_tokens", options.pop("min_tokens", 0))
     top = whole_number("top_logprobs", options.pop("top_logprobs", 0))
     logprobs = flag("logprobs", options.pop("logprobs", False))
@@ -159,7 +180,22 @@ def resolve(
         frozenset(map(int, stop_ids)),
         ignore_eos,
         top if logprobs or top else None,
+        grammar,
     )
+
+
+def _choose_grammar(options: dict[str, Any]) -> Grammar | None:
+    """Takes the one that is given out of the options."""
+    ways: dict[str, Callable[[Any], Grammar]] = {
+        "schema": Grammar.from_schema,
+        "regex": Grammar.from_regex,
+        "choices": Grammar.from_choices,
+        "grammar": lambda given: given if isinstance(given, Grammar) else Grammar.from_text(given),
+    }
+    given = {name: value for name in ways if (value := options.pop(name, None)) is not None}
+    if len(given) > 1:
+        raise InputError(f"give one of {', '.join(ways)}, not {' and '.join(given)}")
+    return next((ways[name](value) for name, value in given.items()), None)
 
 
 def _each(name: str, value: Any, kind: type, count: int, what: str) -> list[Any]:

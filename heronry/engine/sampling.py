@@ -148,32 +148,29 @@ class Sampler:
         # not torch's: on a CPU that takes the last 32 bits of a seed, so that two seeds give one stream
         self._random = np.random.default_rng(sampling.seed)
 
-    def pick(self, logits: Tensor, mask: Tensor | None = None, banned: Collection[int] = ()) -> int:
-        """The next token for logits [V]. mask: bool [V], the tokens that are allowed; banned: ids that are not."""
-        logits = self._adjust(logits, mask, banned)
+    def pick(
+        self, logits: Tensor, mask: Tensor | None = None, banned: Collection[int] = (), grammar: Tensor | None = None
+    ) -> int:
+        """The next token for logits [V]. mask, grammar: bool [V], the tokens that are allowed; banned: ids that are
+        not."""
+        logits = self._adjust(logits, mask, banned, grammar)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:
             total = probabilities(logits, self.sampling).cumsum(0, dtype=torch.float64)
             point = self._random.random() * total[-1]
             token = min(int(torch.searchsorted(total, point, right=True)), len(total) - 1)
-        self._count(token)
+        self.count(token, len(logits))
         return token
 
-    def _adjust(self, logits: Tensor, mask: Tensor | None, banned: Collection[int]) -> Tensor:
+    def _adjust(self, logits: Tensor, mask: Tensor | None, banned: Collection[int], grammar: Tensor | None) -> Tensor:
         """Logits with penalties, bias and then the mask, float32 on the CPU; the caller's tensor stays as it is."""
         options = self.sampling
         logits = logits.detach().to("cpu", torch.float32, copy=True)
         if not logits.max() < math.inf:  # NaN is not smaller either
             raise InputError("the logits contain NaN or infinity: load the model in float32 or bfloat16, not float16")
         size = len(logits)
-        if not len(self._counts):
-            self._counts = self._counts.new_zeros(size)
-            self._drawn, self._repeated = self._drawn.new_zeros(size), self._drawn.new_zeros(size)
-            if options.repetition_penalty != 1 and self._prompt:
-                self._repeated[list(self._prompt)] = True
-            for token in self._earlier:
-                self._count(token)
+        self._begin(size)
         if options.repetition_penalty != 1:
             penalty = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
             logits = torch.where(self._repeated, logits * penalty, logits)
@@ -189,14 +186,28 @@ class Sampler:
                 kind = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
                 raise InputError(f"a mask must be bool [{size}], got {kind}")
             logits.masked_fill_(~mask.cpu(), -math.inf)
+        if grammar is not None:
+            logits.masked_fill_(~grammar, -math.inf)
         if banned:
             logits[list(banned)] = -math.inf
         logits.clamp_(max=LARGEST)  # what a bias or a penalty of 1e39 makes is infinite in float32
         if logits.max() == -math.inf:
-            raise InputError("no token is left to choose: logit_bias, the mask or min_tokens bans them all")
+            raise InputError("no token is left to choose: logit_bias, mask, grammar or min_tokens bans them all")
         return logits
 
-    def _count(self, token: int) -> None:
+    def _begin(self, size: int) -> None:
+        """Makes room for counts of so many tokens, once."""
+        if not len(self._counts):
+            self._counts = self._counts.new_zeros(size)
+            self._drawn, self._repeated = self._drawn.new_zeros(size), self._drawn.new_zeros(size)
+            if self.sampling.repetition_penalty != 1 and self._prompt:
+                self._repeated[list(self._prompt)] = True
+            for token in self._earlier:
+                self.count(token, size)
+
+    def count(self, token: int, vocab_size: int) -> None:
+        """Takes a token as drawn, for the penalties."""
+        self._begin(vocab_size)
         options = self.sampling
         if options.repetition_penalty != 1:
             self._repeated[token] = True

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
+from .grammars import GrammarBody
 from .models import ServedModel
 from .token_masks import make_mask
 
@@ -47,7 +48,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(GrammarBody):
     """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
 
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
@@ -120,6 +121,7 @@ class SamplingBody(BaseModel):
         for name in ("stop_token_ids", "ignore_eos", "min_tokens"):
             if (value := getattr(self, name)) is not None:
                 given[name] = value
+        given["grammar"] = self.read_grammar()
         size = model.speaker.model.config.vocab_size
         mask = make_mask(self.allowed_token_ids, self.bad_words, model.speaker.tokenizer, size)
         if mask is not None:

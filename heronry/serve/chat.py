@@ -97,6 +97,7 @@ class _Call:
             body.decoding(model, max_tokens, default, top, n),
             stops=prompt.template.stops,
             owner=owner,
+            written=prompt.opening + prompt.beginning,
         )
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model.name}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from ..engine.batch import Row
-from ..engine.completion import Completion, Pieces, TokenLogprob
+from ..engine.completion import Completion, Pieces, TokenLogprob, join
 from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
@@ -45,6 +46,7 @@ class Generation:
         keep_stop: bool = False,
         prompt_logprobs: int | None = None,
         owner: str = "",
+        written: str | None = None,
     ):
         """
         Args:
@@ -52,9 +54,11 @@ class Generation:
             decoding: one row for each completion.
             stops: strings that end a completion.
             keep_stop: the one that does is part of it.
+            written: of an answer in a chat, at the end of the prompt.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
+        self._waiting: deque[Completion | Exception] = deque()  # taken from it already
         self._server, self._model = server, model
         speaker = model.speaker
         logprobs = decoding.top_logprobs is not None
@@ -69,6 +73,7 @@ class Generation:
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}
+        self._make_matcher = partial(decoding.matcher, speaker.tokenizer, speaker.model.config.vocab_size, written)
         self._request = Request(
             speaker.model,
             tokens,
@@ -99,6 +104,10 @@ class Generation:
         """
         request, cache = self._request, self._server.cache
         self._server.scheduler.check(request)
+        matcher = await asyncio.to_thread(self._make_matcher)  # compiling a grammar takes its time
+        if matcher is not None:
+            for sequence in request.sequences:
+                sequence.matcher = matcher.copy()
         if cache is not None and request.prompt_logprobs is None:
             root = self._server.root_of(self._model, request.owner)
             found = await asyncio.to_thread(cache.lookup, root, request.tokens)
@@ -123,9 +132,10 @@ class Generation:
         last: dict[int, float] = {}
         try:
             while running:
-                item = await self._queue.get()
+                item = self._waiting.popleft() if self._waiting else await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
+                item = self._join_ready(item)
                 if item.choice not in running:
                     continue
                 now = time.perf_counter()
@@ -142,6 +152,17 @@ class Generation:
         finally:
             self._request.cancel()
 
+    def _join_ready(self, item: Completion) -> Completion:
+        """One piece of this and what has come behind it: where events cost more than tokens, several tokens share
+        one."""
+        while item.finish_reason is None and not self._queue.empty():
+            after = self._queue.get_nowait()
+            if isinstance(after, Exception) or after.choice != item.choice:
+                self._waiting.append(after)
+                break
+            item = join([item, after])
+        return item
+
     # On the scheduler's thread
 
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
@@ -157,8 +178,8 @@ class Generation:
         piece = row.push(event, self._min_tokens)
         if row.buffer.found is not None:
             self.stopped_by[choice] = row.buffer.found
-        elif (stop_id := self._request.sequences[choice].stopped_by) in self._stop_ids:
-            self.stopped_by[choice] = stop_id
+        elif event.stop_id in self._stop_ids:
+            self.stopped_by[choice] = event.stop_id
         if piece is not None:
             last = piece.finish_reason is not None
             self._hand_over(piece if last else replace(piece, make_state=_no_state))

@@ -129,6 +129,11 @@ class HFTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        content: str = self._backend.to_str()
+        return content
+
     def stream(self) -> WindowStream:
         return WindowStream(self)
 

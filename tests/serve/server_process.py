@@ -10,6 +10,7 @@ import sys
 import threading
 
 import openai
+import psutil
 
 
 class Process:
@@ -34,6 +35,10 @@ class Process:
         self.reader.start()
         assert ready.wait(60)
         assert self.url, self.lines
+
+    def resident(self) -> float:
+        """MB of memory that it has now."""
+        return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Its exit code."""

@@ -68,7 +68,7 @@ class CompletionBody(BaseModel):
     bias: dict[int, float] = Field({}, validation_alias=AliasChoices("bias", "logit_bias"))
     sampler: SamplerBody | None = Field(None, description="comes before the three above")
     sampler_override: SamplerBody | None = Field(None, description="comes before all others")
-    bnf_schema: Annotated[str | None, refuse("Ai00's BNF is not served here")] = None
+    bnf_schema: Annotated[str | None, refuse("Ai00's BNF is not served here; /v1/completions takes a grammar")] = None
 
     def decoding(self, model: ServedModel) -> Decoding:
         """What these fields say."""

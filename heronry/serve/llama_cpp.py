@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from ..engine.completion import Completion, TokenLogprob
+from ..engine.constraints import Grammar
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
 from ..text.chat_templates import FIM_STOPS, render
@@ -52,8 +53,8 @@ class SlotBody(BaseModel):
     logit_bias: dict[str, float | Literal[False]] | list[tuple[int | str, float | Literal[False]]] | None = None
     n_probs: int = Field(0, ge=0, le=100)
     post_sampling_probs: Annotated[bool, refuse("probabilities are those of the model, before sampling")] = False
-    grammar: Annotated[str | None, refuse("grammars are not served here")] = None
-    json_schema: Annotated[Any, refuse("schemas are not served here")] = None
+    grammar: str | None = Field(None, description="GBNF or Lark")
+    json_schema: dict[str, Any] | None = None
     stream: bool = False
     return_tokens: bool = False
 
@@ -179,6 +180,12 @@ def _decode(body: SlotBody, model: ServedModel, server: Server) -> Decoding:
         "logit_bias": _bias(body, model),
         "ignore_eos": body.ignore_eos,
     }
+    if body.grammar and body.json_schema is not None:
+        raise ApiError(400, "give a grammar or a json_schema, not both", "json_schema")
+    if body.grammar:
+        given["grammar"] = Grammar.from_text(body.grammar)
+    elif body.json_schema is not None:
+        given["grammar"] = Grammar.from_schema(body.json_schema)
     if body.seed >= 0:
         given["seed"] = body.seed
     if body.n_probs:
@@ -217,6 +224,7 @@ def _settings(body: SlotBody, decoding: Decoding, stops: tuple[str, ...]) -> dic
         "stop": list(stops),
         "ignore_eos": body.ignore_eos,
         "n_probs": body.n_probs,
+        "grammar": body.grammar or "",
         "stream": body.stream,
         "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
     }

@@ -12,6 +12,7 @@ from heronry.serve import lightning
 from heronry.text.chat_templates import fill_in_middle, render
 from heronry.text.templates import G1
 
+JSON = {"content-type": "application/json"}
 BODY = {
     "model": "rwkv7",
     "contents": ["User: hi\n\nAssistant:", "The sky is"],
@@ -178,7 +179,9 @@ def test_the_key_may_stand_in_the_body(world):
     for given in ({}, {"password": "wrong"}, {"password": 5}, {"password": None}):
         reply = world.post("/v1/batch/completions", json=body | given, headers=nobody)
         assert (reply.status_code, reply.json()) == (401, wrong)
-    assert world.post("/v1/batch/completions", content=b"[", headers=nobody).status_code in (400, 401)
+    reply = world.post("/v1/batch/completions", content=b'{"password": "\\ud800"}', headers=nobody | JSON)
+    assert (reply.status_code, reply.json()) == (401, wrong)
+    assert world.post("/v1/batch/completions", content=b"[", headers=nobody | JSON).status_code == 400
     assert world.post("/v1/batch/completions", json={"password": "x"}, headers=nobody).json() == wrong
     reply = world.post("/v1/batch/completions", json=body | {"password": "key-of-bob"}, headers=nobody)
     assert reply.status_code == 200

@@ -36,3 +36,6 @@ def test_errors(http):
     reply = http.post("/completions", json={"prompt": PROMPT, "n_predict": "many"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n_predict")
     assert http.post("/completions", json=[]).status_code == 400
+    body = b'{"prompt": "a", "n_predict": 1, "stop": "\\ud800"}'
+    reply = http.post("/completions", content=body, headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, None)

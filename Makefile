@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster test-arm wheel-test cross-check lint format bench storyteller constraints clean
+.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster soak test-arm wheel-test cross-check lint format bench storyteller constraints clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -40,6 +40,11 @@ test-llama: .venv/bench
 test-cluster: .venv/dev
 	$(INSTALL) -e ".[cluster]"
 	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py
+
+# clients that connect, cancel and die, for MINUTES
+MINUTES := 20
+soak: .venv/dev
+	$(BIN)/python tests/serve/soak.py --minutes $(MINUTES)
 
 # the wheel with compiled libraries for this platform, run in an environment without a compiler
 wheel-test:

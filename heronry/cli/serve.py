@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
 from . import options
+
+if TYPE_CHECKING:
+    from ..engine.state_store import StateStore
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -49,6 +52,14 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Sequences that are written at a time.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; more are told 429.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 << 20,
+    cache_ram: Annotated[float, typer.Option(min=0, help="GB of RAM for states of prompts; 0: none.")] = 1.0,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="A folder in which states outlive the server; kept to --cache-size.")
+    ] = None,
+    cache_redis: Annotated[
+        str | None, typer.Option(help="redis://HOST:PORT/0 in place of a folder, for several servers.")
+    ] = None,
+    cache_size: Annotated[float, typer.Option(min=0, help="GB of states in the folder or in Redis.")] = 10.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it is stopped.")] = 30,
     log_level: Annotated[
         str, typer.Option(help="info: a line of JSON a request; warning: only what is wrong.")
@@ -66,6 +77,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}: pip install 'heronry[serve]'") from error
     from ..engine.requests import Limits
+    from ..engine.state_cache import StateCache
     from ..serve.gate import LOCAL_HOSTS
     from ..serve.load import load_models
     from .progress import progress_bar
@@ -85,7 +97,8 @@ def serve(
         )
     hosts = (*LOCAL_HOSTS, *(allow_host or ())) if host in LOOPBACK else tuple(allow_host or ("*",))
     limits = Limits(rows=max_rows, waiting=max_waiting)
-    app = create_app(models, limits=limits, keys=keys, hosts=hosts, max_body=max_body, drain=drain)
+    cache = StateCache(round(cache_ram * 1e9), _open_store(cache_dir, cache_redis, round(cache_size * 1e9)))
+    app = create_app(models, limits=limits, keys=keys, hosts=hosts, max_body=max_body, drain=drain, cache=cache)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
     def announce() -> None:
@@ -111,3 +124,17 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
             raise InputError("an API key must not be empty")
         keys[key] = name
     return keys
+
+
+def _open_store(folder: Path | None, redis: str | None, max_bytes: int) -> StateStore | None:
+    if folder is not None and redis is not None:
+        raise InputError("give --cache-dir or --cache-redis, not both")
+    if folder is not None:
+        from ..engine.disk_store import DiskStore
+
+        return DiskStore(folder.expanduser(), max_bytes)
+    if redis is not None:
+        from ..engine.redis_store import RedisStore
+
+        return RedisStore(redis, max_bytes)
+    return None

@@ -69,9 +69,10 @@ class Row:
         logprobs: bool,
         index: int,
         choice: int,
+        keep_stop: bool = False,
     ):
-        """text: what the state stands for before the completion."""
-        self.tokenizer, self.prompt, self.text = tokenizer, prompt, text
+        """text: what the state stands for before the completion. keep_stop: the stop string is part of it."""
+        self.tokenizer, self.prompt, self.text, self.keep_stop = tokenizer, prompt, text, keep_stop
         self.index, self.choice = index, choice
         self.decoder = tokenizer.stream()
         self.buffer = StopStringBuffer(stops)
@@ -91,8 +92,9 @@ class Row:
             text = self.decoder.push(event.token)
             if len(self.token_ids) > min_tokens:
                 text = self.buffer.push(text)
-        if self.buffer.stopped:
+        if self.buffer.found is not None:
             finish_reason = "stop"
+            text += self.buffer.found if self.keep_stop else ""
         if not text and finish_reason is None:
             return None
         begin, self.passed_on = self.passed_on, len(self.token_ids)

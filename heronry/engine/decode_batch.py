@@ -39,6 +39,7 @@ class Event:
     batch: the state of all rows; `state` is this one's.
     again: what is still to be read into it, for a token in the middle of those that were read in one call.
     error: why no token could be drawn, where that is the end.
+    stop_id: which of the stop ids was drawn, where that is the end.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Event:
     row: int
     error: Exception | None = None
     again: Callable[[State], State] | None = None
+    stop_id: int | None = None
 
     @property
     def state(self) -> State:
@@ -101,7 +103,7 @@ class SequenceDecoder:
 
     def pick(self, logits: Tensor) -> tuple[list[int], TokenLogprob | None]:
         """What comes next after logits [V], with the first token's log-probability: one token that is drawn, or some
-        that are not, for they must come; [] for one of `stop_ids`."""
+        that are not, for they must come; or one of `stop_ids`."""
         tokens = self._forced()
         if tokens:
             for token in tokens:
@@ -112,7 +114,7 @@ class SequenceDecoder:
             tokens = [self._sampler.pick(logits, allowed, banned, self._grammar())]
         logprob = self.logprob_of(tokens[0], logits)
         if tokens[0] in self.stop_ids:
-            return [], logprob
+            return tokens, logprob
         self.drawn += tokens
         if self.matcher is not None:
             for token in tokens:
@@ -227,17 +229,17 @@ class DecodeBatch:
             index, sequence = held
             assert self._state is not None
             try:
-                reason, logprob = sequence.finish_reason, None
+                reason, logprob, stop_id = sequence.finish_reason, None, None
                 if reason is None:
                     tokens, logprob = sequence.pick(self._logits[i])
-                    if tokens:
+                    if tokens[0] not in sequence.stop_ids:
                         picked[i] = tokens, logprob
                         continue
-                    reason = "stop"
+                    reason, stop_id = "stop", tokens[0]
             except Exception as error:  # of a mask, which is the caller's, or of what leaves no token
                 events.append(Event(index, None, None, None, self._state, i, error))
             else:
-                events.append(Event(index, None, reason, logprob, self._state, i))
+                events.append(Event(index, None, reason, logprob, self._state, i, stop_id=stop_id))
             self._rows[i] = None
         count = len(self)
         if not count:

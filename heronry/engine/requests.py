@@ -73,6 +73,10 @@ class Request:
     def rows(self) -> int:
         return max(1, len(self.sequences))
 
+    def begin_at(self, position: int, state: State) -> None:
+        """So many of the tokens need not be read: a position on the grid, and the state of one row there."""
+        self.begin = self.position, self.state = position, state
+
     def cancel(self) -> None:
         """Nothing more of it is wanted; it leaves before the next step."""
         self.cancelled = True

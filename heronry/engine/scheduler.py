@@ -67,13 +67,9 @@ class Scheduler:
             self._row_bytes[model] = model.initial_state().nbytes
         return self._row_bytes[model]
 
-    def submit(self, request: Request) -> None:
-        """Takes a request in.
-
-        Raises:
-            InputError: an empty prompt, one beyond the limits, or more sequences than ever run at a time.
-            Busy: too many requests wait, or the scheduler is being closed.
-        """
+    def check(self, request: Request) -> None:
+        """InputError for a request that is never taken in: an empty prompt, one beyond the limits, token ids or a state
+        of another model, or more sequences than ever run at a time."""
         if not request.tokens:
             raise InputError("the prompt is empty")
         if len(request.tokens) > self.limits.tokens:
@@ -86,12 +82,22 @@ class Scheduler:
         most = min(self.limits.rows, self.limits.state_bytes // self._state_bytes(request.model))
         if request.rows > most:
             raise InputError(f"{request.rows} completions were asked for at once; at most {most} are possible here")
+
+    def submit(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+            InputError: see `check`.
+            Busy: too many requests wait, or the scheduler is being closed.
+        """
+        self.check(request)
         with self._changed:
             if self._deadline is not None:
                 raise Busy(CLOSING, 5)
             waiting = sum(map(len, self._waiting.values()))
             if waiting >= self.limits.waiting:
                 raise Busy(f"{waiting} requests are waiting already", self._time_for(waiting))
+            self.totals.cached_tokens += request.position
             self._waiting.setdefault(request.owner, deque()).append(request)
             self._changed.notify()
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 
 from .. import __version__
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
-from . import basics, chat, completions, metrics
+from ..engine.state_cache import StateCache
+from . import ai00, basics, chat, completions, lightning, llama_cpp, metrics, runner
 from .errors import add_error_handlers
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
 from .server import Server
 
-ROUTERS = (basics.router, metrics.router, completions.router, chat.router)
+ROUTERS = (basics.router, metrics.router, completions.router, chat.router, runner.router)
+DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
 
 
 def create_app(
@@ -27,6 +30,7 @@ def create_app(
     hosts: Collection[str] = LOCAL_HOSTS,
     max_body: int = 64 << 20,
     drain: float = 30,
+    cache: StateCache | None = None,
 ) -> FastAPI:
     """
     Args:
@@ -34,19 +38,28 @@ def create_app(
         hosts: see `Gate`.
         max_body: bytes of a request.
         drain: seconds that requests under way have to end when the server stops.
+        cache: of states; closed with the app.
     """
-    scheduler = Scheduler(limits)
+    scheduler, keys = Scheduler(limits), dict(keys or {})
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
         yield
         scheduler.close(drain)
+        if cache is not None:
+            cache.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler))
-    for router in ROUTERS:
+    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), cache, keys)
+    for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
         app.include_router(router)
-    add_error_handlers(app)
-    app.add_middleware(Gate, keys=keys or {}, hosts=hosts, max_body=max_body)
+    shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
+    add_error_handlers(app, shapes)
+    in_bodies = _paths(lightning.router)
+    app.add_middleware(Gate, keys=keys, hosts=hosts, max_body=max_body, shapes=shapes, keys_in_bodies=in_bodies)
     return app
+
+
+def _paths(router: APIRouter) -> list[str]:
+    return [route.path for route in router.routes if isinstance(route, APIRoute)]

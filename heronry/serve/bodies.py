@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
 from .grammars import GrammarBody
 from .models import ServedModel
+from .token_masks import make_mask
 
 MOST_STOPS = 16
 
 
+def refuse(reason: str) -> AfterValidator:
+    """For a field that would change the answer if it were served: a value that asks for something is refused."""
+
+    def check(value: object) -> object:
+        if value:
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+def read_stops(stop: str | list[str] | None) -> str | list[str] | None:
+    """For a field with stop strings: refuses empty ones, and too many."""
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if len(stops) > MOST_STOPS:
+        raise ValueError(f"at most {MOST_STOPS} stop strings")
+    if "" in stops:
+        raise ValueError("a stop string must not be empty")
+    return stop
+
+
+Stops = Annotated[str | list[str] | None, AfterValidator(read_stops)]
+
+
+def listed(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SamplingBody(GrammarBody):
@@ -35,23 +65,15 @@ class SamplingBody(GrammarBody):
     logit_bias: dict[str, float] | None = Field(None, description="token id -> -100 to 100; -100 bans it")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=1024)
-    stop: str | list[str] | None = None
+    stop: Stops = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=1 << 30)
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > MOST_STOPS:
-            raise ValueError(f"at most {MOST_STOPS} stop strings")
-        if "" in stops:
-            raise ValueError("a stop string must not be empty")
-        return stop
 
     @field_validator("logit_bias")
     @classmethod
@@ -65,11 +87,15 @@ class SamplingBody(GrammarBody):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return listed(self.stop)
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def decoding(
         self, model: ServedModel, max_tokens: int, default: Sampling, top_logprobs: int | None, rows: int
@@ -96,6 +122,10 @@ class SamplingBody(GrammarBody):
             if (value := getattr(self, name)) is not None:
                 given[name] = value
         given["grammar"] = self.read_grammar()
+        size = model.speaker.model.config.vocab_size
+        mask = make_mask(self.allowed_token_ids, self.bad_words, model.speaker.tokenizer, size)
+        if mask is not None:
+            given["mask"] = mask
         if top_logprobs is not None:
             given |= {"logprobs": True, "top_logprobs": top_logprobs}
-        return resolve(given, max_tokens, default, model.speaker.model.config.vocab_size, 1, rows)
+        return resolve(given, max_tokens, default, size, 1, rows)

@@ -67,6 +67,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answers a list of messages."""
     server = server_of(request)
     call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    await call.generation.submit()
     if body.stream:
         return await stream_events(call.stream())
     return JSONResponse(await while_connected(request, call.answer()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -11,11 +10,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from ..engine.completion import Completion, Pieces, TokenLogprob
+from ..engine.completion import Completion, TokenLogprob
 from ..engine.sampling import Sampling
+from ..text.chat_templates import FIM_STOPS
 from .bodies import SamplingBody
 from .errors import ApiError
-from .generation import Generation, merge
+from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
@@ -33,6 +33,9 @@ class CompletionBody(SamplingBody):
     best_of: int | None = Field(None, ge=1, le=1024)
     add_special_tokens: bool | None = Field(None, description="begin with the tokens that the model's texts begin with")
     return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    suffix: str | None = Field(None, description="what comes behind: the text between is written")
 
 
 @router.post("/v1/completions")
@@ -40,6 +43,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continues texts, or lists of token ids."""
     server = server_of(request)
     call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    await submit_all(call.generations)
     if body.stream:
         return await stream_events(call.stream())
     return JSONResponse(await while_connected(request, call.answer()))
@@ -54,29 +58,20 @@ class _Call:
         _check(body, self.n)
         tokenizer = model.speaker.tokenizer
         self.names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
-        prompts = _split(body.prompt)
+        prompts, stops = _split(body.prompt), body.stops
+        if body.suffix is not None:
+            prompts, stops = [_with_gap(model, prompt, body.suffix) for prompt in prompts], (*stops, *FIM_STOPS)
         self.encoded = [model.speaker.encode(prompt, begins=bool(body.add_special_tokens)) for prompt in prompts]
         self.texts = [x if isinstance(x, str) else tokenizer.decode(x) for x in prompts]
         top = body.logprobs if self.rows == self.n else body.logprobs or 0
         max_tokens = server.most_tokens if body.max_tokens is None else body.max_tokens
         decoding = body.decoding(model, max_tokens, PLAIN, top, self.rows)
-        self.generations: list[Generation] = []
-        try:
-            for ids, text in zip(self.encoded, self.texts, strict=True):
-                generation = Generation(
-                    server,
-                    model,
-                    ids,
-                    text,
-                    decoding,
-                    stops=body.stops,
-                    prompt_logprobs=body.logprobs if body.echo else None,
-                    owner=owner,
-                )
-                self.generations.append(generation)
-        except BaseException:
-            self.cancel()
-            raise
+        options: dict[str, Any] = {"stops": stops, "keep_stop": bool(body.include_stop_str_in_output)}
+        options |= {"prompt_logprobs": body.logprobs if body.echo else None, "owner": owner}
+        self.generations = [
+            Generation(server, model, ids, text, decoding, **options)
+            for ids, text in zip(self.encoded, self.texts, strict=True)
+        ]
         self.head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -84,16 +79,8 @@ class _Call:
             "model": model.name,
         }
 
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        for generation in self.generations:
-            generation.cancel()
-
     async def answer(self) -> dict[str, Any]:
-        try:
-            found = await asyncio.gather(*map(_collect, self.generations))
-        finally:
-            self.cancel()
+        found = await collect_all(self.generations)
         written = sum(x.usage.completion_tokens for completions in found for x in completions)
         choices = []
         for i, completions in enumerate(found):
@@ -104,19 +91,20 @@ class _Call:
 
     async def stream(self) -> AsyncGenerator[str, None]:
         parts: dict[int, _Choice] = {}
-        written = 0
-        usage = {"usage": None} if self.body.include_usage else {}
+        written: dict[int, int] = {}
+        usage: dict[str, Any] = {"usage": None} if self.body.include_usage else {}
         try:
             async for i, piece in merge([generation.pieces() for generation in self.generations]):
                 index = i * self.n + piece.choice
                 part = parts.setdefault(index, _Choice(self, i, index)).part(piece)
-                if piece.finish_reason is not None:
-                    written += piece.usage.completion_tokens
+                written[index] = piece.usage.completion_tokens
+                if self.body.continuous_usage:
+                    usage = {"usage": self._usage(sum(written.values()))}
                 yield event(self.head | {"choices": [part]} | usage)
             if self.body.include_usage:
-                yield event(self.head | {"choices": [], "usage": self._usage(written)})
+                yield event(self.head | {"choices": [], "usage": self._usage(sum(written.values()))})
         finally:
-            self.cancel()
+            cancel_all(self.generations)
 
     def _usage(self, written: int) -> dict[str, Any]:
         read = sum(map(len, self.encoded))
@@ -150,11 +138,17 @@ class _Choice:
             entries = [call.encoded[self.prompt][0], *generation.prompt_logprobs, *entries]
         elif not self.begun:
             self.offset = len(call.texts[self.prompt])
+        ids: dict[str, list[int]] = {}
+        if body.return_token_ids:
+            ids = {} if self.begun else {"prompt_token_ids": call.encoded[self.prompt]}
+            ids["token_ids"] = piece.token_ids
         self.begun = True
         logprobs = None
         if body.logprobs is not None:
             logprobs, self.offset = columns(call.names, entries, self.offset)
-        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+        stopped_by = generation.stopped_by.get(piece.choice) if piece.finish_reason is not None else None
+        reasons = {"finish_reason": piece.finish_reason, "stop_reason": stopped_by}
+        return {"index": self.index, "text": text, "logprobs": logprobs} | reasons | ids
 
 
 def _check(body: CompletionBody, n: int) -> None:
@@ -178,11 +172,10 @@ def _split(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | 
     return found
 
 
-async def _collect(generation: Generation) -> list[Completion]:
-    rows: dict[int, Pieces] = {}
-    async for piece in generation.pieces():
-        rows.setdefault(piece.choice, Pieces()).add(piece)
-    return [rows[i].joined() for i in sorted(rows)]
+def _with_gap(model: ServedModel, prompt: str | list[int], suffix: str) -> str:
+    if not isinstance(prompt, str):
+        raise ApiError(400, "with a suffix the prompt must be a text", "prompt")
+    return model.fill_in_middle(prompt, suffix)
 
 
 def _mean_logprob(completion: Completion) -> float:

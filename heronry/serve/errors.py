@@ -1,9 +1,10 @@
-"""Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}} with a true status."""
+"""Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}} with a true status; on the
+routes of other dialects in their shape."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -34,11 +35,22 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers: dict[str, str] = {}
+        self.details: dict[str, Any] = {}  # more fields, for a dialect that has them
+
+    @property
+    def type(self) -> str:
+        return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+Shape = Callable[[ApiError], dict[str, Any]]  # the body that tells a client of a dialect of an error
+
+
+def openai_shape(error: ApiError) -> dict[str, Any]:
+    return error.body
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -57,34 +69,33 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server has failed; its log says why")
 
 
-def respond(error: Exception) -> JSONResponse:
-    found = as_api_error(error)
-    return JSONResponse(found.body, found.status, found.headers)
+def add_error_handlers(app: FastAPI, shapes: Mapping[str, Shape]) -> None:
+    """Gives every error its shape, those of the framework too. shapes: of the paths that have one of their own."""
 
+    def respond(request: Request, error: Exception) -> JSONResponse:
+        found, shape = as_api_error(error), shapes.get(request.scope["path"], openai_shape)
+        return JSONResponse(shape(found), found.status, found.headers)
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Gives every error this shape, those of the framework too."""
+    async def known(request: Request, error: Exception) -> JSONResponse:
+        return respond(request, error)
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
-        return respond(error)
-
-    async def wrong_body(_: Request, error: Exception) -> JSONResponse:
+    async def wrong_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first: Mapping[str, Any] = error.errors()[0]
         if first["type"] == "json_invalid":
-            return respond(ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
+            return respond(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
         if first["loc"] == ("body",):
-            return respond(ApiError(400, "the body must be a JSON object, sent as application/json"))
-        return respond(ApiError(400, first["msg"].removeprefix("Value error, "), _place(first["loc"])))
+            return respond(request, ApiError(400, "the body must be a JSON object, sent as application/json"))
+        return respond(request, ApiError(400, first["msg"].removeprefix("Value error, "), _place(first["loc"])))
 
-    async def of_http(_: Request, error: Exception) -> JSONResponse:
+    async def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, ApiError):  # while the body was read
-            return respond(error.__cause__)
+            return respond(request, error.__cause__)
         message = {404: "there is no such route", 405: "this route does not take that method"}.get(error.status_code)
         found = ApiError(error.status_code, message or str(error.detail or HTTPStatus(error.status_code).phrase))
         found.headers |= dict(error.headers or {})
-        return respond(found)
+        return respond(request, found)
 
     app.add_exception_handler(RequestValidationError, wrong_body)
     app.add_exception_handler(HTTPException, of_http)

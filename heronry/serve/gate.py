@@ -13,10 +13,11 @@ from collections.abc import Collection, Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, Shape, openai_shape
 
 log = logging.getLogger("heronry.serve")
-OPEN_ROUTES = ("/health", "/v1/health", "/ping")  # for load balancers, which have no key
+# for load balancers, which have no key; and where Ai00's clients send theirs
+OPEN_ROUTES = ("/health", "/v1/health", "/ping", "/api/auth/exchange")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -28,10 +29,22 @@ class Gate:
         hosts: names under which the server may be called, or "*" for any: a web page that points its own name at this
             machine (DNS rebinding) is refused.
         max_body: bytes.
+        shapes: of the errors of the paths that have one of their own.
+        keys_in_bodies: paths where a request without a key in its headers comes in without an owner: the route itself
+            looks for it in the body.
     """
 
-    def __init__(self, app: ASGIApp, keys: Mapping[str, str], hosts: Collection[str], max_body: int):
-        self.app, self.keys, self.hosts, self.max_body = app, dict(keys), hosts, max_body
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Mapping[str, str],
+        hosts: Collection[str],
+        max_body: int,
+        shapes: Mapping[str, Shape],
+        keys_in_bodies: Collection[str],
+    ):
+        self.app, self.keys, self.hosts, self.max_body = app, keys, hosts, max_body
+        self.shapes, self.keys_in_bodies = shapes, keys_in_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,13 +79,13 @@ class Gate:
         except ApiError as error:
             if status:
                 raise
-            await _send(error, answer)
+            await _send(error, self.shapes.get(scope["path"], openai_shape), answer)
         finally:
             line = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             log.info(json.dumps(line | {"ms": round(1000 * (time.perf_counter() - begin), 1)}))
 
-    def _check(self, path: str, headers: Headers) -> str:
-        """The owner of a request's key; ApiError if it may not come in."""
+    def _check(self, path: str, headers: Headers) -> str | None:
+        """The owner of a request's key; None where the body will say it; ApiError if it may not come in."""
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if "*" not in self.hosts and host.lower() not in self.hosts:
             raise ApiError(403, f"this server is not called {host!r}; start it with --allow-host to add a name")
@@ -81,19 +94,26 @@ class Gate:
         if not self.keys or path in OPEN_ROUTES:
             return ""
         given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-        owners = [owner for key, owner in self.keys.items() if hmac.compare_digest(key.encode(), given.encode())]
-        if not owners:
-            what = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
-            raise ApiError(401, what, code="invalid_api_key")
-        return owners[0]
+        if not given and path in self.keys_in_bodies:
+            return None
+        return find_owner(self.keys, given)
+
+
+def find_owner(keys: Mapping[str, str], given: str) -> str:
+    """The owner of an API key; ApiError if it is none. Takes as long for a wrong key as for a right one."""
+    owners = [owner for key, owner in keys.items() if hmac.compare_digest(key.encode(), given.encode())]
+    if not owners:
+        what = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
+        raise ApiError(401, what, code="invalid_api_key")
+    return owners[0]
 
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most:,} bytes")
 
 
-async def _send(error: ApiError, send: Send) -> None:
-    body = json.dumps(error.body).encode()
+async def _send(error: ApiError, shape: Shape, send: Send) -> None:
+    body = json.dumps(shape(error)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from ..engine.batch import Row
-from ..engine.completion import Completion, TokenLogprob
+from ..engine.completion import Completion, Pieces, TokenLogprob, join
 from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
@@ -21,10 +23,15 @@ T = TypeVar("T")
 
 
 class Generation:
-    """The completions of one prompt. Iterate over `pieces` once; leaving it early frees the rows before the next step.
+    """The completions of one prompt. `submit` it, then iterate over `pieces` once; leaving that early frees the rows
+    before the next step.
 
     cached_tokens: of the prompt, that were not read again.
     prompt_logprobs: of the prompt's tokens but the first, once the first piece is there, where they were asked for.
+    stopped_by: the stop string or stop id that ended a completion, by its number, once its last piece is there; the end
+        of text is none.
+    begun, read: when it was asked for, and when its prompt was read, by `time.perf_counter`.
+    last_logprobs: of the end of text, by completion.
     """
 
     def __init__(
@@ -36,8 +43,8 @@ class Generation:
         decoding: Decoding,
         *,
         stops: Sequence[str] = (),
+        keep_stop: bool = False,
         prompt_logprobs: int | None = None,
-        begin: tuple[int, State | None] = (0, None),
         owner: str = "",
         written: str | None = None,
     ):
@@ -46,24 +53,29 @@ class Generation:
             tokens: the prompt; text: what it stands for.
             decoding: one row for each completion.
             stops: strings that end a completion.
+            keep_stop: the one that does is part of it.
             written: of an answer in a chat, at the end of the prompt.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
+        self._waiting: deque[Completion | Exception] = deque()  # taken from it already
+        self._server, self._model = server, model
+        speaker = model.speaker
         logprobs = decoding.top_logprobs is not None
-        tokenizer = model.speaker.tokenizer
-        stop_ids = decoding.stop_ids(tokenizer)
+        stop_ids = decoding.stop_ids(speaker.tokenizer)
         choices = range(len(decoding.samplings))
-        self._rows = [Row(tokenizer, [*tokens], text, stops, logprobs, 0, i) for i in choices]
+        self._rows = [Row(speaker.tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop) for i in choices]
         self._min_tokens = decoding.min_tokens
+        self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
-        self._metrics, self._begin = server.metrics, time.perf_counter()
-        self.cached_tokens = begin[0]
+        self.begun = self.read = time.perf_counter()
+        self.stopped_by: dict[int, str | int] = {}
+        self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
-        self.last_logprobs: dict[int, TokenLogprob] = {}  # of the end of text, by completion
-        matcher = decoding.matcher(tokenizer, model.speaker.model.config.vocab_size, written)
+        self.last_logprobs: dict[int, TokenLogprob] = {}
+        self._make_matcher = partial(decoding.matcher, speaker.tokenizer, speaker.model.config.vocab_size, written)
         self._request = Request(
-            model.speaker.model,
+            speaker.model,
             tokens,
             [
                 SequenceDecoder(
@@ -74,17 +86,37 @@ class Generation:
                     decoding.top_logprobs,
                     decoding.masks[i],
                     tokens,
-                    model.speaker.decode_token,
-                    matcher=matcher.copy() if matcher else None,
+                    speaker.decode_token,
                 )
                 for i, sampling in enumerate(decoding.samplings)
             ],
             self,
-            begin,
+            (0, speaker.start),
             prompt_logprobs=prompt_logprobs,
             owner=owner,
         )
-        server.scheduler.submit(self._request)
+
+    async def submit(self) -> None:
+        """Has it read and written, from the longest beginning of the prompt that is known.
+
+        Raises:
+            InputError, Busy: see `Scheduler.submit`.
+        """
+        request, cache = self._request, self._server.cache
+        self._server.scheduler.check(request)
+        matcher = await asyncio.to_thread(self._make_matcher)  # compiling a grammar takes its time
+        if matcher is not None:
+            for sequence in request.sequences:
+                sequence.matcher = matcher.copy()
+        if cache is not None and request.prompt_logprobs is None:
+            root = self._server.root_of(self._model, request.owner)
+            found = await asyncio.to_thread(cache.lookup, root, request.tokens)
+            if found is not None:
+                request.begin_at(*found)
+                self.cached_tokens = found[0]
+            request.cuts = cache.cut_positions(root, request.tokens, start=self.cached_tokens)
+            request.on_cut = partial(cache.put, root, request.tokens)
+        self._server.scheduler.submit(request)
 
     def cancel(self) -> None:
         """Nothing more of it is wanted."""
@@ -100,29 +132,41 @@ class Generation:
         last: dict[int, float] = {}
         try:
             while running:
-                item = await self._queue.get()
+                item = self._waiting.popleft() if self._waiting else await self._queue.get()
                 if isinstance(item, Exception):
                     raise item
+                item = self._join_ready(item)
                 if item.choice not in running:
                     continue
                 now = time.perf_counter()
                 if item.choice in last:
-                    self._metrics.between.observe(now - last[item.choice])
+                    self._server.metrics.between.observe(now - last[item.choice])
                 else:
-                    self._metrics.first_token.observe(now - self._begin)
+                    self._server.metrics.first_token.observe(now - self.begun)
                 last[item.choice] = now
                 if item.finish_reason is not None:
                     running.discard(item.choice)
                 yield item
                 running -= self._unwanted
-            self._metrics.whole.observe(time.perf_counter() - self._begin)
+            self._server.metrics.whole.observe(time.perf_counter() - self.begun)
         finally:
             self._request.cancel()
+
+    def _join_ready(self, item: Completion) -> Completion:
+        """One piece of this and what has come behind it: where events cost more than tokens, several tokens share
+        one."""
+        while item.finish_reason is None and not self._queue.empty():
+            after = self._queue.get_nowait()
+            if isinstance(after, Exception) or after.choice != item.choice:
+                self._waiting.append(after)
+                break
+            item = join([item, after])
+        return item
 
     # On the scheduler's thread
 
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
-        self.prompt_logprobs = logprobs
+        self.prompt_logprobs, self.read = logprobs, time.perf_counter()
 
     def on_event(self, event: Event) -> bool:
         choice = event.index
@@ -132,6 +176,10 @@ class Generation:
         if event.token is None and event.logprob is not None:
             self.last_logprobs[choice] = event.logprob
         piece = row.push(event, self._min_tokens)
+        if row.buffer.found is not None:
+            self.stopped_by[choice] = row.buffer.found
+        elif event.stop_id in self._stop_ids:
+            self.stopped_by[choice] = event.stop_id
         if piece is not None:
             last = piece.finish_reason is not None
             self._hand_over(piece if last else replace(piece, make_state=_no_state))
@@ -147,6 +195,36 @@ class Generation:
 
 def _no_state() -> State:
     raise RuntimeError("the batch has moved on: only the last piece of a completion has its state")
+
+
+async def submit_all(generations: Sequence[Generation]) -> None:
+    """All of them or none."""
+    try:
+        await asyncio.gather(*(generation.submit() for generation in generations))
+    except BaseException:
+        cancel_all(generations)
+        raise
+
+
+def cancel_all(generations: Iterable[Generation]) -> None:
+    """Nobody waits for them any more."""
+    for generation in generations:
+        generation.cancel()
+
+
+async def collect_all(generations: Sequence[Generation]) -> list[list[Completion]]:
+    """The whole completions of each."""
+    try:
+        return await asyncio.gather(*map(_collect, generations))
+    finally:
+        cancel_all(generations)
+
+
+async def _collect(generation: Generation) -> list[Completion]:
+    rows: dict[int, Pieces] = {}
+    async for piece in generation.pieces():
+        rows.setdefault(piece.choice, Pieces()).add(piece)
+    return [rows[i].joined() for i in sorted(rows)]
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..engine.chat import choose_template
 from ..engine.llm import LLM
 from ..engine.text_model import TextModel
+from ..text.chat_templates import fill_in_middle
+from ..text.template_choice import AnyTemplate
+from ..text.world import WorldTokenizer
 from .errors import ApiError
 
 
@@ -29,6 +33,18 @@ class ServedModel:
     path: str
     context: int | None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def template(self) -> AnyTemplate:
+        """Of its conversations."""
+        return choose_template(self.speaker, None)
+
+    def fill_in_middle(self, prefix: str, suffix: str) -> str:
+        """The prompt for what comes between two texts; ApiError if the model was never shown such ones."""
+        if not isinstance(self.speaker.tokenizer, WorldTokenizer):
+            message = f"{self.name!r} cannot fill in the middle: its vocabulary is not that of RWKV World"
+            raise ApiError(400, message, "suffix")
+        return fill_in_middle(prefix, suffix)
 
     def describe(self) -> dict[str, Any]:
         """As in /v1/models."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
-from .models import ModelTable
+from ..engine.state_cache import StateCache
+from .models import ModelTable, ServedModel
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -18,13 +21,25 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Server:
     """
+    cache: of the states of prompts' beginnings.
+    keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
     """
 
     models: ModelTable
     scheduler: Scheduler
     metrics: Metrics
+    cache: StateCache | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
+    roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
+
+    def root_of(self, model: ServedModel, owner: str) -> CacheRoot:
+        """Where the keys of kept states begin: those of one owner are never found by another."""
+        key = model.name, owner
+        if key not in self.roots:
+            self.roots[key] = cache_root(model.speaker.model, model.speaker.start, salt=owner)
+        return self.roots[key]
 
 
 def server_of(request: Request) -> Server:

@@ -17,17 +17,21 @@ class StopStringBuffer:
         self._stops = tuple(stops)
         keep = max((_overlap(before, stop) for stop in self._stops), default=0)
         self.held = before[len(before) - keep :]
-        self.stopped = False
+        self.found: str | None = None  # the stop string
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def push(self, piece: str) -> str:
         """Takes the next piece; returns the text that is now certain to come before any stop string."""
         if self.stopped:
             return ""
         self.held += piece
-        matches = [(at + len(stop), at) for stop in self._stops if (at := self.held.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := self.held.find(stop)) >= 0]
         if matches:
-            self.stopped = True
-            out, self.held = self.held[: min(matches)[1]], ""
+            _, at, self.found = min(matches)
+            out, self.held = self.held[:at], ""
             return out
         keep = max((_overlap(self.held, stop) for stop in self._stops), default=0)
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]

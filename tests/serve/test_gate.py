@@ -11,7 +11,10 @@ import time
 import httpx
 import openai
 import pytest
-from conftest import Process
+from server_process import Process
+from typer.testing import CliRunner
+
+from heronry.cli.app import app
 
 BODY = {"model": "bundled", "prompt": "Once upon a time", "max_tokens": 4}
 
@@ -151,9 +154,5 @@ def test_a_client_that_goes_away_frees_its_row(server, http):
 
 def test_a_port_in_use(server, capfd):
     port = server.url.rpartition(":")[2]
-    from typer.testing import CliRunner
-
-    from heronry.cli.app import app
-
     found = CliRunner().invoke(app, ["serve", "--port", port])
     assert f"port {port}: Address already in use; choose another with --port" in str(found.exception)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,8 +13,10 @@ from pydantic import BaseModel, Field
 
 from ..engine.chat import choose_template
 from ..engine.completion import Completion, TokenLogprob
+from ..engine.constraints import Grammar
 from ..engine.presets import preset_by_name
 from ..engine.sampling import Sampling
+from ..engine.tool_grammars import call_grammar
 from ..text.chat_templates import Prompt, Template, prepare
 from ..text.thinking import EFFORTS
 from ..text.tool_calls import AnswerParser
@@ -76,7 +79,7 @@ class _Call:
     def __init__(self, server: Server, model: ServedModel, body: ChatBody, owner: str):
         _check(body)
         self.body, self.names = body, TokenNames(model.speaker.tokenizer)
-        prompt = _read_prompt(model, body)
+        prompt, call = _read_prompt(model, body)
         self.ids = [
             *model.speaker.encode(prompt.context, begins=True),
             *model.speaker.tokenizer.encode(prompt.beginning),
@@ -89,12 +92,13 @@ class _Call:
         if body.preset is not None:
             default = preset_by_name(body.preset)
         self.answers = [_Answer(self, prompt) for _ in range(n)]
+        decoding = body.decoding(model, max_tokens, default, top, n)
         self.generation = Generation(
             server,
             model,
             self.ids,
             prompt.text,
-            body.decoding(model, max_tokens, default, top, n),
+            decoding if call is None else replace(decoding, grammar=call),
             stops=prompt.template.stops,
             owner=owner,
             written=prompt.opening + prompt.beginning,
@@ -239,23 +243,29 @@ def _check(body: ChatBody) -> None:
         raise ApiError(400, "only text is written here", "modalities")
 
 
-def _read_prompt(model: ServedModel, body: ChatBody) -> Prompt:
-    """The prompt that a request asks for."""
+def _read_prompt(model: ServedModel, body: ChatBody) -> tuple[Prompt, Grammar | None]:
+    """The prompt that a request asks for, and the form of the answer if it must be a call."""
     speaker = model.speaker
     template = choose_template(speaker, None)
     plain = isinstance(template, Template)
     style = body.tool_style or (speaker.tool_style if plain else None)
-    tools, opening = _choose_tools(body, style or (template.tool_style if isinstance(template, Template) else None))
-    return prepare(
+    used = style or (template.tool_style if isinstance(template, Template) else None)
+    tools, call = _choose_tools(body, used)
+    opening = body.opening or (call if plain else None)
+    if opening is None and plain and tools and body.read_grammar() is not None:
+        opening = "plain"  # the answer has the form that is asked for, not that of a call
+    prompt = prepare(
         body.messages,
         template,
         tools=tools,
         tool_style=style,
         think=_choose_thinking(body),
-        opening=body.opening or (opening if plain else None),
+        opening=opening,
         continue_final_message=body.continue_final_message,
         preserve_reasoning=body.preserve_reasoning,
     )
+    must_call = used is not None and call is not None and prompt.opening.strip() == call.strip()
+    return prompt, call_grammar(tools.values(), style_by_name(str(used))) if must_call else None
 
 
 def _choose_tools(body: ChatBody, style: str | None) -> tuple[dict[str, Tool], str | None]:

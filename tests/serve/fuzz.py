@@ -1,5 +1,8 @@
-"""`make soak`: schemathesis sends what the server's own OpenAPI document allows and what it does not; none of it may be an
-error of the server's own."""
+"""`make soak`: schemathesis sends what the server's own OpenAPI document allows, and what it does not. No answer may be
+an error of the server.
+
+python tests/serve/fuzz.py [EXAMPLES]
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_conversation_goes_on_from_its_state(client):
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_owners_and_a_restart(start, tmp_path, tmp_key_file, stored):
-    options = ["--api-keys", str(tmp_key_file), *(["--cache-dir", str(tmp_path / "states")] if stored else [])]
+    options = ["--api-keys", str(tmp_key_file), *(["--store", str(tmp_path / "states")] if stored else [])]
     counts = []
     for _ in range(2):
         server = start(*options)

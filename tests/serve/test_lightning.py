@@ -112,10 +112,12 @@ def test_translation(world, world_llm, monkeypatch):
     assert lightning.MOST_TRANSLATED == 2048
     monkeypatch.setattr(lightning, "MOST_TRANSLATED", 40)
     body = {"source_lang": "English", "target_lang": "Chinese", "text_list": ["Good day", "Thanks"]}
-    found = ask(world, "/translate/v1/batch-translate", body)["translations"]
+    reply = ask(world, "/translate/v1/batch-translate", body)
+    found = reply["translations"]
     prompts = ["English: Good day\n\nChinese:", "English: Thanks\n\nChinese:"]
     expected = written(world_llm, prompts, 40, sampling=None, temperature=0)
     assert found == [{"detected_source_lang": "English", "text": x.text} for x in expected]
+    assert reply["usage"]["completion_tokens"] == sum(x.usage.completion_tokens for x in expected)
 
 
 def test_code_with_a_gap(world, world_llm, http):

@@ -26,6 +26,7 @@ EXTRAS = {  # of heronry, by the package that they bring
     **dict.fromkeys(("accelerate", "tensorboard", "pyarrow", "peft"), "train"),
     **dict.fromkeys(("PIL", "kornia", "datasets"), "vision"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "redis"), "serve"),
     "gguf": "convert",
     "llguidance": "serve",
     "transformers": "transformers",

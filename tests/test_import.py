@@ -51,6 +51,13 @@ def test_public_names_are_imported_on_first_use():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_serving_needs_packages_of_its_own():
+    code = "import sys; sys.modules['fastapi'] = None; from heronry.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "serve", "--port", "0"], capture_output=True, text=True)
+    message = "heronry: this needs the package fastapi: pip install 'heronry[serve]'\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 def test_dir_lists_what_is_public():
     assert {name for name in dir(heronry) if not name.startswith("_")} == {*heronry.__all__, *heronry._SUBMODULES}
     assert [name for name in dir(heronry) if name.startswith("_")] == ["__version__"]
@@ -68,5 +75,7 @@ def test_a_missing_package_is_named_with_what_installs_it(module):
 def test_a_missing_module_names_its_package():
     error = ModuleNotFoundError("No module named 'prompt_toolkit.history'", name="prompt_toolkit.history")
     assert describe(error) == "this needs the package prompt_toolkit: pip install 'heronry[cli]'"
+    error = ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+    assert describe(error) == "this needs the package fastapi: pip install 'heronry[serve]'"
     error = ModuleNotFoundError("No module named 'wandb.sdk'", name="wandb.sdk")
     assert describe(error) == "this needs the package wandb: pip install 'wandb'"

@@ -81,17 +81,14 @@ def serve(
     keys = _read_keys(api_key or [], api_keys)
     if host not in LOOPBACK and not keys:
         print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
-    try:
-        from ..serve.app import create_app
-        from ..serve.run import bind, serve
-    except ModuleNotFoundError as error:
-        raise InputError(f"serving needs {error.name}: pip install 'heronry[serve]'") from error
     from ..engine.kept_states import KeptStates
     from ..engine.memory_store import MemoryStore
     from ..engine.requests import Limits
     from ..engine.state_cache import StateCache
+    from ..serve.app import create_app
     from ..serve.gate import LOCAL_HOSTS
     from ..serve.load import load_models
+    from ..serve.run import bind, serve
     from .progress import progress_bar
 
     listening = bind(host, port)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, Field
 
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
-from .bodies import Stops, listed, refuse
+from .bodies import DialectBody, Stops, listed, refuse
 from .errors import ApiError
 from .gate import find_owner
 from .generation import Generation, collect_all, submit_all
@@ -38,7 +37,7 @@ def _no_state(state: object) -> object:
 StateField = Annotated[Any, AfterValidator(_no_state)]
 
 
-class SamplerBody(BaseModel):
+class SamplerBody(DialectBody):
     """What is not given is as in `USUAL`."""
 
     type: Literal["Nucleus"] = "Nucleus"
@@ -53,9 +52,7 @@ class SamplerBody(BaseModel):
         return {name: value for name, value in self.model_dump(exclude={"type"}).items() if value is not None}
 
 
-class CompletionBody(BaseModel):
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
-
+class CompletionBody(DialectBody):
     model: str | None = None
     prompt: str | list[str] = Field("", description="the parts of a list are joined")
     state: StateField = None
@@ -68,7 +65,7 @@ class CompletionBody(BaseModel):
     bias: dict[int, float] = Field({}, validation_alias=AliasChoices("bias", "logit_bias"))
     sampler: SamplerBody | None = Field(None, description="comes before the three above")
     sampler_override: SamplerBody | None = Field(None, description="comes before all others")
-    bnf_schema: Annotated[str | None, refuse("Ai00's BNF is not served here")] = None
+    bnf_schema: Annotated[str | None, refuse("Ai00's BNF is not served here; /v1/completions takes a grammar")] = None
 
     def decoding(self, model: ServedModel) -> Decoding:
         """What these fields say."""
@@ -79,9 +76,7 @@ class CompletionBody(BaseModel):
         return resolve(given, self.max_tokens, USUAL, model.speaker.model.config.vocab_size, 1)
 
 
-class ChoosesBody(BaseModel):
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
-
+class ChoosesBody(DialectBody):
     model: str | None = None
     input: str | list[str] = Field("", description="the parts of a list are joined")
     choices: list[str]
@@ -89,7 +84,7 @@ class ChoosesBody(BaseModel):
     state: StateField = None
 
 
-class AppKeyBody(BaseModel):
+class AppKeyBody(DialectBody):
     app_id: str
     app_secret: str
 
@@ -223,6 +218,6 @@ def _begin(model: ServedModel, text: str) -> list[int]:
 
 
 def _usage(generation: Generation, read: int, written: int) -> dict[str, Any]:
-    nanoseconds = round(1e9 * (time.perf_counter() - generation.read))
+    nanoseconds = round(1e9 * (generation.latest - generation.read))
     duration = dict(zip(("secs", "nanos"), divmod(nanoseconds, 10**9), strict=True))
     return {"prompt": read, "completion": written, "total": read + written, "duration": duration}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
+from ..text.utf8 import encode_utf8
 from .grammars import GrammarBody
 from .models import ServedModel
 from .token_masks import make_mask
@@ -27,12 +28,14 @@ def refuse(reason: str) -> AfterValidator:
 
 
 def read_stops(stop: str | list[str] | None) -> str | list[str] | None:
-    """For a field with stop strings: refuses empty ones, and too many."""
+    """For a field with stop strings: refuses empty ones, what is no text, and too many."""
     stops = [stop] if isinstance(stop, str) else stop or []
     if len(stops) > MOST_STOPS:
         raise ValueError(f"at most {MOST_STOPS} stop strings")
     if "" in stops:
         raise ValueError("a stop string must not be empty")
+    for text in stops:
+        encode_utf8(text)
     return stop
 
 
@@ -41,6 +44,17 @@ Stops = Annotated[str | list[str] | None, AfterValidator(read_stops)]
 
 def listed(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+class DialectBody(BaseModel):
+    """Of routes that are not OpenAI's: unknown fields are ignored, and null is as if nothing were given."""
+
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: object) -> object:
+        return {name: x for name, x in data.items() if x is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(BaseModel):

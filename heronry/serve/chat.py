@@ -15,7 +15,7 @@ from .answers import Answer, AnswerPiece
 from .errors import ApiError
 from .generation import Generation
 from .models import ServedModel
-from .prompts import AnswerBody, default_sampling, read_prompt
+from .prompts import AnswerBody, answer_decoding, read_prompt
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import TokenNames, chat_logprob
@@ -68,7 +68,7 @@ class _Call:
             model,
             self.ids,
             prompt.text,
-            body.decoding(model, max_tokens, default_sampling(body, prompt), top, n),
+            answer_decoding(model, body, prompt, max_tokens, top, n),
             stops=prompt.template.stops,
             owner=owner,
             written=prompt.opening + prompt.beginning,

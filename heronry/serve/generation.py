@@ -32,7 +32,8 @@ class Generation:
     prompt_logprobs: of the prompt's tokens but the first, once the first piece is there, where they were asked for.
     stopped_by: the stop string or stop id that ended a completion, by its number, once its last piece is there; the end
         of text is none.
-    begun, read: when it was asked for, and when its prompt was read, by `time.perf_counter`.
+    begun, read, latest: when it was asked for, its prompt was read and its latest piece was handed out, by
+        `time.perf_counter`.
     last_logprobs: of the end of text, by completion.
     """
 
@@ -77,7 +78,7 @@ class Generation:
         self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
         self._continues, self._keep, self._is_over = begin is not None, keep, is_over
-        self.begun = self.read = time.perf_counter()
+        self.begun = self.read = self.latest = time.perf_counter()
         self.stopped_by: dict[int, str | int] = {}
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -147,7 +148,7 @@ class Generation:
                     self._server.metrics.between.observe(now - last[item.choice])
                 else:
                     self._server.metrics.first_token.observe(now - self.begun)
-                last[item.choice] = now
+                last[item.choice] = self.latest = now
                 if item.finish_reason is not None:
                     running.discard(item.choice)
                 yield item

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..engine.completion import Completion
 from ..engine.options import resolve
 from ..engine.presets import PRESETS
 from ..text.chat_templates import FIM_STOPS, render
-from .bodies import refuse
+from .bodies import DialectBody, refuse
 from .errors import ApiError
 from .gate import find_owner
 from .generation import Generation, cancel_all, collect_all, merge, submit_all
@@ -58,9 +58,7 @@ async def _identify(request: Request) -> None:
 router = APIRouter(dependencies=[Depends(_identify)])
 
 
-class ModelBody(BaseModel):
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
-
+class ModelBody(DialectBody):
     model: str | None = None
     password: str | None = Field(None, description="in place of a key in the headers")
     state_id: Annotated[str | None, refuse("uploaded states are not served here")] = None
@@ -119,7 +117,7 @@ async def big_batch_completions(body: CompletionsBody, request: Request) -> Resp
 
 
 async def _complete(body: CompletionsBody, request: Request, stream: bool) -> Response:
-    model = find_model(request, body)
+    model = _find_model(request, body)
     stops = [stop for stop in body.stop_tokens or () if isinstance(stop, str)]
     if body.stop_tokens is None:
         stops = list(model.template.stops)
@@ -129,7 +127,7 @@ async def _complete(body: CompletionsBody, request: Request, stream: bool) -> Re
 @router.post("/FIM/v1/batch-FIM")
 async def batch_middle(body: MiddleBody, request: Request) -> Response:
     """Writes what comes between many pairs of texts."""
-    model = find_model(request, body)
+    model = _find_model(request, body)
     if len(body.prefix) != len(body.suffix):
         raise ApiError(400, f"there are {len(body.prefix)} prefixes and {len(body.suffix)} suffixes", "suffix")
     prompts = [model.fill_in_middle(*pair) for pair in zip(body.prefix, body.suffix, strict=True)]
@@ -143,17 +141,18 @@ async def batch_translate(body: TranslateBody, request: Request) -> dict[str, An
     source, target = (LANGUAGES.get(name, name) for name in (body.source_lang, body.target_lang))
     prompts = [f"{source}: {text}\n\n{target}:" for text in body.text_list]
     greedy = {"max_tokens": MOST_TRANSLATED, "temperature": 0, "alpha_presence": 0, "alpha_frequency": 0}
-    batch = _Batch(find_model(request, body), prompts, (), BatchBody.model_validate(greedy), request)
+    batch = _Batch(_find_model(request, body), prompts, (), BatchBody.model_validate(greedy), request)
     await submit_all(batch.generations)
     found = await while_connected(request, batch.completions())
     name = body.source_lang if body.source_lang != "auto" else "en"
-    return {"translations": [{"detected_source_lang": name, "text": x.text} for x in found]}
+    translations = [{"detected_source_lang": name, "text": x.text} for x in found]
+    return {"translations": translations, "usage": batch.usage(sum(x.usage.completion_tokens for x in found))}
 
 
 @router.post("/v1/tokens/count")
 async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
     """The number of tokens of a text, of all contents together, or of the prompt that messages make."""
-    model = find_model(request, body)
+    model = _find_model(request, body)
     if body.text is not None:
         texts = [body.text]
     elif body.messages is not None:
@@ -179,7 +178,7 @@ async def status(request: Request) -> dict[str, Any]:
     }
 
 
-def find_model(request: Request, body: ModelBody) -> ServedModel:
+def _find_model(request: Request, body: ModelBody) -> ServedModel:
     models = server_of(request).models
     is_its = body.model == ITS_MODEL and ITS_MODEL not in models.by_name
     return models.find(None if is_its else body.model)
@@ -228,7 +227,7 @@ class _Batch:
             {"index": i, "message": {"role": "assistant", "content": x.text}, "finish_reason": x.finish_reason}
             for i, x in enumerate(found)
         ]
-        usage = self._usage(sum(x.usage.completion_tokens for x in found))
+        usage = self.usage(sum(x.usage.completion_tokens for x in found))
         head = {"id": "rwkv7-fast-batch", "object": kind, "model": self.model.name}
         return head | {"choices": choices, "usage": usage}
 
@@ -246,11 +245,11 @@ class _Batch:
                 if reason is not None:
                     written, left = written + count, left - 1
                     end = {"finish_reason": reason}
-                    yield _chunk(i, {}, end, {} if left else {"usage": self._usage(written)})
+                    yield _chunk(i, {}, end, {} if left else {"usage": self.usage(written)})
         finally:
             cancel_all(self.generations)
 
-    def _usage(self, written: int) -> dict[str, int]:
+    def usage(self, written: int) -> dict[str, int]:
         return {"prompt_tokens": self.read, "completion_tokens": written, "total_tokens": self.read + written}
 
 

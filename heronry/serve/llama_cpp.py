@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from .. import __version__
 from ..engine.completion import Completion, TokenLogprob
+from ..engine.constraints import Grammar
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
 from ..text.chat_templates import FIM_STOPS, render
 from ..text.template_choice import in_jinja
 from ..text.tokenizers import bytes_of
-from .bodies import Stops, listed, refuse
+from .bodies import DialectBody, Stops, listed, refuse
 from .errors import ApiError
 from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
@@ -28,13 +28,12 @@ from .tokens import END_OF_TEXT, finite
 router = APIRouter()
 # What is cut off is decided before the temperature, as there; penalties do not fade.
 USUAL = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, penalty_decay=1, order="top-p-first")
+ANY_SEED = (-1, 2**32 - 1)
 Mixed = list[int | str]  # token ids and texts between them
 
 
-class SlotBody(BaseModel):
+class SlotBody(DialectBody):
     """The fields of /completion but for the prompt. Other ways of drawing tokens (DRY, Mirostat, ...) are ignored."""
-
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     model: str | None = None
     n_predict: int = Field(-1, ge=-1, le=1 << 30, description="-1: as many as the server allows")
@@ -46,14 +45,14 @@ class SlotBody(BaseModel):
     repeat_last_n: int = Field(64, ge=-1, description="0 turns repeat_penalty off; else all tokens count")
     presence_penalty: float = Field(0.0, ge=-1e6, le=1e6)
     frequency_penalty: float = Field(0.0, ge=-1e6, le=1e6)
-    seed: int = Field(-1, ge=-1, lt=2**64, description="-1: another one each time")
+    seed: int = Field(-1, ge=-1, lt=2**64, description="-1 or 4294967295: another one each time")
     stop: Stops = None
     ignore_eos: bool = False
     logit_bias: dict[str, float | Literal[False]] | list[tuple[int | str, float | Literal[False]]] | None = None
     n_probs: int = Field(0, ge=0, le=100)
     post_sampling_probs: Annotated[bool, refuse("probabilities are those of the model, before sampling")] = False
-    grammar: Annotated[str | None, refuse("grammars are not served here")] = None
-    json_schema: Annotated[Any, refuse("schemas are not served here")] = None
+    grammar: str | None = Field(None, description="GBNF or Lark")
+    json_schema: dict[str, Any] | None = None
     stream: bool = False
     return_tokens: bool = False
 
@@ -62,19 +61,18 @@ class CompletionBody(SlotBody):
     prompt: str | list[int | str | Mixed]
 
 
-class ExtraFile(BaseModel):
-    filename: str = ""
+class ExtraFile(DialectBody):
     text: str
 
 
 class InfillBody(SlotBody):
     input_prefix: str
     input_suffix: str
-    input_extra: list[ExtraFile] = []
+    input_extra: list[ExtraFile] = Field([])
     prompt: str = ""
 
 
-class MessagesBody(BaseModel):
+class MessagesBody(DialectBody):
     model: str | None = None
     messages: list[dict[str, Any]]
 
@@ -179,7 +177,13 @@ def _decode(body: SlotBody, model: ServedModel, server: Server) -> Decoding:
         "logit_bias": _bias(body, model),
         "ignore_eos": body.ignore_eos,
     }
-    if body.seed >= 0:
+    if body.grammar and body.json_schema is not None:
+        raise ApiError(400, "give a grammar or a json_schema, not both", "json_schema")
+    if body.grammar:
+        given["grammar"] = Grammar.from_text(body.grammar)
+    elif body.json_schema is not None:
+        given["grammar"] = Grammar.from_schema(body.json_schema)
+    if body.seed not in ANY_SEED:
         given["seed"] = body.seed
     if body.n_probs:
         given |= {"logprobs": True, "top_logprobs": body.n_probs}
@@ -217,6 +221,7 @@ def _settings(body: SlotBody, decoding: Decoding, stops: tuple[str, ...]) -> dic
         "stop": list(stops),
         "ignore_eos": body.ignore_eos,
         "n_probs": body.n_probs,
+        "grammar": body.grammar or "",
         "stream": body.stream,
         "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
     }
@@ -304,7 +309,7 @@ class _Call:
 def _timings(generation: Generation, read: int, written: int) -> dict[str, float]:
     """How long it took; to the end of the prompt counts from the request on, with what it waited."""
     cached = generation.cached_tokens
-    seconds = {"prompt": generation.read - generation.begun, "predicted": time.perf_counter() - generation.read}
+    seconds = {"prompt": generation.read - generation.begun, "predicted": generation.latest - generation.read}
     found: dict[str, float] = {"cache_n": cached}
     for name, n in (("prompt", read - cached), ("predicted", written)):
         ms = 1000 * max(seconds[name], 1e-6)

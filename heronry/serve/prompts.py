@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from ..engine.chat import choose_template
+from ..engine.options import Decoding
 from ..engine.presets import preset_by_name
 from ..engine.sampling import Sampling
+from ..engine.tool_grammars import call_grammar
 from ..text.chat_templates import Prompt, Template, prepare
 from ..text.thinking import EFFORTS
 from ..text.tool_styles import style_by_name
@@ -41,9 +44,28 @@ class AnswerBody(SamplingBody):
     preset: str | None = None
 
 
-def default_sampling(body: AnswerBody, prompt: Prompt) -> Sampling:
-    """How tokens are drawn where the body does not say it: as its preset has it, or the template."""
-    return Sampling().replace(**prompt.template.sampling) if body.preset is None else preset_by_name(body.preset)
+def answer_decoding(
+    model: ServedModel, body: AnswerBody, prompt: Prompt, max_tokens: int, top_logprobs: int | None, rows: int
+) -> Decoding:
+    """How the answers to a prompt are drawn: where the body does not say it, as its preset has it, or the template. One
+    that must be a call has the form of one."""
+    preset = None if body.preset is None else preset_by_name(body.preset)
+    default = preset or Sampling().replace(**prompt.template.sampling)
+    decoding = body.decoding(model, max_tokens, default, top_logprobs, rows)
+    style = _style(model, body)
+    if style is None or (isinstance(body.tool_choice, str | None) and body.tool_choice != "required"):
+        return decoding
+    tools, call = choose_tools(body, style)
+    must_call = call is not None and prompt.opening.strip() == call.strip()
+    return replace(decoding, grammar=call_grammar(tools.values(), style_by_name(style))) if must_call else decoding
+
+
+def _style(model: ServedModel, body: AnswerBody) -> str | None:
+    """The style in which tools are shown; None where the template shows them by itself."""
+    template = choose_template(model.speaker, None)
+    if not isinstance(template, Template):
+        return body.tool_style
+    return body.tool_style or model.speaker.tool_style or template.tool_style
 
 
 def read_prompt(
@@ -59,14 +81,17 @@ def read_prompt(
     template = choose_template(speaker, None)
     plain = isinstance(template, Template)
     style = body.tool_style or (speaker.tool_style if plain else None)
-    tools, opening = choose_tools(body, style or (template.tool_style if isinstance(template, Template) else None))
+    tools, call = choose_tools(body, _style(model, body))
+    opening = body.opening or (call if plain else None)
+    if opening is None and plain and tools and body.read_grammar() is not None:
+        opening = "plain"  # the answer has the form that is asked for, not that of a call
     return prepare(
         messages,
         template,
         tools=tools,
         tool_style=style,
         think=choose_thinking(body),
-        opening=body.opening or (opening if plain else None),
+        opening=opening,
         continue_final_message=continue_final_message,
         preserve_reasoning=body.preserve_reasoning,
         after=after,

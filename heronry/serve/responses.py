@@ -18,7 +18,7 @@ from .answers import Answer
 from .errors import ApiError, as_api_error
 from .generation import Generation
 from .models import ServedModel
-from .prompts import default_sampling
+from .prompts import answer_decoding
 from .response_output import Event, ResponseOutput, usage
 from .response_prompts import ResponseBody, ResponsePrompt
 from .server import Server, owner_of, server_of
@@ -114,7 +114,7 @@ class _Call:
             model,
             reading.ids,
             reading.text,
-            chat.decoding(model, max_tokens, default_sampling(body, prompt), top, 1),
+            answer_decoding(model, chat, prompt, max_tokens, top, 1),
             stops=prompt.template.stops,
             owner=owner,
             written=prompt.opening + prompt.beginning,

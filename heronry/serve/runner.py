@@ -9,12 +9,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
-from . import basics, completions, llama_cpp
+from . import basics, chat, completions, llama_cpp
 from .server import server_of
 
 Body = TypeVar("Body", bound=BaseModel)
 router = APIRouter()
 router.add_api_route("/models", basics.list_models)
+router.add_api_route("/chat/completions", chat.create_chat_completion, methods=["POST"])
 
 
 @router.get("/status")
@@ -29,12 +30,12 @@ async def status(request: Request) -> dict[str, Any]:
 async def create_completion(body: dict[str, Any], request: Request) -> Response:
     """As /v1/completions; as /completion where n_predict says that llama.cpp's route of this name is meant."""
     if "n_predict" in body:
-        return await llama_cpp.complete(_parse(llama_cpp.CompletionBody, body), request)
-    return await completions.create_completion(_parse(completions.CompletionBody, body), request)
+        return await llama_cpp.complete(await _parse(llama_cpp.CompletionBody, request), request)
+    return await completions.create_completion(await _parse(completions.CompletionBody, request), request)
 
 
-def _parse(kind: type[Body], body: dict[str, Any]) -> Body:
+async def _parse(kind: type[Body], request: Request) -> Body:
     try:
-        return kind.model_validate(body)
+        return kind.model_validate_json(await request.body())  # which, unlike the dict, must be text throughout
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error

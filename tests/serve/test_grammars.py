@@ -92,6 +92,39 @@ def test_what_is_no_form(client, body, message, stream):
     assert caught.value.body["message"] == message
 
 
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": schema}}
+    for name, schema in (("weather", WEATHER), ("forecast", WEATHER))
+]
+
+
+@pytest.mark.parametrize("style", ["json", "list", "xml", "g1k", "function_calling"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "forecast"}}])
+def test_a_call_that_must_be(client, choice, style):
+    options = ASK | {"tools": TOOLS, "tool_choice": choice, "extra_body": {"tool_style": style}}
+    [found] = client.chat.completions.create(**options).choices
+    assert found.finish_reason == "tool_calls"
+    [call] = found.message.tool_calls
+    assert call.function.name in ("weather", "forecast") if choice == "required" else ("forecast",)
+    arguments = json.loads(call.function.arguments)
+    assert arguments["city"] in ("Paris", "Rome")
+    assert 1 <= arguments["days"] <= 9
+    assert not found.message.content
+
+
+def test_a_form_beside_tools(client):
+    """The form is that of the answer."""
+    options = ASK | {"tools": TOOLS, "extra_body": {"tool_style": "json"}}
+    [found] = client.chat.completions.create(**options, response_format=SCHEMA).choices
+    assert set(json.loads(found.message.content)) == {"name", "age"}
+
+
 def test_what_would_cost_too_much(client):
     """It ends with an error; others go on."""
     doubling = "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(40)) + '\na40: "x"'

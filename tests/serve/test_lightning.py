@@ -12,6 +12,7 @@ from heronry.serve import lightning
 from heronry.text.chat_templates import fill_in_middle, render
 from heronry.text.templates import G1
 
+JSON = {"content-type": "application/json"}
 BODY = {
     "model": "rwkv7",
     "contents": ["User: hi\n\nAssistant:", "The sky is"],
@@ -111,10 +112,12 @@ def test_translation(world, world_llm, monkeypatch):
     assert lightning.MOST_TRANSLATED == 2048
     monkeypatch.setattr(lightning, "MOST_TRANSLATED", 40)
     body = {"source_lang": "English", "target_lang": "Chinese", "text_list": ["Good day", "Thanks"]}
-    found = ask(world, "/translate/v1/batch-translate", body)["translations"]
+    reply = ask(world, "/translate/v1/batch-translate", body)
+    found = reply["translations"]
     prompts = ["English: Good day\n\nChinese:", "English: Thanks\n\nChinese:"]
     expected = written(world_llm, prompts, 40, sampling=None, temperature=0)
     assert found == [{"detected_source_lang": "English", "text": x.text} for x in expected]
+    assert reply["usage"]["completion_tokens"] == sum(x.usage.completion_tokens for x in expected)
 
 
 def test_code_with_a_gap(world, world_llm, http):
@@ -178,7 +181,9 @@ def test_the_key_may_stand_in_the_body(world):
     for given in ({}, {"password": "wrong"}, {"password": 5}, {"password": None}):
         reply = world.post("/v1/batch/completions", json=body | given, headers=nobody)
         assert (reply.status_code, reply.json()) == (401, wrong)
-    assert world.post("/v1/batch/completions", content=b"[", headers=nobody).status_code in (400, 401)
+    reply = world.post("/v1/batch/completions", content=b'{"password": "\\ud800"}', headers=nobody | JSON)
+    assert (reply.status_code, reply.json()) == (401, wrong)
+    assert world.post("/v1/batch/completions", content=b"[", headers=nobody | JSON).status_code == 400
     assert world.post("/v1/batch/completions", json={"password": "x"}, headers=nobody).json() == wrong
     reply = world.post("/v1/batch/completions", json=body | {"password": "key-of-bob"}, headers=nobody)
     assert reply.status_code == 200

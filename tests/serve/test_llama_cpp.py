@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from sse import events
 
@@ -43,6 +45,13 @@ def test_what_is_not_said_is_as_in_llama_cpp(http, llm):
     found = complete(http, prompt=PROMPT, n_predict=12, seed=3, repeat_penalty=1.3, **more)
     assert found["content"] == expected.text
     assert complete(http, prompt=PROMPT, n_predict=0)["content"] == ""
+    nulls = {"temperature": None, "top_k": None, "stop": None, "grammar": None, "id_slot": None}
+    assert (
+        complete(http, prompt=PROMPT, n_predict=12, seed=3, **nulls, repeat_penalty=1.3, **more)["content"]
+        == expected.text
+    )
+    texts = {complete(http, prompt=PROMPT, n_predict=12, temperature=2, seed=2**32 - 1)["content"] for _ in range(3)}
+    assert len(texts) == 3
     settings = http.get("/props").json()["default_generation_settings"]["params"]
     assert {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p", "n_predict")} == {
         "temperature": 0.8,
@@ -118,6 +127,16 @@ def test_probabilities(http, llm):
         assert entry["top_logprobs"][0]["logprob"] == entry["logprob"]
 
 
+def test_grammars(http):
+    found = complete(http, prompt=PROMPT, n_predict=20, seed=1, grammar='root ::= " "? ("yes" | "no")')
+    assert found["content"].strip() in ("yes", "no")
+    assert found["stop_type"] == "eos"
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
+    schema |= {"additionalProperties": False}
+    found = complete(http, prompt=PROMPT, n_predict=40, seed=1, json_schema=schema)
+    assert json.loads(found["content"]).keys() == {"a"}
+
+
 def test_infill(world, world_llm, http):
     ids = world_llm.tokenizer.encode(fill_in_middle("# a.py\ndef f(x):\n    y", "\n    return x"))
     body = {"input_prefix": "def f(x):\n", "input_suffix": "\n    return x", "prompt": "    y"}
@@ -149,7 +168,8 @@ def test_the_server(http, llm):
         ({"prompt": [10**6]}, "token id 1000000 is outside this model's vocabulary of 2048"),
         ({}, "prompt: Field required"),
         ({"prompt": "a", "n_predict": -2}, "n_predict: Input should be greater than or equal to -1"),
-        ({"prompt": "a", "grammar": "root ::= [0-9]"}, "grammar: grammars are not served here"),
+        ({"prompt": "a", "grammar": 'root ::= "a'}, "grammar"),
+        ({"prompt": "a", "grammar": "root ::= [0-9]", "json_schema": {}}, "give a grammar or a json_schema, not both"),
         ({"prompt": "a", "logit_bias": [["a", 1, 2]]}, "logit_bias"),
         ({"prompt": "a", "model": "none"}, "model: there is no model 'none' here; there is bundled"),
     ],

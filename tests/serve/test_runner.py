@@ -20,6 +20,8 @@ def test_routes_without_v1(server, client):
         *chunks, last = short.completions.create(**body, stream=True, stream_options={"include_usage": True})
         assert "".join(chunk.choices[0].text for chunk in chunks) == found.choices[0].text
         assert last.usage == found.usage
+        ask = {"model": "bundled", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "seed": 1}
+        assert short.chat.completions.create(**ask).choices == client.chat.completions.create(**ask).choices
 
 
 def test_llama_cpp_has_a_route_of_the_same_name(http):
@@ -36,3 +38,8 @@ def test_errors(http):
     reply = http.post("/completions", json={"prompt": PROMPT, "n_predict": "many"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n_predict")
     assert http.post("/completions", json=[]).status_code == 400
+    body = b'{"prompt": "a", "n_predict": 1, "stop": "\\ud800"}'
+    for path in ("/completion", "/completions"):
+        reply = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert reply.status_code == 400
+        assert "lone surrogate" in reply.json()["error"]["message"]

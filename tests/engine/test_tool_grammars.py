@@ -1,0 +1,58 @@
+"""Calls that must be written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from heronry.engine.tool_grammars import call_grammar
+from heronry.text.tokenizers import WorldTokenizer
+from heronry.text.tool_calls import parse
+from heronry.text.tool_styles import TOOL_STYLES
+from heronry.text.tools import read_tools
+
+pytest.importorskip("llguidance")
+
+TOOLS = read_tools(
+    {
+        "weather": {
+            "properties": {"city": {"enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        "ping": {},
+        "web search": {
+            "properties": {"query": {"$ref": "#/$defs/text"}},
+            "required": ["query"],
+            "$defs": {"text": {"type": "string"}},
+        },
+    }
+)
+
+
+@pytest.mark.parametrize("name", TOOL_STYLES)
+def test_a_call_in_every_style(name):
+    """What the style shows as a call fits, white space within its JSON apart, and nothing else can follow."""
+    style, tokenizer = TOOL_STYLES[name], WorldTokenizer()
+    opening = f" {style.begin_call()}"
+    matcher = call_grammar(TOOLS.values(), style).in_answer(opening).matcher(tokenizer, 65536)
+    first = {tokenizer.vocabulary[i] for i in matcher.allowed().nonzero()[:, 0].tolist()}
+    assert {b"w", b"p", b"ping"} <= first
+    assert all(any(x.startswith(y) or y.startswith(x) for x in (b"weather", b"ping", b"web search")) for y in first)
+    text = "weather" + style.begin_arguments
+    for token in tokenizer.encode(text):
+        assert matcher.allowed()[token]
+        matcher.consume(token)
+    for _ in range(99):
+        if matcher.ended:
+            break
+        for token in matcher.forced() or [int(matcher.allowed().nonzero()[0, 0])]:
+            matcher.consume(token)
+            text += tokenizer.decode([token])
+    parsed = parse(opening + text, TOOLS)
+    assert [(call.name, json.loads(call.arguments)) for call in parsed.calls] in (
+        [("weather", {"city": "Paris"})],
+        [("weather", {"city": "Rome"})],
+    )
+    assert not parsed.content

@@ -156,7 +156,7 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
 
 def _open_store(place: str, part: str, max_bytes: int) -> StateStore:
     """A part of a store, so that what is kept never makes room for what is only convenient."""
-    if place.startswith(("redis://", "rediss://", "unix://")):
+    if "://" in place:
         from ..engine.redis_store import RedisStore
 
         return RedisStore(place, max_bytes, prefix=f"heronry:{part}:")

@@ -349,6 +349,17 @@ def test_a_redis_that_hangs(tmp_path, monkeypatch):
         server.stop()
 
 
+def test_prefixes_are_stores_of_their_own(redis):
+    one, two = (RedisStore(redis.url, 10, prefix=f"heronry:{name}:") for name in ("one", "two"))
+    assert one.put(A, b"123456")
+    assert two.put(A, b"654321")
+    assert two.put(B, b"7777")
+    assert two.put(C, b"88")  # makes room in its own
+    assert data_of(one, A, B) == [b"123456", None]
+    assert data_of(two, A, B, C) == [None, b"7777", b"88"]
+    assert (one.nbytes, two.nbytes) == (6, 6)
+
+
 @pytest.mark.parametrize("url", ["nowhere", "redis://host:port/0", "http://x"])
 def test_wrong_addresses(url):
     with pytest.raises(InputError, match="the URL of Redis is wrong: "):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import secrets
 import signal
+import threading
+import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -48,6 +53,51 @@ def test_owners_and_a_sudden_end(tmp_path, tmp_key_file):
             assert http.get("/v1/states/mine").status_code == 404
     finally:
         server.stop()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_under_load(tmp_path):
+    draw = random.Random(3)
+    said: dict[str, str] = {}  # what was acknowledged, by its path
+    for _ in range(4):
+        server = Process("--store", str(tmp_path))
+        check_all(server, said)
+        clients = [threading.Thread(target=keep_asking, args=(server.url, i, said)) for i in range(6)]
+        for client in clients:
+            client.start()
+        time.sleep(draw.uniform(0.5, 2.5))
+        server.stop(signal.SIGKILL)
+        for client in clients:
+            client.join()
+    server = Process("--store", str(tmp_path))
+    try:
+        check_all(server, said)
+    finally:
+        server.stop()
+    assert len(said) > 100
+
+
+def keep_asking(url: str, number: int, said: dict[str, str]) -> None:
+    """Until the server is gone: states, or a conversation."""
+    previous = None
+    with httpx.Client(base_url=f"{url}/v1", timeout=30) as http, suppress(httpx.HTTPError):
+        while True:
+            if number % 2:
+                name = secrets.token_hex(4)
+                http.post("/states", json={"text": name, "name": name}).raise_for_status()
+                said[f"/states/{name}"] = name
+            else:
+                body = {"input": "And then?", "max_output_tokens": 8, "previous_response_id": previous}
+                reply = http.post("/responses", json=body).raise_for_status().json()
+                previous = reply["id"]
+                said[f"/responses/{previous}"] = reply["output"][0]["content"][0]["text"]
+
+
+def check_all(server: Process, said: dict[str, str]) -> None:
+    with httpx.Client(base_url=f"{server.url}/v1", timeout=30) as http:
+        for path, text in said.items():
+            found = http.get(path).json()
+            assert (found["text"] if path.startswith("/states") else found["output"][0]["content"][0]["text"]) == text
 
 
 def caller(server: Process, owner: str) -> httpx.Client:

@@ -84,6 +84,13 @@ def test_a_saved_state_ends_where_the_text_does(http, llm):
     assert state.texts == there.texts
 
 
+def test_half_a_character_is_no_text(http):
+    """It is in the reply as what it looks like, and not in the state."""
+    half = complete(http, prompt=TEXT, max_tokens=1, structured_outputs={"choice": ["ä"]}, save_state="half")
+    assert half["text"] == "\ufffd"
+    assert http.get("/v1/states/half").json()["text"] == TEXT
+
+
 def test_streams_have_the_state_with_the_end(client, http):
     body = {"model": "bundled", "prompt": TEXT, **GREEDY, "stream": True, "extra_body": {"save_state": "streamed"}}
     *before, last = list(client.completions.create(**body))

@@ -41,10 +41,12 @@ test-cluster: .venv/dev
 	$(INSTALL) -e ".[cluster]"
 	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py
 
-# clients that connect, cancel and die, for MINUTES
+# clients of the server that connect, cancel and die, for MINUTES; and requests of every kind
 MINUTES := 20
 soak: .venv/dev
 	$(BIN)/python tests/serve/soak.py --minutes $(MINUTES)
+	$(INSTALL) schemathesis
+	$(BIN)/python tests/serve/fuzz.py
 
 # the wheel with compiled libraries for this platform, run in an environment without a compiler
 wheel-test:

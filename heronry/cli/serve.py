@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, show
 from . import options
 
 if TYPE_CHECKING:
@@ -52,14 +54,20 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Sequences that are written at a time.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; more are told 429.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 << 20,
-    cache_ram: Annotated[float, typer.Option(min=0, help="GB of RAM for states of prompts; 0: none.")] = 1.0,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="A folder in which states outlive the server; kept to --cache-size.")
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder, or redis://HOST:PORT/0 for several servers, in which responses, states and the beginnings "
+            "of prompts outlive the server.",
+            show_default="RAM, which does not",
+        ),
     ] = None,
-    cache_redis: Annotated[
-        str | None, typer.Option(help="redis://HOST:PORT/0 in place of a folder, for several servers.")
+    store_size: Annotated[
+        float | None, typer.Option(min=0, help="GB of responses and named states.", show_default="10; 1 in RAM")
     ] = None,
-    cache_size: Annotated[float, typer.Option(min=0, help="GB of states in the folder or in Redis.")] = 10.0,
+    store_days: Annotated[float, typer.Option(min=0, help="Days without use after which a state is dropped.")] = 30,
+    cache_size: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in the store.")] = 10.0,
+    cache_ram: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in RAM; 0: none.")] = 1.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it is stopped.")] = 30,
     log_level: Annotated[
         str, typer.Option(help="info: a line of JSON a request; warning: only what is wrong.")
@@ -71,6 +79,8 @@ def serve(
     keys = _read_keys(api_key or [], api_keys)
     if host not in LOOPBACK and not keys:
         print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
+    from ..engine.kept_states import KeptStates
+    from ..engine.memory_store import MemoryStore
     from ..engine.requests import Limits
     from ..engine.state_cache import StateCache
     from ..serve.app import create_app
@@ -94,8 +104,22 @@ def serve(
         )
     hosts = (*LOCAL_HOSTS, *(allow_host or ())) if host in LOOPBACK else tuple(allow_host or ("*",))
     limits = Limits(rows=max_rows, waiting=max_waiting)
-    cache = StateCache(round(cache_ram * 1e9), _open_store(cache_dir, cache_redis, round(cache_size * 1e9)))
-    app = create_app(models, limits=limits, keys=keys, hosts=hosts, max_body=max_body, drain=drain, cache=cache)
+    cache = StateCache(
+        round(cache_ram * 1e9), _open_store(store, "prompts", round(cache_size * 1e9)) if store else None
+    )
+    kept_bytes = round((store_size if store_size is not None else 10 if store else 1) * 1e9)
+    kept = KeptStates(_open_store(store, "kept", kept_bytes) if store else MemoryStore(kept_bytes))
+    app = create_app(
+        models,
+        limits=limits,
+        keys=keys,
+        hosts=hosts,
+        max_body=max_body,
+        drain=drain,
+        cache=cache,
+        kept=kept,
+        keep_days=store_days,
+    )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
     def announce() -> None:
@@ -106,7 +130,7 @@ def serve(
 
 
 def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
-    """API key -> the name of its owner."""
+    """API key -> the name of its owner, which is that of its states: a key without a name has one of its own."""
     lines = list(given)
     if file is not None:
         try:
@@ -114,24 +138,23 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read ({error})") from error
     keys: dict[str, str] = {}
-    for i, line in enumerate(lines):
+    for line in lines:
         name, equals, key = line.strip().partition("=")
-        name, key = (name, key) if equals else (f"key{i + 1}", name)
+        name, key = (name, key) if equals else (f"key_{hashlib.sha256(name.encode()).hexdigest()[:32]}", name)
         if not key:
             raise InputError("an API key must not be empty")
+        if not re.fullmatch(r"[\w.:@-]{1,128}", name, re.ASCII):
+            raise InputError(f"{show(name)} cannot be the name of a key: use letters, digits and any of _ . : @ -")
         keys[key] = name
     return keys
 
 
-def _open_store(folder: Path | None, redis: str | None, max_bytes: int) -> StateStore | None:
-    if folder is not None and redis is not None:
-        raise InputError("give --cache-dir or --cache-redis, not both")
-    if folder is not None:
-        from ..engine.disk_store import DiskStore
-
-        return DiskStore(folder.expanduser(), max_bytes)
-    if redis is not None:
+def _open_store(place: str, part: str, max_bytes: int) -> StateStore:
+    """A part of a store, so that what is kept never makes room for what is only convenient."""
+    if place.startswith(("redis://", "rediss://", "unix://")):
         from ..engine.redis_store import RedisStore
 
-        return RedisStore(redis, max_bytes)
-    return None
+        return RedisStore(place, max_bytes, prefix=f"heronry:{part}:")
+    from ..engine.disk_store import DiskStore
+
+    return DiskStore(Path(place) / part, max_bytes)

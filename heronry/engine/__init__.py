@@ -3,9 +3,10 @@
 from .completion import Completion, FinishReason, TokenLogprob, Usage
 from .constraints import Grammar, Matcher
 from .decode_batch import Event
+from .draw import probabilities
 from .generate import Generation, Result, generate, prefill
 from .options import DecodeOptions, GenerateOptions
-from .sampling import Mask, Sampler, Sampling, probabilities
+from .sampling import Mask, Sampler, Sampling
 from .text_model import TextModel
 
 __all__ = [

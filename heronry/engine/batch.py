@@ -79,17 +79,19 @@ class Row:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = [] if logprobs else None
         self.passed_on = 0  # tokens that a piece was made of
+        self.decoded = ""  # what the last event brought, before stop strings were looked for
 
     def push(self, event: Event, min_tokens: int) -> Completion | None:
         """Takes an event; returns the next piece, if there is one."""
         finish_reason = event.finish_reason
         if event.token is None:
-            text = self.buffer.push(self.decoder.finish()) + self.buffer.finish()
+            self.decoded = self.decoder.finish()
+            text = self.buffer.push(self.decoded) + self.buffer.finish()
         else:
             self.token_ids.append(event.token)
             if self.logprobs is not None and event.logprob is not None:
                 self.logprobs.append(event.logprob)
-            text = self.decoder.push(event.token)
+            text = self.decoded = self.decoder.push(event.token)
             if len(self.token_ids) > min_tokens:
                 text = self.buffer.push(text)
         if self.buffer.found is not None:

@@ -32,6 +32,7 @@ from ..text.stop_strings import StopStringBuffer
 from ..text.template_choice import AnyTemplate, find_template
 from ..text.tokenizers import WorldTokenizer
 from ..text.utf8 import encode_utf8
+from .answer_state import last_mark, useful_marks
 from .completion import Completion, FinishReason, TokenLogprob, Usage, join
 from .conversation import Beginning, ConversationTree, Turn, beginning_of, lineage
 from .generate import Generation, prefill
@@ -381,7 +382,7 @@ class Chat:
                 answer = certain.rstrip()
                 new = answer[shown:] if shown or request.is_raw else answer.lstrip()
                 shown = max(shown, len(answer))
-                marks = _useful(marks, answer, certain, self.template.separator)
+                marks = useful_marks(marks, answer, certain, self.template.separator)
                 turn = _settled(turn, request.text, answer + self.template.separator, len(answer), read, marks)
                 self._tree.heads[branch] = turn
                 finish_reason: FinishReason | None = "stop" if buffer.stopped else event.finish_reason
@@ -445,17 +446,9 @@ def _state_of(turn: Turn) -> State:
     return turn.state
 
 
-def _useful(marks: dict[int, State], answer: str, said: str, separator: str) -> dict[int, State]:
-    """The states that some end of the answer may still need: the last one within it, those within the separator
-    that may follow it, and those of text that is not certain yet."""
-    within = max(n for n in marks if n <= len(answer))
-    after = len(answer) + len(separator)
-    return {n: state for n, state in marks.items() if within <= n <= after or n >= len(said)}
-
-
 def _settled(turn: Turn, asked: str, text: str, answer: int, read: str, marks: dict[int, State]) -> Turn:
     """The turn as it stands if its answer ends after `answer` characters of `text`, the separator included. asked: the
     text before the answer."""
-    n = max(n for n in marks if text.startswith(read[:n]))
+    n = last_mark(marks, text, read)
     state = marks[n].with_texts([asked + read[:n]])
     return replace(turn, answer=text[:answer], state=state, owed=text[n:])

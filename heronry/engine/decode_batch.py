@@ -107,7 +107,7 @@ class SequenceDecoder:
         tokens = self._forced()
         if tokens:
             for token in tokens:
-                self._sampler.count(token, len(logits))
+                self._sampler.count(token)
         else:
             allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
             banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()

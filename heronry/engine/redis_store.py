@@ -20,7 +20,6 @@ from typing import Any
 from ..errors import InputError
 from .state_store import MAX_ABOUT_BYTES, Entry, Key, Outage, StateStore
 
-PREFIX = "heronry:"
 PIECE = 256 << 20  # bytes; Redis takes 512 MB at a time
 UNNAMED = 600  # seconds that pieces without an entry stay
 TIMEOUT = 5  # seconds for an answer
@@ -28,9 +27,7 @@ PAUSE = 2  # seconds after a failure without another try
 
 # Of an entry `id`: the hash entry:id. Its last use, in microseconds or one more than the largest, is its score in
 # `known`, in of:kind/tenant, and in `data` and `about` where it has these.
-FUNCTIONS = (
-    f"local P = '{PREFIX}'"
-    + """
+FUNCTIONS = """
 local function number(x) return string.format('%.0f', x) end
 local function now()
     local t = redis.call('TIME')
@@ -68,7 +65,6 @@ local function row(id)
     return {id, redis.call('ZSCORE', P..'known', id), unpack(e)}
 end
 """
-)
 PUT = """
 local id, about, size, digest, blob, pieces = unpack(ARGV)
 if redis.call('HGET', P..'entry:'..id, 'blob') == blob then return 1 end -- asked again, for the answer was lost
@@ -119,19 +115,23 @@ end
 old('data', ARGV[2], drop_data)
 old('known', ARGV[3], forget)
 """
-SCRIPTS = {name: f"#!lua flags=allow-oom\n{FUNCTIONS}{name}" for name in (FIND, DROP, DELETE, LIST, EXPIRE)}
-SCRIPTS[PUT] = f"#!lua\n{FUNCTIONS}{PUT}"
+
+
+def _complete(script: str, prefix: str) -> str:
+    """A script as Redis runs it. Only what stores anything needs memory."""
+    return f"#!lua{'' if script is PUT else ' flags=allow-oom'}\nlocal P = '{prefix}'\n{FUNCTIONS}{script}"
 
 
 class RedisStore(StateStore):
     """See `StateStore`. The bounds should be the same for all servers."""
 
-    def __init__(self, url: str, max_bytes: int, max_about_bytes: int = MAX_ABOUT_BYTES):
+    def __init__(self, url: str, max_bytes: int, max_about_bytes: int = MAX_ABOUT_BYTES, *, prefix: str = "heronry:"):
         """
         Args:
             url: "redis://host:6379/0"; rediss:// for TLS, unix:// for a socket. Redis 7 or later.
             max_bytes: of all states together.
             max_about_bytes: of what is known about them, and about those that are gone.
+            prefix: of the names of its keys; each has bounds of its own.
 
         Raises:
             InputError: redis-py is not installed, or the URL is wrong. A Redis that does not answer is an empty store.
@@ -151,6 +151,7 @@ class RedisStore(StateStore):
         super().__init__(f"Redis at {where.get('path') or where.get('host')}", (redis.RedisError, ValueError, _Away))
         self._writing = Outage(f"{self._where} cannot be written", (redis.ResponseError,))  # it is full, or a replica
         self._max_bytes, self._max_about_bytes = max_bytes, max_about_bytes
+        self._prefix = prefix
         self._paused_until = 0.0
         self._lost = (redis.ConnectionError, redis.TimeoutError)
         with self._reading:
@@ -167,7 +168,7 @@ class RedisStore(StateStore):
             raise
 
     def _run(self, script: str, *args: Any) -> Any:
-        return self._call(self._redis.register_script(SCRIPTS[script]), args=args)
+        return self._call(self._redis.register_script(_complete(script, self._prefix)), args=args)
 
     def put(self, key: Key, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
         text = json.dumps(dict(about)) if about else ""
@@ -178,7 +179,7 @@ class RedisStore(StateStore):
         with self._reading, self._writing:
             for i, start in enumerate(pieces):
                 piece = memoryview(data)[start : start + PIECE]
-                self._call(self._redis.set, f"{PREFIX}blob:{blob}:{i}", piece, ex=UNNAMED)
+                self._call(self._redis.set, f"{self._prefix}blob:{blob}:{i}", piece, ex=UNNAMED)
             digest = hashlib.sha256(data).hexdigest()
             values = (str(key), text, len(data), digest, blob, len(pieces), self._max_bytes, self._max_about_bytes)
             return bool(self._run(PUT, *values))
@@ -188,7 +189,7 @@ class RedisStore(StateStore):
         wanted = list(keys)
         with self._reading:
             if wanted:
-                uses = self._call(self._redis.zmscore, f"{PREFIX}data", [str(key) for key in wanted])
+                uses = self._call(self._redis.zmscore, f"{self._prefix}data", [str(key) for key in wanted])
                 return {key for key, used in zip(wanted, uses, strict=True) if used is not None}
         return set()
 
@@ -209,7 +210,7 @@ class RedisStore(StateStore):
     @property
     def nbytes(self) -> int:
         with self._reading:
-            return int(self._call(self._redis.get, f"{PREFIX}bytes") or 0)
+            return int(self._call(self._redis.get, f"{self._prefix}bytes") or 0)
         return 0
 
     def close(self) -> None:
@@ -224,7 +225,7 @@ class RedisStore(StateStore):
 
     def _read(self, place: str) -> bytes | None:
         blob, pieces = place.split(":")
-        found = [self._call(self._redis.get, f"{PREFIX}blob:{blob}:{i}") for i in range(int(pieces))]
+        found = [self._call(self._redis.get, f"{self._prefix}blob:{blob}:{i}") for i in range(int(pieces))]
         return None if None in found else b"".join(found)
 
     def _drop_data(self, key: Key, place: str) -> bool:

@@ -66,15 +66,17 @@ class Request:
     logits: Tensor | None = field(default=None, init=False)  # [V], after the last token read
 
     def __post_init__(self) -> None:
-        self.position, self.state = self.begin
+        self.begin_at(*self.begin)
         self.unfinished = len(self.sequences)
 
     @property
     def rows(self) -> int:
         return max(1, len(self.sequences))
 
-    def begin_at(self, position: int, state: State) -> None:
+    def begin_at(self, position: int, state: State | None) -> None:
         """So many of the tokens need not be read: a position on the grid, and the state of one row there."""
+        if state is not None and state.layers[0].wkv.device != self.model.device:
+            state = state.to(self.model.device)
         self.begin = self.position, self.state = position, state
 
     def cancel(self) -> None:

@@ -1,8 +1,7 @@
-"""From logits to a token.
+"""How tokens are drawn: the options, and what is kept of a sequence for them; draw.py has the distribution.
 
-- `probabilities` is the whole of it: one function from logits to the distribution that is drawn from
-- what is cut off is decided by a threshold on the probability, so tokens that are equally likely stay or go together
-- the draw runs over the ids in their own order, so that rounding which swaps two close tokens hardly ever changes it
+- penalties touch only the tokens that they are about, not the whole vocabulary
+- logits that nothing changes are read where they are
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, show, unknown_name
+from .draw import COLDEST, HOTTEST, check_logits, draw
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ORDERS = ("temperature-first", "top-p-first")
-COLDEST, HOTTEST = 1e-30, 1e30  # float32 takes what is far below for 0, and what is far above for infinity
 LARGEST = 1e38  # of a logit; float32 ends at 3.4e38
 UNCOUNTED = " \t0123456789"  # what the PyPI package rwkv leaves out of the counts: every token within this text
-OFTEN_ENOUGH = 256  # a nucleus is rarely larger; taking the best 256 costs a tenth of sorting all of World
 
 # Which tokens may come next: called with the token ids generated so far, returns bool [V], or None for all.
 Mask = Callable[[list[int]], "Tensor | None"]
@@ -141,10 +139,18 @@ class Sampler:
             raise InputError("penalize_digits=False needs a tokenizer to know digits by")
         self.sampling = sampling
         self._decode = decode
-        self._prompt, self._earlier = prompt, earlier
-        self._drawn = torch.zeros(0, dtype=torch.bool, device="cpu")  # [V] once logits have shown how many
-        self._repeated = self._drawn  # [V], drawn or in the prompt
-        self._counts = torch.zeros(0, dtype=torch.float64, device="cpu")  # [V], how often each was drawn, faded
+        self._bias = np.array([*sampling.logit_bias], np.int64), _float32([*sampling.logit_bias.values()])
+        self._changes = bool(
+            sampling.repetition_penalty != 1
+            or sampling.logit_bias
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+        )
+        self._drawn, self._repeated = _Counts(), _Counts()  # what was drawn; that and the prompt
+        if sampling.repetition_penalty != 1:
+            self._repeated = _Counts(dict.fromkeys(prompt))
+        for token in earlier:
+            self.count(token)
         # not torch's: on a CPU that takes the last 32 bits of a seed, so that two seeds give one stream
         self._random = np.random.default_rng(sampling.seed)
 
@@ -153,108 +159,71 @@ class Sampler:
     ) -> int:
         """The next token for logits [V]. mask, grammar: bool [V], the tokens that are allowed; banned: ids that are
         not."""
-        logits = self._adjust(logits, mask, banned, grammar)
-        if self.sampling.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            total = probabilities(logits, self.sampling).cumsum(0, dtype=torch.float64)
-            point = self._random.random() * total[-1]
-            token = min(int(torch.searchsorted(total, point, right=True)), len(total) - 1)
-        self.count(token, len(logits))
+        logits = logits.detach().to("cpu", torch.float32).contiguous()
+        if self._changes or mask is not None or grammar is not None or banned:
+            logits = self._adjust(logits, mask, banned, grammar)
+        token = draw(logits, self.sampling, self._random.random() if self.sampling.temperature else 0)
+        self.count(token)
         return token
 
     def _adjust(self, logits: Tensor, mask: Tensor | None, banned: Collection[int], grammar: Tensor | None) -> Tensor:
-        """Logits with penalties, bias and then the mask, float32 on the CPU; the caller's tensor stays as it is."""
+        """A copy of the logits with penalties, bias and then the masks."""
+        check_logits(logits)
         options = self.sampling
-        logits = logits.detach().to("cpu", torch.float32, copy=True)
-        if not logits.max() < math.inf:  # NaN is not smaller either
-            raise InputError("the logits contain NaN or infinity: load the model in float32 or bfloat16, not float16")
-        size = len(logits)
-        self._begin(size)
-        if options.repetition_penalty != 1:
-            penalty = torch.where(logits > 0, 1 / options.repetition_penalty, options.repetition_penalty)
-            logits = torch.where(self._repeated, logits * penalty, logits)
-        for token, bias in options.logit_bias.items():
-            logits[token] += float(bias)  # torch takes no whole number beyond 64 bits
-        if options.presence_penalty or options.frequency_penalty:
-            often = options.frequency_penalty * self._counts.float()
-            logits -= torch.where(self._drawn, options.presence_penalty + often, 0.0)
+        logits = logits.clone()
+        x = logits.numpy()  # the same memory
+        with np.errstate(over="ignore", invalid="ignore"):
+            if options.repetition_penalty != 1:
+                found = x[self._repeated.ids]
+                penalty = np.where(found > 0, _float32(1 / options.repetition_penalty), options.repetition_penalty)
+                x[self._repeated.ids] = found * _float32(penalty)
+            ids, bias = self._bias
+            x[ids] += bias
+            if options.presence_penalty or options.frequency_penalty:
+                often = _float32(options.frequency_penalty) * _float32(self._drawn.counts)
+                x[self._drawn.ids] -= _float32(options.presence_penalty) + often
         if mask is not None:
             if not isinstance(mask, Tensor):
-                raise InputError(f"a mask must be a torch.Tensor, bool [{size}], got {type(mask).__name__}")
+                raise InputError(f"a mask must be a torch.Tensor, bool [{len(x)}], got {type(mask).__name__}")
             if mask.dtype != torch.bool or mask.shape != logits.shape:
                 kind = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
-                raise InputError(f"a mask must be bool [{size}], got {kind}")
+                raise InputError(f"a mask must be bool [{len(x)}], got {kind}")
             logits.masked_fill_(~mask.cpu(), -math.inf)
         if grammar is not None:
             logits.masked_fill_(~grammar, -math.inf)
-        if banned:
-            logits[list(banned)] = -math.inf
-        logits.clamp_(max=LARGEST)  # what a bias or a penalty of 1e39 makes is infinite in float32
-        if logits.max() == -math.inf:
-            raise InputError("no token is left to choose: logit_bias, mask, grammar or min_tokens bans them all")
-        return logits
+        x[list(banned)] = -math.inf
+        return logits.clamp_(max=LARGEST)  # what a bias or a penalty of 1e39 makes is infinite in float32
 
-    def _begin(self, size: int) -> None:
-        """Makes room for counts of so many tokens, once."""
-        if not len(self._counts):
-            self._counts = self._counts.new_zeros(size)
-            self._drawn, self._repeated = self._drawn.new_zeros(size), self._drawn.new_zeros(size)
-            if self.sampling.repetition_penalty != 1 and self._prompt:
-                self._repeated[list(self._prompt)] = True
-            for token in self._earlier:
-                self.count(token, size)
-
-    def count(self, token: int, vocab_size: int) -> None:
+    def count(self, token: int) -> None:
         """Takes a token as drawn, for the penalties."""
-        self._begin(vocab_size)
         options = self.sampling
         if options.repetition_penalty != 1:
-            self._repeated[token] = True
+            self._repeated.add(token, 0)
         if options.presence_penalty or options.frequency_penalty:
-            self._counts *= options.penalty_decay
-            self._drawn[token] = True
-            if options.penalize_digits or self._decode is None or self._decode(token) not in UNCOUNTED:
-                self._counts[token] += 1
+            counted = options.penalize_digits or self._decode is None or self._decode(token) not in UNCOUNTED
+            self._drawn.counts *= options.penalty_decay
+            self._drawn.add(token, int(counted))
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution over the next token: logits [V] -> [V], what is cut off exactly 0."""
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
-    logits = logits - logits.max()  # so that no temperature overflows
-    tempered = logits / min(max(sampling.temperature, COLDEST), HOTTEST)
-    tempered_first = sampling.order == "temperature-first"
-    p = torch.softmax(tempered if tempered_first else logits, 0)
-    threshold = _threshold(p, sampling, mass_of_top_k=tempered_first)
-    if threshold == 0:
-        return torch.softmax(tempered, 0)
-    return torch.softmax(tempered.masked_fill_(p < threshold, -math.inf), 0)
+class _Counts:
+    """Different token ids, and for each a count."""
+
+    def __init__(self, ids: Collection[int] = ()):
+        self.ids = np.array([*ids], np.int64)
+        self.counts = np.zeros(len(ids))
+        self._places = {token: i for i, token in enumerate(ids)}
+
+    def add(self, token: int, count: float) -> None:
+        if token not in self._places:
+            self._places[token] = len(self.ids)
+            self.ids, self.counts = np.append(self.ids, token), np.append(self.counts, 0.0)
+        self.counts[self._places[token]] += count
 
 
-def _threshold(p: Tensor, sampling: Sampling, mass_of_top_k: bool) -> float:
-    """The probability below which tokens are cut off. mass_of_top_k: top_p counts only what top_k left."""
-    threshold = sampling.min_p * float(p.max()) if sampling.min_p else 0.0
-    mass = sampling.top_p
-    if 0 < sampling.top_k < len(p):
-        best = p.topk(sampling.top_k).values
-        threshold = max(threshold, float(best[-1]))
-        if mass_of_top_k:
-            mass *= float(best.sum(dtype=torch.float64))
-    if sampling.top_p < 1:
-        threshold = max(threshold, _nucleus(p, mass))
-    return threshold
-
-
-def _nucleus(p: Tensor, mass: float) -> float:
-    """The least likely token's probability in the smallest set of most likely tokens that reaches `mass`."""
-    best = p.topk(min(OFTEN_ENOUGH, len(p))).values
-    total = best.cumsum(0, dtype=torch.float64)
-    if total[-1] < mass:
-        possible = p[p > (1 - mass) / len(p)]  # all others together do not make up what may be missing
-        best = torch.from_numpy(np.sort(possible.numpy())[::-1].copy())  # three times as fast as torch.sort
-        total = best.cumsum(0, dtype=torch.float64)
-    return float(best[min(int(torch.searchsorted(total, mass)), len(best) - 1)])
+def _float32(x: Any) -> Any:
+    """Infinite beyond what float32 holds."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x, np.float64).astype(np.float32)
 
 
 def _expect(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:

@@ -147,6 +147,11 @@ class StateCache:
         """Waits until all states are in the store; False if that takes more seconds."""
         return self._writer is None or self._writer.flush(timeout)
 
+    def expire(self, before: float) -> None:
+        """Drops from the store what was last used before a time, in seconds since 1970."""
+        if self._store is not None:
+            self._store.expire(KIND, before, before)
+
     def close(self, timeout: float = 60) -> None:
         """Stores what is not stored yet, for so many seconds at most; after it nothing more is stored."""
         if self._writer is not None:

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from ..engine.chat import choose_template
-from ..engine.completion import Completion, TokenLogprob
-from ..engine.constraints import Grammar
-from ..engine.presets import preset_by_name
-from ..engine.sampling import Sampling
-from ..engine.tool_grammars import call_grammar
-from ..text.chat_templates import Prompt, Template, prepare
-from ..text.thinking import EFFORTS
-from ..text.tool_calls import AnswerParser
-from ..text.tool_styles import style_by_name
-from ..text.tools import Tool, ToolCall, read_tools
-from .bodies import SamplingBody
+from ..text.tools import ToolCall
+from .answers import Answer, AnswerPiece
 from .errors import ApiError
 from .generation import Generation
 from .models import ServedModel
+from .prompts import AnswerBody, answer_decoding, read_prompt
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import TokenNames, chat_logprob
@@ -33,30 +23,13 @@ from .tokens import TokenNames, chat_logprob
 router = APIRouter()
 
 
-class TemplateOptions(BaseModel):
-    """What vLLM's clients send for the template."""
-
-    enable_thinking: bool | None = None
-
-
-class ChatBody(SamplingBody):
+class ChatBody(AnswerBody):
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = Field(None, ge=0, le=1 << 30)
     max_tokens: int | None = Field(None, ge=0, le=1 << 30, description="the old name")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    tool_style: str | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    enable_think: bool | None = None
-    think: str | bool | None = Field(None, description="a mode of thinking, or whether to think")
-    opening: str | None = None
     continue_final_message: bool = False
-    preserve_reasoning: bool = False
-    preset: str | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
@@ -79,7 +52,7 @@ class _Call:
     def __init__(self, server: Server, model: ServedModel, body: ChatBody, owner: str):
         _check(body)
         self.body, self.names = body, TokenNames(model.speaker.tokenizer)
-        prompt, call = _read_prompt(model, body)
+        prompt = read_prompt(model, body.messages, body, continue_final_message=body.continue_final_message)
         self.ids = [
             *model.speaker.encode(prompt.context, begins=True),
             *model.speaker.tokenizer.encode(prompt.beginning),
@@ -88,24 +61,21 @@ class _Call:
         limits = (body.max_completion_tokens, body.max_tokens, server.most_tokens)
         max_tokens = next(limit for limit in limits if limit is not None)
         n = body.n or 1
-        default = Sampling().replace(**prompt.template.sampling)
-        if body.preset is not None:
-            default = preset_by_name(body.preset)
-        self.answers = [_Answer(self, prompt) for _ in range(n)]
-        decoding = body.decoding(model, max_tokens, default, top, n)
+        only_one = body.parallel_tool_calls is False
+        self.answers = [Answer(prompt, body.stops, only_one) for _ in range(n)]
         self.generation = Generation(
             server,
             model,
             self.ids,
             prompt.text,
-            decoding if call is None else replace(decoding, grammar=call),
+            answer_decoding(model, body, prompt, max_tokens, top, n),
             stops=prompt.template.stops,
             owner=owner,
             written=prompt.opening + prompt.beginning,
         )
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model.name}
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, _Piece], None]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, AnswerPiece], None]:
         """The pieces of all answers, each with its number."""
         async for piece in self.generation.pieces():
             i = piece.choice
@@ -115,13 +85,13 @@ class _Call:
             yield i, taken
 
     async def answer(self) -> dict[str, Any]:
-        parts: list[list[_Piece]] = [[] for _ in self.answers]
+        parts: list[list[AnswerPiece]] = [[] for _ in self.answers]
         async for i, piece in self.pieces():
             parts[i].append(piece)
         choices = [self._choice(i, pieces) for i, pieces in enumerate(parts)]
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
 
-    def _choice(self, i: int, pieces: Sequence[_Piece]) -> dict[str, Any]:
+    def _choice(self, i: int, pieces: Sequence[AnswerPiece]) -> dict[str, Any]:
         calls = [_describe(call) for piece in pieces for call in piece.calls]
         content = "".join(piece.content for piece in pieces)
         reasoning = "".join(piece.reasoning for piece in pieces)
@@ -175,55 +145,6 @@ class _Call:
         }
 
 
-class _Piece:
-    """What is new of an answer. logprobs: of the tokens of its content."""
-
-    def __init__(self, reasoning: str, content: str, calls: list[ToolCall], reason: str | None):
-        self.reasoning, self.content, self.calls, self.finish_reason = reasoning, content, calls, reason
-        self.logprobs: list[TokenLogprob] = []
-
-
-class _Answer:
-    """Takes the text of one answer apart.
-
-    written: its tokens so far; thought: those of them that were thoughts.
-    """
-
-    def __init__(self, call: _Call, prompt: Prompt):
-        body = call.body
-        self.parser = AnswerParser(prompt.tools, opening=prompt.opening, beginning=prompt.beginning, stops=body.stops)
-        self.only_one = body.parallel_tool_calls is False
-        self.any_call = False
-        self.written = self.thought = 0
-        self.held: list[TokenLogprob] = []  # of tokens whose text is held
-
-    def take(self, piece: Completion) -> _Piece:
-        """The next piece; it has a finish_reason where the answer is over, which may be before the text is."""
-        self.written = piece.usage.completion_tokens
-        new = self.parser.feed(piece.text)
-        reasoning, content, calls = new
-        reason: str | None = piece.finish_reason
-        if self.parser.stopped or (self.only_one and self.parser.has_called):
-            reason = "stop"
-        if reason is not None:
-            rest = self.parser.finish()
-            reasoning, content, calls = reasoning + rest.reasoning, content + rest.content, calls + rest.calls
-        if self.parser.is_thinking or (reasoning and not content):
-            self.thought = self.written
-        if self.only_one:
-            calls = calls[: 0 if self.any_call else 1]
-        self.any_call |= bool(calls)
-        if self.any_call and reason is not None:
-            reason = "tool_calls"
-        found = _Piece(reasoning, content, calls, reason)
-        self.held += piece.logprobs or ()
-        if content:
-            found.logprobs, self.held = self.held, []
-        elif reasoning or calls:
-            self.held = []
-        return found
-
-
 def _describe(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
@@ -241,70 +162,3 @@ def _check(body: ChatBody) -> None:
             raise ApiError(400, f"{name} is not served here", name)
     if body.modalities not in (None, ["text"]):
         raise ApiError(400, "only text is written here", "modalities")
-
-
-def _read_prompt(model: ServedModel, body: ChatBody) -> tuple[Prompt, Grammar | None]:
-    """The prompt that a request asks for, and the form of the answer if it must be a call."""
-    speaker = model.speaker
-    template = choose_template(speaker, None)
-    plain = isinstance(template, Template)
-    style = body.tool_style or (speaker.tool_style if plain else None)
-    used = style or (template.tool_style if isinstance(template, Template) else None)
-    tools, call = _choose_tools(body, used)
-    opening = body.opening or (call if plain else None)
-    if opening is None and plain and tools and body.read_grammar() is not None:
-        opening = "plain"  # the answer has the form that is asked for, not that of a call
-    prompt = prepare(
-        body.messages,
-        template,
-        tools=tools,
-        tool_style=style,
-        think=_choose_thinking(body),
-        opening=opening,
-        continue_final_message=body.continue_final_message,
-        preserve_reasoning=body.preserve_reasoning,
-    )
-    must_call = used is not None and call is not None and prompt.opening.strip() == call.strip()
-    return prompt, call_grammar(tools.values(), style_by_name(str(used))) if must_call else None
-
-
-def _choose_tools(body: ChatBody, style: str | None) -> tuple[dict[str, Tool], str | None]:
-    """The tools that may be called, and what the answer begins with if one must be."""
-    tools, choice = read_tools(body.tools), body.tool_choice
-    if choice in (None, "auto"):
-        return tools, None
-    if choice == "none":
-        return {}, None
-    if not tools:
-        raise ApiError(400, "tool_choice needs tools", "tool_choice")
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools") or {}
-        named = read_tools(allowed.get("tools"))
-        if unknown := [name for name in named if name not in tools]:
-            raise ApiError(400, f"tool_choice allows {unknown[0]!r}, which is not among the tools", "tool_choice")
-        tools, choice = {name: tools[name] for name in named}, allowed.get("mode", "auto")
-        if choice == "auto":
-            return tools, None
-    if style is None:
-        return tools, None
-    if choice == "required":
-        return tools, f" {style_by_name(style).begin_call()}"
-    name = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
-    if name not in tools:
-        raise ApiError(400, "tool_choice must be none, auto, required or one of the tools", "tool_choice")
-    return {str(name): tools[str(name)]}, f" {style_by_name(style).begin_call(str(name))}"
-
-
-def _choose_thinking(body: ChatBody) -> str | None:
-    """The mode of thinking; None = that of the template."""
-    if isinstance(body.think, str):
-        return body.think
-    if body.reasoning_effort is not None:
-        if body.reasoning_effort not in EFFORTS:
-            known = ", ".join(EFFORTS)
-            raise ApiError(400, f"reasoning_effort must be one of {known}", "reasoning_effort")
-        return EFFORTS[body.reasoning_effort]
-    options = body.chat_template_kwargs
-    switches = (body.think, body.enable_think, options.enable_thinking if options else None)
-    switch = next((switch for switch in switches if switch is not None), None)
-    return None if switch is None else "open" if switch else "fake"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -10,13 +11,17 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from ..engine.answer_state import AnswerState
 from ..engine.completion import Completion, TokenLogprob
 from ..engine.sampling import Sampling
 from ..text.chat_templates import FIM_STOPS
+from . import named_states
 from .bodies import SamplingBody
 from .errors import ApiError
 from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
+from .named_states import Begin, InlineState
+from .reading import read_tokens
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import TokenNames, columns
@@ -36,13 +41,17 @@ class CompletionBody(SamplingBody):
     return_token_ids: bool | None = None
     include_stop_str_in_output: bool | None = None
     suffix: str | None = Field(None, description="what comes behind: the text between is written")
+    state: str | InlineState | None = Field(None, description="what the prompt goes on from: a name, or a state itself")
+    save_state: str | None = Field(None, description="the name under which the state after the completion is kept")
+    return_state: bool | None = Field(None, description="with every completion, the state after it")
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continues texts, or lists of token ids."""
     server = server_of(request)
-    call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    model, owner = server.models.find(body.model), owner_of(request)
+    call = _Call(server, model, body, owner, await named_states.begin_from(server, model, owner, body.state))
     await submit_all(call.generations)
     if body.stream:
         return await stream_events(call.stream())
@@ -52,8 +61,9 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
 class _Call:
     """All prompts of one request, each with n completions; a choice's index is i * n + k."""
 
-    def __init__(self, server: Server, model: ServedModel, body: CompletionBody, owner: str):
-        self.body, self.model = body, model
+    def __init__(self, server: Server, model: ServedModel, body: CompletionBody, owner: str, begin: Begin | None):
+        self.server, self.body, self.model, self.owner, self.begin = server, body, model, owner, begin
+        self.save_as = None if body.save_state is None else named_states.key_of(owner, body.save_state)
         self.n, self.rows = body.n or 1, body.best_of or body.n or 1
         _check(body, self.n)
         tokenizer = model.speaker.tokenizer
@@ -61,16 +71,25 @@ class _Call:
         prompts, stops = _split(body.prompt), body.stops
         if body.suffix is not None:
             prompts, stops = [_with_gap(model, prompt, body.suffix) for prompt in prompts], (*stops, *FIM_STOPS)
-        self.encoded = [model.speaker.encode(prompt, begins=bool(body.add_special_tokens)) for prompt in prompts]
+        self.encoded = [
+            model.speaker.encode(prompt, begins=begin is None and bool(body.add_special_tokens)) for prompt in prompts
+        ]
         self.texts = [x if isinstance(x, str) else tokenizer.decode(x) for x in prompts]
         top = body.logprobs if self.rows == self.n else body.logprobs or 0
         max_tokens = server.most_tokens if body.max_tokens is None else body.max_tokens
         decoding = body.decoding(model, max_tokens, PLAIN, top, self.rows)
         options: dict[str, Any] = {"stops": stops, "keep_stop": bool(body.include_stop_str_in_output)}
         options |= {"prompt_logprobs": body.logprobs if body.echo else None, "owner": owner}
+        options |= {"begin": begin and begin.state}
+        before = begin.state.texts[0] if begin else ""
+        wanted = self.rows if body.return_state or self.save_as else 0
+        self.states = [
+            [AnswerState(before + text, len(ids)) for _ in range(wanted)]
+            for text, ids in zip(self.texts, self.encoded, strict=True)
+        ]
         self.generations = [
-            Generation(server, model, ids, text, decoding, **options)
-            for ids, text in zip(self.encoded, self.texts, strict=True)
+            Generation(server, model, ids, text, decoding, keep=keep, **options)
+            for ids, text, keep in zip(self.encoded, self.texts, self.states, strict=True)
         ]
         self.head = {
             "id": new_id("cmpl"),
@@ -86,7 +105,7 @@ class _Call:
         for i, completions in enumerate(found):
             best = sorted(completions, key=_mean_logprob, reverse=True)[: self.n]
             for k, completion in enumerate(best if self.rows > self.n else completions):
-                choices.append(_Choice(self, i, i * self.n + k).part(completion))
+                choices.append(_Choice(self, i, i * self.n + k).part(completion) | await self._state_of(i, completion))
         return self.head | {"choices": choices, "usage": self._usage(written)}
 
     async def stream(self) -> AsyncGenerator[str, None]:
@@ -100,11 +119,31 @@ class _Call:
                 written[index] = piece.usage.completion_tokens
                 if self.body.continuous_usage:
                     usage = {"usage": self._usage(sum(written.values()))}
-                yield event(self.head | {"choices": [part]} | usage)
+                yield event(self.head | {"choices": [part | await self._state_of(i, piece)]} | usage)
             if self.body.include_usage:
                 yield event(self.head | {"choices": [], "usage": self._usage(sum(written.values()))})
         finally:
             cancel_all(self.generations)
+
+    async def _state_of(self, i: int, piece: Completion) -> dict[str, Any]:
+        """What a choice has besides, at its end, where its state was asked for."""
+        if not self.states[i] or piece.finish_reason is None:
+            return {}
+        ending = self.states[i][piece.choice].ending
+        assert ending is not None
+        state, n_tokens = ending.state, ending.n_tokens
+        if ending.owed:  # of a token that a stop string cut
+            ids, text = self.model.speaker.tokenizer.encode(ending.owed), state.texts[0] + ending.owed
+            state = (await read_tokens(self.server, self.model, ids, state, self.owner)).with_texts([text])
+            n_tokens += len(ids)
+        found: dict[str, Any] = {}
+        if self.save_as is not None:
+            known = 0 if self.begin is None else self.begin.n_tokens
+            total = None if known is None else known + n_tokens
+            found = await named_states.keep(self.server, self.save_as, state, self.model, total, "completion")
+        if self.body.return_state:
+            found |= await asyncio.to_thread(named_states.inline, state, self.model)
+        return {"state": found}
 
     def _usage(self, written: int) -> dict[str, Any]:
         read = sum(map(len, self.encoded))
@@ -153,6 +192,8 @@ class _Choice:
 
 def _check(body: CompletionBody, n: int) -> None:
     """ApiError for fields that contradict each other."""
+    if body.save_state is not None and (n > 1 or (body.best_of or 1) > 1 or len(_split(body.prompt)) > 1):
+        raise ApiError(400, "save_state needs one prompt with one completion", "save_state")
     if body.best_of is not None and body.best_of < n:
         raise ApiError(400, f"best_of must be at least n, which is {n}", "best_of")
     if body.best_of is not None and body.best_of > n and body.stream:

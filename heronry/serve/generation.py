@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from ..engine.answer_state import AnswerState
 from ..engine.batch import Row
 from ..engine.completion import Completion, Pieces, TokenLogprob, join
 from ..engine.decode_batch import Event, SequenceDecoder
@@ -17,6 +18,7 @@ from ..engine.options import Decoding
 from ..engine.requests import Request
 from ..models import State
 from .models import ServedModel
+from .reading import begin_cached
 from .server import Server
 
 T = TypeVar("T")
@@ -48,6 +50,9 @@ class Generation:
         prompt_logprobs: int | None = None,
         owner: str = "",
         written: str | None = None,
+        begin: State | None = None,
+        keep: Sequence[AnswerState] = (),
+        is_over: Callable[[str], bool] | None = None,
     ):
         """
         Args:
@@ -56,6 +61,9 @@ class Generation:
             stops: strings that end a completion.
             keep_stop: the one that does is part of it.
             written: of an answer in a chat, at the end of the prompt.
+            begin: the state of one row that the prompt continues; None = it begins a text.
+            keep: one for each completion, each of which is followed to its state.
+            is_over: called with each piece of the one completion, on the scheduler's thread; True ends it.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
@@ -69,6 +77,7 @@ class Generation:
         self._min_tokens = decoding.min_tokens
         self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
+        self._continues, self._keep, self._is_over = begin is not None, keep, is_over
         self.begun = self.read = self.latest = time.perf_counter()
         self.stopped_by: dict[int, str | int] = {}
         self.cached_tokens = 0
@@ -92,7 +101,7 @@ class Generation:
                 for i, sampling in enumerate(decoding.samplings)
             ],
             self,
-            (0, speaker.start),
+            (0, speaker.start if begin is None else begin),
             prompt_logprobs=prompt_logprobs,
             owner=owner,
         )
@@ -103,20 +112,15 @@ class Generation:
         Raises:
             InputError, Busy: see `Scheduler.submit`.
         """
-        request, cache = self._request, self._server.cache
+        request = self._request
         self._server.scheduler.check(request)
         matcher = await asyncio.to_thread(self._make_matcher)  # compiling a grammar takes its time
         if matcher is not None:
             for sequence in request.sequences:
                 sequence.matcher = matcher.copy()
-        if cache is not None and request.prompt_logprobs is None:
-            root = self._server.root_of(self._model, request.owner)
-            found = await asyncio.to_thread(cache.lookup, root, request.tokens)
-            if found is not None:
-                request.begin_at(*found)
-                self.cached_tokens = found[0]
-            request.cuts = cache.cut_positions(root, request.tokens, start=self.cached_tokens)
-            request.on_cut = partial(cache.put, root, request.tokens)
+        if not self._continues:
+            await begin_cached(self._server, self._model, request)
+            self.cached_tokens = request.position
         self._server.scheduler.submit(request)
 
     def cancel(self) -> None:
@@ -168,6 +172,8 @@ class Generation:
 
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
         self.prompt_logprobs, self.read = logprobs, time.perf_counter()
+        for keep in self._keep:
+            keep.begin(state)
 
     def on_event(self, event: Event) -> bool:
         choice = event.index
@@ -181,10 +187,18 @@ class Generation:
             self.stopped_by[choice] = row.buffer.found
         elif event.stop_id in self._stop_ids:
             self.stopped_by[choice] = event.stop_id
+        if piece is None:
+            is_last = False
+        else:
+            if piece.finish_reason is None and self._is_over is not None and self._is_over(piece.text):
+                piece = replace(piece, finish_reason="stop")
+            is_last = piece.finish_reason is not None
+            piece = replace(piece, make_state=_no_state)
+        if self._keep:
+            self._keep[choice].push(event, row, piece)
         if piece is not None:
-            last = piece.finish_reason is not None
-            self._hand_over(piece if last else replace(piece, make_state=_no_state))
-        return not row.buffer.stopped
+            self._hand_over(piece)
+        return not is_last
 
     def on_error(self, error: Exception) -> None:
         self._hand_over(error)
@@ -195,7 +209,7 @@ class Generation:
 
 
 def _no_state() -> State:
-    raise RuntimeError("the batch has moved on: only the last piece of a completion has its state")
+    raise RuntimeError("the batch has moved on: an AnswerState has the state of a completion")
 
 
 async def submit_all(generations: Sequence[Generation]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from ..engine.kept_states import KeptStates
 from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 class Server:
     """
     cache: of the states of prompts' beginnings.
+    kept: states with names, of responses and others.
     keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
     """
@@ -29,6 +31,7 @@ class Server:
     models: ModelTable
     scheduler: Scheduler
     metrics: Metrics
+    kept: KeptStates
     cache: StateCache | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096

@@ -128,8 +128,14 @@ def prepare(
     opening: str | None = None,
     continue_final_message: bool = False,
     preserve_reasoning: bool = False,
+    after: int = 0,
 ) -> Prompt:
-    """As `render`, with what is needed to read the answer."""
+    """As `render`, with what is needed to read the answer.
+
+    after: so many of the messages, the last of them an answer, were read already: the context is only what comes behind
+        them, without the separator in front of it. A template in Jinja, whose text of them may be another by now, shows
+        all.
+    """
     parsed, known = parse_messages(messages), read_tools(tools)
     last = parsed[-1]
     if last.calls:
@@ -149,7 +155,7 @@ def prepare(
             name = "opening" if tool_style is None else "tool_style"
             raise InputError(f"{chosen.name}: shows tools and answers by itself; leave {name} out", param=name)
         return _prepare_in_jinja(shown, chosen, known, think)
-    return _prepare(shown, chosen, known, tool_style, think, opening)
+    return _prepare(shown, chosen, known, tool_style, think, opening, after)
 
 
 def _prepare(
@@ -159,6 +165,7 @@ def _prepare(
     tool_style: str | None,
     think: str | None,
     opening: str | None,
+    after: int,
 ) -> Prompt:
     own = template
     style: ToolStyle | None = None if tool_style is None else style_by_name(tool_style)
@@ -185,7 +192,8 @@ def _prepare(
     if thinking is not None and thinking.hint and asked >= 0:
         question = [message for message in plain if message["role"] == "user"][-1]
         question["content"] += thinking.hint
-    return Prompt(own.render_prompt(plain) + begun, begun, beginning, own, tools)
+    new = plain[len(_plain(history[:after], own, style, tools)) :] if after else plain
+    return Prompt(own.render_prompt(new) + begun, begun, beginning, own, tools)
 
 
 def _plain(

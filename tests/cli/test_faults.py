@@ -117,7 +117,11 @@ def write_something(target: Path) -> dict[str, bytes]:
 def test_every_command_is_in_a_table():
     lines = [line for line, _ in (*WRITERS.values(), *SLOW_WRITERS.values())] + [*PRINTERS.values(), *LOADERS.values()]
     named = {line.split()[0] for line in lines}
-    assert {function.__name__ for function in COMMANDS} - named == {"pull", "rm"}  # which are in test_models.py
+    assert {function.__name__ for function in COMMANDS} - named == {
+        "pull",
+        "rm",
+        "serve",
+    }  # test_models.py, tests/serve
 
 
 @pytest.mark.parametrize("name", [*WRITERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_WRITERS)])

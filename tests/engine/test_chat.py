@@ -243,14 +243,14 @@ def test_states_are_those_of_the_text_read_at_once(llm):
 
 
 def test_few_states_are_held_at_a_time(scripted, monkeypatch):
-    held, real = [], chat_file._useful
+    held, real = [], chat_file.useful_marks
 
     def useful(*args):
         marks = real(*args)
         held.append(len(marks))
         return marks
 
-    monkeypatch.setattr(chat_file, "_useful", useful)
+    monkeypatch.setattr(chat_file, "useful_marks", useful)
     chat, _ = talk(scripted, [" Hi", *["\n"] * 200, "a", *[" ", "b"] * 50])
     chat.say("x")
     assert len(held) > 300

@@ -1,4 +1,4 @@
-"""Stores of states: a folder and a real Redis, which must do the same."""
+"""Stores of states: a folder, a real Redis and RAM, which must do the same."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from redis_server import RedisServer
 
 from heronry.engine import disk_store, redis_store
 from heronry.engine.disk_store import DiskStore
+from heronry.engine.memory_store import MemoryStore
 from heronry.engine.redis_store import RedisStore
-from heronry.engine.state_store import Key
+from heronry.engine.state_store import MAX_ABOUT_BYTES, Key
 from heronry.errors import InputError
 
 A, B, C, D = (Key("state", "t", name) for name in "abcd")
@@ -32,9 +33,18 @@ def redis(tmp_path_factory):
     server.stop()
 
 
-@pytest.fixture(params=["disk", "redis"])
+@pytest.fixture(params=["disk", "redis", "memory"])
 def open_store(request, tmp_path):
     """A function that opens the same store again, with other bounds."""
+    if request.param == "memory":
+        store = MemoryStore(0)
+
+        def with_bounds(max_bytes: int, max_about_bytes: int = MAX_ABOUT_BYTES) -> MemoryStore:
+            store._max_bytes, store._max_about_bytes = max_bytes, max_about_bytes
+            return store
+
+        yield with_bounds
+        return
     if request.param == "disk":
         yield lambda *bounds: DiskStore(tmp_path / "states", *bounds)
         return

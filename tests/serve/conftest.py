@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,20 @@ def server() -> Iterator[Process]:
     found = Process()
     yield found
     assert found.stop() == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    """Starts servers of a test's own, with options; what still runs at its end is killed."""
+    started: list[Process] = []
+
+    def begin(*options: str) -> Process:
+        started.append(Process(*options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.process.kill()
 
 
 @pytest.fixture

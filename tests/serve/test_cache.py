@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from server_process import Process
 
 STORY = "Once upon a time there was a little girl named Lily. She had a red ball and a blue car. " * 12
 
@@ -43,11 +42,11 @@ def test_a_conversation_goes_on_from_its_state(client):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_owners_and_a_restart(tmp_path, tmp_key_file, stored):
-    options = ["--api-keys", str(tmp_key_file), *(["--cache-dir", str(tmp_path / "states")] if stored else [])]
+def test_owners_and_a_restart(start, tmp_path, tmp_key_file, stored):
+    options = ["--api-keys", str(tmp_key_file), *(["--store", str(tmp_path / "states")] if stored else [])]
     counts = []
     for _ in range(2):
-        server = Process(*options)
+        server = start(*options)
         for owner in ("ann", "ann", "bob"):
             with httpx.Client(base_url=server.url, timeout=30, headers={"x-api-key": f"key-of-{owner}"}) as http:
                 counts.append(ask(http, STORY)[1])

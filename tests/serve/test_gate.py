@@ -11,7 +11,6 @@ import time
 import httpx
 import openai
 import pytest
-from server_process import Process
 from typer.testing import CliRunner
 
 from heronry.cli.app import app
@@ -93,8 +92,8 @@ def test_metrics(http):
     assert value(after, "heronry:time_to_first_token_seconds_count") > 0
 
 
-def test_keys_sizes_and_the_end(tmp_key_file):
-    server = Process("--api-keys", str(tmp_key_file), "--max-body", "2000", "--drain", "20")
+def test_keys_sizes_and_the_end(start, tmp_key_file):
+    server = start("--api-keys", str(tmp_key_file), "--max-body", "2000", "--drain", "20")
     with httpx.Client(base_url=server.url, timeout=30) as http:
         assert http.get("/health").status_code == 200
         for headers in ({}, {"authorization": "Bearer wrong"}):

@@ -23,8 +23,8 @@ def test_64_clients_are_served_as_one_is(server, http):
     assert rows(server) == 0
 
 
-def test_of_200_clients_none_is_cut():
-    server = Process("--max-rows", "16", "--max-waiting", "40", "--log-level", "warning")
+def test_of_200_clients_none_is_cut(start):
+    server = start("--max-rows", "16", "--max-waiting", "40", "--log-level", "warning")
     _, heard = asyncio.run(load(*address(server), 200, 8))
     served = [x for x in heard if x.status == 200]
     assert all(x.complete for x in served)
@@ -34,10 +34,12 @@ def test_of_200_clients_none_is_cut():
     async def refused() -> httpx.Response:
         """A reply while the queue is full."""
         endless = {"prompt": "Once", "max_tokens": 10**6, "ignore_eos": True}
-        many = [asyncio.ensure_future(stream(*address(server), endless)) for _ in range(60)]
+        many = []
         async with httpx.AsyncClient(base_url=server.url) as http:
-            while (await http.get("/health")).json()["waiting"] < 40:
-                await asyncio.sleep(0.02)
+            for what, n in (("decoding", 16), ("waiting", 40)):
+                many += [asyncio.ensure_future(stream(*address(server), endless)) for _ in range(n)]
+                while (await http.get("/health")).json()[what] < n:
+                    await asyncio.sleep(0.02)
             found = await http.post("/v1/completions", json=endless)
         for task in many:
             task.cancel()
@@ -55,9 +57,9 @@ def test_of_200_clients_none_is_cut():
     server.stop()
 
 
-def test_a_short_soak():
+def test_a_short_soak(start):
     """The long one is `make soak`."""
-    server = Process("--log-level", "warning", "--max-rows", "8")
+    server = start("--log-level", "warning", "--max-rows", "8")
     counts, memory = asyncio.run(soak(server, 3, clients=12))
     assert counts["cut"] == 0
     assert counts["complete"] > 5

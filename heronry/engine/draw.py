@@ -1,0 +1,151 @@
+"""From logits to a token: the distribution that `Sampling` describes, and the draw from it.
+
+- a token weighs a whole number, 2^34 times its probability relative to that of the most likely one: sums of weights are
+  exact in float64, so they depend neither on the order nor on the processor, and a seed draws the same token everywhere
+- what is cut off is decided by a threshold on the weight, so tokens that are equally likely stay or go together
+- the draw runs over the ids in their own order, so that rounding which swaps two close tokens hardly ever changes it
+- this file is the definition; C++ (draw.cpp) does the same to the bit, some 15 times faster
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import build
+from ..errors import InputError
+from ..memory import Scratch
+
+if TYPE_CHECKING:
+    from .sampling import Sampling
+
+COLDEST, HOTTEST = 1e-30, 1e30  # float32 takes what is far below for 0, and what is far above for infinity
+BEST = 2.0**34  # the weight of the most likely token
+BLOCK = 256  # in draw.cpp
+scratch = Scratch()
+
+
+class _Options(ctypes.Structure):  # Options in draw.cpp
+    _fields_ = [
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        ("temperature", ctypes.c_float),
+        ("inverse", ctypes.c_float),
+        ("tempered_first", ctypes.c_int32),
+    ]
+
+
+def draw(logits: Tensor, sampling: Sampling, random: float) -> int:
+    """The token that `random`, evenly distributed over 0 to 1, falls on. logits: float32 [V], contiguous, on the CPU.
+
+    Raises:
+        InputError: NaN, infinity, or nothing but minus infinity.
+    """
+    function = _native()
+    if function is None:
+        return draw_in_python(logits, sampling, random)
+    size = len(logits)
+    options = _Options(
+        min(sampling.top_k, size),
+        sampling.top_p,
+        sampling.min_p,
+        sampling.temperature and 1,
+        _inverse(sampling.temperature) if sampling.temperature else 0,
+        sampling.order == "temperature-first",
+    )
+    memory = scratch.take(12 * (size + BLOCK))
+    token: int = function(logits.data_ptr(), size, ctypes.byref(options), random, memory.data_ptr())
+    scratch.give_back(memory)
+    if token < 0:
+        check_logits(logits)
+    return token
+
+
+@cache
+def _native() -> Any:
+    library = build.library(Path(__file__).with_suffix(".cpp"))
+    if library is None:
+        return None
+    function = library.draw
+    function.restype = ctypes.c_int64
+    pointer = ctypes.c_void_p
+    function.argtypes = [pointer, ctypes.c_int64, pointer, ctypes.c_double, pointer]
+    return function
+
+
+def draw_in_python(logits: Tensor, sampling: Sampling, random: float) -> int:
+    """As `draw`, which it defines."""
+    check_logits(logits)
+    if sampling.temperature == 0:
+        return int(logits.numpy().argmax())
+    weights, stays = _weights_and_cut(logits, sampling)
+    total = np.where(stays, weights, 0).cumsum(dtype=np.float64)
+    point = min(random * total[-1], total[-1] - 1)
+    return int(total.searchsorted(point, side="right"))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution over the next token: logits [V] -> [V], what is cut off exactly 0. What is less likely than
+    2^-35 of the best is never drawn."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
+    logits = logits.float()
+    stays = torch.from_numpy(_weights_and_cut(logits, sampling)[1])
+    tempered = (logits - logits.max()) * _inverse(sampling.temperature)
+    return torch.softmax(tempered.masked_fill_(~stays, -torch.inf), 0)
+
+
+def check_logits(logits: Tensor) -> None:
+    """InputError for logits that no token can be drawn from."""
+    most = float(logits.max())
+    if not most < torch.inf:  # NaN is not smaller either
+        raise InputError("the logits contain NaN or infinity: load the model in float32 or bfloat16, not float16")
+    if most == -torch.inf:
+        raise InputError("no token is left to choose: logit_bias, mask, grammar or min_tokens bans them all")
+
+
+def _inverse(temperature: float) -> float:
+    """Of a temperature that is not 0."""
+    return float(np.float32(1 / min(max(temperature, COLDEST), HOTTEST)))
+
+
+def _weights_and_cut(logits: Tensor, sampling: Sampling) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The weights of all tokens [V], and which of them stay."""
+    tempered_first = sampling.order == "temperature-first"
+    weights = _weigh(logits.numpy(), _inverse(sampling.temperature))
+    sizes = weights if tempered_first else _weigh(logits.numpy(), 1)
+    ordered = np.sort(sizes)[::-1]
+    total = ordered.cumsum(dtype=np.float64)
+    least, mass = sampling.min_p * BEST, sampling.top_p * total[-1]
+    if 0 < sampling.top_k < len(ordered):
+        least = max(least, float(ordered[sampling.top_k - 1]))
+        if tempered_first:  # then top_p counts only what top_k left
+            mass = sampling.top_p * total[sampling.top_k - 1]
+    if sampling.top_p < 1:
+        least = max(least, float(ordered[total.searchsorted(mass)]))
+    return weights, sizes >= least
+
+
+def _weigh(logits: NDArray[np.float32], inverse: float) -> NDArray[np.float32]:
+    """BEST * exp((logits - max) * inverse), rounded to whole numbers; with the exponential of ops/simd.h, as the other
+    body."""
+    f = np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = np.maximum((logits - logits.max()) * f(inverse), f(-87.4))
+    magic = f(12582912)  # 1.5 * 2^23: adding it rounds to whole numbers
+    n = (x * f(1.44269504) + magic) - magic
+    r = x - n * f(0.693359375) + n * f(2.12194440e-4)
+    p = np.full_like(x, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + f(c)
+    p = p * r * r + r + f(1)
+    weight = np.where(x < f(-87.33654), f(0), np.ldexp(p, n.astype(np.int32)) * f(BEST))
+    return np.rint(weight)

@@ -1,0 +1,106 @@
+"""Responses that are kept: their items, and the state after the answer, from which the next turn goes on.
+
+The items outlive the state: where it is gone, or was read under other instructions, they are read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.answer_state import Ending
+from ..engine.kept_states import Kept
+from ..engine.state_store import Key
+from ..errors import InputError
+from ..models import State
+from .errors import ApiError
+from .response_items import Item
+from .server import Server
+
+KIND = "response"
+
+
+class ResponseNotFound(ApiError):
+    """type: as OpenAI has it for responses."""
+
+    type = "invalid_request_error"
+
+
+@dataclass(frozen=True)
+class KeptResponse:
+    """
+    response: as it was answered.
+    items: all that came before its answer.
+    front: what stood in front of them; see `ResponsePrompt`.
+    state: after the answer; None = it is gone. n_tokens: that it has read; owed: what it has not read of the answer,
+        and what separates that from the next turn.
+    """
+
+    response: dict[str, Any]
+    items: list[Item]
+    front: str
+    n_tokens: int
+    owed: str
+    state: State | None
+
+    @property
+    def all_items(self) -> list[Item]:
+        """With those of the answer."""
+        return [*self.items, *self.response["output"]]
+
+
+def _key(owner: str, name: str) -> Key | None:
+    try:
+        return Key(KIND, owner, name)
+    except InputError:
+        return None
+
+
+async def find(server: Server, owner: str, name: str) -> KeptResponse | None:
+    """None where there is none; ApiError while that cannot be known."""
+    key = _key(owner, name)
+    kept: Kept | None = None
+    if key is not None:
+        kept = await asyncio.to_thread(server.kept.get, key)
+        if kept is None and not server.kept.store.is_readable:
+            raise ApiError(503, "the store of responses cannot be read now; try again")
+    if kept is None:
+        return None
+    about = kept.entry.about
+    return KeptResponse(about["response"], about["items"], about["front"], about["n_tokens"], about["owed"], kept.state)
+
+
+async def get(server: Server, owner: str, name: str) -> KeptResponse:
+    """ApiError where there is none."""
+    found = await find(server, owner, name)
+    if found is None:
+        raise ResponseNotFound(404, f"Response with id '{name}' not found.")
+    return found
+
+
+async def get_previous(server: Server, owner: str, name: str) -> KeptResponse:
+    """The one that another follows; ApiError where there is none."""
+    found = await find(server, owner, name)
+    if found is None:
+        what = f"Previous response with id '{name}' not found."
+        raise ResponseNotFound(404, what, "previous_response_id", "previous_response_not_found")
+    return found
+
+
+async def keep(
+    server: Server, owner: str, response: dict[str, Any], items: Sequence[Item], front: str, ending: Ending
+) -> bool:
+    """Whether it is kept now, and outlives the server if its store does."""
+    about: dict[str, Any] = {"response": response, "items": [*items], "front": front}
+    about |= {"n_tokens": ending.n_tokens, "owed": ending.owed}
+    return await asyncio.to_thread(server.kept.put, Key(KIND, owner, response["id"]), ending.state, about)
+
+
+async def delete(server: Server, owner: str, name: str) -> None:
+    """ApiError where there is none."""
+    key = _key(owner, name)
+    if key is None or not await asyncio.to_thread(server.kept.store.delete, key):
+        await get(server, owner, name)  # which says what is wrong
+        raise ApiError(503, "the store of responses cannot be written now; try again")

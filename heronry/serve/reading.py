@@ -1,0 +1,74 @@
+"""Reading tokens into a state: from what is known of them already, or from a state that they continue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+from ..engine.completion import TokenLogprob
+from ..engine.decode_batch import Event
+from ..engine.requests import Request
+from ..models import State
+from .models import ServedModel
+from .server import Server
+
+
+async def begin_cached(server: Server, model: ServedModel, request: Request) -> None:
+    """Has a prompt begin at its longest beginning that is known, and what is worth it kept."""
+    cache = server.cache
+    if cache is None or request.prompt_logprobs is not None:
+        return
+    root = server.root_of(model, request.owner)
+    found = await asyncio.to_thread(cache.lookup, root, request.tokens)
+    if found is not None:
+        request.begin_at(*found)
+    request.cuts = cache.cut_positions(root, request.tokens, start=request.position)
+    request.on_cut = partial(cache.put, root, request.tokens)
+
+
+class _Reading:
+    """Receives the state after a prompt."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.state: asyncio.Future[State] = self._loop.create_future()
+
+    def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
+        self._loop.call_soon_threadsafe(self._set, state)
+
+    def on_event(self, event: Event) -> bool:
+        return False
+
+    def on_error(self, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._set, error)
+
+    def _set(self, result: State | Exception) -> None:
+        if self.state.done():
+            return
+        if isinstance(result, Exception):
+            self.state.set_exception(result)
+        else:
+            self.state.set_result(result)
+
+
+async def read_tokens(
+    server: Server, model: ServedModel, tokens: Sequence[int], begin: State | None, owner: str
+) -> State:
+    """The state of one row after some tokens. begin: what they continue; None = they begin a text.
+
+    Raises:
+        InputError, Busy: see `Scheduler.submit`.
+    """
+    reading = _Reading()
+    request = Request(
+        model.speaker.model, tokens, (), reading, (0, model.speaker.start if begin is None else begin), owner=owner
+    )
+    server.scheduler.check(request)
+    if begin is None:
+        await begin_cached(server, model, request)
+    server.scheduler.submit(request)
+    try:
+        return await reading.state
+    finally:
+        request.cancel()

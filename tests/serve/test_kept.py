@@ -1,0 +1,74 @@
+"""What was acknowledged is there after a sudden end, for its owner alone."""
+
+from __future__ import annotations
+
+import signal
+
+import httpx
+import openai
+import pytest
+from server_process import Process
+
+ASK, NEXT = "Tell me a story about a dog.", "What happened then?"
+GREEDY = {"model": "bundled", "temperature": 0, "max_output_tokens": 24}
+GO_ON = {"prompt": ". One day,", "state": "mine", "temperature": 0, "max_tokens": 12}
+
+
+def test_owners_and_a_sudden_end(tmp_path, tmp_key_file):
+    """Killed in the middle of other work, the server goes on to the bit."""
+    options = ["--api-keys", str(tmp_key_file), "--store", str(tmp_path / "states")]
+    server = Process(*options)
+    with server.openai(api_key="key-of-ann") as ann, caller(server, "ann") as http:
+        first = ann.responses.create(**GREEDY, input=ASK)
+        before = ann.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
+        about = http.post("/v1/states", json={"text": "Once upon a time there was a dog", "name": "mine"}).json()
+        text = http.post("/v1/completions", json=GO_ON).json()["choices"][0]["text"]
+        endless = {"model": "bundled", "prompt": "A", "max_tokens": 10**6, "stream": True}
+        with ann.completions.create(**endless, extra_body={"ignore_eos": True}) as stream:
+            next(iter(stream))
+            server.stop(signal.SIGKILL)
+    server = Process(*options)
+    try:
+        with server.openai(api_key="key-of-ann") as ann, caller(server, "ann") as http:
+            assert ann.responses.retrieve(before.id) == before
+            after = ann.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
+            assert (after.output_text, after.usage) == (before.output_text, before.usage)
+            assert http.get("/v1/states").json()["data"] == [about]
+            assert http.post("/v1/completions", json=GO_ON).json()["choices"][0]["text"] == text
+        with server.openai(api_key="key-of-bob") as bob, caller(server, "bob") as http:
+            check_stranger(bob, http, first.id)
+        with server.openai(api_key="key-of-ann") as ann, caller(server, "ann") as http:
+            assert http.get("/v1/states/mine").json()["sha256"] == about["sha256"]
+            # the items outlive the state
+            for file in (tmp_path / "states" / "kept").glob("*.safetensors"):
+                file.unlink()
+            again = ann.responses.create(**GREEDY, input=NEXT, previous_response_id=before.id)
+            assert again.usage.input_tokens_details.cached_tokens == 0
+            assert len(ann.responses.input_items.list(again.id).data) == 5
+            assert http.get("/v1/states/mine").status_code == 404
+    finally:
+        server.stop()
+
+
+def caller(server: Process, owner: str) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=30, headers={"x-api-key": f"key-of-{owner}"})
+
+
+def check_stranger(bob: openai.OpenAI, http: httpx.Client, response: str) -> None:
+    """Another owner finds nothing, and may use the same names."""
+    for ask in (bob.responses.retrieve, bob.responses.delete, bob.responses.cancel, bob.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError):
+            ask(response)
+    with pytest.raises(openai.NotFoundError):
+        bob.responses.create(**GREEDY, input=NEXT, previous_response_id=response)
+    assert http.get("/v1/states").json()["data"] == []
+    for reply in (
+        http.get("/v1/states/mine"),
+        http.get("/v1/states/mine/content"),
+        http.delete("/v1/states/mine"),
+        http.post("/v1/states/mine/fork", json={"name": "stolen"}),
+        http.post("/v1/states", json={"text": "a", "state": "mine"}),
+        http.post("/v1/completions", json={"prompt": "a", "state": "mine"}),
+    ):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "state_not_found")
+    assert http.post("/v1/states", json={"text": "Bob's", "name": "mine"}).status_code == 201

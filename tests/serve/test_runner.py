@@ -39,7 +39,7 @@ def test_errors(http):
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n_predict")
     assert http.post("/completions", json=[]).status_code == 400
     body = b'{"prompt": "a", "n_predict": 1, "stop": "\\ud800"}'
-    for path in ("/completion", "/completions"):
+    for path, message in (("/completion", "lone surrogate"), ("/completions", "the body is not JSON")):
         reply = http.post(path, content=body, headers={"content-type": "application/json"})
         assert reply.status_code == 400
-        assert "lone surrogate" in reply.json()["error"]["message"]
+        assert message in reply.json()["error"]["message"]

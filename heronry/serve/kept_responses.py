@@ -6,6 +6,7 @@ The items outlive the state: where it is gone, or was read under other instructi
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,6 +89,20 @@ async def get_previous(server: Server, owner: str, name: str) -> KeptResponse:
     if found is None:
         what = f"Previous response with id '{name}' not found."
         raise ResponseNotFound(404, what, "previous_response_id", "previous_response_not_found")
+    return found
+
+
+async def resolve(server: Server, owner: str, item: Any) -> Any:
+    """An item of an input; in place of a reference, the item of an earlier response that it names."""
+    if not isinstance(item, dict) or item.get("type") != "item_reference":
+        return item
+    name = item.get("id")
+    of = re.fullmatch(r"[a-z]+_([0-9a-f]{32})_\d+", name) if isinstance(name, str) else None
+    response = await find(server, owner, f"resp_{of[1]}") if of else None
+    output = [] if response is None else response.response["output"]
+    found = next((x for x in output if x["id"] == name), None)
+    if found is None:
+        raise ResponseNotFound(404, f"Item with id {name!r} not found.", "input")
     return found
 
 

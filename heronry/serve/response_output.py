@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from ..engine.kept_states import new_name
 from .answers import AnswerPiece
 from .tokens import TokenNames, chat_logprob
 
@@ -20,7 +19,9 @@ class ResponseOutput:
     items: those that were begun.
     """
 
-    def __init__(self, names: TokenNames, with_logprobs: bool):
+    def __init__(self, response: str, names: TokenNames, with_logprobs: bool):
+        """response: its id, which is part of those of its items: see `kept_responses.resolve`."""
+        self.response = response.removeprefix("resp_")
         self.names, self.with_logprobs = names, with_logprobs
         self.items: list[dict[str, Any]] = []
         self._numbers = count()
@@ -65,7 +66,7 @@ class ResponseOutput:
 
     def _begin(self, prefix: str, kind: str, **fields: Any) -> Iterator[Event]:
         yield from self._end("completed")
-        item = {"id": new_name(prefix), "type": kind, "status": "in_progress"} | fields
+        item = {"id": f"{prefix}_{self.response}_{len(self.items)}", "type": kind, "status": "in_progress"} | fields
         self.items.append(item)
         empty: dict[str, Any] = {"content": []} if "content" in item else {"arguments": ""}
         yield self.event("output_item.added", output_index=len(self.items) - 1, item=item | empty)

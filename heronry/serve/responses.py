@@ -87,6 +87,8 @@ async def list_input_items(
 async def _read(server: Server, model: ServedModel, body: ResponseBody, owner: str) -> ResponsePrompt:
     """What a body asks the model to read."""
     chat = body.as_chat()
+    if isinstance(chat.input, list):
+        chat.input = [await kept_responses.resolve(server, owner, item) for item in chat.input]
     previous = None
     if body.previous_response_id is not None:
         previous = await kept_responses.get_previous(server, owner, body.previous_response_id)
@@ -98,9 +100,9 @@ class _Call:
 
     def __init__(self, server: Server, model: ServedModel, body: ResponseBody, reading: ResponsePrompt, owner: str):
         self.server, self.body, self.owner, self.reading = server, body, owner, reading
-        prompt = reading.prompt
+        prompt, name = reading.prompt, new_name("resp")
         only_one = body.parallel_tool_calls is False
-        self.output = ResponseOutput(TokenNames(model.speaker.tokenizer), body.with_logprobs)
+        self.output = ResponseOutput(name, TokenNames(model.speaker.tokenizer), body.with_logprobs)
         self.answered = Answer(prompt, only_one=only_one)
         n_read = reading.n_known + len(reading.ids)
         self.state: AnswerState | None = None
@@ -125,7 +127,7 @@ class _Call:
         form = body.text.format if body.text is not None else None
         efforts = {"effort": None, "summary": None} | (body.reasoning.model_dump() if body.reasoning else {})
         self.response: dict[str, Any] = {
-            "id": new_name("resp"),
+            "id": name,
             "object": "response",
             "created_at": int(time.time()),
             "status": "in_progress",

@@ -239,6 +239,20 @@ def test_what_is_not_kept(client):
         client.responses.create(**GREEDY, input=NEXT, previous_response_id=found.id)
 
 
+def test_items_by_reference(client):
+    first = client.responses.create(**GREEDY, input=ASK)
+    asked = [{"role": "user", "content": ASK}, {"type": "item_reference", "id": first.output[0].id}]
+    asked.append({"role": "user", "content": NEXT})
+    second = client.responses.create(**GREEDY, input=asked)
+    items = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.content[0].text for item in items] == [ASK, first.output_text, NEXT]
+    for name in ("msg_x", first.output[0].id.replace("_0", "_1"), f"msg_{'0' * 32}_0", None):
+        asked[1]["id"] = name
+        with pytest.raises(openai.NotFoundError, match=r"Item with id .* not found") as error:
+            client.responses.create(**GREEDY, input=asked)
+        assert error.value.param == "input"
+
+
 def test_unknown_and_deleted(client):
     first = client.responses.create(**GREEDY, input=ASK)
     second = client.responses.create(**GREEDY, input=NEXT, previous_response_id=first.id)
@@ -271,7 +285,7 @@ def test_unknown_and_deleted(client):
         ({"input": [{"role": "king", "content": "x"}]}, "input.[0].role", "the role must be user"),
         ({"input": [{"role": "user", "content": " "}]}, "input.[0].content", "the message is empty"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.[0].content.[0].type", "a part"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.[0].type", "not served here"),
+        ({"input": [{"type": "computer_call"}]}, "input.[0].type", "not served here"),
         ({"input": [{"type": "function_call", "name": "x"}]}, "input.[0].call_id", "must be a text"),
         (
             {"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]},

@@ -12,6 +12,7 @@ from contextlib import suppress
 import httpx
 import openai
 import pytest
+from redis_server import RedisServer
 from server_process import Process
 
 ASK, NEXT = "Tell me a story about a dog.", "What happened then?"
@@ -53,6 +54,27 @@ def test_owners_and_a_sudden_end(tmp_path, tmp_key_file):
             assert http.get("/v1/states/mine").status_code == 404
     finally:
         server.stop()
+
+
+@pytest.mark.slow
+def test_two_servers_share_a_redis(tmp_path):
+    """One goes on with what the other has kept, to the bit."""
+    redis = RedisServer(tmp_path)
+    servers = [Process("--store", redis.url) for _ in range(2)]
+    try:
+        with servers[0].openai() as one, servers[1].openai() as two:
+            first = one.responses.create(**GREEDY, input=ASK)
+            options = GREEDY | {"input": NEXT, "previous_response_id": first.id}
+            second, same = two.responses.create(**options), one.responses.create(**options)
+            assert second.usage.input_tokens_details.cached_tokens == first.usage.total_tokens
+            assert (second.output_text, second.usage) == (same.output_text, same.usage)
+            two.responses.delete(first.id)
+            with pytest.raises(openai.NotFoundError):
+                one.responses.retrieve(first.id)
+    finally:
+        for server in servers:
+            server.stop()
+        redis.stop()
 
 
 @pytest.mark.slow

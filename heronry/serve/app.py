@@ -11,13 +11,13 @@ from .. import __version__
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
-from . import basics, chat, completions, metrics
+from . import basics, chat, completions, embeddings, metrics
 from .errors import add_error_handlers
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
 from .server import Server
 
-ROUTERS = (basics.router, metrics.router, completions.router, chat.router)
+ROUTERS = (basics.router, metrics.router, completions.router, chat.router, embeddings.router)
 
 
 def create_app(

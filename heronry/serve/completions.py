@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..engine.completion import Completion, Pieces, TokenLogprob
 from ..engine.sampling import Sampling
-from .bodies import SamplingBody
+from .bodies import SamplingBody, Texts, split_texts
 from .errors import ApiError
 from .generation import Generation, merge
 from .models import ServedModel
@@ -26,7 +26,7 @@ PLAIN = Sampling()  # temperature 1 and no cut, as OpenAI's users and lm-evaluat
 
 
 class CompletionBody(SamplingBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     max_tokens: int | None = Field(16, ge=0, le=1 << 30)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -55,7 +55,7 @@ class _Call:
         _check(body, self.n)
         tokenizer = model.speaker.tokenizer
         self.names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
-        prompts = _split(body.prompt)
+        prompts = split_texts(body.prompt, "prompt")
         self.encoded = [model.speaker.encode(prompt, begins=bool(body.add_special_tokens)) for prompt in prompts]
         self.texts = [x if isinstance(x, str) else tokenizer.decode(x) for x in prompts]
         top = body.logprobs if self.rows == self.n else body.logprobs or 0
@@ -170,17 +170,6 @@ def _check(body: CompletionBody, n: int) -> None:
         raise ApiError(400, "best_of cannot be streamed: which is best shows at the end", "best_of")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams", "stream_options")
-
-
-def _split(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """The prompts of a request: a list of ids is one."""
-    if isinstance(prompt, str):
-        found: list[Any] = [prompt]
-    else:
-        found = [prompt] if prompt and isinstance(prompt[0], int) else list(prompt)
-    if not found or not all(found):
-        raise ApiError(400, "the prompt is empty", "prompt")
-    return found
 
 
 async def _collect(generation: Generation) -> list[Completion]:

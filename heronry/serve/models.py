@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..engine.embeddings import embedding_model
 from ..engine.llm import LLM
 from ..engine.text_model import TextModel
+from ..models import Model
 from .errors import ApiError
 
 
@@ -29,6 +32,11 @@ class ServedModel:
     path: str
     context: int | None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def embedding_model(self) -> Model:
+        """What reads texts to embed them."""
+        return embedding_model(self.speaker.model)
 
     def describe(self) -> dict[str, Any]:
         """As in /v1/models."""

@@ -188,7 +188,7 @@ class DecodeBatch:
         ids = torch.tensor([x[0] if x else 0 for x in drawn], device=self._model.device)[:, None]  # [B, 1]
         assert self._state is not None
         logits, self._state = self._model(ids, self._state)
-        self._logits, self._owned = [*logits[:, -1]], True
+        self._logits, self._owned = [*logits[:, -1].to("cpu", torch.float32)], True  # all rows at once
         for i, held in enumerate(self._rows):
             if held is not None and (x := drawn[i]) is not None:
                 events.append(Event(held[0], x[0], None, x[1], self._state, i))

@@ -55,13 +55,8 @@ INLINE Vec<float> weight_of(Vec<float> x) {
 
 // Weights of all tokens, with zeros up to a whole block.
 void weigh(const float* logits, int64_t size, float most, float inverse, float* weights) {
-    for (int64_t i = 0; i < (size + BLOCK - 1) / BLOCK * BLOCK; i += 16) {
-        if (i >= size) {
-            store(weights + i, Vec<float>(0.f));
-            continue;
-        }
+    for (int64_t i = 0; i < (size + BLOCK - 1) / BLOCK * BLOCK; i += 16)
         store(weights + i, weight_of((logits_at(logits, i, size) - most) * inverse));
-    }
 }
 
 // The sum of a block's weights, of those tokens whose `sizes` are at least `least`.

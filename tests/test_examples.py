@@ -274,3 +274,12 @@ def test_notebooks_are_written(run, tmp_path):
     written = run("notebooks.py", tmp_path / "new").split()
     assert [Path(name).stem for name in written] == [page.stem for page in PAGES]
     assert all(nbformat.read(name, as_version=4).cells for name in written)
+
+
+@pytest.mark.slow
+def test_retrieval(run):
+    output = run("retrieval.py", "--count", 40)
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if "%" in line]
+    found = {row[0].strip(): [float(x.strip().rstrip("%")) for x in row[1:]] for row in rows}
+    assert list(found) == ["BM25", "words counted", "mean", "mean, centered", "state", "state, centered"]
+    assert found["BM25"][0] > found["mean"][0] > 100 / 40  # by chance it is 2.5%

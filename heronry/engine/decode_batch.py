@@ -253,7 +253,7 @@ class DecodeBatch:
         if alone < count:
             ids = [tokens[0] if len(tokens) == 1 else 0 for tokens, _ in picked]
             logits, self._state = self._model(torch.tensor(ids, device=self._model.device)[:, None], before)
-            self._logits, self._owned = [*logits[:, -1]], True
+            self._logits, self._owned = [*logits[:, -1].to("cpu", torch.float32)], True  # all rows at once
         for i, held in enumerate(self._rows):
             if held is None:
                 continue

@@ -34,17 +34,29 @@ INLINE Vec<float> logits_at(const float* logits, int64_t i, int64_t size) {
     return load(rest);
 }
 
+// BEST * e^x for x <= 0, rounded to a whole number; the exponential is that of simd.h, without what only other x need.
+INLINE Vec<float> weight_of(Vec<float> x) {
+    x = larger(x, -87.4f);
+    const Vec<float> magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to whole numbers
+    const Vec<float> shifted = x * 1.44269504f + magic;
+    const Vec<float> n = shifted - magic;
+    const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec<float> p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Vec<float> weight = as_floats(as_ints(p) + ((as_ints(shifted) - as_ints(magic) + 34) << 23));  // p * 2^(n + 34)
+    const Vec<float> rounded = weight + 0x1p23f - 0x1p23f;  // what is larger is a whole number
+    return choose(weight < 0x1p22f, rounded, weight);
+}
+
 // Weights of all tokens, with zeros up to a whole block.
 void weigh(const float* logits, int64_t size, float most, float inverse, float* weights) {
-    for (int64_t i = 0; i < (size + BLOCK - 1) / BLOCK * BLOCK; i += 16) {
-        if (i >= size) {
-            store(weights + i, Vec<float>(0.f));
-            continue;
-        }
-        const Vec<float> weight = exp((logits_at(logits, i, size) - most) * inverse) * BEST;
-        const Vec<float> rounded = weight + 0x1p23f - 0x1p23f;  // what is larger is a whole number
-        store(weights + i, choose(weight < 0x1p22f, rounded, weight));
-    }
+    for (int64_t i = 0; i < (size + BLOCK - 1) / BLOCK * BLOCK; i += 16)
+        store(weights + i, weight_of((logits_at(logits, i, size) - most) * inverse));
 }
 
 // The sum of a block's weights, of those tokens whose `sizes` are at least `least`.

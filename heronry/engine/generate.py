@@ -144,12 +144,15 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     state: State | None = None,
     progress: Callable[[int, int], object] | None = None,
+    on_outputs: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, State]:
     """Reads token ids: the logits [S, V] after the last token of each prompt, and the state of S rows.
 
     Args:
         state: what each prompt continues, one row a prompt; None = nothing.
         progress: called after every model call with (tokens read, tokens in all).
+        on_outputs: called with the number of a prompt and the model's outputs [T, V] for its next T tokens; without it
+            only those for the last tokens are computed.
 
     Raises:
         InputError: no prompts, an empty prompt, a state that does not fit.
@@ -166,11 +169,15 @@ def prefill(
             ids.extend(prompts[i][start:end])
             cu.append(len(ids))
         before = State.stack([rows[i] for i, _, _ in pack])
-        last, after = model(torch.tensor([ids], device=device), before, cu_seqlens=tuple(cu), last_only=True)
+        only_last = on_outputs is None
+        outputs, after = model(torch.tensor([ids], device=device), before, cu_seqlens=tuple(cu), last_only=only_last)
         for row, (i, _, end) in enumerate(pack):
             rows[i] = after[row]
+            own = outputs[0, row : row + 1] if only_last else outputs[0, cu[row] : cu[row + 1]]
+            if on_outputs is not None:
+                on_outputs(i, own)
             if end == len(prompts[i]):
-                logits.append(last[0, row])
+                logits.append(own[-1])
         done += len(ids)
         if progress is not None:
             progress(done, total)

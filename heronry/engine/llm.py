@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..adapters import apply_adapter
 from ..catalog import BUNDLED
@@ -32,6 +34,7 @@ from .asynchronous import iterate
 from .batch import BatchCollector, PromptBatch, Row, alternate, stream_pieces
 from .chat import Chat
 from .completion import Completion, join
+from .embeddings import Pooling, embed
 from .generate import Generation, check_prompts, prefill
 from .options import ChatOptions, GenerateOptions, Prompt, Prompts, check_names, read_stops, resolve
 from .sampling import Sampling
@@ -301,6 +304,37 @@ class LLM(TextModel):
             )
         pieces = answer_messages(speaker, messages, max_tokens, template, system, options)
         return pieces if stream else join(pieces)
+
+    def embed(
+        self,
+        texts: Prompt | Prompts,
+        *,
+        pooling: Pooling = "mean",
+        dimensions: int | None = None,
+        adapter: str | None = None,
+        progress: Progress | None = None,
+    ) -> NDArray[np.float32]:
+        """Texts as vectors of unit length: float32 [N, D], in the order of the texts; one text gives [1, D].
+
+            vectors = llm.embed(["A frog sat in the pond.", "The king was angry."])
+            similarity = vectors @ vectors.T
+
+        A language model that was not trained for it gives poor vectors: docs/embeddings.md measures them.
+
+        Args:
+            texts: texts or lists of token ids.
+            pooling: "mean" = the mean over the tokens of the last layer's normalised output; "state" = the wkv state of
+                the last layer after the text, which has more to say and is long: n_embd times the size of a head.
+            dimensions: only so many of the first numbers, again of unit length.
+            adapter: one of `adapters` by its name; None = the model itself.
+            progress: called with (tokens read, tokens in all).
+
+        Raises:
+            InputError: no text or an empty one, an unknown pooling, dimensions that there are not.
+        """
+        speaker = self.adapters.choose(adapter)
+        tokens = [speaker.encode(text, begins=True) for text in PromptBatch.parse(texts, None).prompts]
+        return embed(speaker.model, tokens, speaker.start, pooling, dimensions, progress)
 
     def _generate(
         self, batch: PromptBatch, max_tokens: int, options: dict[str, Any]

@@ -46,6 +46,7 @@ class Request:
         for a state that is continued 0.
     cuts: positions on the grid at which `on_cut` gets the state, to keep it.
     prompt_logprobs: log-probabilities of the prompt's tokens, with so many of the most likely ones; None = of none.
+    on_outputs: gets what the model returns for each part of the prompt, [T, V].
     owner: who shares the machine fairly with other owners.
     """
 
@@ -57,6 +58,7 @@ class Request:
     cuts: Sequence[int] = ()
     on_cut: Callable[[int, State], None] | None = None
     prompt_logprobs: int | None = None
+    on_outputs: Callable[[Tensor], None] | None = None
     owner: str = ""
     cancelled: bool = field(default=False, init=False)
     position: int = field(init=False)  # tokens that were read

@@ -221,15 +221,18 @@ class Scheduler:
             cu.append(len(ids))
         states = [model.initial_state() if request.state is None else request.state for request, _ in parts]
         top = parts[0][0].prompt_logprobs  # such a request is alone in its call
-        logits, state = model(
-            torch.tensor([ids], device=model.device), State.stack(states), cu_seqlens=tuple(cu), last_only=top is None
+        only_last = top is None and all(request.on_outputs is None for request, _ in parts)
+        outputs, state = model(
+            torch.tensor([ids], device=model.device), State.stack(states), cu_seqlens=tuple(cu), last_only=only_last
         )
         if top is not None:
-            self._note_logprobs(parts[0][0], ids, logits[0], top)
-            logits = logits[:, -1:]
+            self._note_logprobs(parts[0][0], ids, outputs[0], top)
         self.totals.prompt_tokens += len(ids)
         for row, (request, end) in enumerate(parts):
-            request.position, request.state, request.logits = end, state[row], logits[0, row]
+            own = outputs[0, row : row + 1] if only_last else outputs[0, cu[row] : cu[row + 1]]
+            if request.on_outputs is not None:
+                request.on_outputs(own)
+            request.position, request.state, request.logits = end, state[row], own[-1]
             if end in request.cuts and request.on_cut is not None:
                 request.on_cut(end, request.state)
             if end == len(request.tokens):

@@ -223,6 +223,16 @@ class Model(Network):
         seen = state is not step.last_state[0]() and has_tangents(x for layer in state.layers for x in layer)
         return None if seen else step
 
+    def without_head(self) -> Model:
+        """A model that returns the input of its head, the normalised output of the last block, [B, T, C] in place of
+        [B, T, V]. It shares its modules with this one."""
+        with torch.device("meta"):
+            body = type(self)(self.config)
+        body.emb, body.blocks, body.ln_out, body.head = self.emb, self.blocks, self.ln_out, nn.Identity()
+        body.quantization, body.gradient_checkpointing = self.quantization, self.gradient_checkpointing
+        body.native_step_enabled = False  # the C++ step returns logits
+        return body.train(self.training)
+
     def is_unmodified(self) -> bool:
         """Whether it is what its class makes of its configuration, packed matrices apart: the same modules with the
         same settings, parameters of the same shapes. No adapters, no surgery."""

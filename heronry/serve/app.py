@@ -15,7 +15,7 @@ from ..engine.memory_store import MemoryStore
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
-from . import ai00, basics, chat, completions, lightning, llama_cpp, metrics, responses, runner, states
+from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, responses, runner, states
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
@@ -29,6 +29,7 @@ ROUTERS = (
     chat.router,
     responses.router,
     states.router,
+    embeddings.router,
     runner.router,
 )
 DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own

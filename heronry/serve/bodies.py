@@ -1,4 +1,4 @@
-"""What the bodies of several routes have in common: how tokens are drawn."""
+"""What the bodies of several routes have in common: texts, and how tokens are drawn."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
 from ..text.utf8 import encode_utf8
+from .errors import ApiError
 from .grammars import GrammarBody
 from .models import ServedModel
 from .token_masks import make_mask
 
 MOST_STOPS = 16
+Texts = str | list[str] | list[int] | list[list[int]]
+
+
+def split_texts(texts: Texts, field: str) -> list[str | list[int]]:
+    """The texts in a field of a body: a list of ids is one. ApiError where there is none, or an empty one."""
+    if isinstance(texts, str):
+        found: list[Any] = [texts]
+    else:
+        found = [texts] if texts and isinstance(texts[0], int) else list(texts)
+    if not found or not all(found):
+        raise ApiError(400, f"the {field} is empty", field)
+    return found
 
 
 def refuse(reason: str) -> AfterValidator:

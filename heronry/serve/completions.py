@@ -16,7 +16,7 @@ from ..engine.completion import Completion, TokenLogprob
 from ..engine.sampling import Sampling
 from ..text.chat_templates import FIM_STOPS
 from . import named_states
-from .bodies import SamplingBody
+from .bodies import SamplingBody, Texts, split_texts
 from .errors import ApiError
 from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
@@ -31,7 +31,7 @@ PLAIN = Sampling()  # temperature 1 and no cut, as OpenAI's users and lm-evaluat
 
 
 class CompletionBody(SamplingBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     max_tokens: int | None = Field(16, ge=0, le=1 << 30)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -68,7 +68,7 @@ class _Call:
         _check(body, self.n)
         tokenizer = model.speaker.tokenizer
         self.names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
-        prompts, stops = _split(body.prompt), body.stops
+        prompts, stops = split_texts(body.prompt, "prompt"), body.stops
         if body.suffix is not None:
             prompts, stops = [_with_gap(model, prompt, body.suffix) for prompt in prompts], (*stops, *FIM_STOPS)
         self.encoded = [
@@ -192,7 +192,9 @@ class _Choice:
 
 def _check(body: CompletionBody, n: int) -> None:
     """ApiError for fields that contradict each other."""
-    if body.save_state is not None and (n > 1 or (body.best_of or 1) > 1 or len(_split(body.prompt)) > 1):
+    if body.save_state is not None and (
+        n > 1 or (body.best_of or 1) > 1 or len(split_texts(body.prompt, "prompt")) > 1
+    ):
         raise ApiError(400, "save_state needs one prompt with one completion", "save_state")
     if body.best_of is not None and body.best_of < n:
         raise ApiError(400, f"best_of must be at least n, which is {n}", "best_of")
@@ -200,17 +202,6 @@ def _check(body: CompletionBody, n: int) -> None:
         raise ApiError(400, "best_of cannot be streamed: which is best shows at the end", "best_of")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams", "stream_options")
-
-
-def _split(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """The prompts of a request: a list of ids is one."""
-    if isinstance(prompt, str):
-        found: list[Any] = [prompt]
-    else:
-        found = [prompt] if prompt and isinstance(prompt[0], int) else list(prompt)
-    if not found or not all(found):
-        raise ApiError(400, "the prompt is empty", "prompt")
-    return found
 
 
 def _with_gap(model: ServedModel, prompt: str | list[int], suffix: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..engine.chat import choose_template
+from ..engine.embeddings import embedding_model
 from ..engine.llm import LLM
 from ..engine.text_model import TextModel
+from ..models import Model
 from ..text.chat_templates import fill_in_middle
 from ..text.template_choice import AnyTemplate
 from ..text.world import WorldTokenizer
@@ -38,6 +41,11 @@ class ServedModel:
     def template(self) -> AnyTemplate:
         """Of its conversations."""
         return choose_template(self.speaker, None)
+
+    @cached_property
+    def embedding_model(self) -> Model:
+        """What reads texts to embed them."""
+        return embedding_model(self.speaker.model)
 
     def fill_in_middle(self, prefix: str, suffix: str) -> str:
         """The prompt for what comes between two texts; ApiError if the model was never shown such ones."""

@@ -396,7 +396,7 @@ class _BaseModel(RwkvPreTrainedModel):
 
     def __init__(self, config: RwkvBaseConfig, rwkv: Model | None = None):
         super().__init__(config, rwkv)
-        self.rwkv = _without_head(self.rwkv)
+        self.rwkv = self.rwkv.without_head()
 
     @classmethod
     def _class_for(cls, config: RwkvBaseConfig) -> type[RwkvPreTrainedModel]:
@@ -429,16 +429,6 @@ class _BaseModel(RwkvPreTrainedModel):
         )
         output = RwkvOutput(last_hidden_state=last_hidden_state, state=new_state, hidden_states=hidden)
         return output if return_dict is not False else output.to_tuple()
-
-
-def _without_head(model: Model) -> Model:
-    """A model that returns the input of its head [B, T, C]. It shares its modules with `model`."""
-    with torch.device("meta"):
-        body = type(model)(model.config)
-    body.emb, body.blocks, body.ln_out, body.head = model.emb, model.blocks, model.ln_out, nn.Identity()
-    body.quantization, body.gradient_checkpointing = model.quantization, model.gradient_checkpointing
-    body.native_step_enabled = False  # the C++ step returns logits
-    return body.train(model.training)
 
 
 class RwkvForCausalLM(_CausalLM):

@@ -15,17 +15,27 @@ from heronry.text.tokenizers import ByteStream
 
 LENGTHS = (1, 5, 63, 64, 65, 130, 200, 300, 577)
 PROMPTS = [[(7 * i * i + 3 * n + i) % 101 for i in range(n)] for n in LENGTHS]
+VERSIONS = ("4", "5.0", "5.0 r2", "5.1", "5.2", "6", "7")
 KINDS = ["float32", "bfloat16", "float16", "int8", "int4", "plain float32", "plain bfloat16", "plain int8"]
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=[] if "8" not in kind[-1] else pytest.mark.slow) for kind in KINDS])
-def model(request, version, random_checkpoint) -> Model:
+QUICK = {("float32", "7"), ("bfloat16", "7"), ("int8", "7"), ("float32", "4"), ("plain float32", "7")}
+PAIRS = [
+    pytest.param((kind, version), id=f"{kind} {version}", marks=[] if (kind, version) in QUICK else pytest.mark.slow)
+    for kind in KINDS
+    for version in VERSIONS
+]
+
+
+@pytest.fixture(params=PAIRS)
+def model(request, random_checkpoint) -> Model:
     """A small one of each generation: in each dtype, with packed matrices, and without its C++ step."""
-    kind = request.param.rpartition(" ")[2]
+    name, version = request.param
+    kind = name.rpartition(" ")[2]
     quantized = kind if kind.startswith("int") else None
     weights = random_checkpoint(version, width=128, heads=2, ffn=256)
     found = assemble(weights, dtype=None if quantized else getattr(torch, kind), quantize=quantized)
-    found.native_step_enabled = "plain" not in request.param
+    found.native_step_enabled = "plain" not in name
     return found
 
 

@@ -20,6 +20,7 @@ GREEDY = {"model": "bundled", "temperature": 0, "max_output_tokens": 24}
 GO_ON = {"prompt": ". One day,", "state": "mine", "temperature": 0, "max_tokens": 12}
 
 
+@pytest.mark.slow  # two servers, and a long conversation
 def test_owners_and_a_sudden_end(tmp_path, tmp_key_file):
     """Killed in the middle of other work, the server goes on to the bit."""
     options = ["--api-keys", str(tmp_key_file), "--store", str(tmp_path / "states"), "--cache-ram", "0"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Model, State
-from .call_sizes import CallSizes, choose_call_sizes
+from .call_sizes import GRID, CallSizes, choose_call_sizes
 from .decode_batch import DecodeBatch, Event, token_logprob
 from .requests import Busy, Limits, Request, Totals
 
@@ -178,7 +178,8 @@ class Scheduler:
         room = self.limits.read_tokens if self._decoding else 512
         while self._reading and room > 0:
             parts = self._next_parts(room)
-            room -= sum(end - request.position for request, end in parts)
+            tokens = sum(end - request.position for request, end in parts)
+            room -= max(tokens, GRID)  # a call for few tokens takes about as long
             try:
                 self._read_parts(parts)
             except Exception as error:

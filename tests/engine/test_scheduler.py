@@ -262,3 +262,24 @@ def test_only_reading(model, scheduler):
     assert received.done.wait(10)
     expected = prefill(model, [PROMPTS[3]])[1]
     assert all(torch.equal(x, y) for x, y in zip(received.state.tensors(), expected.tensors(), strict=True))
+
+
+def test_many_short_prompts_do_not_stall_a_stream(model, monkeypatch):
+    """Where each takes a call of its own, calls between two steps are few, however short the prompts."""
+    happened: list[str] = []
+    scheduler = Scheduler(Limits(rows=64, read_tokens=256))
+    read, step = scheduler._read_parts, scheduler._step
+    monkeypatch.setattr(scheduler, "_read_parts", lambda parts: (happened.append("read"), read(parts)))
+    monkeypatch.setattr(scheduler, "_step", lambda: (happened.append("step"), step()))
+    assert not scheduler.sizes(model).shared
+    stream, received = ask(model, PROMPTS[1], 100)
+    scheduler.submit(stream)
+    others = [ask(model, PROMPTS[6], 1) for _ in range(20)]
+    for request, _ in others:
+        scheduler.submit(request)
+    scheduler.start()
+    scheduler.close(30)
+    assert received.error is None
+    assert all(collected.reasons == {0: "length"} for _, collected in others)
+    between = " ".join(happened[happened.index("step") :]).split("step")
+    assert max(part.count("read") for part in between) == 4

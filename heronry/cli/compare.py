@@ -20,7 +20,15 @@ def compare(
     ] = None,
     out: Annotated[Path, typer.Option(help="An .html file.")] = Path("compare.html"),
     quick: Annotated[bool, typer.Option("--quick", help="Smaller models, a minute.")] = False,
-    threads: options.Threads = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1024,
+            envvar="HERONRY_THREADS",
+            help="Threads of the CPU; models this small gain little from more.",
+        ),
+    ] = 1,
     force: options.Force = False,
 ) -> None:
     """Compare RWKV with LSTM, GPT and AFT of the same size. See docs/compare.md."""

@@ -61,5 +61,5 @@ def test_a_world_model_in_stock_transformers(random_checkpoint, tmp_path):
     )
     assert theirs["special"] == [0, 0, 0]
     assert theirs["padded"] == [0, 0]
-    assert theirs["stops"] == ["\n\nUser:"]
+    assert theirs["stops"] == ["\n\nUser:", "\n\nSystem:", "\n\nAssistant:"]
     assert theirs["written"] == llm.generate(TEXT, 8, temperature=0, stop="\n\nUser:").token_ids

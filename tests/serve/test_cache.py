@@ -41,7 +41,8 @@ def test_a_conversation_goes_on_from_its_state(client):
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 129
 
 
-@pytest.mark.parametrize("stored", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow  # four servers
+@pytest.mark.parametrize("stored", [False, True])
 def test_owners_and_a_restart(start, tmp_path, tmp_key_file, stored):
     options = ["--api-keys", str(tmp_key_file), *(["--store", str(tmp_path / "states")] if stored else [])]
     counts = []

@@ -65,7 +65,7 @@ test-arm: .venv/dev
 # the lowest versions that pyproject.toml allows, in an environment of their own: a few tests of every room
 LOWEST := tests/test_checkpoint.py tests/test_quantization.py tests/test_memory.py tests/ops/test_wkv7.py \
 	tests/ops/test_packed.py tests/models/test_models.py tests/text tests/engine/test_llm.py \
-	tests/engine/test_constraints.py tests/engine/test_state_store.py tests/data/test_token_file.py \
+	tests/engine/test_constraints.py tests/stores/test_stores.py tests/data/test_token_file.py \
 	tests/train/test_trainer.py tests/train/test_adapters.py tests/convert/test_conversion.py tests/convert/test_onnx.py \
 	tests/integrations/test_transformers.py tests/test_cli.py
 test-lowest:

@@ -14,7 +14,7 @@ from ..errors import InputError, show
 from . import options
 
 if TYPE_CHECKING:
-    from ..engine.state_store import StateStore
+    from ..stores.store import StateStore
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -82,13 +82,13 @@ def serve(
     if host not in LOOPBACK and not keys:
         print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
     from ..engine.kept_states import KeptStates
-    from ..engine.memory_store import MemoryStore
     from ..engine.requests import Limits
     from ..engine.state_cache import StateCache
     from ..serve.app import create_app
     from ..serve.gate import LOCAL_HOSTS
     from ..serve.load import load_models
     from ..serve.run import bind, serve
+    from ..stores.memory import MemoryStore
     from .progress import progress_bar
 
     listening = bind(host, port)
@@ -157,9 +157,9 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
 def _open_store(place: str, part: str, max_bytes: int) -> StateStore:
     """A part of a store, so that what is kept never makes room for what is only convenient."""
     if "://" in place:
-        from ..engine.redis_store import RedisStore
+        from ..stores.redis import RedisStore
 
         return RedisStore(place, max_bytes, prefix=f"heronry:{part}:")
-    from ..engine.disk_store import DiskStore
+    from ..stores.disk import DiskStore
 
     return DiskStore(Path(place) / part, max_bytes)

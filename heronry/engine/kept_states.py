@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..models import State
+from ..stores.store import Entry, Key, StateStore
 from .state_memory import StateMemory
-from .state_store import Entry, Key, StateStore
 
 log = logging.getLogger("heronry")
 

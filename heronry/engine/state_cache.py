@@ -3,7 +3,7 @@
 - only states that prefill left on the grid of call_sizes.py are put here: with one of them a prompt gives the same
   bits as without, on the devices of which that file knows it. States that decoding left never are; see kept_states.py
 - the longest known beginning counts; the last token of a prompt is always read, for its logits
-- in RAM, and behind it in a store (state_store.py) that outlives the process and may serve several of them
+- in RAM, and behind it in a store (stores/store.py) that outlives the process and may serve several of them
 - nothing here fails: what cannot be kept, read or trusted is read again by the model
 """
 
@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..models import State
+from ..stores.store import Key, StateStore
 from .kept_states import read_state
 from .prefix_keys import CacheRoot, choose_cuts, prefix_keys
 from .state_memory import StateMemory
-from .state_store import Key, StateStore
 from .state_writer import StateWriter
 
 KIND = "prefix"  # of the entries in the store

@@ -7,7 +7,7 @@ import threading
 import time
 
 from ..models import State
-from .state_store import Key, StateStore
+from ..stores.store import Key, StateStore
 
 log = logging.getLogger("heronry")
 

@@ -11,10 +11,10 @@ from fastapi.routing import APIRoute
 
 from .. import __version__
 from ..engine.kept_states import KeptStates
-from ..engine.memory_store import MemoryStore
 from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
+from ..stores.memory import MemoryStore
 from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, responses, runner, states
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then

@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from ..engine.state_cache import StateCache
-from ..engine.state_store import StateStore
+from ..stores.store import StateStore
 from . import kept_responses, named_states
 
 EVERY = 600  # seconds

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..engine.kept_states import Kept
-from ..engine.state_store import Key
 from ..errors import InputError
 from ..models import State
+from ..stores.store import Key
 from .errors import ApiError
 from .response_items import Item
 from .server import Server

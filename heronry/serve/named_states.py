@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ..engine.kept_states import new_name
-from ..engine.state_store import Entry, Key
 from ..models import State
+from ..stores.store import Entry, Key
 from .errors import ApiError
 from .models import ServedModel
 from .server import Server

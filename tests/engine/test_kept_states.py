@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from heronry import State
-from heronry.engine.disk_store import DiskStore
 from heronry.engine.kept_states import KeptStates, new_name
-from heronry.engine.state_store import Key
 from heronry.models import LayerState
+from heronry.stores.disk import DiskStore
+from heronry.stores.store import Key
 
 
 def make_state(number: float) -> State:

@@ -13,11 +13,11 @@ import torch
 from heronry import State
 from heronry.checkpoint import assemble
 from heronry.engine import prefill
-from heronry.engine.disk_store import DiskStore
 from heronry.engine.prefix_keys import CacheRoot, cache_root, choose_cuts, prefix_keys
 from heronry.engine.state_cache import StateCache
-from heronry.engine.state_store import Key
 from heronry.models import RWKV7, LayerState, Model
+from heronry.stores.disk import DiskStore
+from heronry.stores.store import Key
 
 ROOT = CacheRoot(bytes(32), 64)
 

@@ -10,13 +10,13 @@ from starlette.testclient import TestClient
 
 from heronry.cli.serve import _open_store, _read_keys
 from heronry.engine.kept_states import KeptStates
-from heronry.engine.memory_store import MemoryStore
-from heronry.engine.state_store import Key
 from heronry.engine.text_model import TextModel
 from heronry.errors import InputError
 from heronry.serve.app import create_app
 from heronry.serve.expiry import expire_now_and_then
 from heronry.serve.models import ModelTable, ServedModel
+from heronry.stores.memory import MemoryStore
+from heronry.stores.store import Key
 from heronry.text.jinja_templates import JinjaTemplate
 
 KEEPS = (

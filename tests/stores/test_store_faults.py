@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from redis_server import RedisServer
 
-from heronry.engine import disk_store
-from heronry.engine.disk_store import DiskStore
-from heronry.engine.redis_store import RedisStore
-from heronry.engine.state_store import Key, StateStore
+from heronry.stores import disk as disk_module
+from heronry.stores.disk import DiskStore
+from heronry.stores.redis import RedisStore
+from heronry.stores.store import Key, StateStore
 
 FORK = multiprocessing.get_context("fork")
 
@@ -133,7 +133,7 @@ def test_killed_at_any_moment(tmp_path, kind, monkeypatch):
             kept = [name for name in names if store._redis.ttl(name) == -1]
             assert sum(map(store._redis.strlen, kept)) == store.nbytes
         else:
-            monkeypatch.setattr(disk_store, "GRACE", -1)
+            monkeypatch.setattr(disk_module, "GRACE", -1)
             store.expire("state", 0, 0)
             assert not list((tmp_path / "states").glob(".*"))
             check_folder(tmp_path / "states", store)

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis_server import RedisServer
 
-from heronry.engine import disk_store, redis_store
-from heronry.engine.disk_store import DiskStore
-from heronry.engine.memory_store import MemoryStore
-from heronry.engine.redis_store import RedisStore
-from heronry.engine.state_store import MAX_ABOUT_BYTES, Key
 from heronry.errors import InputError
+from heronry.stores import disk as disk_module
+from heronry.stores import redis as redis_module
+from heronry.stores.disk import DiskStore
+from heronry.stores.memory import MemoryStore
+from heronry.stores.redis import RedisStore
+from heronry.stores.store import MAX_ABOUT_BYTES, Key
 
 A, B, C, D = (Key("state", "t", name) for name in "abcd")
 
@@ -246,7 +247,7 @@ def test_damage_in_redis(redis, caplog):
 
 
 def test_large_values_lie_in_pieces(redis, monkeypatch):
-    monkeypatch.setattr(redis_store, "PIECE", 100)
+    monkeypatch.setattr(redis_module, "PIECE", 100)
     store = RedisStore(redis.url, 10_000)
     store._redis.flushall()
     data = random.Random(0).randbytes(1050)
@@ -291,7 +292,7 @@ def test_keys_that_somebody_deletes_in_redis(redis):
 
 def test_redis_goes_away_and_comes_back(tmp_path, monkeypatch, caplog):
     """Its answers are missed, with one warning; once it is back, what it had is there."""
-    monkeypatch.setattr(redis_store, "PAUSE", 0.05)
+    monkeypatch.setattr(redis_module, "PAUSE", 0.05)
     server = RedisServer(tmp_path)
     try:
         store = RedisStore(server.url, 1000)
@@ -331,8 +332,8 @@ def test_redis_goes_away_and_comes_back(tmp_path, monkeypatch, caplog):
 
 def test_a_redis_that_hangs(tmp_path, monkeypatch):
     """It is asked once in a while, not every time."""
-    monkeypatch.setattr(redis_store, "PAUSE", 100)
-    monkeypatch.setattr(redis_store, "TIMEOUT", 0.1)
+    monkeypatch.setattr(redis_module, "PAUSE", 100)
+    monkeypatch.setattr(redis_module, "TIMEOUT", 0.1)
     server = RedisServer(tmp_path)
     try:
         store = RedisStore(server.url, 1000)
@@ -404,7 +405,7 @@ def test_leftovers_are_removed(tmp_path, monkeypatch):
     (folder / "mine.txt").write_bytes(b"of somebody")
     DiskStore(folder, 1000).close()
     assert len(files(tmp_path)) == 4  # somebody may be writing
-    monkeypatch.setattr(disk_store, "GRACE", 0)
+    monkeypatch.setattr(disk_module, "GRACE", 0)
     time.sleep(0.01)
     store.expire("state", 0, 0)
     assert {path.name for path in files(tmp_path)} - {"mine.txt"} == {

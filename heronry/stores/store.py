@@ -1,4 +1,4 @@
-"""What stores of states have in common: DiskStore (disk_store.py) and RedisStore (redis_store.py).
+"""What stores of states have in common: DiskStore (disk.py) and RedisStore (redis.py).
 
 A store holds named bytes, and beside them what is known about them, as JSON. Bytes go when there is no room for them,
 those used least recently first; what is known about them stays longer. An entry about which nothing is known goes with

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
-from .state_store import MAX_ABOUT_BYTES, Entry, Key, Outage, StateStore
+from .store import MAX_ABOUT_BYTES, Entry, Key, Outage, StateStore
 
 PIECE = 256 << 20  # bytes; Redis takes 512 MB at a time
 UNNAMED = 600  # seconds that pieces without an entry stay

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from .state_store import MAX_ABOUT_BYTES, Entry, Key, StateStore
+from .store import MAX_ABOUT_BYTES, Entry, Key, StateStore
 
 
 @dataclass(frozen=True)

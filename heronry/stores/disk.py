@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_write, check_writable, naming
-from .state_store import MAX_ABOUT_BYTES, Entry, Key, StateStore
+from .store import MAX_ABOUT_BYTES, Entry, Key, StateStore
 
 INDEX = "index.sqlite"
 SUFFIX = ".safetensors"

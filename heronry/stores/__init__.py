@@ -1,0 +1,1 @@
+"""Stores of named bytes: in a folder, in Redis, in RAM."""

@@ -29,6 +29,16 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """quick_for("7"): of a test's cases, those that have one of these names are quick, all others slow."""
+    for item in items:
+        mark = item.get_closest_marker("quick_for")
+        if mark is not None and not {*mark.args} & {*item.callspec.id.split("-")}:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+
+
 VERSIONS = ("4", "5.0", "5.0 r2", "5.1", "5.2", "6", "7")
 
 

@@ -139,6 +139,7 @@ def test_segmentation(run, folder):
     assert {file.name for file in (folder / "segmentation").iterdir()} == {"segmenter.safetensors", "shapes.png"}
 
 
+@pytest.mark.slow
 def test_detection(run, folder):
     pytest.importorskip("transformers")
     output = run("detection.py", "--out", folder / "detection", "--steps", 10, "--batch", 2)

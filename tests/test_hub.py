@@ -245,6 +245,7 @@ def test_errors_of_the_hub_are_not_called_offline(online, cache, monkeypatch):
             assert online(name).endswith(f"the hub answers with error {status}; {hint}"), (status, online(name))
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(online, cache, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot be written to" in (said := online("hf://O/R/a.pth", HF_HUB_CACHE=str(tmp_path / "file")))

@@ -121,6 +121,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(chat):
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_what_is_typed_during_an_answer_does_not_disturb_it(chat):
     """Neither "^C" nor letters are shown by the terminal."""
     terminal = chat("--max-tokens", "100000", "--temperature", "1.5", "--top-p", "1")

@@ -44,6 +44,7 @@ def name_of(format: str, folder: Path, stem: str = "out") -> Path:
     return folder / f"{stem}-{format}{suffix}"
 
 
+@pytest.mark.quick_for("4", "7")
 def test_every_format_and_back(version, weights, tmp_path):
     original = weights(version)
     torch.save(original, tmp_path / "a.pth")
@@ -71,6 +72,7 @@ def test_every_format_and_back(version, weights, tmp_path):
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+@pytest.mark.quick_for("7")
 def test_from_every_format_to_every_other(version, weights, tmp_path):
     torch.save(weights(version), tmp_path / "a.pth")
     expected = read(tmp_path / "a.pth")
@@ -326,6 +328,7 @@ def test_a_disk_that_is_full_in_the_middle_is_named(format, weights, tmp_path, m
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth", whole.name}
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_matrix(weights, tmp_path):
     """The whole is 40 MB; what is private to the process grows by less than a third."""
     torch.save(weights("7", width=384, heads=6, ffn=1536, layers=6), tmp_path / "a.pth")

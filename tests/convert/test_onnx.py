@@ -119,6 +119,7 @@ def test_packed_by_onnxruntime(graphs, tmp_path, bits):
     assert 0 < (output - exact).abs().mean() < {8: 0.2, 4: 0.6}[bits] * exact.abs().mean()
 
 
+@pytest.mark.quick_for("4", "7")
 def test_torch_export_of_every_version(version, random_checkpoint):
     """The graph runs for sizes that it was not made with, and carries the state."""
     model = assemble(random_checkpoint(version, **SMALL))
@@ -163,6 +164,7 @@ def test_bad_input(random_checkpoint, tmp_path):
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_weights_beside_the_file(random_checkpoint, tmp_path, monkeypatch):
     """As of a model too large for one file."""
     monkeypatch.setattr("heronry.convert.onnx.MAX_INLINE", 1000)

@@ -54,6 +54,7 @@ def test_there_and_back(model, tmp_path):
     assert heronry.load(tmp_path / "half.safetensors", kind=heronry.VisionModel).pos_embed.dtype == torch.bfloat16
 
 
+@pytest.mark.quick_for("vrwkv")
 def test_onnx(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     vision, folder = model

@@ -279,6 +279,7 @@ def test_a_process_killed_and_one_interrupted_go_on(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+@pytest.mark.slow
 def test_memory_is_not_that_of_the_texts(tmp_path):
     line = (json.dumps({"text": " ".join(texts(20))}) + "\n").encode()
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:

@@ -227,6 +227,7 @@ def test_what_is_out_of_range_is_named(options, message):
         Sampling().replace(**options)
 
 
+@pytest.mark.slow
 def test_digits_may_be_left_out_of_the_counts():
     """Token for token what the PyPI package rwkv generates with penalties, from logits that never change."""
     utils = pytest.importorskip("rwkv.utils", reason="the PyPI package rwkv is the reference here")

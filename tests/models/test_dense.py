@@ -134,6 +134,7 @@ def shapes(random: np.random.Generator, number: int, size: int) -> tuple[torch.T
 
 
 @pytest.mark.parametrize("kind", ["vrwkv", "vrwkv6"])
+@pytest.mark.quick_for("vrwkv")
 def test_a_segmenter_learns(kind):
     """Judged by pictures of another size than it has learned from."""
     torch.manual_seed(0)

@@ -88,6 +88,7 @@ def check(model: Model) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.quick_for("heads of 32", "odd heads", "one layer, one head")
 def test_float32(version, shape, random_checkpoint):
     check(assemble(random_checkpoint(version, **SHAPES[shape])))
 
@@ -130,6 +131,7 @@ def test_tuned_state(version, random_checkpoint):
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 @pytest.mark.parametrize("shape", ["heads of 64", "odd heads"])
+@pytest.mark.quick_for("4", "6", "7")
 def test_levels(level, version, shape, random_checkpoint, monkeypatch):
     class Step(native_step.NativeStep):  # the operators of the plain model stay as they are
         def __init__(self, model):
@@ -189,6 +191,7 @@ def test_weights_of_several_dtypes(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
+@pytest.mark.quick_for("4", "7")
 def test_threads_change_nothing(version, dtype, random_checkpoint):
     model = assemble(random_checkpoint(version, width=170, heads=5, ffn=333), dtype=dtype)
     found = []

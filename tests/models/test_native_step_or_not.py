@@ -197,6 +197,7 @@ def norms(model: Model) -> list[str]:
 
 
 @torch.no_grad()
+@pytest.mark.quick_for("4", "7")
 def test_the_eps_of_every_norm_is_seen(model, taken):
     text = tokens(2, 3)
     first, _ = model(text)
@@ -422,6 +423,7 @@ def test_other_dtypes(model, taken):
 
 
 @torch.no_grad()
+@pytest.mark.quick_for("4", "7")
 def test_torch_compile(model, taken):
     text = tokens(2, 3)
     expected = plain(model, text)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # several processes
+
 CASES = [
     *product(("5.1", "5.2", "6", "7"), ("float64",), ("one document", "two documents", "many rows, carried"), (3,)),
     *product(("6", "7"), ("float32",), ("many rows, carried",), (2, 3)),

@@ -487,6 +487,7 @@ def test_text_and_pictures_are_not_mistaken(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["T", "6T"])
+@pytest.mark.quick_for("T")
 def test_exported(kind):
     model = made(KINDS[kind], dtype=torch.float32)
     batch = torch.export.Dim("batch")

@@ -149,6 +149,7 @@ def test_without_numbers_it_is_an_operator_of_torch(operator: Operator):
 @pytest.mark.parametrize("operator", NATIVE)
 @pytest.mark.parametrize("impl", ["cpu", "auto"])
 @pytest.mark.parametrize("cu", [None, [0, 7, 40]])
+@pytest.mark.quick_for("wkv7", "wkv4")
 def test_compiles_with_torch(operator: Operator, impl: str, cu: list[int] | None):
     torch._dynamo.reset()
     arguments = draw(operator, 1, 40, 2, 8, states=1 if cu is None else 2)
@@ -164,6 +165,7 @@ def test_compiles_with_torch(operator: Operator, impl: str, cu: list[int] | None
 
 @pytest.mark.parametrize("operator", NATIVE)
 @pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.quick_for("wkv7", "biwkv")
 def test_is_a_well_formed_operator(operator: Operator, gradient: bool):
     with Recorder() as recorder:
         run(operator, to(draw(operator, 2, 40, 2, 4), torch.float32), "cpu")
@@ -212,6 +214,7 @@ def test_without_a_compiler_auto_runs_pytorch_and_says_so_once(tmp_path: Path):
     assert out.count("wkv7: impl=auto runs the chunked body") == 1
 
 
+@pytest.mark.slow
 def test_without_a_compiler_cpu_is_refused(tmp_path: Path):
     refused = """
 import torch
@@ -257,6 +260,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @on_linux
+@pytest.mark.slow
 def test_there_is_one_openmp_runtime_and_it_is_torchs():
     out = subprocess.run([sys.executable, "-c", TEAM], capture_output=True, text=True, check=True).stdout
     threads, files = out.splitlines()

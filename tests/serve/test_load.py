@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import httpx
+import pytest
 from load_clients import load, stream
 from server_process import Process
 from soak import rows, soak
@@ -57,6 +58,7 @@ def test_of_200_clients_none_is_cut(start):
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_short_soak(start):
     """The long one is `make soak`."""
     server = start("--log-level", "warning", "--max-rows", "8")

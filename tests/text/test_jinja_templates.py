@@ -69,6 +69,7 @@ def test_an_input_without_a_place_for_it():
 TURN = st.lists(st.sampled_from([*" \r\nab:{}é", "\n\n", "User:", "<think>"]), min_size=1, max_size=9).map("".join)
 
 
+@pytest.mark.quick_for("world", "g1", "alpaca")
 @pytest.mark.parametrize("name", ["raven", "world", "g1", "story", "alpaca", "raven-alpaca", "instruction", "qa"])
 @settings(max_examples=40)
 @given(turns=st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3), weight=st.sampled_from([0, 1]))

@@ -75,6 +75,7 @@ def forms() -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("form", ["official", "ours", "WordLevel", "RwkvTrie", "txt", "json"])
+@pytest.mark.quick_for("official", "RwkvTrie", "txt")
 def test_every_form_is_world(form, tmp_path):
     name, content = forms()[form]
     (tmp_path / name).write_text(content, encoding="utf-8", newline="\n")

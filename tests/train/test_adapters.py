@@ -282,6 +282,7 @@ def test_interrupted_it_is_the_same_to_the_bit(generation, tune, more, bases, te
 
 @pytest.mark.parametrize("generation", MODELS)
 @pytest.mark.parametrize("more", [(), ("model.miss_variant=mini", "model.mini_r=4"), ("model.miss_variant=bat",)])
+@pytest.mark.quick_for("rwkv7")
 def test_miss_learns(generation, more, bases, texts, tmp_path):
     """Only its blocks do; merged, read by peft and beside, it is the model that was trained."""
     base, out = bases(generation), tmp_path / "out"

@@ -82,6 +82,7 @@ HARD = ("vision.mixup=0.8", "vision.cutmix=1.0", "vision.drop_path=0.3", "run.em
 
 
 @pytest.mark.parametrize("more", [(), HARD], ids=["plain", "hard"])
+@pytest.mark.quick_for("hard")
 def test_stopped_and_gone_on_it_is_the_run_never_stopped(more, folder, tmp_path):
     whole = trained(folder, tmp_path / "whole", *more)
     fails_at(Trainer(read_config(None, settings(folder, tmp_path / "cut", *more, "run.save_every=1"))), 4)

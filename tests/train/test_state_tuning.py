@@ -77,6 +77,7 @@ def losses(out: Path) -> list[tuple]:
 @pytest.mark.parametrize(
     "generation", [pytest.param(x, marks=[] if x in ("rwkv4", "rwkv7") else pytest.mark.slow) for x in MODELS]
 )
+@pytest.mark.quick_for("rwkv7")
 def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, command):
     base, out = bases(generation), tmp_path / "out"
     run = tuning(base, data, out)
@@ -112,6 +113,7 @@ def test_only_the_state_learns_and_it_helps(generation, bases, data, tmp_path, c
 
 
 @pytest.mark.parametrize("generation", MODELS)
+@pytest.mark.quick_for("rwkv7")
 def test_untouched_it_is_the_empty_state(generation, bases):
     """In packed rows, whose documents each begin from it, and in the native step."""
     plain, tuned = load(bases(generation)), load(bases(generation)).tune_state()

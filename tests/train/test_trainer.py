@@ -108,6 +108,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("generation", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
+@pytest.mark.quick_for("rwkv4", "rwkv7")
 def test_it_learns(generation, texts, tmp_path):
     trainer = run(texts, tmp_path / "out", f"model.generation={generation}", "run.epochs=6", f"data.eval={texts}")
     losses = [row[2] for row in curve(tmp_path / "out")]
@@ -133,6 +134,7 @@ MINIPILE = Path(__file__).parents[2] / "examples" / "minipile.toml"
         (MINIPILE, "rwkv7", "magic_prime", 1.0),
     ],
 )
+@pytest.mark.quick_for("rwkv4", "rwkv7")
 def test_the_recipe_in_float64(file, generation, order, clip, texts, tmp_path):
     """20 steps against Adam, L2Wrap, clipping, schedule and groups written down here, on the same rows."""
     exact = settings(texts, tmp_path / "out", "run.precision=float64", "run.steps=20", "run.accumulate=2")
@@ -231,6 +233,7 @@ def test_what_schedulers_and_closed_terminals_send_loses_nothing(number, texts, 
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_number_of_the_signal(texts, tmp_path):
     options = settings(texts, tmp_path / "out", "run.steps=100000", "run.save_minutes=100")
     command = [sys.executable, "-m", "heronry", "train", *options]
@@ -340,6 +343,7 @@ def test_gradients_that_are_not_finite_move_nothing(texts, tmp_path):
         ).train()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_run_goes_on(texts, tmp_path):
     """In a process whose files may not grow beyond 100 KB: nothing but the log fits."""
     code = """
@@ -410,6 +414,7 @@ def test_what_cannot_be_is_told_first(texts, tmp_path):
     assert longer.step == 4
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(texts, tmp_path):
     """gloo, each with half of the rows."""
     run(texts, tmp_path / "one", "run.steps=6", "run.batch=4")

@@ -129,6 +129,7 @@ def test_a_model_with_an_adapter(here, command, random_checkpoint):
     assert len({*pages}) == 3
 
 
+@pytest.mark.slow
 def test_a_report_of_a_prompt_without_a_subject(here, command, random_checkpoint):
     """It has no causal tracing, which needs one, and no cascade, which needs a longer text, and says so."""
     save(assemble(random_checkpoint("7", vocab=256)), here / "seven")
@@ -213,6 +214,7 @@ def test_the_subject_is_found_by_characters():
     assert look.subject_positions() == [1]
 
 
+@pytest.mark.slow
 def test_a_large_model_stays_readable():
     """48 layers, many heads, and more tokens than an axis has room for."""
     random = np.random.default_rng(0)

@@ -300,6 +300,7 @@ def picture(tmp_path) -> Path:
     return tmp_path / "sun.png"
 
 
+@pytest.mark.slow
 def test_the_example_draws_an_untrained_model(run, picture, tmp_path):
     output = run("vrwkv_tiny", picture, "--out", tmp_path / "drawn")
     assert "how far vrwkv_tiny sees" in output

@@ -129,7 +129,7 @@ class Grammar:
             InputError: what llguidance says against it, an opening that does not fit, or no llguidance.
         """
         table = token_table(tokenizer)  # type: ignore[arg-type]  # tokenizers can be hashed, like any object
-        native = _compile(table, self._definition())
+        native = _compile(table, self.definition())
         if native.is_error():
             reason = _in_one_line(native.get_error())
             if self.kind != "grammar":  # the place is that in what was made of it
@@ -142,8 +142,8 @@ class Grammar:
             raise InputError(f"this tokenizer cannot write what the {self.kind} asks for")
         return matcher
 
-    def _definition(self) -> str:
-        """For llguidance: the grammar, and what comes before it."""
+    def definition(self) -> str:
+        """For llguidance, one line of JSON: the grammar, and what comes before it."""
         from llguidance import LLMatcher
 
         if self.kind == "schema":

@@ -59,6 +59,7 @@ def create_app(
     """
     scheduler, keys = Scheduler(limits), dict(keys or {})
     kept = KeptStates(MemoryStore(1 << 30)) if kept is None else kept
+    server = Server(models, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,12 +68,13 @@ def create_app(
         yield
         expiring.cancel()
         scheduler.close(drain)
+        server.grammars.close()
         if cache is not None:
             cache.close()
         kept.store.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
+    app.state.server = server
     for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
         app.include_router(router)
     shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}

@@ -83,6 +83,7 @@ class Generation:
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.last_logprobs: dict[int, TokenLogprob] = {}
+        self._grammar = decoding.grammar
         self._make_matcher = partial(decoding.matcher, speaker.tokenizer, speaker.model.config.vocab_size, written)
         self._request = Request(
             speaker.model,
@@ -114,7 +115,9 @@ class Generation:
         """
         request = self._request
         self._server.scheduler.check(request)
-        matcher = await asyncio.to_thread(self._make_matcher)  # compiling a grammar takes its time
+        if self._grammar is not None:
+            await self._server.grammars.check(self._grammar)
+        matcher = await asyncio.to_thread(self._make_matcher)
         if matcher is not None:
             for sequence in request.sequences:
                 sequence.matcher = matcher.copy()

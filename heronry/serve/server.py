@@ -13,6 +13,7 @@ from ..engine.kept_states import KeptStates
 from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
+from .grammar_check import GrammarCheck
 from .models import ModelTable, ServedModel
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Server:
     cache: StateCache | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
 
     def root_of(self, model: ServedModel, owner: str) -> CacheRoot:

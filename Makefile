@@ -17,7 +17,7 @@ test: .venv/dev .venv/redis-server
 	$(PYTEST)
 
 # with what takes long for what it proves: every generation where one stands for all, processes that are killed
-test-all: .venv/dev .venv/redis-server build/transformers-tests
+test-all: .venv/dev .venv/redis-server build/transformers-tests build/clients
 	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels LEVELS=--all
 	$(PYTEST) -m ""
 
@@ -28,6 +28,12 @@ build/transformers-tests: .venv/dev
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $@ \
 		transformers==$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))")
 	tar -xzf $@/transformers-*.tar.gz -C $@ --strip-components=1
+
+# clients of OpenAI's API that the tests drive as programs: what they bring stays out of .venv
+build/clients: .venv/dev
+	rm -rf $@
+	$(BIN)/uv venv --quiet $@
+	$(BIN)/uv pip install --quiet --python $@/bin/python llm==0.36 langchain-openai==1.7.4
 
 kernels: .venv/dev
 	$(BIN)/python tests/compile_all.py $(LEVELS)

@@ -54,6 +54,9 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Sequences that are written at a time.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait; more are told 429.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 << 20,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a request may take, its stream included.")
+    ] = 3600,
     store: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +123,7 @@ def serve(
         keys=keys,
         hosts=hosts,
         max_body=max_body,
+        time_limit=time_limit,
         drain=drain,
         cache=cache,
         kept=kept,

@@ -42,6 +42,7 @@ def create_app(
     keys: Mapping[str, str] | None = None,
     hosts: Collection[str] = LOCAL_HOSTS,
     max_body: int = 64 << 20,
+    time_limit: float = 3600,
     drain: float = 30,
     cache: StateCache | None = None,
     kept: KeptStates | None = None,
@@ -52,6 +53,7 @@ def create_app(
         keys: API key -> the name of its owner; none: everybody may come in.
         hosts: see `Gate`.
         max_body: bytes of a request.
+        time_limit: seconds that a request may take, its stream included.
         drain: seconds that requests under way have to end when the server stops.
         cache: of states of prompts' beginnings; closed with the app.
         kept: states with names, whose store is closed with the app; None = 1 GB of RAM, which the app ends with.
@@ -80,7 +82,15 @@ def create_app(
     shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
     add_error_handlers(app, shapes)
     in_bodies = _paths(lightning.router)
-    app.add_middleware(Gate, keys=keys, hosts=hosts, max_body=max_body, shapes=shapes, keys_in_bodies=in_bodies)
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        hosts=hosts,
+        max_body=max_body,
+        time_limit=time_limit,
+        shapes=shapes,
+        keys_in_bodies=in_bodies,
+    )
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -14,10 +15,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, Shape, openai_shape
+from .stream import event
 
 log = logging.getLogger("heronry.serve")
 # for load balancers, which have no key; and where Ai00's clients send theirs
 OPEN_ROUTES = ("/health", "/v1/health", "/ping", "/api/auth/exchange")
+PAUSE = 30  # seconds in which something more of a body must come
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -29,6 +32,7 @@ class Gate:
         hosts: names under which the server may be called, or "*" for any: a web page that points its own name at this
             machine (DNS rebinding) is refused.
         max_body: bytes.
+        time_limit: seconds that a request may take, its stream included.
         shapes: of the errors of the paths that have one of their own.
         keys_in_bodies: paths where a request without a key in its headers comes in without an owner: the route itself
             looks for it in the body.
@@ -40,10 +44,11 @@ class Gate:
         keys: Mapping[str, str],
         hosts: Collection[str],
         max_body: int,
+        time_limit: float,
         shapes: Mapping[str, Shape],
         keys_in_bodies: Collection[str],
     ):
-        self.app, self.keys, self.hosts, self.max_body = app, keys, hosts, max_body
+        self.app, self.keys, self.hosts, self.max_body, self.time_limit = app, keys, hosts, max_body, time_limit
         self.shapes, self.keys_in_bodies = shapes, keys_in_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,33 +58,45 @@ class Gate:
         headers, begin = Headers(scope=scope), time.perf_counter()
         given = headers.get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\w.-]{1,128}", given) else f"req_{secrets.token_hex(12)}"
-        status, size = 0, 0
+        status, size, is_whole, is_stream = 0, 0, False, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_stream
             if message["type"] == "http.response.start":
                 status = message["status"]
                 reply = MutableHeaders(scope=message)
+                is_stream = reply.get("content-type", "").startswith("text/event-stream")
                 reply["x-request-id"] = request_id
                 reply["openai-processing-ms"] = str(round(1000 * (time.perf_counter() - begin)))
                 reply["x-content-type-options"] = "nosniff"
             await send(message)
 
         async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_whole
+            try:
+                message = await (receive() if is_whole else asyncio.wait_for(receive(), PAUSE))
+            except asyncio.TimeoutError:
+                raise ApiError(408, f"nothing more of the body has come for {PAUSE} s") from None
             size += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if size > self.max_body:
                 raise _too_large(self.max_body)
             return message
 
         try:
             scope.setdefault("state", {})["owner"] = self._check(scope["path"], headers)
-            await self.app(scope, bounded, answer)
-        except ApiError as error:
-            if status:
+            await asyncio.wait_for(self.app(scope, bounded, answer), self.time_limit)
+        except (ApiError, asyncio.TimeoutError) as error:
+            if not isinstance(error, ApiError):
+                error = ApiError(504, f"the request has taken longer than {self.time_limit:g} s")
+                error.headers["x-should-retry"] = "false"
+            shape = self.shapes.get(scope["path"], openai_shape)
+            if not status:
+                await _send(error, shape, answer)
+            elif is_stream:
+                await answer({"type": "http.response.body", "body": event(shape(error)).encode()})
+            else:
                 raise
-            await _send(error, self.shapes.get(scope["path"], openai_shape), answer)
         finally:
             line = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             log.info(json.dumps(line | {"ms": round(1000 * (time.perf_counter() - begin), 1)}))

@@ -78,7 +78,7 @@ test-lowest:
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/python -m pip install --quiet $(TORCH) $(UV)
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct $(TORCH) \
-		-e ".[cli,train,convert,vision,onnx,serve]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.100.0 psutil==6.0.0 transformers==5.16.0
+		-e ".[cli,train,convert,vision,onnx,serve]" pytest==8.0.0 pytest-xdist==3.6.1 hypothesis==6.103.0 psutil==6.0.0 transformers==5.16.0
 	build/lowest/bin/python -m pytest -n auto --dist loadfile -k "not neither_typer" $(LOWEST)
 
 # the C++ compiled, not run, for the systems that are not here

@@ -12,7 +12,7 @@ from ..engine.chat import choose_template
 from ..engine.options import Decoding
 from ..engine.presets import preset_by_name
 from ..engine.sampling import Sampling
-from ..engine.tool_grammars import call_grammar
+from ..engine.tool_grammars import answer_grammar, call_grammar
 from ..text.chat_templates import Prompt, Template, prepare
 from ..text.thinking import EFFORTS
 from ..text.tool_styles import style_by_name
@@ -48,16 +48,20 @@ def answer_decoding(
     model: ServedModel, body: AnswerBody, prompt: Prompt, max_tokens: int, top_logprobs: int | None, rows: int
 ) -> Decoding:
     """How the answers to a prompt are drawn: where the body does not say it, as its preset has it, or the template. One
-    that must be a call has the form of one."""
+    that must be a call has the form of one, and so have the calls of answers that may call a strict tool."""
     preset = None if body.preset is None else preset_by_name(body.preset)
     default = preset or Sampling().replace(**prompt.template.sampling)
     decoding = body.decoding(model, max_tokens, default, top_logprobs, rows)
-    style = _style(model, body)
-    if style is None or (isinstance(body.tool_choice, str | None) and body.tool_choice != "required"):
+    name = _style(model, body)
+    if name is None or not body.tools:
         return decoding
-    tools, call = choose_tools(body, style)
-    must_call = call is not None and prompt.opening.strip() == call.strip()
-    return replace(decoding, grammar=call_grammar(tools.values(), style_by_name(style))) if must_call else decoding
+    style = style_by_name(name)
+    tools, call = choose_tools(body, name)
+    if call is not None and prompt.opening.strip() == call.strip():
+        return replace(decoding, grammar=call_grammar(tools.values(), style))
+    if call is None and decoding.grammar is None and any(tool.strict for tool in tools.values()):
+        return replace(decoding, grammar=answer_grammar(tools.values(), style))
+    return decoding
 
 
 def _style(model: ServedModel, body: AnswerBody) -> str | None:

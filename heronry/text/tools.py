@@ -17,11 +17,16 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. parameters: the JSON Schema of its arguments, an object."""
+    """A function that a model may call.
+
+    parameters: the JSON Schema of its arguments, an object.
+    strict: its arguments are always valid under it, see `heronry.engine.tool_grammars`.
+    """
 
     name: str
     description: str = ""
     parameters: Schema = field(default_factory=dict)
+    strict: bool = False
 
     def in_openais_form(self) -> dict[str, Any]:
         """As one of OpenAI's list of tools."""
@@ -106,7 +111,7 @@ def _read_tool(given: object, where: str) -> Tool:
     except (ValueError, TypeError, RecursionError) as error:
         message = f"the parameters of tool {name!r} cannot be written as JSON: {error}"
         raise InputError(message, param=f"{where}.function.parameters") from error
-    return Tool(name, (description or "").strip(), parts)
+    return Tool(name, (description or "").strip(), parts, function.get("strict") is True)
 
 
 def compact(value: object) -> str:

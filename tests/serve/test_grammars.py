@@ -118,6 +118,21 @@ def test_a_call_that_must_be(client, choice, style):
     assert not found.message.content
 
 
+@pytest.mark.parametrize("style", ["xml", "g1k"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_call_that_may_be(client, style, strict):
+    """Once it has begun, a strict tool can only be called as its schema has it."""
+    tools = [{"type": "function", "function": tool["function"] | {"strict": strict}} for tool in TOOLS]
+    body = {"tool_style": style, "opening": ' Well. <tool_call>{"name":"forecast",'}
+    [found] = client.chat.completions.create(**ASK, tools=tools, extra_body=body).choices
+    if not strict:
+        assert not found.message.tool_calls
+        return
+    assert found.message.content.startswith("Well.")
+    [call] = found.message.tool_calls
+    assert set(json.loads(call.function.arguments)) == {"city", "days"}
+
+
 def test_a_form_beside_tools(client):
     """The form is that of the answer."""
     options = ASK | {"tools": TOOLS, "extra_body": {"tool_style": "json"}}

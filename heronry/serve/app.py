@@ -15,7 +15,20 @@ from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
 from ..stores.memory import MemoryStore
-from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, responses, runner, states
+from . import (
+    ai00,
+    basics,
+    chat,
+    completions,
+    embeddings,
+    lightning,
+    llama_cpp,
+    metrics,
+    responses,
+    runner,
+    states,
+)
+from .conversations import router as conversation_router
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
@@ -28,6 +41,7 @@ ROUTERS = (
     completions.router,
     chat.router,
     responses.router,
+    conversation_router,
     states.router,
     embeddings.router,
     runner.router,
@@ -46,6 +60,7 @@ def create_app(
     drain: float = 30,
     cache: StateCache | None = None,
     kept: KeptStates | None = None,
+    conversations: KeptStates | None = None,
     keep_days: float = 30,
 ) -> FastAPI:
     """
@@ -56,24 +71,29 @@ def create_app(
         time_limit: seconds that a request may take, its stream included.
         drain: seconds that requests under way have to end when the server stops.
         cache: of states of prompts' beginnings; closed with the app.
-        kept: states with names, whose store is closed with the app; None = 1 GB of RAM, which the app ends with.
+        kept: responses and states with names, whose store is closed with the app; None = 1 GB of RAM, which the app
+            ends with.
+        conversations: the same for them, apart, so that nothing else makes them go.
         keep_days: days after which a state that nobody used is dropped.
     """
     scheduler, keys = Scheduler(limits), dict(keys or {})
-    kept = KeptStates(MemoryStore(1 << 30)) if kept is None else kept
-    server = Server(models, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
+    kept, conversations = (KeptStates(MemoryStore(1 << 30)) if x is None else x for x in (kept, conversations))
+    server = Server(models, scheduler, metrics.Metrics(scheduler), kept, conversations, cache, keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
-        expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, keep_days))
+        expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, conversations.store, keep_days))
         yield
         expiring.cancel()
+        if writing := server.writing:
+            await asyncio.wait(writing, timeout=drain)
         scheduler.close(drain)
         server.grammars.close()
         if cache is not None:
             cache.close()
         kept.store.close()
+        conversations.store.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server

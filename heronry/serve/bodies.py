@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -70,13 +71,33 @@ class DialectBody(BaseModel):
         return {name: x for name, x in data.items() if x is not None} if isinstance(data, dict) else data
 
 
+def check_json(data: object) -> object:
+    """Refuses what could not be told back or kept: half a character, NaN, nesting without end."""
+    try:
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is no JSON that could be kept: {error}") from None
+    return data
+
+
+class KeptBody(BaseModel):
+    """Of routes that keep texts: unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, data: object) -> object:
+        return check_json(data) if isinstance(data, dict) else data
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class SamplingBody(GrammarBody):
-    """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
+class DrawingBody(BaseModel):
+    """How tokens are drawn: what is set for a whole conversation too."""
 
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
@@ -84,15 +105,20 @@ class SamplingBody(GrammarBody):
     temperature: float | None = Field(None, ge=0, le=1e6)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=1 << 30, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-1e6, le=1e6)
     frequency_penalty: float | None = Field(None, ge=-1e6, le=1e6)
     penalty_decay: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Stops = None
+
+
+class SamplingBody(DrawingBody, GrammarBody):
+    """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
+
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=1e6)
     logit_bias: dict[str, float] | None = Field(None, description="token id -> -100 to 100; -100 bans it")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=1024)
-    stop: Stops = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=1 << 30)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from fastapi import Request
 
@@ -24,19 +26,24 @@ if TYPE_CHECKING:
 class Server:
     """
     cache: of the states of prompts' beginnings.
-    kept: states with names, of responses and others.
+    kept: states with names, of responses and others. conversations: trees of messages, with theirs.
     keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
+    writing: answers that are kept whether anybody waits for them or not.
+    locks: of conversations, by id.
     """
 
     models: ModelTable
     scheduler: Scheduler
     metrics: Metrics
     kept: KeptStates
+    conversations: KeptStates
     cache: StateCache | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
     grammars: GrammarCheck = field(default_factory=GrammarCheck)
+    writing: set[asyncio.Future[None]] = field(default_factory=set)
+    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
 
     def root_of(self, model: ServedModel, owner: str) -> CacheRoot:

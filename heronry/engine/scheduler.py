@@ -297,7 +297,7 @@ class Scheduler:
                 self._fail(request, event.error)
                 return
             self.totals.generated_tokens += goes_on
-            goes_on &= request.receiver.on_event(replace(event, index=i))
+            goes_on &= request.receiver.on_event(i, event)
         except Exception as error:
             log.exception("heronry: a result could not be handed out")
             self._fail(request, error)

@@ -13,6 +13,7 @@ from ..engine.kept_states import KeptStates
 from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
+from .inbox import Doorbell
 from .models import ModelTable, ServedModel
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Server:
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
     roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
+    doorbell: Doorbell = field(default_factory=Doorbell)
 
     def root_of(self, model: ServedModel, owner: str) -> CacheRoot:
         """Where the keys of kept states begin: those of one owner are never found by another."""

@@ -70,9 +70,12 @@ class Row:
         index: int,
         choice: int,
         keep_stop: bool = False,
+        with_state: bool = True,
     ):
-        """text: what the state stands for before the completion. keep_stop: the stop string is part of it."""
+        """text: what the state stands for before the completion. keep_stop: the stop string is part of it. with_state:
+        pieces can give their state."""
         self.tokenizer, self.prompt, self.text, self.keep_stop = tokenizer, prompt, text, keep_stop
+        self.with_state = with_state
         self.index, self.choice = index, choice
         self.decoder = tokenizer.stream()
         self.buffer = StopStringBuffer(stops)
@@ -115,7 +118,7 @@ class Row:
             usage=Usage(len(self.prompt), len(self.token_ids)),
             index=self.index,
             choice=self.choice,
-            make_state=self._state_of(event, last=finish_reason is not None),
+            make_state=self._state_of(event, finish_reason is not None) if self.with_state else _no_state,
         )
 
     def _state_of(self, event: Event, last: bool) -> Callable[[], State]:
@@ -129,6 +132,10 @@ class Row:
         if last:
             return partial(with_text, event.state)
         return lambda: with_text(event.state)
+
+
+def _no_state() -> State:
+    raise RuntimeError("this row was made without states")
 
 
 def stream_pieces(generation: Generation, rows: list[Row], min_tokens: int) -> Generator[Completion, None, None]:

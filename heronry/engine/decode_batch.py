@@ -19,10 +19,12 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..models import Model, State
 from .call_sizes import CallSizes
 from .completion import FinishReason, TokenLogprob
 from .constraints import Matcher
+from .draw import Drawing, draw_rows
 from .sampling import Mask, Sampler, Sampling
 
 MAX_FORCED = 64  # tokens read in one call, while others wait
@@ -101,31 +103,32 @@ class SequenceDecoder:
             return "stop"
         return "length" if len(self.drawn) >= self.max_tokens else None
 
-    def pick(self, logits: Tensor) -> tuple[list[int], TokenLogprob | None]:
-        """What comes next after logits [V], with the first token's log-probability: one token that is drawn, or some
-        that are not, for they must come; or one of `stop_ids`."""
-        tokens = self._forced()
-        if tokens:
-            for token in tokens:
-                self._sampler.count(token)
-        else:
-            allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
-            banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()
-            tokens = [self._sampler.pick(logits, allowed, banned, self._grammar())]
+    def choose(self, logits: Tensor) -> Drawing | list[int]:
+        """What comes next after logits [V], float32 on the CPU: a token that is to be drawn, or some that must come."""
+        if tokens := self._forced():
+            return tokens
+        allowed = self.mask(list(self.drawn)) if self.mask else None  # a copy: the caller may keep it
+        banned = self.stop_ids if len(self.drawn) < self.min_tokens else ()
+        return self._sampler.prepare(logits, allowed, banned, self._grammar())
+
+    def take(self, tokens: list[int], logits: Tensor) -> TokenLogprob | None:
+        """Goes on with what was chosen after logits [V], which may be one of `stop_ids`; returns the first token's
+        log-probability."""
+        for token in tokens:
+            self._sampler.count(token)
         logprob = self.logprob_of(tokens[0], logits)
-        if tokens[0] in self.stop_ids:
-            return tokens, logprob
-        self.drawn += tokens
-        if self.matcher is not None:
-            for token in tokens:
-                self.matcher.consume(token)
-        return tokens, logprob
+        if tokens[0] not in self.stop_ids:
+            self.drawn += tokens
+            if self.matcher is not None:
+                for token in tokens:
+                    self.matcher.consume(token)
+        return logprob
 
     def logprob_of(self, token: int, logits: Tensor) -> TokenLogprob | None:
-        """The log-probability of a token under logits [V], if it was asked for."""
+        """The log-probability of a token under logits [V], float32 on the CPU, if it was asked for."""
         if self.top_logprobs is None:
             return None
-        return token_logprob(token, torch.log_softmax(logits.detach().to("cpu", torch.float32), 0), self.top_logprobs)
+        return token_logprob(token, torch.log_softmax(logits, 0), self.top_logprobs)
 
     def _forced(self) -> list[int]:
         if self.matcher is None or not self._may_force:
@@ -182,6 +185,7 @@ class DecodeBatch:
             logits: [S, V], after what each has read.
             state: of S rows.
         """
+        logits = logits.to("cpu", torch.float32)
         if not len(self):
             self._rows, self._logits, self._state, self._owned = [*sequences.items()], [*logits], state, False
             return
@@ -223,7 +227,8 @@ class DecodeBatch:
         """One token for every sequence, or those that a grammar forces, or its end."""
         events: list[Event] = []
         picked: list[tuple[list[int], TokenLogprob | None]] = [([], None)] * len(self._rows)
-        for i, held in enumerate(self._rows):
+        for i, chosen in enumerate(self._choose()):
+            held = self._rows[i]
             if held is None:
                 continue
             index, sequence = held
@@ -231,12 +236,14 @@ class DecodeBatch:
             try:
                 reason, logprob, stop_id = sequence.finish_reason, None, None
                 if reason is None:
-                    tokens, logprob = sequence.pick(self._logits[i])
-                    if tokens[0] not in sequence.stop_ids:
-                        picked[i] = tokens, logprob
+                    if isinstance(chosen, Exception):
+                        raise chosen
+                    logprob = sequence.take(chosen, self._logits[i])
+                    if chosen[0] not in sequence.stop_ids:
+                        picked[i] = chosen, logprob
                         continue
-                    reason, stop_id = "stop", tokens[0]
-            except Exception as error:  # of a mask, which is the caller's, or of what leaves no token
+                    reason, stop_id = "stop", chosen[0]
+            except Exception as error:
                 events.append(Event(index, None, None, None, self._state, i, error))
             else:
                 events.append(Event(index, None, reason, logprob, self._state, i, stop_id=stop_id))
@@ -268,6 +275,26 @@ class DecodeBatch:
                 self._rows[i] = None
         return events
 
+    def _choose(self) -> list[list[int] | Exception]:
+        """What comes next in each row, or why nothing can; nothing in one that is idle or has ended."""
+        chosen: list[list[int] | Exception] = [[]] * len(self._rows)
+        drawings: dict[int, Drawing] = {}
+        for i, held in enumerate(self._rows):
+            if held is None or held[1].finish_reason is not None:
+                continue
+            try:
+                found = held[1].choose(self._logits[i])
+            except Exception as error:  # of a mask, which is the caller's, or of what leaves no token
+                chosen[i] = error
+                continue
+            if isinstance(found, Drawing):
+                drawings[i] = found
+            else:
+                chosen[i] = found
+        for i, token in zip(drawings, draw_rows([*drawings.values()]), strict=True):
+            chosen[i] = token if isinstance(token, InputError) else [token]
+        return chosen
+
     def _read_forced(self, row: int, before: State, tokens: list[int], logprob: TokenLogprob | None) -> list[Event]:
         """One sequence reads several tokens."""
         held = self._rows[row]
@@ -275,12 +302,12 @@ class DecodeBatch:
         assert self._state is not None
         index, sequence = held
         logits, after = self._model(torch.tensor([tokens], device=self._model.device), before)  # [1, T, V]
-        self._logits[row] = logits[0, -1].clone()  # the others can go
+        self._logits[row] = logits[0, -1].to("cpu", torch.float32, copy=True)  # the others can go
         self._put(row, after, 0)
         events = []
         for n, token in enumerate(tokens, 1):
             if n > 1:
-                logprob = sequence.logprob_of(token, logits[0, n - 2])
+                logprob = sequence.logprob_of(token, logits[0, n - 2].to("cpu", torch.float32))
             if n < len(tokens):
                 again = partial(_read, self._model, tokens[:n])
                 events.append(Event(index, token, None, logprob, before, 0, again=again))

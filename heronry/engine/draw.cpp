@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "simd.h"
+#include "threads.h"
 
 namespace {
 
@@ -135,12 +136,9 @@ Cut find_cut(const float* weights, int64_t size, float least, double needed, flo
     }
 }
 
-}  // namespace
-
 // The token that `random`, from 0 to 1, falls on; -2 if the logits contain NaN or infinity, -3 if all are minus infinity.
 // memory: 3 * (size + BLOCK) floats.
-EXPORT int64_t draw(const float* logits, int64_t size, const Options* options, double random, float* memory) {
-    const Options& o = *options;
+int64_t draw(const float* logits, int64_t size, const Options& o, double random, float* memory) {
     Vec<float> most(-INFINITY);
     Ints wrong(0);
     for (int64_t i = 0; i < size; i += 16) {
@@ -193,4 +191,16 @@ EXPORT int64_t draw(const float* logits, int64_t size, const Options* options, d
         if (sizes[token] >= threshold) passed += weights[token];
         if (passed > point) return token;
     }
+}
+
+}  // namespace
+
+// The tokens of several rows of logits, each with options and a random number of its own. memory: as much for each thread.
+EXPORT int draw_rows(const float* const* logits, int64_t rows, int64_t size, const Options* options,
+                     const double* randoms, int64_t* tokens, float* memory, int64_t threads) {
+    on_threads(int(threads), [&](int index, int count) {
+        for (int64_t i = index; i < rows; i += count)
+            tokens[i] = draw(logits[i], size, options[i], randoms[i], memory + index * 3 * (size + BLOCK));
+    });
+    return 0;
 }

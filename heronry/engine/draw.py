@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
 COLDEST, HOTTEST = 1e-30, 1e30  # float32 takes what is far below for 0, and what is far above for infinity
 BEST = 2.0**34  # the weight of the most likely token
 BLOCK = 256  # in draw.cpp
+SHARED = 1 << 18  # logits in all that are worth a second thread
 scratch = Scratch()
 
 
-class _Options(ctypes.Structure):  # Options in draw.cpp
+class Options(ctypes.Structure):  # Options in draw.cpp
+    """The fields of a `Sampling` that a draw needs."""
+
     _fields_ = [
         ("top_k", ctypes.c_int64),
         ("top_p", ctypes.c_double),
@@ -42,6 +46,31 @@ class _Options(ctypes.Structure):  # Options in draw.cpp
         ("tempered_first", ctypes.c_int32),
     ]
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> Options:
+        return cls(
+            min(sampling.top_k, 1 << 62),
+            sampling.top_p,
+            sampling.min_p,
+            sampling.temperature and 1,
+            _inverse(sampling.temperature) if sampling.temperature else 0,
+            sampling.order == "temperature-first",
+        )
+
+
+class Drawing(NamedTuple):
+    """A token that is to be drawn.
+
+    logits: float32 [V], contiguous, on the CPU.
+    random: evenly distributed over 0 to 1; what it falls on is drawn.
+    options: of the sampling.
+    """
+
+    logits: Tensor
+    sampling: Sampling
+    random: float
+    options: Options
+
 
 def draw(logits: Tensor, sampling: Sampling, random: float) -> int:
     """The token that `random`, evenly distributed over 0 to 1, falls on. logits: float32 [V], contiguous, on the CPU.
@@ -49,24 +78,37 @@ def draw(logits: Tensor, sampling: Sampling, random: float) -> int:
     Raises:
         InputError: NaN, infinity, or nothing but minus infinity.
     """
+    [token] = draw_rows([Drawing(logits, sampling, random, Options.of(sampling))])
+    if isinstance(token, InputError):
+        raise token
+    return token
+
+
+def draw_rows(drawings: Sequence[Drawing]) -> list[int | InputError]:
+    """The tokens, each as if it were drawn alone, from logits of the same size; why there is none in place of one that
+    cannot be drawn."""
     function = _native()
     if function is None:
-        return draw_in_python(logits, sampling, random)
-    size = len(logits)
-    options = _Options(
-        min(sampling.top_k, size),
-        sampling.top_p,
-        sampling.min_p,
-        sampling.temperature and 1,
-        _inverse(sampling.temperature) if sampling.temperature else 0,
-        sampling.order == "temperature-first",
+        return [find_fault(x.logits) or draw_in_python(*x[:3]) for x in drawings]
+    if not drawings:
+        return []
+    count, size = len(drawings), len(drawings[0].logits)
+    logits, _, randoms, options = zip(*drawings, strict=True)
+    threads = min(count, torch.get_num_threads()) if count * size >= SHARED else 1
+    memory = scratch.take(threads * 12 * (size + BLOCK))
+    tokens = (ctypes.c_int64 * count)()
+    function(
+        (ctypes.c_void_p * count)(*map(Tensor.data_ptr, logits)),
+        count,
+        size,
+        (Options * count)(*options),
+        (ctypes.c_double * count)(*randoms),
+        tokens,
+        memory.data_ptr(),
+        threads,
     )
-    memory = scratch.take(12 * (size + BLOCK))
-    token: int = function(logits.data_ptr(), size, ctypes.byref(options), random, memory.data_ptr())
     scratch.give_back(memory)
-    if token < 0:
-        check_logits(logits)
-    return token
+    return [token if token >= 0 else find_fault(x.logits) or token for token, x in zip(tokens, drawings, strict=True)]
 
 
 @cache
@@ -74,10 +116,8 @@ def _native() -> Any:
     library = build.library(Path(__file__).with_suffix(".cpp"))
     if library is None:
         return None
-    function = library.draw
-    function.restype = ctypes.c_int64
-    pointer = ctypes.c_void_p
-    function.argtypes = [pointer, ctypes.c_int64, pointer, ctypes.c_double, pointer]
+    function, pointer, number = library.draw_rows, ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer, number]
     return function
 
 
@@ -105,11 +145,18 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def check_logits(logits: Tensor) -> None:
     """InputError for logits that no token can be drawn from."""
+    if fault := find_fault(logits):
+        raise fault
+
+
+def find_fault(logits: Tensor) -> InputError | None:
+    """Why no token can be drawn from these logits."""
     most = float(logits.max())
     if not most < torch.inf:  # NaN is not smaller either
-        raise InputError("the logits contain NaN or infinity: load the model in float32 or bfloat16, not float16")
+        return InputError("the logits contain NaN or infinity: load the model in float32 or bfloat16, not float16")
     if most == -torch.inf:
-        raise InputError("no token is left to choose: logit_bias, mask, grammar or min_tokens bans them all")
+        return InputError("no token is left to choose: logit_bias, mask, grammar or min_tokens bans them all")
+    return None
 
 
 def _inverse(temperature: float) -> float:

@@ -162,7 +162,8 @@ def prefill(
     rows = [model.initial_state() if state is None else state[i] for i in range(len(prompts))]
     logits: list[Tensor] = []  # a prompt's last part is never before that of the prompt in front of it
     total, done = sum(map(len, prompts)), 0
-    for pack in _packs([len(prompt) for prompt in prompts], choose_call_sizes(model)):
+    sizes = choose_call_sizes(model)
+    for pack in _packs([len(prompt) for prompt in prompts], sizes):
         ids: list[int] = []
         cu = [0]
         for i, start, end in pack:
@@ -170,7 +171,8 @@ def prefill(
             cu.append(len(ids))
         before = State.stack([rows[i] for i, _, _ in pack])
         only_last = on_outputs is None
-        outputs, after = model(torch.tensor([ids], device=device), before, cu_seqlens=tuple(cu), last_only=only_last)
+        packed = tuple(cu) if sizes.shared else None  # alone, the model may choose by their number how to read them
+        outputs, after = model(torch.tensor([ids], device=device), before, cu_seqlens=packed, last_only=only_last)
         for row, (i, _, end) in enumerate(pack):
             rows[i] = after[row]
             own = outputs[0, row : row + 1] if only_last else outputs[0, cu[row] : cu[row + 1]]

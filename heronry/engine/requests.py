@@ -28,8 +28,9 @@ class Receiver(Protocol):
         """The prompt was read: the state of one row after it, and the log-probabilities of its tokens but the first,
         where they were asked for."""
 
-    def on_event(self, event: Event) -> bool:
-        """A token of one of the request's sequences, or its end. Returns whether the sequence is to go on."""
+    def on_event(self, choice: int, event: Event) -> bool:
+        """A token of one of the request's sequences, by its number, or its end. Returns whether the sequence is to go
+        on."""
 
     def on_error(self, error: Exception) -> None:
         """The request has ended without what was asked for."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, show, unknown_name
-from .draw import COLDEST, HOTTEST, check_logits, draw
+from .draw import COLDEST, HOTTEST, Drawing, Options, check_logits, draw_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -138,6 +138,7 @@ class Sampler:
         if decode is None and not sampling.penalize_digits:
             raise InputError("penalize_digits=False needs a tokenizer to know digits by")
         self.sampling = sampling
+        self._options = Options.of(sampling)
         self._decode = decode
         self._bias = np.array([*sampling.logit_bias], np.int64), _float32([*sampling.logit_bias.values()])
         self._changes = bool(
@@ -157,14 +158,25 @@ class Sampler:
     def pick(
         self, logits: Tensor, mask: Tensor | None = None, banned: Collection[int] = (), grammar: Tensor | None = None
     ) -> int:
-        """The next token for logits [V]. mask, grammar: bool [V], the tokens that are allowed; banned: ids that are
-        not."""
-        logits = logits.detach().to("cpu", torch.float32).contiguous()
-        if self._changes or mask is not None or grammar is not None or banned:
-            logits = self._adjust(logits, mask, banned, grammar)
-        token = draw(logits, self.sampling, self._random.random() if self.sampling.temperature else 0)
+        """The next token for logits [V]; see `prepare`."""
+        drawing = self.prepare(logits.detach().to("cpu", torch.float32).contiguous(), mask, banned, grammar)
+        [token] = draw_rows([drawing])
+        if isinstance(token, InputError):
+            raise token
         self.count(token)
         return token
+
+    def prepare(
+        self, logits: Tensor, mask: Tensor | None = None, banned: Collection[int] = (), grammar: Tensor | None = None
+    ) -> Drawing:
+        """What the next token, which is to be counted, is drawn from.
+
+        logits: float32 [V], contiguous, on the CPU.
+        mask, grammar: bool [V], the tokens that are allowed; banned: ids that are not.
+        """
+        if self._changes or mask is not None or grammar is not None or banned:
+            logits = self._adjust(logits, mask, banned, grammar)
+        return Drawing(logits, self.sampling, self._random.random() if self.sampling.temperature else 0, self._options)
 
     def _adjust(self, logits: Tensor, mask: Tensor | None, banned: Collection[int], grammar: Tensor | None) -> Tensor:
         """A copy of the logits with penalties, bias and then the masks."""

@@ -141,6 +141,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Lets requests begin, as far as there is room for their sequences."""
+        if not self._waiting:
+            return
         rows: Counter[str] = Counter()  # of each owner
         room, memory = self.limits.rows, self.limits.state_bytes
         active = [(request, request.rows) for request in self._reading]
@@ -224,7 +226,10 @@ class Scheduler:
         top = parts[0][0].prompt_logprobs  # such a request is alone in its call
         only_last = top is None and all(request.on_outputs is None for request, _ in parts)
         outputs, state = model(
-            torch.tensor([ids], device=model.device), State.stack(states), cu_seqlens=tuple(cu), last_only=only_last
+            torch.tensor([ids], device=model.device),
+            State.stack(states),
+            cu_seqlens=tuple(cu) if self.sizes(model).shared else None,
+            last_only=only_last,
         )
         if top is not None:
             self._note_logprobs(parts[0][0], ids, outputs[0], top)
@@ -297,7 +302,7 @@ class Scheduler:
                 self._fail(request, event.error)
                 return
             self.totals.generated_tokens += goes_on
-            goes_on &= request.receiver.on_event(replace(event, index=i))
+            goes_on &= request.receiver.on_event(i, event)
         except Exception as error:
             log.exception("heronry: a result could not be handed out")
             self._fail(request, error)

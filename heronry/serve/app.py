@@ -82,6 +82,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        app.state.server.doorbell.loop = asyncio.get_running_loop()
         scheduler.start()
         expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, conversations.store, keep_days))
         yield

@@ -114,7 +114,7 @@ class _Embedding:
         except InputError as error:  # of this text, not of those that were read with it
             self.on_error(error)
 
-    def on_event(self, _: Event) -> bool:
+    def on_event(self, choice: int, event: Event) -> bool:
         return False
 
     def on_error(self, error: Exception) -> None:

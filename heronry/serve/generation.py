@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -17,6 +17,7 @@ from ..engine.decode_batch import Event, SequenceDecoder
 from ..engine.options import Decoding
 from ..engine.requests import Request
 from ..models import State
+from .inbox import Inbox
 from .models import ServedModel
 from .reading import begin_cached
 from .server import Server
@@ -68,15 +69,15 @@ class Generation:
             is_over: called with each piece of the one completion, on the scheduler's thread; True ends it.
             resume: the tokens of the one completion so far, and what follows it to its state; see `replayed`.
         """
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
-        self._waiting: deque[Completion | Exception] = deque()  # taken from it already
+        self._inbox: Inbox[Completion | Exception] = Inbox(server.doorbell)
         self._server, self._model = server, model
         speaker = model.speaker
         logprobs = decoding.top_logprobs is not None
         stop_ids = decoding.stop_ids(speaker.tokenizer)
         choices = range(len(decoding.samplings))
-        self._rows = [Row(speaker.tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop) for i in choices]
+        self._rows = [
+            Row(speaker.tokenizer, [*tokens], text, stops, logprobs, 0, i, keep_stop, with_state=False) for i in choices
+        ]
         self._min_tokens = decoding.min_tokens
         self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
@@ -161,12 +162,12 @@ class Generation:
         last: dict[int, float] = {}
         try:
             while running:
-                item = self._waiting.popleft() if self._waiting else await self._queue.get()
+                item = await self._inbox.get()
                 if isinstance(item, Exception):
                     raise item
-                item = self._join_ready(item)
                 if item.choice not in running:
                     continue
+                item = self._join_ready(item)
                 now = time.perf_counter()
                 if item.choice in last:
                     self._server.metrics.between.observe(now - last[item.choice])
@@ -184,11 +185,12 @@ class Generation:
     def _join_ready(self, item: Completion) -> Completion:
         """One piece of this and what has come behind it: where events cost more than tokens, several tokens share
         one."""
-        while item.finish_reason is None and not self._queue.empty():
-            after = self._queue.get_nowait()
+        ready = self._inbox.items
+        while item.finish_reason is None and ready:
+            after = ready[0]
             if isinstance(after, Exception) or after.choice != item.choice:
-                self._waiting.append(after)
                 break
+            ready.popleft()
             item = join([item, after])
         return item
 
@@ -199,8 +201,7 @@ class Generation:
         for keep in self._keep:
             keep.begin(state)
 
-    def on_event(self, event: Event) -> bool:
-        choice = event.index
+    def on_event(self, choice: int, event: Event) -> bool:
         if choice in self._unwanted:
             return False
         row = self._rows[choice]
@@ -219,23 +220,14 @@ class Generation:
             if piece.finish_reason is None and self._is_over is not None and self._is_over(piece.text):
                 piece = replace(piece, finish_reason="stop")
             is_last = piece.finish_reason is not None
-            piece = replace(piece, make_state=_no_state)
         if self._keep:
             self._keep[choice].push(event, row, piece)
         if piece is not None:
-            self._hand_over(piece)
+            self._inbox.put(piece)
         return not is_last
 
     def on_error(self, error: Exception) -> None:
-        self._hand_over(error)
-
-    def _hand_over(self, item: Completion | Exception) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-
-def _no_state() -> State:
-    raise RuntimeError("the batch has moved on: an AnswerState has the state of a completion")
+        self._inbox.put(error)
 
 
 async def submit_all(generations: Sequence[Generation]) -> None:
@@ -270,22 +262,35 @@ async def _collect(generation: Generation) -> list[Completion]:
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """The items of several streams as they come, each with the number of its stream."""
-    tasks = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    if len(streams) == 1:  # as a rule
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(1)  # what waits is joined by its stream
+
+    async def pump(i: int, stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async for item in stream:
+                await queue.put((i, item))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
     try:
-        while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=tasks.__getitem__):
-                i = tasks.pop(task)
-                try:
-                    item = task.result()
-                except StopAsyncIteration:
-                    continue
-                tasks[asyncio.ensure_future(anext(streams[i]))] = i
-                yield i, item
+        running = len(tasks)
+        while running:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                running -= 1
+            else:
+                yield found
     finally:
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.wait(tasks)
         for stream in streams:
             await stream.aclose()

@@ -37,7 +37,7 @@ class _Reading:
     def on_prompt(self, state: State, logprobs: list[TokenLogprob]) -> None:
         self._hand_over(state)
 
-    def on_event(self, event: Event) -> bool:
+    def on_event(self, choice: int, event: Event) -> bool:
         return False
 
     def on_error(self, error: Exception) -> None:

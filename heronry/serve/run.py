@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -52,4 +53,6 @@ def serve(app: FastAPI, listening: socket.socket, drain: float, log_level: str, 
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )
+    gc.collect()
+    gc.freeze()  # what is loaded stays: to look through it again and again would stop every stream for 0.1 s
     _Announced(config, announce).run(sockets=[listening])

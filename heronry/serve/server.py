@@ -16,6 +16,7 @@ from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
 from .grammar_check import GrammarCheck
+from .inbox import Doorbell
 from .models import ModelTable, ServedModel
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Server:
     writing: set[asyncio.Future[None]] = field(default_factory=set)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
+    doorbell: Doorbell = field(default_factory=Doorbell)
 
     def root_of(self, model: ServedModel, owner: str) -> CacheRoot:
         """Where the keys of kept states begin: those of one owner are never found by another."""

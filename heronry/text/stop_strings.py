@@ -25,6 +25,8 @@ class StopStringBuffer:
 
     def push(self, piece: str) -> str:
         """Takes the next piece; returns the text that is now certain to come before any stop string."""
+        if not self._stops:
+            return piece
         if self.stopped:
             return ""
         self.held += piece
@@ -44,5 +46,8 @@ class StopStringBuffer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    """Length of the longest beginning of `stop`, but not all of it, that `text` ends with."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not text.endswith(stop[: len(text) - at]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

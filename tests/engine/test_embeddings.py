@@ -77,7 +77,7 @@ def test_the_scheduler_gives_the_same(model):
     class Reader:
         def on_prompt(self, *_) -> None: ...
 
-        def on_event(self, _) -> bool:
+        def on_event(self, *_) -> bool:
             return True
 
     scheduler.submit(Request(model, [1, 2], [SequenceDecoder(Sampling(seed=0), 200)], Reader()))

@@ -36,14 +36,14 @@ class Collected:
         self.state, self.logprobs = state, logprobs
         self.order.append("prompt")
 
-    def on_event(self, event: Event) -> bool:
+    def on_event(self, index: int, event: Event) -> bool:
         self.times.append(time.monotonic())
         if event.token is None:
-            self.reasons[event.index] = event.finish_reason
+            self.reasons[index] = event.finish_reason
             self.done.set()
             return False
-        self.tokens.setdefault(event.index, []).append(event.token)
-        if len(self.tokens[event.index]) >= self.want:
+        self.tokens.setdefault(index, []).append(event.token)
+        if len(self.tokens[index]) >= self.want:
             self.done.set()
             return False
         return True
@@ -230,7 +230,7 @@ def test_one_that_fails_fails_alone(model, scheduler):
     scheduler.submit(request)
     scheduler.submit(good)
     broken, refused = ask(model, [1, 2], 5)
-    refused.on_event = lambda event: 1 // 0
+    refused.on_event = lambda index, event: 1 // 0
     scheduler.submit(broken)
     scheduler.start()
     scheduler.close(30)

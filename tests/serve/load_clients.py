@@ -22,33 +22,48 @@ class Heard:
     complete: bool = False  # it ended with a finish_reason and [DONE]
 
 
+class _Client(asyncio.Protocol):
+    """Reads one reply."""
+
+    def __init__(self, request: bytes):
+        self.request, self.heard, self.begin, self.tail = request, Heard(), time.perf_counter(), b""
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        heard = self.heard
+        if not heard.status:
+            heard.status = int(data[9:12])
+        events = data.count(b"\ndata: {") + data.startswith(b"data: {")
+        if events and not heard.events:
+            heard.first = time.perf_counter() - self.begin
+        heard.events += events
+        self.tail = self.tail[-2000:] + data if len(data) < 2000 else data[-2000:]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
 async def stream(host: str, port: int, body: dict, leave_after: float | None = None) -> Heard:
     """Posts to /v1/completions and reads to the end. leave_after: seconds after which the client goes away."""
-    heard, begin = Heard(), time.perf_counter()
     data = json.dumps(body | {"stream": True}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
+    request = f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
+    client = _Client(request)
+    heard = client.heard
     try:
-        writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
-        tail = b""
-        while True:
-            left = None if leave_after is None else leave_after - (time.perf_counter() - begin)
-            piece = await asyncio.wait_for(reader.read(1 << 16), left)
-            if not piece:
-                break
-            if not heard.status:
-                heard.status = int(piece[9:12])
-            events = piece.count(b"\ndata: {") + piece.startswith(b"data: {")
-            if events and not heard.events:
-                heard.first = time.perf_counter() - begin
-            heard.events += events
-            tail = (tail + piece)[-2000:]
-        heard.complete = b'"finish_reason":"' in tail and b"data: [DONE]" in tail
-    except (TimeoutError, asyncio.TimeoutError, ConnectionError):
-        pass
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: client, host, port)
+    except ConnectionError:
+        return heard
+    try:
+        await asyncio.wait([client.ended], timeout=leave_after)
     finally:
-        heard.whole = time.perf_counter() - begin
-        writer.close()
+        transport.abort()
+    heard.whole = time.perf_counter() - client.begin
+    heard.complete = b'"finish_reason":"' in client.tail and b"data: [DONE]" in client.tail
     return heard
 
 

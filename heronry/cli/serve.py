@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..stores.store import StateStore
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LEAST_PADDED = 16  # characters of a key that ends in one =
 
 
 def serve(
@@ -144,14 +145,23 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
             raise InputError(f"{file}: cannot be read ({error})") from error
     keys: dict[str, str] = {}
     for line in lines:
-        name, equals, key = line.strip().partition("=")
-        name, key = (name, key) if equals else (f"key_{hashlib.sha256(name.encode()).hexdigest()[:32]}", name)
-        if not key:
-            raise InputError("an API key must not be empty")
+        name, key = _split_key(line.strip())
         if not re.fullmatch(r"[\w.:@-]{1,128}", name, re.ASCII):
             raise InputError(f"{show(name)} cannot be the name of a key: use letters, digits and any of _ . : @ -")
         keys[key] = name
     return keys
+
+
+def _split_key(text: str) -> tuple[str, str]:
+    """The name and the key of NAME=KEY. Where nothing but "=" comes behind the first "=", that is the padding of a key
+    in base64 without a name; but not in a short text with one "=", such as the ann= of a variable that is not set."""
+    name, _, key = text.partition("=")
+    if key.strip("="):
+        return name, key
+    if not name or (text == f"{name}=" and len(text) < LEAST_PADDED):
+        of = f" of {show(name)}" if name else ""
+        raise InputError(f"the API key{of} must not be empty; expected KEY or NAME=KEY")
+    return f"key_{hashlib.sha256(text.encode()).hexdigest()[:32]}", text
 
 
 def _open_store(place: str, part: str, max_bytes: int) -> StateStore:

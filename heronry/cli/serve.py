@@ -44,6 +44,9 @@ def serve(
     state: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH: the first model from a tuned state on; repeatable.")
     ] = None,
+    adapter_folder: Annotated[
+        Path | None, typer.Option(help="A folder from which clients may load adapters.", show_default="no client may")
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="HERONRY_API_KEY", help="A key that clients must send, or NAME=KEY; repeatable."),
@@ -82,6 +85,8 @@ def serve(
     keys = _read_keys(api_key or [], api_keys)
     if host not in LOOPBACK and not keys:
         print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
+    if adapter_folder is not None and not adapter_folder.expanduser().is_dir():
+        raise InputError(f"{adapter_folder}: there is no such folder; --adapter-folder takes one with adapters")
     from ..engine.kept_states import KeptStates
     from ..engine.requests import Limits
     from ..engine.state_cache import StateCache
@@ -125,6 +130,7 @@ def serve(
         cache=cache,
         kept=kept,
         keep_days=store_days,
+        adapter_folder=adapter_folder,
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -15,7 +16,21 @@ from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
 from ..stores.memory import MemoryStore
-from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, responses, runner, states
+from . import (
+    adapters,
+    ai00,
+    basics,
+    chat,
+    completions,
+    embeddings,
+    lightning,
+    llama_cpp,
+    metrics,
+    responses,
+    runner,
+    states,
+)
+from .adapter_folder import AdapterFolder
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
@@ -30,6 +45,7 @@ ROUTERS = (
     responses.router,
     states.router,
     embeddings.router,
+    adapters.vllm_router,
     runner.router,
 )
 DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
@@ -46,6 +62,7 @@ def create_app(
     cache: StateCache | None = None,
     kept: KeptStates | None = None,
     keep_days: float = 30,
+    adapter_folder: Path | None = None,
 ) -> FastAPI:
     """
     Args:
@@ -56,6 +73,7 @@ def create_app(
         cache: of states of prompts' beginnings; closed with the app.
         kept: states with names, whose store is closed with the app; None = 1 GB of RAM, which the app ends with.
         keep_days: days after which a state that nobody used is dropped.
+        adapter_folder: from which clients may load adapters.
     """
     scheduler, keys = Scheduler(limits), dict(keys or {})
     kept = KeptStates(MemoryStore(1 << 30)) if kept is None else kept
@@ -72,12 +90,13 @@ def create_app(
         kept.store.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
+    folder = AdapterFolder(models, adapter_folder)
+    app.state.server = Server(models, folder, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
     for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
         app.include_router(router)
     shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
     add_error_handlers(app, shapes)
-    in_bodies = _paths(lightning.router)
+    in_bodies = [*_paths(lightning.router), *_paths(chat.router)]
     app.add_middleware(Gate, keys=keys, hosts=hosts, max_body=max_body, shapes=shapes, keys_in_bodies=in_bodies)
     return app
 

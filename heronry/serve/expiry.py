@@ -7,10 +7,10 @@ import time
 
 from ..engine.state_cache import StateCache
 from ..stores.store import StateStore
-from . import kept_responses, named_states
+from . import kept_responses, lightning_sessions, named_states
 
 EVERY = 600  # seconds
-ITEMS = 12  # times as long as the state of a response its items are kept, of which it can be read again
+ITEMS = 12  # times as long as the state of a response or session its text is kept, of which it can be read again
 
 
 async def expire_now_and_then(cache: StateCache | None, kept: StateStore, days: float) -> None:
@@ -20,5 +20,6 @@ async def expire_now_and_then(cache: StateCache | None, kept: StateStore, days: 
         if cache is not None:
             await asyncio.to_thread(cache.expire, now - age)
         await asyncio.to_thread(kept.expire, named_states.KIND, now - age, now - age)
-        await asyncio.to_thread(kept.expire, kept_responses.KIND, now - age, now - ITEMS * age)
+        for kind in (kept_responses.KIND, lightning_sessions.KIND, lightning_sessions.NUMBERS):
+            await asyncio.to_thread(kept.expire, kind, now - age, now - ITEMS * age)
         await asyncio.sleep(EVERY)

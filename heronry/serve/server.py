@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from ..engine.kept_states import KeptStates
-from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
-from .models import ModelTable, ServedModel
+from .adapter_folder import AdapterFolder
+from .models import ModelTable
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -22,27 +23,23 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Server:
     """
+    adapters: that clients have loaded.
     cache: of the states of prompts' beginnings.
     kept: states with names, of responses and others.
     keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
+    numbering: held while the turn of a session gets its number.
     """
 
     models: ModelTable
+    adapters: AdapterFolder
     scheduler: Scheduler
     metrics: Metrics
     kept: KeptStates
     cache: StateCache | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
-    roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
-
-    def root_of(self, model: ServedModel, owner: str) -> CacheRoot:
-        """Where the keys of kept states begin: those of one owner are never found by another."""
-        key = model.name, owner
-        if key not in self.roots:
-            self.roots[key] = cache_root(model.speaker.model, model.speaker.start, salt=owner)
-        return self.roots[key]
+    numbering: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def server_of(request: Request) -> Server:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
 from .bodies import DialectBody
 from .errors import ApiError
+from .lightning_bodies import identify
 from .server import server_of
 
-router = APIRouter()  # rwkv_lightning's
+router = APIRouter(dependencies=[Depends(identify)])  # rwkv_lightning's
 vllm_router = APIRouter()
 
 

@@ -24,6 +24,9 @@ from . import (
     completions,
     embeddings,
     lightning,
+    lightning_bodies,
+    lightning_sessions,
+    lightning_states,
     llama_cpp,
     metrics,
     responses,
@@ -31,7 +34,7 @@ from . import (
     states,
 )
 from .adapter_folder import AdapterFolder
-from .errors import add_error_handlers
+from .errors import Shape, add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
@@ -48,7 +51,12 @@ ROUTERS = (
     adapters.vllm_router,
     runner.router,
 )
-DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
+LIGHTNING = (lightning.router, lightning_sessions.router, lightning_states.router, adapters.router)
+DIALECTS = {  # with errors in a shape of their own
+    llama_cpp.error_shape: (llama_cpp.router,),
+    lightning_bodies.error_shape: LIGHTNING,
+    ai00.error_shape: (ai00.router,),
+}
 
 
 def create_app(
@@ -92,11 +100,15 @@ def create_app(
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     folder = AdapterFolder(models, adapter_folder)
     app.state.server = Server(models, folder, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
-    for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
+    shapes: dict[str, Shape] = {}
+    for router in ROUTERS:
         app.include_router(router)
-    shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
+    for shape, routers in DIALECTS.items():
+        for router in routers:
+            app.include_router(router)
+            shapes |= dict.fromkeys(_paths(router), shape)
     add_error_handlers(app, shapes)
-    in_bodies = [*_paths(lightning.router), *_paths(chat.router)]
+    in_bodies = [path for router in (*LIGHTNING, chat.router) for path in _paths(router)]
     app.add_middleware(Gate, keys=keys, hosts=hosts, max_body=max_body, shapes=shapes, keys_in_bodies=in_bodies)
     return app
 

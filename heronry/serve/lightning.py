@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from ..text.chat_templates import FIM_STOPS, render
-from . import adapters, lightning_sessions, lightning_states
 from .errors import ApiError
 from .generation import submit_all
 from .lightning_batch import Batch, text_stops
@@ -20,7 +19,6 @@ from .lightning_bodies import (
     BatchBody,
     CompletionsBody,
     ModelBody,
-    error_shape,
     find_model,
     identify,
     uploaded_state,
@@ -28,7 +26,6 @@ from .lightning_bodies import (
 from .server import server_of
 from .stream import while_connected
 
-__all__ = ["error_shape", "router"]
 MOST_TRANSLATED = 2048  # tokens of a text
 LANGUAGES = {
     "auto": "English",
@@ -42,8 +39,6 @@ LANGUAGES = {
     "zh-TW": "Chinese",
 }
 router = APIRouter(dependencies=[Depends(identify)])
-for part in (lightning_sessions, lightning_states, adapters):
-    router.include_router(part.router)
 
 
 class MiddleBody(BatchBody):

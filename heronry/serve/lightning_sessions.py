@@ -8,7 +8,7 @@ import hashlib
 import time
 from typing import Any, NamedTuple
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -19,12 +19,12 @@ from . import named_states
 from .bodies import DialectBody
 from .errors import ApiError
 from .lightning_batch import Batch, text_stops
-from .lightning_bodies import CompletionsBody, choose_id, find_model, uploaded_state
+from .lightning_bodies import CompletionsBody, choose_id, find_model, identify, uploaded_state
 from .models import ServedModel
 from .reading import read_ending, read_tokens
 from .server import Server, owner_of, server_of
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(identify)])
 KIND = "session"  # the states of sessions and of their turns
 NUMBERS = "dialogue"  # the last turn of a tree
 SEPARATOR = "\n\n"  # between an answer and the next turn

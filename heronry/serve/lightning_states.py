@@ -6,18 +6,18 @@ import asyncio
 from pathlib import PurePath
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 
 from . import named_states
 from .bodies import DialectBody
 from .errors import ApiError
-from .lightning_bodies import STATE_HEADER, choose_id
+from .lightning_bodies import STATE_HEADER, choose_id, identify
 from .server import Server, owner_of, server_of
 from .state_uploads import read_upload
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(identify)])
 UPLOAD_HEADER = "x-rwkv-state-upload-uuid"  # of its router, which gives a state the same id on many servers
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONVERSATIONS = 16 << 30  # bytes of their texts: more than anybody says
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LEAST_PADDED = 16  # characters of a key that ends in one =
 
 
 def serve(
@@ -45,6 +46,9 @@ def serve(
     ] = None,
     state: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH: the first model from a tuned state on; repeatable.")
+    ] = None,
+    adapter_folder: Annotated[
+        Path | None, typer.Option(help="A folder from which clients may load adapters.", show_default="no client may")
     ] = None,
     api_key: Annotated[
         list[str] | None,
@@ -92,6 +96,8 @@ def serve(
     keys = _read_keys(api_key or [], api_keys)
     if host not in LOOPBACK and not keys:
         print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
+    if adapter_folder is not None and not adapter_folder.expanduser().is_dir():
+        raise InputError(f"{adapter_folder}: there is no such folder; --adapter-folder takes one with adapters")
     from ..engine.requests import Limits
     from ..engine.state_cache import StateCache
     from ..serve.app import create_app
@@ -129,6 +135,7 @@ def serve(
         kept=kept,
         conversations=conversations,
         keep_days=store_days,
+        adapter_folder=adapter_folder,
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
@@ -149,14 +156,23 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
             raise InputError(f"{file}: cannot be read ({error})") from error
     keys: dict[str, str] = {}
     for line in lines:
-        name, equals, key = line.strip().partition("=")
-        name, key = (name, key) if equals else (f"key_{hashlib.sha256(name.encode()).hexdigest()[:32]}", name)
-        if not key:
-            raise InputError("an API key must not be empty")
+        name, key = _split_key(line.strip())
         if not re.fullmatch(r"[\w.:@-]{1,128}", name, re.ASCII):
             raise InputError(f"{show(name)} cannot be the name of a key: use letters, digits and any of _ . : @ -")
         keys[key] = name
     return keys
+
+
+def _split_key(text: str) -> tuple[str, str]:
+    """The name and the key of NAME=KEY. Where nothing but "=" comes behind the first "=", that is the padding of a key
+    in base64 without a name; but not in a short text with one "=", such as the ann= of a variable that is not set."""
+    name, _, key = text.partition("=")
+    if key.strip("="):
+        return name, key
+    if not name or (text == f"{name}=" and len(text) < LEAST_PADDED):
+        of = f" of {show(name)}" if name else ""
+        raise InputError(f"the API key{of} must not be empty; expected KEY or NAME=KEY")
+    return f"key_{hashlib.sha256(text.encode()).hexdigest()[:32]}", text
 
 
 def _open_kept(place: str | None, size: float | None, ram_bytes: int) -> list[KeptStates]:

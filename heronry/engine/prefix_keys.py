@@ -29,27 +29,34 @@ class CacheRoot(NamedTuple):
     grid: int
 
 
+def model_identity(model: Model, initial: State | None = None) -> str:
+    """64 hex digits for the model, its precision and the state that its texts begin from: a state stands for what was
+    read only together with these. The same on every machine, and of every version.
+
+    initial: one row, what texts begin from in place of the model's own initial state.
+    """
+    numbers = hashlib.sha256()  # the fingerprint does not say which state a tuned model begins from
+    for name, x in (model.initial_state() if initial is None else initial).to_tensors().items():
+        numbers.update(f"{name} {x.dtype} {list(x.shape)}".encode() + x.numpy().tobytes())
+    parts = [model.fingerprint, str(model.dtype), model.quantization, numbers.hexdigest()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def cache_root(model: Model, initial: State | None = None, salt: str = "") -> CacheRoot:
     """To be computed once for each model, initial state and salt.
 
     Args:
-        initial: one row, what prompts continue in place of the model's own initial state.
+        initial: see `model_identity`.
         salt: of a tenant; what is kept under one salt is never found under another.
     """
     sizes = choose_call_sizes(model)
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else build.best_level()
-    numbers = hashlib.sha256()  # the fingerprint does not say which state a tuned model begins from
-    for name, x in (model.initial_state() if initial is None else initial).to_tensors().items():
-        numbers.update(f"{name} {x.dtype} {list(x.shape)}".encode() + x.numpy().tobytes())
     parts = {
-        "model": model.fingerprint,
-        "dtype": str(model.dtype),
-        "quantization": model.quantization,
+        "model": model_identity(model, initial),
         "calls": repr(sizes),
         "native": model.usable_native_step() is not None,
         "device": [model.device.type, device, torch.backends.cpu.get_cpu_capability(), sys.platform],
         "versions": [__version__, torch.__version__],
-        "initial": numbers.hexdigest(),
         "salt": salt,
     }
     return CacheRoot(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest(), sizes.grid)

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from dataclasses import replace
 from itertools import count
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ class Scheduler:
         self._waiting: dict[str, deque[Request]] = {}  # by owner, those that have waited longest first
         self._reading: deque[Request] = deque()  # the next to read first
         self._batches: dict[Model, list[DecodeBatch]] = {}
-        self._sizes: dict[Model, CallSizes] = {}
-        self._row_bytes: dict[Model, int] = {}
+        self._sizes: WeakKeyDictionary[Model, CallSizes] = WeakKeyDictionary()  # models may come and go
+        self._row_bytes: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
         self._decoding: dict[int, tuple[Request, int, DecodeBatch]] = {}  # sequence -> its number in its request
         self._numbers = count()
         self._changed = threading.Condition()
@@ -275,8 +276,8 @@ class Scheduler:
             self._finish(request)
 
     def _step(self) -> None:
-        """One token for every sequence that is decoded."""
-        for model, batches in self._batches.items():
+        """One token for every sequence that is decoded. Batches that are empty then are forgotten, with their model."""
+        for batches in self._batches.values():
             for batch in batches:
                 if not len(batch):
                     continue
@@ -286,11 +287,12 @@ class Scheduler:
                     log.exception("heronry: a step failed")
                     for number in batch.numbers():
                         self._fail(self._decoding[number][0], error)
-                    self._batches[model] = [x for x in batches if x is not batch]
                     continue
                 self.totals.steps += 1
                 for event in events:
                     self._hand_out(event)
+        in_use = {model: [batch for batch in batches if len(batch)] for model, batches in self._batches.items()}
+        self._batches = {model: batches for model, batches in in_use.items() if batches}
 
     def _hand_out(self, event: Event) -> None:
         request, i, batch = self._decoding.get(event.index, (None, 0, None))

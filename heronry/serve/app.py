@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -16,20 +17,25 @@ from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
 from ..stores.memory import MemoryStore
 from . import (
+    adapters,
     ai00,
     basics,
     chat,
     completions,
     embeddings,
     lightning,
+    lightning_bodies,
+    lightning_sessions,
+    lightning_states,
     llama_cpp,
     metrics,
     responses,
     runner,
     states,
 )
+from .adapter_folder import AdapterFolder
 from .conversations import router as conversation_router
-from .errors import add_error_handlers
+from .errors import Shape, add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
 from .models import ModelTable
@@ -44,9 +50,15 @@ ROUTERS = (
     conversation_router,
     states.router,
     embeddings.router,
+    adapters.vllm_router,
     runner.router,
 )
-DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
+LIGHTNING = (lightning.router, lightning_sessions.router, lightning_states.router, adapters.router)
+DIALECTS = {  # with errors in a shape of their own
+    llama_cpp.error_shape: (llama_cpp.router,),
+    lightning_bodies.error_shape: LIGHTNING,
+    ai00.error_shape: (ai00.router,),
+}
 
 
 def create_app(
@@ -62,6 +74,7 @@ def create_app(
     kept: KeptStates | None = None,
     conversations: KeptStates | None = None,
     keep_days: float = 30,
+    adapter_folder: Path | None = None,
 ) -> FastAPI:
     """
     Args:
@@ -75,10 +88,12 @@ def create_app(
             ends with.
         conversations: the same for them, apart, so that nothing else makes them go.
         keep_days: days after which a state that nobody used is dropped.
+        adapter_folder: from which clients may load adapters.
     """
     scheduler, keys = Scheduler(limits), dict(keys or {})
     kept, conversations = (KeptStates(MemoryStore(1 << 30)) if x is None else x for x in (kept, conversations))
-    server = Server(models, scheduler, metrics.Metrics(scheduler), kept, conversations, cache, keys)
+    folder = AdapterFolder(models, adapter_folder)
+    server = Server(models, folder, scheduler, metrics.Metrics(scheduler), kept, conversations, cache, keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -98,11 +113,15 @@ def create_app(
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
-    for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
+    shapes: dict[str, Shape] = {}
+    for router in ROUTERS:
         app.include_router(router)
-    shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
+    for shape, routers in DIALECTS.items():
+        for router in routers:
+            app.include_router(router)
+            shapes |= dict.fromkeys(_paths(router), shape)
     add_error_handlers(app, shapes)
-    in_bodies = _paths(lightning.router)
+    in_bodies = [path for router in (*LIGHTNING, chat.router) for path in _paths(router)]
     app.add_middleware(
         Gate,
         keys=keys,

@@ -22,6 +22,7 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
+@router.get("/openai/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     models = server_of(request).models
     return {"object": "list", "data": [model.describe() for model in models.by_name.values()]}

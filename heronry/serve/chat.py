@@ -6,27 +6,27 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from ..models import State
 from ..text.tools import ToolCall
 from .answers import Answer, AnswerPiece
-from .errors import ApiError
+from .errors import ApiError, shape_for
 from .generation import Generation
+from .lightning_bodies import find_model, uploaded_state
+from .lightning_chat import LightningFields, continue_raw_texts, recognize
 from .models import ServedModel
-from .prompts import AnswerBody, answer_decoding, read_prompt
+from .prompts import answer_decoding, read_prompt
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import TokenNames, chat_logprob
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(recognize)])
 
 
-class ChatBody(AnswerBody):
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = Field(None, ge=0, le=1 << 30)
-    max_tokens: int | None = Field(None, ge=0, le=1 << 30, description="the old name")
+class ChatBody(LightningFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     continue_final_message: bool = False
@@ -36,25 +36,33 @@ class ChatBody(AnswerBody):
 
 
 @router.post("/v1/chat/completions")
+@router.post("/openai/v1/chat/completions")
+@router.post("/chat/completions")
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answers a list of messages."""
-    server = server_of(request)
-    call = _Call(server, server.models.find(body.model), body, owner_of(request))
+    if body.has_raw_texts:
+        return await continue_raw_texts(request)
+    if body.messages is None and body.contents is None:
+        raise ApiError(400, "Field required", "messages")
+    model = find_model(request, body)
+    begin = await uploaded_state(request, model, body)
+    call = _Call(server_of(request), model, body.in_openais_words(), owner_of(request), begin)
     await call.generation.submit()
     if body.stream:
-        return await stream_events(call.stream())
+        return await stream_events(call.stream(), error_shape=shape_for(request))
     return JSONResponse(await while_connected(request, call.answer()))
 
 
 class _Call:
     """One request: a prompt with n answers."""
 
-    def __init__(self, server: Server, model: ServedModel, body: ChatBody, owner: str):
+    def __init__(self, server: Server, model: ServedModel, body: ChatBody, owner: str, begin: State | None):
         _check(body)
+        assert body.messages is not None
         self.body, self.names = body, TokenNames(model.speaker.tokenizer)
         prompt = read_prompt(model, body.messages, body, continue_final_message=body.continue_final_message)
         self.ids = [
-            *model.speaker.encode(prompt.context, begins=True),
+            *model.speaker.encode(prompt.context, begins=begin is None),
             *model.speaker.tokenizer.encode(prompt.beginning),
         ]
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -72,6 +80,7 @@ class _Call:
             stops=prompt.template.stops,
             owner=owner,
             written=prompt.opening + prompt.beginning,
+            begin=begin,
         )
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model.name}
 

@@ -21,7 +21,7 @@ from .errors import ApiError
 from .generation import Generation, cancel_all, collect_all, merge, submit_all
 from .models import ServedModel
 from .named_states import Begin, InlineState
-from .reading import read_tokens
+from .reading import read_ending
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import TokenNames, columns
@@ -131,11 +131,7 @@ class _Call:
             return {}
         ending = self.states[i][piece.choice].ending
         assert ending is not None
-        state, n_tokens = ending.state, ending.n_tokens
-        if ending.owed:  # of a token that a stop string cut
-            ids, text = self.model.speaker.tokenizer.encode(ending.owed), state.texts[0] + ending.owed
-            state = (await read_tokens(self.server, self.model, ids, state, self.owner)).with_texts([text])
-            n_tokens += len(ids)
+        state, n_tokens = await read_ending(self.server, self.model, ending, self.owner)
         found: dict[str, Any] = {}
         if self.save_as is not None:
             known = 0 if self.begin is None else self.begin.n_tokens

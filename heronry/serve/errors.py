@@ -53,6 +53,14 @@ def openai_shape(error: ApiError) -> dict[str, Any]:
     return error.body
 
 
+def shape_for(request: Request, shapes: Mapping[str, Shape] | None = None) -> Shape:
+    """How a client is told of an error: as its body asks for, which a route has noted in `request.state.error_shape`,
+    or as its path does."""
+    usual: Shape = (shapes or {}).get(request.scope["path"], openai_shape)
+    found: Shape = getattr(request.state, "error_shape", usual)
+    return found
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told of any error."""
     if isinstance(error, ApiError):
@@ -73,7 +81,7 @@ def add_error_handlers(app: FastAPI, shapes: Mapping[str, Shape]) -> None:
     """Gives every error its shape, those of the framework too. shapes: of the paths that have one of their own."""
 
     def respond(request: Request, error: Exception) -> JSONResponse:
-        found, shape = as_api_error(error), shapes.get(request.scope["path"], openai_shape)
+        found, shape = as_api_error(error), shape_for(request, shapes)
         return JSONResponse(shape(found), found.status, found.headers)
 
     async def known(request: Request, error: Exception) -> JSONResponse:

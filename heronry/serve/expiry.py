@@ -7,10 +7,10 @@ import time
 
 from ..engine.state_cache import StateCache
 from ..stores.store import StateStore
-from . import conversation_store, kept_responses, named_states
+from . import conversation_store, kept_responses, lightning_sessions, named_states
 
 EVERY = 600  # seconds
-ITEMS = 12  # times as long as the state of a response its items are kept, of which it can be read again
+ITEMS = 12  # times as long as the state of a response or session its text is kept, of which it can be read again
 
 
 async def expire_now_and_then(
@@ -22,6 +22,7 @@ async def expire_now_and_then(
         if cache is not None:
             await asyncio.to_thread(cache.expire, now - age)
         await asyncio.to_thread(kept.expire, named_states.KIND, now - age, now - age)
-        await asyncio.to_thread(kept.expire, kept_responses.KIND, now - age, now - ITEMS * age)
+        for kind in (kept_responses.KIND, lightning_sessions.KIND, lightning_sessions.NUMBERS):
+            await asyncio.to_thread(kept.expire, kind, now - age, now - ITEMS * age)
         await asyncio.to_thread(conversations.expire, conversation_store.MESSAGE, now - age, 0)
         await asyncio.sleep(EVERY)

@@ -12,6 +12,7 @@ from typing import Any
 from ..engine.chat import choose_template
 from ..engine.embeddings import embedding_model
 from ..engine.llm import LLM
+from ..engine.prefix_keys import CacheRoot, cache_root, model_identity
 from ..engine.text_model import TextModel
 from ..models import Model
 from ..text.chat_templates import TEMPLATES, fill_in_middle
@@ -37,11 +38,23 @@ class ServedModel:
     path: str
     context: int | None
     created: int = field(default_factory=lambda: int(time.time()))
+    roots: dict[str, CacheRoot] = field(default_factory=dict, repr=False)
 
     @property
     def template(self) -> AnyTemplate:
         """Of its conversations."""
         return choose_template(self.speaker, None)
+
+    def root(self, owner: str) -> CacheRoot:
+        """Where the keys of what is kept of prompts begin: that of one owner is never found by another."""
+        if owner not in self.roots:
+            self.roots[owner] = cache_root(self.speaker.model, self.speaker.start, salt=owner)
+        return self.roots[owner]
+
+    @cached_property
+    def identity(self) -> str:
+        """See `model_identity`."""
+        return model_identity(self.speaker.model, self.speaker.start)
 
     @cached_property
     def embedding_model(self) -> Model:
@@ -87,6 +100,13 @@ class ModelTable:
 
     def __init__(self, models: Sequence[ServedModel]):
         self.by_name = {model.name: model for model in models}
+
+    def add(self, model: ServedModel) -> None:
+        """One more, or in place of one of its name."""
+        self.by_name = self.by_name | {model.name: model}  # readers see it before or after
+
+    def remove(self, name: str) -> None:
+        self.by_name = {other: model for other, model in self.by_name.items() if other != name}
 
     def find(self, name: str | None) -> ServedModel:
         """ApiError for a name that is not here."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
+from ..engine.answer_state import Ending
 from ..engine.completion import TokenLogprob
 from ..engine.decode_batch import Event
 from ..engine.requests import Request
@@ -19,7 +20,7 @@ async def begin_cached(server: Server, model: ServedModel, request: Request) -> 
     cache = server.cache
     if cache is None or request.prompt_logprobs is not None:
         return
-    root = server.root_of(model, request.owner)
+    root = model.root(request.owner)
     found = await asyncio.to_thread(cache.lookup, root, request.tokens)
     if found is not None:
         request.begin_at(*found)
@@ -76,3 +77,14 @@ async def read_tokens(
         return await reading.state
     finally:
         request.cancel()
+
+
+async def read_ending(server: Server, model: ServedModel, ending: Ending, owner: str) -> tuple[State, int]:
+    """The state behind all of a text, and how many tokens it has read since the prompt began: what a stop string left
+    of a token is read by itself."""
+    state, n_tokens = ending.state, ending.n_tokens
+    if ending.owed:
+        ids, text = model.speaker.tokenizer.encode(ending.owed), state.texts[0] + ending.owed
+        state = (await read_tokens(server, model, ids, state, owner)).with_texts([text])
+        n_tokens += len(ids)
+    return state, n_tokens

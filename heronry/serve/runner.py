@@ -9,13 +9,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
-from . import basics, chat, completions, llama_cpp
+from . import basics, completions, llama_cpp
 from .server import server_of
 
 Body = TypeVar("Body", bound=BaseModel)
 router = APIRouter()
 router.add_api_route("/models", basics.list_models)
-router.add_api_route("/chat/completions", chat.create_chat_completion, methods=["POST"])
 
 
 @router.get("/status")

@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 from fastapi import Request
 
 from ..engine.kept_states import KeptStates
-from ..engine.prefix_keys import CacheRoot, cache_root
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
+from .adapter_folder import AdapterFolder
 from .grammar_check import GrammarCheck
 from .inbox import Doorbell
-from .models import ModelTable, ServedModel
+from .models import ModelTable
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Server:
     """
+    adapters: that clients have loaded.
     cache: of the states of prompts' beginnings.
     kept: states with names, of responses and others. conversations: trees of messages, with theirs.
     keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
     writing: answers that are kept whether anybody waits for them or not.
     locks: of conversations, by id.
+    numbering: held while the turn of a session gets its number.
     """
 
     models: ModelTable
+    adapters: AdapterFolder
     scheduler: Scheduler
     metrics: Metrics
     kept: KeptStates
@@ -45,15 +48,8 @@ class Server:
     grammars: GrammarCheck = field(default_factory=GrammarCheck)
     writing: set[asyncio.Future[None]] = field(default_factory=set)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
-    roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
     doorbell: Doorbell = field(default_factory=Doorbell)
-
-    def root_of(self, model: ServedModel, owner: str) -> CacheRoot:
-        """Where the keys of kept states begin: those of one owner are never found by another."""
-        key = model.name, owner
-        if key not in self.roots:
-            self.roots[key] = cache_root(model.speaker.model, model.speaker.start, salt=owner)
-        return self.roots[key]
+    numbering: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def server_of(request: Request) -> Server:

@@ -107,3 +107,18 @@ def test_owners_are_names_of_keys_or_the_keys_themselves():
 def test_places_that_are_no_store(place):
     with pytest.raises(InputError, match="the URL of Redis is wrong"):
         _open_store(place, "kept", 1)
+
+
+def test_keys_in_base64():
+    """What is padded with = is no NAME=KEY; what is left of one whose variable was empty is no key."""
+    padded = ["sk-abc==", "c2VjcmV0LWtleS0x/+aG9w==", "c2VjcmV0LWtleS0xYWI=", "bob=c2VjcmV0LWI="]
+    keys = _read_keys(padded, None)
+    assert list(keys) == [*padded[:3], "c2VjcmV0LWI="]
+    assert keys["c2VjcmV0LWI="] == "bob"
+    assert len({*keys.values()}) == 4
+    assert _read_keys(["a=b==", "c=d=e"], None) == {"b==": "a", "d=e": "c"}
+    for empty in ("ann=", "=", "==", ""):
+        with pytest.raises(InputError, match="must not be empty; expected KEY or NAME=KEY"):
+            _read_keys([empty], None)
+    with pytest.raises(InputError, match="'' cannot be the name of a key"):
+        _read_keys(["=key"], None)

@@ -157,7 +157,6 @@ def test_counts_and_status(http, llm):
         ("/v1/batch/completions", {"contents": [""]}, "the prompt is empty"),
         ("/v1/batch/completions", {"contents": ["a"], "temperature": -1}, "temperature: Input should be greater"),
         ("/v1/batch/completions", {"contents": ["a"], "stop_tokens": [70000]}, "must be below 2048"),
-        ("/v1/batch/completions", {"contents": ["a"], "state_id": "role.pth"}, "state_id: uploaded states are not"),
         ("/v1/batch/completions", {"contents": ["a"], "model": "gpt"}, "model: there is no model 'gpt' here"),
     ],
 )

@@ -15,7 +15,7 @@ from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
 from ..stores.memory import MemoryStore
-from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, responses, runner, states
+from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, page, responses, runner, states
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
@@ -31,6 +31,7 @@ ROUTERS = (
     states.router,
     embeddings.router,
     runner.router,
+    page.router,
 )
 DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
 

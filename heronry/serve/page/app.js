@@ -49,7 +49,11 @@ function draw() {
   for (const id of ["rename", "export", "delete"]) $(`#${id}`).disabled = !conversation.id;
   $("#send").hidden = busy;
   $("#stop").hidden = !busy;
-  showError(errorPlace, conversation.failed, conversation.failed?.retry);
+  const { failed } = conversation;
+  showError(errorPlace, failed, () => {
+    if (box.value === failed.body.content) box.value = "";
+    answer(failed.body);
+  });
   for (const link of $("#conversations").querySelectorAll("a")) {
     if (link.hash.slice(1) === conversation.id) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -94,6 +98,8 @@ async function answer(body) {
   while (!current.id && current.controller) await new Promise((next) => setTimeout(next, 20));
   if (current.controller) running.set(current.id, current);
   await done;
+  const unsent = current.failed?.body.content; // what the server did not take stays in the box
+  if (unsent && current === conversation && !box.value) box.value = unsent;
 }
 
 async function act(what, message, text) {
@@ -139,18 +145,12 @@ async function act(what, message, text) {
 
 // The message box
 
-function grow() {
-  box.style.height = "auto";
-  box.style.height = `${box.scrollHeight + 2}px`;
-}
-box.addEventListener("input", grow);
 sendsOnEnter(box, $("#composer"));
 $("#composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const content = box.value;
   if (!content.trim() || conversation.controller) return;
   box.value = "";
-  grow();
   box.focus();
   answer({ parent: conversation.leaf, content });
 });
@@ -274,6 +274,7 @@ $("#open-drawer").addEventListener("click", () => {
 $("#close-drawer").addEventListener("click", closeDrawer);
 $("#shade").addEventListener("click", closeDrawer);
 narrow.addEventListener("change", () => setDrawer(false));
+setDrawer(false);
 
 // Other tabs
 

@@ -14,7 +14,7 @@ export class Conversation {
     this.changed = () => {}; // "tree", "text", "state", "list"
     this.controller = null; // of the answer that is being written
     this.writing = null; // its message
-    this.failed = null; // {message, retry}
+    this.failed = null; // {message, body}: what was asked for, in words that can be said again
     this.settled = Promise.resolve(); // after a stop: once the server has stored what was written
     this.#take(about);
     this.leaf = this.tree.get(about.leaf) ? about.leaf : this.tree.leaf(null);
@@ -61,7 +61,7 @@ export class Conversation {
 
   async change(fields) {
     if (this.id) this.about = await post(path("conversations", this.id), fields);
-    else this.about = { ...this.about, ...fields };
+    else this.about = { ...this.about, ...fields, settings: { ...this.about.settings, ...fields.settings } };
     if (this.id) this.#tell();
   }
 
@@ -104,9 +104,7 @@ export class Conversation {
           again = { parent: message.id };
           this.#put(message);
         } else if (type === "begin") {
-          const known = this.tree.get(message.id);
-          this.writing = { ...message, content: known?.content ?? "", reasoning: known?.reasoning ?? "" };
-          this.#put(this.writing);
+          this.#put(this.writing = message);
         } else if (type === "content" || type === "reasoning") {
           this.writing[type] += text;
           this.changed("text", { [type]: text });
@@ -124,7 +122,7 @@ export class Conversation {
       if (!ended) throw new ApiError(0, "the connection to the server was lost");
     } catch (error) {
       if (error.name === "AbortError") this.settled = this.#settle(this.writing);
-      else this.failed = { message: error.message, retry: () => this.answer(again, picture) };
+      else this.failed = { message: error.message, body: again };
     }
     this.writing = null;
     this.controller = null;
@@ -144,9 +142,10 @@ export class Conversation {
     if (writing) this.tree.put({ ...writing, finish_reason: "cancelled" });
     for (const pause of [50, 100, 200, 400, 800, 1600]) {
       await wait(pause);
-      const about = await get(path("conversations", this.id)).catch(() => ({ messages: [] }));
-      if (writing && !about.messages.some((x) => x.id === writing.id && x.finish_reason)) continue;
-      for (const message of about.messages) this.tree.put(message);
+      const { messages } = await get(path("conversations", this.id)).catch(() => ({ messages: [] }));
+      if (writing?.content && !messages.some((x) => x.id === writing.id && x.finish_reason)) continue;
+      for (const message of messages) this.tree.put(message);
+      if (writing && !messages.some((x) => x.id === writing.id)) this.leaf = this.tree.remove(writing.id);
       this.leaf = this.tree.leaf(this.leaf);
       break;
     }

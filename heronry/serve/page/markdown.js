@@ -48,7 +48,9 @@ function blocks(lines) {
       const indent = indentOf(line);
       const end = new RegExp(`^ {0,3}[${mark[0]}]{${mark.length},}[ \\t]*$`);
       for (i++; i < lines.length && !end.test(lines[i]); i++);
-      const inside = lines.slice(start + 1, i++).map((x) => x.slice(Math.min(indent, indentOf(x))));
+      const last = i === lines.length && i > start + 1 && lines[i - 1] === "" ? i - 1 : i; // more of it may follow
+      const inside = lines.slice(start + 1, last).map((x) => x.slice(Math.min(indent, indentOf(x))));
+      i++;
       found.push({ kind: "code", start, language: language.trim().split(/\s/)[0], text: inside.join("\n") });
     } else if ((match = HEADING.exec(line))) {
       let text = line.slice(match[0].length).trim();
@@ -202,6 +204,7 @@ export class Growing {
       const [code, grown] = [old, fresh[0]].map((x) => x.querySelector("code").firstChild);
       if (code && grown?.data.startsWith(code.data)) { // a selection in it, and its button, stay
         code.appendData(grown.data.slice(code.length));
+        old.querySelector("span").textContent = fresh[0].querySelector("span").textContent;
         return;
       }
     }

@@ -123,7 +123,7 @@ export class Messages {
       ENDS[message.finish_reason],
       message.tokens_per_second && `${message.tokens_per_second.toFixed(1)} tokens/s`,
       usage && `${usage.completion_tokens} tokens`,
-      usage && `${usage.cached_tokens} of ${usage.prompt_tokens} read before`,
+      usage && `${usage.cached_tokens} of ${usage.prompt_tokens} prompt tokens cached`,
       message.state_bytes && `state ${bytes(message.state_bytes)}`,
     ].filter(Boolean);
     if (numbers.length) found.push(element("p", { class: "numbers" }, numbers.join(" · ")));

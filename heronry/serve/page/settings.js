@@ -55,9 +55,8 @@ form.addEventListener("change", ({ target }) => {
   if (target.type === "number" && value !== null) value = Number(value);
   if (target.name === "system") value ??= "";
   if (target.name === "stop") value = target.value.split("\n").filter(Boolean);
-  const changed = { ...conversation.about.settings, [target.name]: value };
   attempt(error, async () => {
-    await conversation.change({ settings: changed });
+    await conversation.change({ settings: { [target.name]: value } });
     show();
   });
 });

@@ -158,7 +158,7 @@ def test_sent_streamed_and_there_again(page, http):
     assert shown(page) == texts
 
 
-def test_text_of_a_model_does_nothing(page, http):
+def test_text_of_a_model_does_nothing(page, watch, http):
     bad = [
         "<img src=x onerror='window.hacked=1'>",
         "<script>window.hacked=1</script>",
@@ -185,6 +185,7 @@ def test_text_of_a_model_does_nothing(page, http):
     page.evaluate("location.hash = '<img src=x onerror=window.hacked=1>'")  # nor does an address
     expect(page.locator("#error")).to_contain_text("there is no conversation")
     assert page.evaluate("window.hacked") is None
+    watch.refusals.clear()
 
 
 def test_a_link_sends_nothing(page, http):
@@ -465,14 +466,15 @@ def test_errors_are_told_where_they_happen(page, watch, http):
     expect(error).to_be_hidden()
     assert page.input_value("#box") == ""
     cut = 'data: {"type":"content","text":"x"}\n\n'
-    message = {"id": "msg_1", "parent": None, "role": "assistant", "content": "", "reasoning": ""}
+    parent = conversation_of(page, http)["messages"][0]["id"]
+    message = {"id": "msg_1", "parent": parent, "role": "assistant", "content": "", "reasoning": ""}
     begin = f"data: {json.dumps({'type': 'begin', 'message': message})}\n\n"
     page.route("**/answers", lambda route: route.fulfill(body=begin + cut, content_type="text/event-stream"), times=1)
     button(page, "Retry").click()
     expect(error).to_contain_text("the connection to the server was lost")
     error.get_by_role("button", name="Try again").click()
     finish(page)
-    expect(page.locator(".branches")).to_have_text(["‹2/2›"])
+    expect(page.locator(".branches")).to_have_text(["‹3/3›"])
     page.route("**/conversations", lambda route: route.abort(), times=1)
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator("#list-error")).to_contain_text("the server cannot be reached")

@@ -14,7 +14,7 @@ const errorPlace = $("#error");
 const picture = new Picture($("#picture"));
 const wantsPicture = $("#show-picture");
 const messages = new Messages($("#messages"), $("#scroll"), $("#to-end"), act);
-const running = new Map(); // conversations in which an answer is being written: they go on while another is shown
+const running = new Set(); // conversations in which an answer is being written: they go on while another is shown
 let conversation = null;
 let conversations = [];
 
@@ -80,7 +80,7 @@ async function openFromAddress() {
   const id = location.hash.slice(1);
   if (conversation && id === (conversation.id ?? "")) return;
   const found = await attempt(errorPlace, async () =>
-    (!id ? new Conversation() : running.get(id) ?? await Conversation.open(id)));
+    (!id ? new Conversation() : [...running].find((x) => x.id === id) ?? await Conversation.open(id)));
   if (!found && !conversation) show(new Conversation());
   if (found && id === location.hash.slice(1)) show(found);
 }
@@ -93,11 +93,9 @@ function begin(settings = {}) {
 async function answer(body) {
   const current = conversation;
   messages.following = true;
-  const done = current.answer(body, wantsPicture.checked);
-  done.finally(() => running.delete(current.id));
-  while (!current.id && current.controller) await new Promise((next) => setTimeout(next, 20));
-  if (current.controller) running.set(current.id, current);
-  await done;
+  running.add(current);
+  await current.answer(body, wantsPicture.checked);
+  running.delete(current);
   const unsent = current.failed?.body.content; // what the server did not take stays in the box
   if (unsent && current === conversation && !box.value) box.value = unsent;
 }

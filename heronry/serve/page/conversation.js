@@ -39,9 +39,11 @@ export class Conversation {
 
   // What the server has now: another tab may have changed it. The branch that is shown stays.
   async refresh() {
-    if (!this.id || this.controller) return;
+    this.stale = Boolean(this.controller); // then it waits for the end of the answer
+    if (!this.id || this.stale) return;
     const about = await get(path("conversations", this.id));
     if (this.controller) return;
+    this.failed = null;
     this.#take(about);
     this.leaf = this.tree.leaf(this.tree.get(this.leaf) ? this.leaf : (this.tree.get(about.leaf) ? about.leaf : null));
     this.changed("tree");
@@ -88,10 +90,10 @@ export class Conversation {
 
   // Asks for an answer, in the words of the server, and reads it to its end.
   async answer(body, picture) {
-    await this.settled;
     if (this.controller) return;
     this.controller = new AbortController();
     this.failed = null;
+    await this.settled;
     this.changed("tree");
     let again = body;
     try {
@@ -129,6 +131,7 @@ export class Conversation {
     this.changed("tree");
     await this.settled;
     this.#tell();
+    if (this.stale) await this.refresh();
   }
 
   #put(message) {

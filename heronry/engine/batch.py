@@ -81,6 +81,13 @@ class Row:
         self.passed_on = 0  # tokens that a piece was made of
         self.decoded = ""  # what the last event brought, before stop strings were looked for
 
+    def replay(self, token: int) -> str:
+        """Takes a token that was drawn earlier; returns what is certain of its text."""
+        self.token_ids.append(token)
+        self.passed_on = len(self.token_ids)
+        self.decoded = self.decoder.push(token)
+        return self.buffer.push(self.decoded)
+
     def push(self, event: Event, min_tokens: int) -> Completion | None:
         """Takes an event; returns the next piece, if there is one."""
         finish_reason = event.finish_reason

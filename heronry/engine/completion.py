@@ -12,7 +12,7 @@ from ..models import State
 from ..text.tools import ToolCall
 
 # "stop": an end of text, a stop id or a stop string; "length": max_tokens were generated; "tool_calls": it calls tools
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,10 @@ class KeptStates:
         self.store = store
         self._memory = StateMemory(ram_bytes)  # by digest: another server may change what a name stands for
 
-    def put(self, key: Key, state: State, about: Mapping[str, Any] | None = None) -> bool:
+    def put(self, key: Key, state: State | None, about: Mapping[str, Any] | None = None) -> bool:
         """Keeps a state under a name, in place of what had it. False if it cannot be kept; once it returns True the
-        state outlives this process."""
-        return self.store.put(key, state.to_bytes(), about)
+        state outlives this process. None = there is none, and only what is known is kept."""
+        return self.store.put(key, b"" if state is None else state.to_bytes(), about)
 
     def get(self, key: Key) -> Kept | None:
         """None where nothing is known, also while the store cannot be read: see `StateStore.is_readable`."""

@@ -15,7 +15,21 @@ from ..engine.requests import Limits
 from ..engine.scheduler import Scheduler
 from ..engine.state_cache import StateCache
 from ..stores.memory import MemoryStore
-from . import ai00, basics, chat, completions, embeddings, lightning, llama_cpp, metrics, page, responses, runner, states
+from . import (
+    ai00,
+    basics,
+    chat,
+    completions,
+    conversations,
+    embeddings,
+    lightning,
+    llama_cpp,
+    metrics,
+    page,
+    responses,
+    runner,
+    states,
+)
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
@@ -28,6 +42,7 @@ ROUTERS = (
     completions.router,
     chat.router,
     responses.router,
+    conversations.router,
     states.router,
     embeddings.router,
     runner.router,
@@ -67,6 +82,8 @@ def create_app(
         expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, keep_days))
         yield
         expiring.cancel()
+        if writing := app.state.server.writing:
+            await asyncio.wait(writing, timeout=drain)
         scheduler.close(drain)
         if cache is not None:
             cache.close()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from .. import __version__
+from ..engine.presets import PRESETS
+from ..engine.sampling import Sampling
 from ..text.tokenizers import bytes_of, spell
+from .bodies import SamplingBody
 from .errors import ApiError
 from .models import ServedModel
 from .server import server_of
@@ -26,6 +30,19 @@ async def list_models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/{name:path}")
 async def show_model(name: str, request: Request) -> dict[str, Any]:
     return server_of(request).models.find(name).describe()
+
+
+@router.get("/v1/presets")
+async def list_presets() -> dict[str, Any]:
+    """Ways of drawing tokens, by name: `preset` of any request with messages."""
+    data = [{"id": name, "object": "preset"} | _fields(sampling) for name, sampling in PRESETS.items()]
+    return {"object": "list", "data": data}
+
+
+def _fields(sampling: Sampling) -> dict[str, Any]:
+    """Those that requests have too."""
+    names = [name for name in SamplingBody.model_fields if name not in ("seed", "logit_bias")]
+    return {name: value for name, value in asdict(sampling).items() if name in names}
 
 
 @router.get("/health")

@@ -75,8 +75,8 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class SamplingBody(GrammarBody):
-    """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
+class DrawingBody(BaseModel):
+    """How tokens are drawn: what is set for a whole conversation too."""
 
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
@@ -84,15 +84,20 @@ class SamplingBody(GrammarBody):
     temperature: float | None = Field(None, ge=0, le=1e6)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=1 << 30, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-1e6, le=1e6)
     frequency_penalty: float | None = Field(None, ge=-1e6, le=1e6)
     penalty_decay: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Stops = None
+
+
+class SamplingBody(DrawingBody, GrammarBody):
+    """The fields of OpenAI's API, and those that vLLM and others add. Unknown ones are ignored, as vLLM does."""
+
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=1e6)
     logit_bias: dict[str, float] | None = Field(None, description="token id -> -100 to 100; -100 bans it")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=1024)
-    stop: Stops = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=1 << 30)

@@ -7,7 +7,7 @@ import time
 
 from ..engine.state_cache import StateCache
 from ..stores.store import StateStore
-from . import kept_responses, named_states
+from . import conversation_store, kept_responses, named_states
 
 EVERY = 600  # seconds
 ITEMS = 12  # times as long as the state of a response its items are kept, of which it can be read again
@@ -21,4 +21,5 @@ async def expire_now_and_then(cache: StateCache | None, kept: StateStore, days: 
             await asyncio.to_thread(cache.expire, now - age)
         await asyncio.to_thread(kept.expire, named_states.KIND, now - age, now - age)
         await asyncio.to_thread(kept.expire, kept_responses.KIND, now - age, now - ITEMS * age)
+        await asyncio.to_thread(kept.expire, conversation_store.MESSAGE, now - age, 0)  # what was said stays
         await asyncio.sleep(EVERY)

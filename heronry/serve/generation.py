@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from ..engine.answer_state import AnswerState
+from ..engine.answer_state import AnswerState, ResumableAnswer
 from ..engine.batch import Row
 from ..engine.completion import Completion, Pieces, TokenLogprob, join
 from ..engine.decode_batch import Event, SequenceDecoder
@@ -29,6 +29,7 @@ class Generation:
     before the next step.
 
     cached_tokens: of the prompt, that were not read again.
+    replayed: what is certain of the text of a completion that is gone on with; the pieces come behind it.
     prompt_logprobs: of the prompt's tokens but the first, once the first piece is there, where they were asked for.
     stopped_by: the stop string or stop id that ended a completion, by its number, once its last piece is there; the end
         of text is none.
@@ -53,6 +54,7 @@ class Generation:
         begin: State | None = None,
         keep: Sequence[AnswerState] = (),
         is_over: Callable[[str], bool] | None = None,
+        resume: tuple[Sequence[int], ResumableAnswer] | None = None,
     ):
         """
         Args:
@@ -64,6 +66,7 @@ class Generation:
             begin: the state of one row that the prompt continues; None = it begins a text.
             keep: one for each completion, each of which is followed to its state.
             is_over: called with each piece of the one completion, on the scheduler's thread; True ends it.
+            resume: the tokens of the one completion so far, and what follows it to its state; see `replayed`.
         """
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Completion | Exception] = asyncio.Queue()
@@ -78,6 +81,15 @@ class Generation:
         self._stop_ids = decoding.stop_token_ids
         self._unwanted: set[int] = set()
         self._continues, self._keep, self._is_over = begin is not None, keep, is_over
+        self._is_ended = False
+        self.replayed = ""
+        earlier: Sequence[int] = ()
+        if resume is not None:
+            earlier, followed = resume
+            self._keep = (followed,)
+            for token in earlier:
+                self.replayed += (said := self._rows[0].replay(token))
+                followed.replay(self._rows[0], said)
         self.begun = self.read = self.latest = time.perf_counter()
         self.stopped_by: dict[int, str | int] = {}
         self.cached_tokens = 0
@@ -97,6 +109,7 @@ class Generation:
                     decoding.masks[i],
                     tokens,
                     speaker.decode_token,
+                    earlier,
                 )
                 for i, sampling in enumerate(decoding.samplings)
             ],
@@ -106,6 +119,10 @@ class Generation:
             owner=owner,
         )
 
+    def check(self) -> None:
+        """InputError for what is never taken in, see `Scheduler.check`."""
+        self._server.scheduler.check(self._request)
+
     async def submit(self) -> None:
         """Has it read and written, from the longest beginning of the prompt that is known.
 
@@ -113,7 +130,7 @@ class Generation:
             InputError, Busy: see `Scheduler.submit`.
         """
         request = self._request
-        self._server.scheduler.check(request)
+        self.check()
         matcher = await asyncio.to_thread(self._make_matcher)  # compiling a grammar takes its time
         if matcher is not None:
             for sequence in request.sequences:
@@ -130,6 +147,10 @@ class Generation:
     def stop(self, choice: int) -> None:
         """Nothing more of one completion is wanted."""
         self._unwanted.add(choice)
+
+    def end(self) -> None:
+        """Ends the completions with their next token, which is their last."""
+        self._is_ended = True
 
     async def pieces(self) -> AsyncGenerator[Completion, None]:
         """The pieces of all completions as they come; the last of each has a finish_reason."""
@@ -180,6 +201,8 @@ class Generation:
         if choice in self._unwanted:
             return False
         row = self._rows[choice]
+        if self._is_ended and event.finish_reason is None:
+            event = replace(event, finish_reason="cancelled")
         if event.token is None and event.logprob is not None:
             self.last_logprobs[choice] = event.logprob
         piece = row.push(event, self._min_tokens)

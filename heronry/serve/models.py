@@ -14,8 +14,9 @@ from ..engine.embeddings import embedding_model
 from ..engine.llm import LLM
 from ..engine.text_model import TextModel
 from ..models import Model
-from ..text.chat_templates import fill_in_middle
-from ..text.template_choice import AnyTemplate
+from ..text.chat_templates import TEMPLATES, fill_in_middle
+from ..text.template_choice import AnyTemplate, describe_template
+from ..text.thinking import THINKING
 from ..text.world import WorldTokenizer
 from .errors import ApiError
 
@@ -66,6 +67,9 @@ class ServedModel:
             "generation": model.generation,
             "dtype": model.quantization or str(model.dtype).removeprefix("torch."),
             "state_bytes": model.initial_state().nbytes,
+            "template": describe_template(self.template),
+            "templates": [*TEMPLATES],
+            "thinks": [*THINKING],
         }
         return {
             "id": self.name,

@@ -73,13 +73,17 @@ def read_prompt(
     messages: Sequence[Mapping[str, Any]],
     body: AnswerBody,
     *,
+    template: str | None = None,
     continue_final_message: bool = False,
     after: int = 0,
 ) -> Prompt:
-    """The prompt for an answer to messages in OpenAI's form. after: see `prepare`."""
+    """The prompt for an answer to messages in OpenAI's form.
+
+    template: one of TEMPLATES by its name; None = that of the model. after: see `prepare`.
+    """
     speaker = model.speaker
-    template = choose_template(speaker, None)
-    plain = isinstance(template, Template)
+    chosen = choose_template(speaker, template)
+    plain = isinstance(chosen, Template)
     style = body.tool_style or (speaker.tool_style if plain else None)
     tools, call = choose_tools(body, _style(model, body))
     opening = body.opening or (call if plain else None)
@@ -87,7 +91,7 @@ def read_prompt(
         opening = "plain"  # the answer has the form that is asked for, not that of a call
     return prepare(
         messages,
-        template,
+        chosen,
         tools=tools,
         tool_style=style,
         think=choose_thinking(body),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from typing import Any, Literal
@@ -10,12 +9,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from ..errors import InputError
-from ..models import State
-from ..text.chat_templates import Prompt, Template
 from .errors import ApiError
 from .grammars import ResponseFormat
 from .kept_responses import KeptResponse
 from .models import ServedModel
+from .prompt_reading import Known, PromptReading, front_of
 from .prompts import AnswerBody, read_prompt
 from .response_items import nested_choice, nested_tools, read_items, to_messages
 
@@ -79,13 +77,10 @@ class ResponseBody(AnswerBody):
         return self.model_copy(update=changes)
 
 
-class ResponsePrompt:
+class ResponsePrompt(PromptReading):
     """
     Attributes:
         items: all that comes before the answer.
-        prompt: that is read, without what a kept state has read.
-        state: what it continues; None = it begins a text. n_known: tokens that this has read.
-        text: all up to where the model writes; ids: of what is read.
         front: says whether two prompts stand under the same instructions and tools, in the same template.
     """
 
@@ -105,49 +100,15 @@ class ResponsePrompt:
         added, origins = to_messages(new)
         messages = [*known, *added]
         try:
-            self.prompt = read_prompt(model, messages, body)
+            prompt = read_prompt(model, messages, body)
         except InputError as error:
             raise _in_items(error, len(known), origins) from error
-        self.front = _front(model, body, self.prompt)
-        self.state: State | None = None
-        self.n_known, before = 0, ""
+        style = body.tool_style or model.speaker.tool_style
+        self.front = front_of(model, prompt, body.instructions, style)
+        before = None
         if previous is not None and previous.state is not None and previous.front == self.front:
-            self._go_on(model, body, messages, len(known), previous, previous.state)
-        if self.state is not None:
-            before = self.state.texts[0]
-        tokenizer = model.speaker.tokenizer
-        context = model.speaker.encode(self.prompt.context, begins=self.state is None)
-        self.ids = [*context, *tokenizer.encode(self.prompt.beginning)]
-        self.text = before + self.prompt.text
-
-    def _go_on(
-        self,
-        model: ServedModel,
-        body: ResponseBody,
-        messages: list[dict[str, Any]],
-        n_read: int,
-        previous: KeptResponse,
-        state: State,
-    ) -> None:
-        """Reads only what follows the state, if that is possible."""
-        if state.fingerprint != model.speaker.model.fingerprint:
-            return
-        if isinstance(self.prompt.template, Template):
-            rest = read_prompt(model, messages, body, after=n_read)
-            context = previous.owed + rest.context
-        elif self.prompt.context.startswith(text := state.texts[0]):
-            context = self.prompt.context[len(text) :]
-        else:
-            return
-        self.prompt = self.prompt._replace(context=context)
-        self.state, self.n_known = state, previous.n_tokens
-
-
-def _front(model: ServedModel, body: ResponseBody, prompt: Prompt) -> str:
-    template = prompt.template.with_opening("") if isinstance(prompt.template, Template) else prompt.template.name
-    tools = [tool.in_openais_form() for tool in prompt.tools.values()]
-    parts = [model.name, body.instructions, tools, body.tool_style or model.speaker.tool_style, repr(template)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+            before = Known(previous.state, previous.n_tokens, previous.owed)
+        super().__init__(model, prompt, before, lambda: read_prompt(model, messages, body, after=len(known)))
 
 
 def _in_items(error: InputError, n_known: int, origins: list[int]) -> ApiError:

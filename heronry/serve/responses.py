@@ -45,7 +45,7 @@ async def count_input_tokens(body: ResponseBody, request: Request) -> dict[str, 
     """How many tokens the input of a response would have."""
     server = server_of(request)
     prompt = await _read(server, server.models.find(body.model), body, owner_of(request))
-    return {"object": "response.input_tokens", "input_tokens": prompt.n_known + len(prompt.ids)}
+    return {"object": "response.input_tokens", "input_tokens": prompt.n_tokens}
 
 
 @router.get("/{name}")
@@ -104,10 +104,9 @@ class _Call:
         only_one = body.parallel_tool_calls is False
         self.output = ResponseOutput(name, TokenNames(model.speaker.tokenizer), body.with_logprobs)
         self.answered = Answer(prompt, only_one=only_one)
-        n_read = reading.n_known + len(reading.ids)
         self.state: AnswerState | None = None
         if body.store is not False:
-            self.state = AnswerState(reading.text, n_read, prompt.template.separator, strip=True)
+            self.state = AnswerState(reading.text, reading.n_tokens, prompt.template.separator, strip=True)
         chat = body.as_chat()
         top = (body.top_logprobs or 0) if body.with_logprobs else None
         max_tokens = server.most_tokens if body.max_output_tokens is None else body.max_output_tokens
@@ -191,11 +190,8 @@ class _Call:
             yield each
         if status == "incomplete":
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        read, cached = (
-            self.reading.n_known + len(self.reading.ids),
-            self.reading.n_known + self.generation.cached_tokens,
-        )
-        numbers = usage(read, cached, self.answered.written, self.answered.thought)
+        cached = self.reading.n_known + self.generation.cached_tokens
+        numbers = usage(self.reading.n_tokens, cached, self.answered.written, self.answered.thought)
         self.response |= {"status": status, "output": self.output.items, "usage": numbers}
         if self.state is not None:
             end, reading = self.state.ending, self.reading

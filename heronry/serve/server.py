@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from fastapi import Request
 
@@ -26,6 +28,8 @@ class Server:
     kept: states with names, of responses and others.
     keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
+    writing: answers that are kept whether anybody waits for them or not.
+    locks: of conversations, by id.
     """
 
     models: ModelTable
@@ -35,6 +39,8 @@ class Server:
     cache: StateCache | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096
+    writing: set[asyncio.Future[None]] = field(default_factory=set)
+    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     roots: dict[tuple[str, str], CacheRoot] = field(default_factory=dict)
 
     def root_of(self, model: ServedModel, owner: str) -> CacheRoot:

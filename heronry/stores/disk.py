@@ -113,24 +113,27 @@ class DiskStore(StateStore):
 
     def put(self, key: Key, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
         text = json.dumps(dict(about)) if about else ""
-        if not data or len(data) > self._max_bytes or len(text) > self._max_about_bytes:
+        if not (data or text) or len(data) > self._max_bytes or len(text) > self._max_about_bytes:
             return False
-        digest = hashlib.sha256(data).hexdigest()
-        file = self._folder / f"{secrets.token_hex(16)}{SUFFIX}"
+        digest = hashlib.sha256(data).hexdigest() if data else ""
+        files = [self._folder / f"{secrets.token_hex(16)}{SUFFIX}"] if data else []
         with self._writing:
-            with atomic_write(file) as part:
-                part.write_bytes(data)
+            for file in files:
+                with atomic_write(file) as part:
+                    part.write_bytes(data)
             try:
                 with self._transaction():
-                    for needed in (file, self._folder / INDEX):  # a leftover to another process; a deleted folder
+                    for needed in (*files, self._folder / INDEX):  # a leftover to another process; a deleted folder
                         needed.stat()
                     now = time.time_ns()
                     gone = self._query("SELECT file FROM entries WHERE id = ?", str(key))
-                    row = (str(key), key.kind, key.tenant, file.name, len(data), digest, now, now, len(text), text)
+                    name = files[0].name if files else ""
+                    row = (str(key), key.kind, key.tenant, name, len(data), digest, now, now, len(text), text)
                     self._query(f"INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, {NOW}, ?, ?)", *row)
                     gone += self._make_room()
             except BaseException:
-                file.unlink(missing_ok=True)
+                for file in files:
+                    file.unlink(missing_ok=True)
                 raise
             self._unlink(gone)
             return True

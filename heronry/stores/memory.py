@@ -39,14 +39,17 @@ class MemoryStore(StateStore):
 
     def put(self, key: Key, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
         text = json.dumps(dict(about)) if about else ""
-        if not data or len(data) > self._max_bytes or len(text) > self._max_about_bytes:
+        if not (data or text) or len(data) > self._max_bytes or len(text) > self._max_about_bytes:
             return False
         now = time.time()
-        entry = Entry(key, json.loads(text or "{}"), len(data), hashlib.sha256(data).hexdigest(), now, now)
+        digest = hashlib.sha256(data).hexdigest() if data else ""
+        entry = Entry(key, json.loads(text or "{}"), len(data), digest, now, now)
         with self._lock:
             self.delete(key)
-            place = f"place {next(self._places)}"
-            self._held[key], self._data[place] = _Held(entry, place, len(text)), data
+            place = f"place {next(self._places)}" if data else ""
+            self._held[key] = _Held(entry, place, len(text))
+            if data:
+                self._data[place] = data
             self._nbytes += len(data)
             self._about_bytes += len(text)
             for old in list(self._held):

@@ -74,7 +74,8 @@ end
 forget(id)
 redis.call('HSET', P..'entry:'..id, 'about', about, 'size', size, 'digest', digest, 'blob', blob, 'pieces', pieces,
     'created', number(now()))
-for _, set in ipairs({P..'known', P..'data', owner(id)}) do redis.call('ZADD', set, 0, id) end
+for _, set in ipairs({P..'known', owner(id)}) do redis.call('ZADD', set, 0, id) end
+if tonumber(size) > 0 then redis.call('ZADD', P..'data', 0, id) end
 if #about > 0 then redis.call('ZADD', P..'about', 0, id) end
 touch(id)
 local function fit(sum, added, most, set, drop)
@@ -172,7 +173,7 @@ class RedisStore(StateStore):
 
     def put(self, key: Key, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
         text = json.dumps(dict(about)) if about else ""
-        if not data or len(data) > self._max_bytes or len(text) > self._max_about_bytes:
+        if not (data or text) or len(data) > self._max_bytes or len(text) > self._max_about_bytes:
             return False
         blob = secrets.token_hex(16)
         pieces = range(0, len(data), PIECE)
@@ -180,7 +181,7 @@ class RedisStore(StateStore):
             for i, start in enumerate(pieces):
                 piece = memoryview(data)[start : start + PIECE]
                 self._call(self._redis.set, f"{self._prefix}blob:{blob}:{i}", piece, ex=UNNAMED)
-            digest = hashlib.sha256(data).hexdigest()
+            digest = hashlib.sha256(data).hexdigest() if data else ""
             values = (str(key), text, len(data), digest, blob, len(pieces), self._max_bytes, self._max_about_bytes)
             return bool(self._run(PUT, *values))
         return False

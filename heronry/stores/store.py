@@ -113,7 +113,8 @@ class StateStore(ABC):
 
     @abstractmethod
     def put(self, key: Key, data: bytes, about: Mapping[str, Any] | None = None) -> bool:
-        """Keeps bytes under a name, in place of what had it. Once it returns True they outlive this process."""
+        """Keeps bytes under a name, in place of what had it. Once it returns True they outlive this process. There may
+        be none, if something is known about them."""
 
     @abstractmethod
     def present(self, keys: Iterable[Key]) -> set[Key]:

@@ -210,6 +210,7 @@ def test_stopped_and_continued(page, http):
     )
     send(page)
     expect(page.locator(".numbers")).to_contain_text("stopped")
+    expect(page.locator(".numbers")).to_contain_text("tokens/s")  # as the server has stored it
     begun = page.evaluate("window.stopped")
     assert len(begun) >= 20
     answer = conversation_of(page, http)["messages"][1]

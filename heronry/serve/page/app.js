@@ -68,7 +68,7 @@ function changed(what, data) {
     if (wantsPicture.checked) picture.draw(data);
   } else if (what === "said") {
     messages.flush();
-    $("#said").textContent = messages.of(data.id)?.querySelector(".content").textContent ?? "";
+    $("#said").textContent = messages.of(data.id)?.querySelector(".content").innerText ?? "";
   } else if (what === "list") {
     if (conversation.id && location.hash.slice(1) !== conversation.id) history.pushState(null, "", `#${conversation.id}`);
     draw();
@@ -214,8 +214,8 @@ $("#import-file").addEventListener("change", async ({ target }) => {
       throw new ApiError(0, "this file is no exported conversation");
     }
     location.hash = (await post(path("conversations", "import"), tree)).id;
+    await drawList();
   });
-  await drawList();
 });
 $("#open-states").addEventListener("click", () => {
   closeDrawer();

@@ -19,18 +19,15 @@ function fill(name, values, empty) {
   form.elements[name].replaceChildren(new Option(empty, ""), ...values.map((value) => new Option(value)));
 }
 
-function show() {
+// What may be chosen, and what stands for an empty field: both follow the model and the preset.
+function hint() {
   const { settings } = conversation.about;
   const { meta } = modelOf(settings);
   fill("template", meta.templates ?? [], `the model's own${meta.template ? `: ${meta.template}` : ""}`);
   fill("think", meta.thinks ?? [], "as the template has it");
+  for (const name of ["template", "think"]) form.elements[name].value = settings[name] ?? "";
   const preset = presets.find((x) => x.id === settings.preset);
-  for (const input of form.elements) {
-    if (!input.name) continue;
-    const value = settings[input.name];
-    input.value = input.name === "stop" ? (value ?? []).join("\n") : value ?? "";
-    if (input.type === "number") input.placeholder = preset?.[input.name] ?? "";
-  }
+  for (const input of form.querySelectorAll("[type=number]")) input.placeholder = preset?.[input.name] ?? "";
 }
 
 export async function openSettings(current) {
@@ -41,7 +38,11 @@ export async function openSettings(current) {
     fill("model", models.map((model) => model.id), `the server's first: ${models[0].id}`);
     fill("preset", presets.map((preset) => preset.id), "the template's");
     fill("state", states.map((state) => state.id), "none");
-    show();
+    hint();
+    for (const input of form.elements) {
+      const value = conversation.about.settings[input.name];
+      if (input.name) input.value = input.name === "stop" ? (value ?? []).join("\n") : value ?? "";
+    }
   });
 }
 
@@ -57,7 +58,7 @@ form.addEventListener("change", ({ target }) => {
   if (target.name === "stop") value = target.value.split("\n").filter(Boolean);
   attempt(error, async () => {
     await conversation.change({ settings: { [target.name]: value } });
-    show();
+    hint();
   });
 });
 form.addEventListener("keydown", (event) => { // Enter in a field is no wish to leave

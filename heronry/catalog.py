@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from .errors import InputError
+from .files import data_folder
 
 BUNDLED = Path(__file__).parent / "bundled"
 RUNTIME = 400_000_000  # bytes that Python and PyTorch take beside a model
@@ -54,16 +55,8 @@ def published() -> dict[str, Published]:
 
 
 def models_folder() -> Path:
-    """Where `heronry pull` keeps models: $XDG_DATA_HOME/heronry/models, or ~/.local/share/heronry/models.
-
-    Raises:
-        InputError: there is no home directory.
-    """
-    try:
-        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    except RuntimeError as error:
-        raise InputError("there is no home directory for models: set XDG_DATA_HOME") from error
-    return data / "heronry" / "models"
+    """Where `heronry pull` keeps models; InputError where there is no home directory."""
+    return data_folder() / "models"
 
 
 def downloaded() -> dict[str, Path]:

@@ -134,6 +134,18 @@ def check_free_space(size: int, path: Path) -> None:
         raise InputError(f"{path}: needs {size / 1e6:,.1f} MB, but {folder} has only {free // 10**6:,} MB left")
 
 
+def data_folder() -> Path:
+    """Where what belongs to the user is kept: $XDG_DATA_HOME/heronry, or ~/.local/share/heronry.
+
+    Raises:
+        InputError: there is no home directory.
+    """
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "heronry"
+    except RuntimeError as error:
+        raise InputError("there is no home directory: set XDG_DATA_HOME") from error
+
+
 def hash_file(file: Path) -> str:
     """SHA-256, as hex digits."""
     digest = hashlib.sha256()

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, show
+from ..files import data_folder
 from . import options
 
 if TYPE_CHECKING:
+    from ..engine.kept_states import KeptStates
     from ..stores.store import StateStore
 
+CONVERSATIONS = 16 << 30  # bytes of their texts: more than anybody says
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -57,13 +60,18 @@ def serve(
     store: Annotated[
         str | None,
         typer.Option(
-            help="A folder, or redis://HOST:PORT/0 for several servers, in which responses, states and the beginnings "
-            "of prompts outlive the server.",
-            show_default="RAM, which does not",
+            help="A folder, or redis://HOST:PORT/0 for several servers, in which conversations, responses, states and "
+            "the beginnings of prompts outlive the server; ram: nothing does.",
+            show_default="a folder of the user's, without the beginnings of prompts",
         ),
     ] = None,
     store_size: Annotated[
-        float | None, typer.Option(min=0, help="GB of responses and named states.", show_default="10; 1 in RAM")
+        float | None,
+        typer.Option(
+            min=0,
+            help="GB of responses and named states, and as many of the states of conversations.",
+            show_default="10; 1 in RAM",
+        ),
     ] = None,
     store_days: Annotated[float, typer.Option(min=0, help="Days without use after which a state is dropped.")] = 30,
     cache_size: Annotated[float, typer.Option(min=0, help="GB of the beginnings of prompts in the store.")] = 10.0,
@@ -81,14 +89,12 @@ def serve(
     keys = _read_keys(api_key or [], api_keys)
     if host not in LOOPBACK and not keys:
         print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
-    from ..engine.kept_states import KeptStates
     from ..engine.requests import Limits
     from ..engine.state_cache import StateCache
     from ..serve.app import create_app
     from ..serve.gate import LOCAL_HOSTS
     from ..serve.load import load_models
     from ..serve.run import bind, serve
-    from ..stores.memory import MemoryStore
     from .progress import progress_bar
 
     listening = bind(host, port)
@@ -106,14 +112,8 @@ def serve(
         )
     hosts = (*LOCAL_HOSTS, *(allow_host or ())) if host in LOOPBACK else tuple(allow_host or ("*",))
     limits = Limits(rows=max_rows, waiting=max_waiting)
-    cache = StateCache(
-        round(cache_ram * 1e9), _open_store(store, "prompts", round(cache_size * 1e9)) if store else None
-    )
-    kept_bytes = round((store_size if store_size is not None else 10 if store else 1) * 1e9)
-    if store:
-        kept = KeptStates(_open_store(store, "kept", kept_bytes), round(cache_ram * 1e9))
-    else:
-        kept = KeptStates(MemoryStore(kept_bytes))
+    cached = _open_store(store, "prompts", round(cache_size * 1e9)) if store not in (None, "ram") else None
+    kept, conversations = _open_kept(store, store_size, round(cache_ram * 1e9))
     app = create_app(
         models,
         limits=limits,
@@ -121,8 +121,9 @@ def serve(
         hosts=hosts,
         max_body=max_body,
         drain=drain,
-        cache=cache,
+        cache=StateCache(round(cache_ram * 1e9), cached),
         kept=kept,
+        conversations=conversations,
         keep_days=store_days,
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
@@ -154,12 +155,35 @@ def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
     return keys
 
 
-def _open_store(place: str, part: str, max_bytes: int) -> StateStore:
+def _open_kept(place: str | None, size: float | None, ram_bytes: int) -> list[KeptStates]:
+    """Responses and named states, and conversations. place, size: as on the command line; ram_bytes: of what is in a
+    store elsewhere too."""
+    from ..engine.kept_states import KeptStates
+
+    if place is None:
+        try:
+            return _open_kept(str(data_folder() / "server"), size, ram_bytes)
+        except (InputError, OSError) as error:
+            print(f"heronry: {error}; conversations end with this server (--store FOLDER)", file=sys.stderr)
+            place = "ram"
+    max_bytes = round((size if size is not None else 1 if place == "ram" else 10) * 1e9)
+    stores = _open_store(place, "kept", max_bytes), _open_store(place, "conversations", max_bytes, CONVERSATIONS)
+    return [KeptStates(store, 0 if place == "ram" else ram_bytes) for store in stores]
+
+
+def _open_store(place: str, part: str, max_bytes: int, max_about_bytes: int | None = None) -> StateStore:
     """A part of a store, so that what is kept never makes room for what is only convenient."""
+    from ..stores.store import MAX_ABOUT_BYTES
+
+    most = max_about_bytes or MAX_ABOUT_BYTES
+    if place == "ram":
+        from ..stores.memory import MemoryStore
+
+        return MemoryStore(max_bytes)
     if "://" in place:
         from ..stores.redis import RedisStore
 
-        return RedisStore(place, max_bytes, prefix=f"heronry:{part}:")
+        return RedisStore(place, max_bytes, most, prefix=f"heronry:{part}:")
     from ..stores.disk import DiskStore
 
-    return DiskStore(Path(place) / part, max_bytes)
+    return DiskStore(Path(place) / part, max_bytes, most)

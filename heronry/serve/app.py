@@ -20,7 +20,6 @@ from . import (
     basics,
     chat,
     completions,
-    conversations,
     embeddings,
     lightning,
     llama_cpp,
@@ -30,6 +29,7 @@ from . import (
     runner,
     states,
 )
+from .conversations import router as conversation_router
 from .errors import add_error_handlers
 from .expiry import expire_now_and_then
 from .gate import LOCAL_HOSTS, Gate
@@ -42,7 +42,7 @@ ROUTERS = (
     completions.router,
     chat.router,
     responses.router,
-    conversations.router,
+    conversation_router,
     states.router,
     embeddings.router,
     runner.router,
@@ -61,6 +61,7 @@ def create_app(
     drain: float = 30,
     cache: StateCache | None = None,
     kept: KeptStates | None = None,
+    conversations: KeptStates | None = None,
     keep_days: float = 30,
 ) -> FastAPI:
     """
@@ -70,16 +71,18 @@ def create_app(
         max_body: bytes of a request.
         drain: seconds that requests under way have to end when the server stops.
         cache: of states of prompts' beginnings; closed with the app.
-        kept: states with names, whose store is closed with the app; None = 1 GB of RAM, which the app ends with.
+        kept: responses and states with names, whose store is closed with the app; None = 1 GB of RAM, which the app
+            ends with.
+        conversations: the same for them, apart, so that nothing else makes them go.
         keep_days: days after which a state that nobody used is dropped.
     """
     scheduler, keys = Scheduler(limits), dict(keys or {})
-    kept = KeptStates(MemoryStore(1 << 30)) if kept is None else kept
+    kept, conversations = (KeptStates(MemoryStore(1 << 30)) if x is None else x for x in (kept, conversations))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
-        expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, keep_days))
+        expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, conversations.store, keep_days))
         yield
         expiring.cancel()
         if writing := app.state.server.writing:
@@ -88,9 +91,10 @@ def create_app(
         if cache is not None:
             cache.close()
         kept.store.close()
+        conversations.store.close()
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
+    app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), kept, conversations, cache, keys)
     for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
         app.include_router(router)
     shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -68,6 +69,26 @@ class DialectBody(BaseModel):
     @classmethod
     def _drop_nulls(cls, data: object) -> object:
         return {name: x for name, x in data.items() if x is not None} if isinstance(data, dict) else data
+
+
+def check_json(data: object) -> object:
+    """Refuses what could not be told back or kept: half a character, NaN, nesting without end."""
+    try:
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is no JSON that could be kept: {error}") from None
+    return data
+
+
+class KeptBody(BaseModel):
+    """Of routes that keep texts: unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, data: object) -> object:
+        return check_json(data) if isinstance(data, dict) else data
 
 
 class StreamOptions(BaseModel):

@@ -155,7 +155,7 @@ class ConversationStore:
     """Those of one owner. All methods but `lock` may wait for the store, in a thread."""
 
     def __init__(self, server: Server, owner: str):
-        self._server, self._kept, self._owner = server, server.kept, owner
+        self._server, self._kept, self._owner = server, server.conversations, owner
 
     def lock(self, name: str) -> asyncio.Lock:
         """To be held from reading a conversation to writing it."""

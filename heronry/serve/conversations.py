@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from ..engine.kept_states import new_name
 from ..engine.presets import PRESETS
 from ..text.chat_templates import TEMPLATES
 from ..text.thinking import THINKING
 from . import named_states
-from .bodies import DrawingBody, listed
+from .bodies import DrawingBody, KeptBody, listed
 from .conversation_answers import ConversationAnswer, Setting
 from .conversation_store import Conversation, ConversationStore, Message, Role, Tree, new_message
 from .errors import ApiError
@@ -57,11 +57,7 @@ class Settings(DrawingBody):
         return kept | ({"stop": [*listed(self.stop)]} if "stop" in kept else {})
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
-
-
-class ConversationBody(Body):
+class ConversationBody(KeptBody):
     title: Title | None = None
     settings: Settings | None = None
 
@@ -70,13 +66,13 @@ class ChangeBody(ConversationBody):
     leaf: str | None = None
 
 
-class MessageBody(Body):
+class MessageBody(KeptBody):
     parent: str | None = None
     role: Role
     content: str
 
 
-class AnswerRequest(Body):
+class AnswerRequest(KeptBody):
     """A new message of the user behind a parent, or another answer to one that is there, or an answer to go on with.
 
     picture: tell of the state too.
@@ -88,11 +84,11 @@ class AnswerRequest(Body):
     picture: bool = False
 
 
-class NameBody(Body):
+class NameBody(KeptBody):
     name: str | None = None
 
 
-class Usage(Body):
+class Usage(KeptBody):
     prompt_tokens: int = Field(ge=0, lt=1 << 53)
     cached_tokens: int = Field(0, ge=0, lt=1 << 53)
     completion_tokens: int = Field(ge=0, lt=1 << 53)
@@ -112,7 +108,7 @@ class ImportedConversation(ChangeBody):
     pass
 
 
-class ImportBody(Body):
+class ImportBody(KeptBody):
     object: Literal["conversation.export"]
     version: Literal[1]
     conversation: ImportedConversation

@@ -84,7 +84,7 @@ def add_error_handlers(app: FastAPI, shapes: Mapping[str, Shape]) -> None:
         first: Mapping[str, Any] = error.errors()[0]
         if first["type"] == "json_invalid":
             return respond(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
-        if first["loc"] == ("body",):
+        if first["loc"] == ("body",) and first["type"] != "value_error":
             return respond(request, ApiError(400, "the body must be a JSON object, sent as application/json"))
         return respond(request, ApiError(400, first["msg"].removeprefix("Value error, "), _place(first["loc"])))
 

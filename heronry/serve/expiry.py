@@ -13,13 +13,15 @@ EVERY = 600  # seconds
 ITEMS = 12  # times as long as the state of a response its items are kept, of which it can be read again
 
 
-async def expire_now_and_then(cache: StateCache | None, kept: StateStore, days: float) -> None:
-    """Until it is cancelled. days: without use, after which a state goes."""
+async def expire_now_and_then(
+    cache: StateCache | None, kept: StateStore, conversations: StateStore, days: float
+) -> None:
+    """Until it is cancelled. days: without use, after which a state goes; what was said in conversations stays."""
     while True:
         now, age = time.time(), days * 86400
         if cache is not None:
             await asyncio.to_thread(cache.expire, now - age)
         await asyncio.to_thread(kept.expire, named_states.KIND, now - age, now - age)
         await asyncio.to_thread(kept.expire, kept_responses.KIND, now - age, now - ITEMS * age)
-        await asyncio.to_thread(kept.expire, conversation_store.MESSAGE, now - age, 0)  # what was said stays
+        await asyncio.to_thread(conversations.expire, conversation_store.MESSAGE, now - age, 0)
         await asyncio.sleep(EVERY)

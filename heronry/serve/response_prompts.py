@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from ..errors import InputError
+from .bodies import check_json
 from .errors import ApiError
 from .grammars import ResponseFormat
 from .kept_responses import KeptResponse
@@ -61,9 +61,9 @@ class ResponseBody(AnswerBody):
         if self.n not in (None, 1):
             raise ApiError(400, "a response has one answer", "n")
         try:  # what is told back and kept
-            json.dumps(self.model_dump(by_alias=True), ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is no JSON that could be kept: {error}") from None
+            check_json(self.model_dump(by_alias=True))
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
         changes: dict[str, Any] = {"tools": nested_tools(self.tools), "tool_choice": nested_choice(self.tool_choice)}
         if self.reasoning is not None and self.reasoning.effort is not None:
             changes["reasoning_effort"] = self.reasoning.effort

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Server:
     """
     cache: of the states of prompts' beginnings.
-    kept: states with names, of responses and others.
+    kept: states with names, of responses and others. conversations: trees of messages, with theirs.
     keys: API key -> the name of its owner; empty: no key is asked for.
     most_tokens: of an answer where a request does not say how many.
     writing: answers that are kept whether anybody waits for them or not.
@@ -36,6 +36,7 @@ class Server:
     scheduler: Scheduler
     metrics: Metrics
     kept: KeptStates
+    conversations: KeptStates
     cache: StateCache | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int = 4096

@@ -17,7 +17,7 @@ class Process:
     """`heronry serve` on a free port, with its address and what it has said."""
 
     def __init__(self, *options: str, env: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "heronry", "serve", "--port", "0", *options]
+        command = [sys.executable, "-m", "heronry", "serve", "--port", "0", "--store", "ram", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
         self.lines: list[str] = []
         self.url = ""

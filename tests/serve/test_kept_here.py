@@ -81,7 +81,7 @@ def test_age():
         store._held[key] = type(held)(type(held.entry)(key, {"a": 1}, 1, held.entry.digest, used, used), held.place, 8)
 
     async def once() -> None:
-        task = asyncio.create_task(expire_now_and_then(None, store, 30))
+        task = asyncio.create_task(expire_now_and_then(None, store, store, 30))
         await asyncio.sleep(0.2)
         task.cancel()
 

@@ -85,6 +85,31 @@ def test_what_is_put_is_there_when_opened_again(open_store):
     assert store.nbytes == 3
 
 
+def test_what_has_no_bytes(open_store):
+    """A message that is nothing but its text."""
+    store = open_store(100, 100)
+    assert store.put(A, b"", {"text": "a"})
+    assert not store.put(B, b"")
+    store.close()
+    store = open_store(100, 100)
+    entry = store.get(A)
+    assert (entry.about, entry.size, entry.digest, entry.data) == ({"text": "a"}, 0, "", None)
+    assert [entry.about for entry in store.entries("state", "t")] == [{"text": "a"}]
+    assert (store.present([A]), store.nbytes) == (set(), 0)
+    assert store.put(A, b"", {"text": "b"})
+    assert store.put(C, bytes(100))  # pushes out no text
+    assert store.get(A).about == {"text": "b"}
+    assert store.put(A, b"x", {"text": "c"})
+    assert (data_of(store, A, C), store.nbytes) == ([b"x", None], 1)
+    assert store.put(A, b"", {"text": "d"})
+    assert (store.get(A).about, store.nbytes) == ({"text": "d"}, 0)
+    assert store.put(B, b"", {"text": "x" * 80})  # the texts are bounded too
+    assert store.get(A) is None
+    store.expire("state", time.time() + 100, 0)
+    assert store.get(B) is not None
+    assert store.delete(B)
+
+
 def test_least_recently_used_bytes_go_first_and_what_is_known_stays(open_store):
     store = open_store(100)
     assert store.put(A, bytes(40), {"text": "a"})

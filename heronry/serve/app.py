@@ -29,6 +29,7 @@ from . import (
     lightning_states,
     llama_cpp,
     metrics,
+    page,
     responses,
     runner,
     states,
@@ -52,6 +53,7 @@ ROUTERS = (
     embeddings.router,
     adapters.vllm_router,
     runner.router,
+    page.router,
 )
 LIGHTNING = (lightning.router, lightning_sessions.router, lightning_states.router, adapters.router)
 DIALECTS = {  # with errors in a shape of their own

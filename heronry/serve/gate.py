@@ -14,12 +14,13 @@ from collections.abc import Collection, Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import page
 from .errors import ApiError, Shape, openai_shape
 from .stream import event
 
 log = logging.getLogger("heronry.serve")
-# for load balancers, which have no key; and where Ai00's clients send theirs
-OPEN_ROUTES = ("/health", "/v1/health", "/ping", "/api/auth/exchange")
+# for load balancers, which have no key; where Ai00's clients send theirs; and the chat page, which asks for one
+OPEN_ROUTES = ("/health", "/v1/health", "/ping", "/api/auth/exchange", *page.FILES)
 PAUSE = 30  # seconds in which something more of a body must come
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 

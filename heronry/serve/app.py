@@ -35,6 +35,14 @@ ROUTERS = (
 DIALECTS = (llama_cpp, lightning, ai00)  # with errors in a shape of their own
 
 
+def _paths(router: APIRouter) -> list[str]:
+    return [route.path for route in router.routes if isinstance(route, APIRoute)]
+
+
+ERROR_SHAPES = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
+KEYS_IN_BODIES = _paths(lightning.router)
+
+
 def create_app(
     models: ModelTable,
     *,
@@ -75,12 +83,8 @@ def create_app(
     app.state.server = Server(models, scheduler, metrics.Metrics(scheduler), kept, cache, keys)
     for router in (*ROUTERS, *(dialect.router for dialect in DIALECTS)):
         app.include_router(router)
-    shapes = {path: dialect.error_shape for dialect in DIALECTS for path in _paths(dialect.router)}
-    add_error_handlers(app, shapes)
-    in_bodies = _paths(lightning.router)
-    app.add_middleware(Gate, keys=keys, hosts=hosts, max_body=max_body, shapes=shapes, keys_in_bodies=in_bodies)
+    add_error_handlers(app, ERROR_SHAPES)
+    app.add_middleware(
+        Gate, keys=keys, hosts=hosts, max_body=max_body, shapes=ERROR_SHAPES, keys_in_bodies=KEYS_IN_BODIES
+    )
     return app
-
-
-def _paths(router: APIRouter) -> list[str]:
-    return [route.path for route in router.routes if isinstance(route, APIRoute)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -80,6 +81,8 @@ class Gate:
             if status:
                 raise
             await _send(error, self.shapes.get(scope["path"], openai_shape), answer)
+        except asyncio.CancelledError:
+            pass  # the client has gone, and with it whoever would read an answer
         finally:
             line = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             log.info(json.dumps(line | {"ms": round(1000 * (time.perf_counter() - begin), 1)}))

@@ -27,7 +27,7 @@ from .front import open_front
 from .replica import Replica
 
 ROUTER = "heronry.serve.cluster.router.BoundedHashRouter"
-MOST_FALLBACKS = 1 << 16  # a replica that is full is passed over, whatever their number
+RESERVED = 16  # requests that a replica takes when it is full: for its numbers
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -48,6 +48,7 @@ def open_replicas(options: ServeOptions, replicas: str, cluster: str, hosts: Col
         raise InputError("--cluster ray:// cannot stream: run this on a machine of the cluster, with --cluster auto")
     if options.store is None and cluster != "local":
         raise InputError("replicas on several machines need a store that they share: --store redis://HOST:PORT/0")
+    served_names(options.model, options.adapter, options.state)
     for text in options.model:
         if (path := split_name(text)[1]) != "bundled":
             locate(path)  # Ray would try for long
@@ -59,7 +60,7 @@ def open_replicas(options: ServeOptions, replicas: str, cluster: str, hosts: Col
         connect(cluster, object_store_memory=max(256 << 20, 4 * options.max_body))
         stack.callback(ray.shutdown)
         options = _with_threads(options, scale, cluster)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         found: dict[str, DeploymentHandle[Any]] = {}
         for deployment, names in _bind(_anywhere(options), scale):
@@ -168,14 +169,12 @@ def _deployment(options: ServeOptions, name: str, scale: Mapping[str, Any]) -> s
     most = options.max_rows + options.max_waiting  # of a replica, which refuses more itself
     return serve.deployment(
         name=name,
-        max_ongoing_requests=most,
+        max_ongoing_requests=most + RESERVED,
         max_queued_requests=most,  # at a front: those that no replica has taken yet, in a burst nearly all
         graceful_shutdown_timeout_s=options.drain + 5,
         ray_actor_options={"num_cpus": options.threads or 1, "num_gpus": gpus},
-        request_router_config={
-            "request_router_class": ROUTER,
-            "request_router_kwargs": {"num_fallback_replicas": MOST_FALLBACKS},
-        },
+        request_router_config={"request_router_class": ROUTER, "request_router_kwargs": {"most": most}},
+        max_constructor_retry_count=1,  # what is wrong with the options stays wrong
         logging_config=QUIET,
         **scale,
     )(Replica)
@@ -185,5 +184,5 @@ def _why(name: str, error: RuntimeError) -> Exception:
     """What the replicas said is wrong with the options, where it was that."""
     deployments = serve.status().applications[name].deployments.values()
     said = "\n".join(deployment.message for deployment in deployments)
-    found = re.search(r"InputError: (.+)", said)
-    return InputError(found[1]) if found else error
+    found = re.findall(r"InputError: (.+)", said)
+    return InputError(found[-1]) if found else error

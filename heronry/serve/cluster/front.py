@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -78,7 +80,7 @@ class Front:
                 handle = self._find(request, fields)
                 key = affinity(path, request.headers, fields)
                 await while_connected(request, _pass_on(handle, key, request, body, send))
-        except (BackPressureError, DeploymentUnavailableError, *LOST) as error:
+        except (BackPressureError, DeploymentUnavailableError, TimeoutError, *LOST) as error:
             raise _as_api_error(error) from error
         except ClientDisconnect:
             pass  # before its request was whole
@@ -91,36 +93,28 @@ class Front:
         return self._deployments.get(name, first) if isinstance(name, str) else first
 
     async def _health(self) -> dict[str, Any]:
-        found = [numbers for numbers in await self._ask_all("status") if isinstance(numbers, tuple)]
-        waiting, reading, decoding = map(sum, zip(*found, strict=True))
-        counts = {"waiting": waiting, "reading": reading, "decoding": decoding}
-        return {"status": "ok", "replicas": len(found)} | counts
+        """Of replicas that are healthy; an error where a model has none."""
+        applications = (await asyncio.to_thread(serve.status)).applications
+        count = 0
+        for handle in self._distinct:
+            deployment = applications[handle.app_name].deployments[handle.deployment_name]
+            running = sum(n for state, n in deployment.replica_states.items() if state == "RUNNING")
+            if not running:
+                raise DeploymentUnavailableError(handle.deployment_id)
+            count += running
+        return {"status": "ok", "replicas": count}
 
     async def _metrics(self) -> bytes:
         """Those of all replicas, each with the name of its own."""
         merged: dict[str, Metric] = {}
-        for found in await self._ask_all("metrics"):
-            if isinstance(found, tuple):
-                name, metrics = found
-                for metric in metrics:
-                    into = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
-                    for sample in metric.samples:
-                        into.samples.append(sample._replace(labels=sample.labels | {"replica": name}))
+        asked = [handle.broadcast("metrics").results_async(timeout_s=PATIENCE) for handle in self._distinct]
+        for name, metrics in itertools.chain(*await asyncio.gather(*asked)):
+            for metric in metrics:
+                into = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                into.samples += [x._replace(labels=x.labels | {"replica": name}) for x in metric.samples]
         registry = CollectorRegistry()
         registry.register(_Ready(merged.values()))
         return generate_latest(registry)
-
-    async def _ask_all(self, method: str) -> list[Any]:
-        """What every replica says, or the error in place of it; an error where there is a model without a replica."""
-        asked = [
-            handle.broadcast(method).results_async(timeout_s=PATIENCE, return_exceptions=True)
-            for handle in self._distinct
-        ]
-        answers = await asyncio.gather(*asked)
-        for handle, found in zip(self._distinct, answers, strict=True):
-            if not any(isinstance(answer, tuple) for answer in found):
-                raise DeploymentUnavailableError(handle.deployment_id)
-        return [answer for found in answers for answer in found]
 
     async def _models(self, request: Request) -> dict[str, Any]:
         """The lists of all models as one."""
@@ -195,6 +189,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return as_api_error(Busy("all replicas have as many requests as they take", 1))
     if isinstance(error, DeploymentUnavailableError):
         found = ApiError(503, "no replica is ready; try again")
+    elif isinstance(error, TimeoutError):
+        found = ApiError(503, "not all replicas have said how they are")
     else:
         found = ApiError(503, "the replica that answered this has ended; try again")
     found.headers["retry-after"] = "1"

@@ -43,11 +43,6 @@ class Replica:
         if not self._server.scheduler.is_alive():
             raise RuntimeError("the thread that runs the models has ended")
 
-    def status(self) -> tuple[int, int, int]:
-        """Requests that wait, those whose prompt is being read, sequences that are being written."""
-        totals = self._server.scheduler.totals
-        return totals.waiting, totals.reading, totals.decoding
-
     def metrics(self) -> tuple[str, list[Metric]]:
         """Its name, and what Prometheus collects."""
         return self._name, list(self._server.metrics.registry.collect())

@@ -17,25 +17,30 @@ BOUND = 1.25  # times the mean of all replicas; what HAProxy's hash-balance-fact
 
 
 class BoundedHashRouter(ConsistentHashRouter):
-    """The loads are those that come from here: other routers have loads of their own."""
+    """Loads are what replicas said last, what was sent to them since then, and what is on its way there."""
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self._ongoing: Counter[ReplicaID] = Counter()
+    def initialize_state(self, **options: Any) -> None:
+        """most: requests that a replica gets; it takes more, from who asks it for numbers."""
+        self._most = int(options.pop("most"))
+        self._chosen: dict[str, ReplicaID] = {}  # for requests that are not sent yet: many may come at once
+        super().initialize_state(num_fallback_replicas=1 << 16, **options)  # any may take the place of another
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """In the order of the hash ring; those that have their share stand at the end."""
+        """Those that are not full in the order of the hash ring, but behind the others what has its share already."""
         ranks = await super().choose_replicas(candidate_replicas, pending_request)
-        replicas = [replica.replica_id for replica in candidate_replicas]
-        share = math.ceil(BOUND * (sum(self._ongoing[replica] for replica in replicas) + 1) / max(1, len(replicas)))
-        return sorted(ranks, key=lambda rank: self._ongoing[rank[0].replica_id] >= share)
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self._ongoing[replica_id] += 1
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._ongoing[replica_id] -= 1
-        if self._ongoing[replica_id] <= 0:
-            del self._ongoing[replica_id]
+        if pending_request is None:
+            return ranks
+        name = pending_request.metadata.internal_request_id
+        loads = Counter(replica for other, replica in self._chosen.items() if other != name)
+        for replica in candidate_replicas:
+            loads[replica.replica_id] += self._replica_queue_len_cache.get(replica.replica_id) or 0
+        share = math.ceil(BOUND * (loads.total() + 1) / max(1, len(candidate_replicas)))
+        ranks = [rank for rank in ranks if loads[rank[0].replica_id] < self._most]
+        ranks.sort(key=lambda rank: loads[rank[0].replica_id] >= share)
+        if ranks:
+            if name not in self._chosen:
+                pending_request.future.add_done_callback(lambda _: self._chosen.pop(name, None))
+            self._chosen[name] = ranks[0][0].replica_id
+        return ranks

@@ -74,15 +74,16 @@ def open_replicas(options: ServeOptions, replicas: str, cluster: str, hosts: Col
         yield open_front(options, hosts, found)
 
 
-def application(options: ServeOptions) -> serve.Application:
-    """What a config file of Ray Serve imports; its `args` are the options. Every machine needs the models, adapters and
-    key files under the same paths. What else a deployment can be told stands in its entry of the file: the number of
-    replicas, their autoscaling, their GPUs."""
+def application(args: dict[str, Any]) -> serve.Application:
+    """What a config file of Ray Serve imports; its deployments may be told there how many replicas they have.
+
+    args: see `ServeOptions`. Every machine needs the models, adapters and files of keys under the same paths.
+    """
+    options = ServeOptions(**args)
     if options.store is None:
         raise InputError("replicas need a store that they share: store: redis://HOST:PORT/0")
-    made = _bind(options, {"num_replicas": 1})
     front = serve.deployment(name="front", max_ongoing_requests=1 << 16, ray_actor_options={"num_cpus": 0})(Ingress)
-    deployments, names = zip(*made, strict=True)
+    deployments, names = zip(*_bind(options, {"num_replicas": 1}), strict=True)
     return front.bind(options.model_dump(mode="json"), names, *deployments)
 
 

@@ -29,6 +29,7 @@ EXTRAS = {  # of heronry, by the package that they bring
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "redis"), "serve"),
     "gguf": "convert",
     "llguidance": "serve",
+    "ray": "cluster",
     "transformers": "transformers",
 }
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ..errors import InputError, show
-from ..files import data_folder
+from ..errors import InputError
 from . import options
 
-if TYPE_CHECKING:
-    from ..engine.kept_states import KeptStates
-    from ..stores.store import StateStore
-
-CONVERSATIONS = 16 << 30  # bytes of their texts: more than anybody says
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LEAST_PADDED = 16  # characters of a key that ends in one =
 
 
 def serve(
@@ -85,6 +76,19 @@ def serve(
     cache_ram: Annotated[
         float, typer.Option(min=0, help="GB of the beginnings of prompts in RAM, and as many of what is in the store.")
     ] = 1.0,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Copies of the server, on Ray: a number, or FEWEST-MOST for as many as there is work for.",
+            show_default="this process alone",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            help="Where replicas run: local for a Ray of their own, auto for that of this machine, HOST:PORT."
+        ),
+    ] = "local",
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when it is stopped.")] = 30,
     log_level: Annotated[
         str, typer.Option(help="info: a line of JSON a request; warning: only what is wrong.")
@@ -93,117 +97,54 @@ def serve(
     """Serve models to any client of OpenAI's API."""
     if log_level not in ("debug", "info", "warning", "error"):
         raise InputError(f"--log-level must be debug, info, warning or error, got {log_level!r}")
-    keys = _read_keys(api_key or [], api_keys)
-    if host not in LOOPBACK and not keys:
-        print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
-    if adapter_folder is not None and not adapter_folder.expanduser().is_dir():
-        raise InputError(f"{adapter_folder}: there is no such folder; --adapter-folder takes one with adapters")
-    from ..engine.requests import Limits
-    from ..engine.state_cache import StateCache
-    from ..serve.app import create_app
     from ..serve.gate import LOCAL_HOSTS
-    from ..serve.load import load_models
+    from ..serve.load import served_names
+    from ..serve.options import ServeOptions, open_app, read_keys
     from ..serve.run import bind, serve
     from .progress import progress_bar
 
-    listening = bind(host, port)
-    options.use_threads(threads)
-    with progress_bar("loading") as progress:
-        models = load_models(
-            model or [],
-            adapter or [],
-            state or [],
-            progress,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-        )
-    hosts = (*LOCAL_HOSTS, *(allow_host or ())) if host in LOOPBACK else tuple(allow_host or ("*",))
-    limits = Limits(rows=max_rows, waiting=max_waiting)
-    cached = _open_store(store, "prompts", round(cache_size * 1e9)) if store not in (None, "ram") else None
-    kept, conversations = _open_kept(store, store_size, round(cache_ram * 1e9))
-    app = create_app(
-        models,
-        limits=limits,
-        keys=keys,
-        hosts=hosts,
+    told = ServeOptions(
+        model=model or [],
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        quantize=quantize,
+        adapter=adapter or [],
+        adapter_folder=adapter_folder,
+        state=state or [],
+        api_key=api_key or [],
+        api_keys=api_keys,
+        allow_host=allow_host or [],
+        max_rows=max_rows,
+        max_waiting=max_waiting,
         max_body=max_body,
         time_limit=time_limit,
+        store=store,
+        store_size=store_size,
+        store_days=store_days,
+        cache_size=cache_size,
+        cache_ram=cache_ram,
         drain=drain,
-        cache=StateCache(round(cache_ram * 1e9), cached),
-        kept=kept,
-        conversations=conversations,
-        keep_days=store_days,
-        adapter_folder=adapter_folder,
+        log_level=log_level,  # type: ignore[arg-type]
     )
+    if host not in LOOPBACK and not read_keys(told.api_key, told.api_keys):
+        print(f"heronry: anybody who reaches {host} may use this server; --api-key KEY asks for a key", file=sys.stderr)
+    listening = bind(host, port)
+    hosts = (*LOCAL_HOSTS, *told.allow_host) if host in LOOPBACK else tuple(told.allow_host or ("*",))
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
     def announce() -> None:
-        names = ", ".join(models.by_name)
+        names = ", ".join(served_names(told.model, told.adapter, told.state))
         print(f"{names} at {address}/v1 - try: curl {address}/v1/models", file=sys.stderr, flush=True)
 
+    if replicas is not None:
+        from ..serve.cluster.deploy import open_replicas
+
+        with open_replicas(told, replicas, cluster, hosts) as app:
+            serve(app, listening, drain, log_level, announce)
+        return
+    options.use_threads(threads)
+    with progress_bar("loading") as progress:
+        app = open_app(told, hosts, progress)
     serve(app, listening, drain, log_level, announce)
-
-
-def _read_keys(given: list[str], file: Path | None) -> dict[str, str]:
-    """API key -> the name of its owner, which is that of its states: a key without a name has one of its own."""
-    lines = list(given)
-    if file is not None:
-        try:
-            lines += [line for line in file.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read ({error})") from error
-    keys: dict[str, str] = {}
-    for line in lines:
-        name, key = _split_key(line.strip())
-        if not re.fullmatch(r"[\w.:@-]{1,128}", name, re.ASCII):
-            raise InputError(f"{show(name)} cannot be the name of a key: use letters, digits and any of _ . : @ -")
-        keys[key] = name
-    return keys
-
-
-def _split_key(text: str) -> tuple[str, str]:
-    """The name and the key of NAME=KEY. Where nothing but "=" comes behind the first "=", that is the padding of a key
-    in base64 without a name; but not in a short text with one "=", such as the ann= of a variable that is not set."""
-    name, _, key = text.partition("=")
-    if key.strip("="):
-        return name, key
-    if not name or (text == f"{name}=" and len(text) < LEAST_PADDED):
-        of = f" of {show(name)}" if name else ""
-        raise InputError(f"the API key{of} must not be empty; expected KEY or NAME=KEY")
-    return f"key_{hashlib.sha256(text.encode()).hexdigest()[:32]}", text
-
-
-def _open_kept(place: str | None, size: float | None, ram_bytes: int) -> list[KeptStates]:
-    """Responses and named states, and conversations. place, size: as on the command line; ram_bytes: of what is in a
-    store elsewhere too."""
-    from ..engine.kept_states import KeptStates
-
-    if place is None:
-        try:
-            return _open_kept(str(data_folder() / "server"), size, ram_bytes)
-        except (InputError, OSError) as error:
-            print(f"heronry: {error}; conversations end with this server (--store FOLDER)", file=sys.stderr)
-            place = "ram"
-    max_bytes = round((size if size is not None else 1 if place == "ram" else 10) * 1e9)
-    stores = _open_store(place, "kept", max_bytes), _open_store(place, "conversations", max_bytes, CONVERSATIONS)
-    return [KeptStates(store, 0 if place == "ram" else ram_bytes) for store in stores]
-
-
-def _open_store(place: str, part: str, max_bytes: int, max_about_bytes: int | None = None) -> StateStore:
-    """A part of a store, so that what is kept never makes room for what is only convenient."""
-    from ..stores.store import MAX_ABOUT_BYTES
-
-    most = max_about_bytes or MAX_ABOUT_BYTES
-    if place == "ram":
-        from ..stores.memory import MemoryStore
-
-        return MemoryStore(max_bytes)
-    if "://" in place:
-        from ..stores.redis import RedisStore
-
-        return RedisStore(place, max_bytes, most, prefix=f"heronry:{part}:")
-    from ..stores.disk import DiskStore
-
-    return DiskStore(Path(place) / part, max_bytes, most)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import logging
 import pickle
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+from ..cluster import connect
 from ..errors import InputError
 from .encoding import Encoded, Encoder, split_into_chunks
 from .sources import Position, Record, Rows, Source, TemporaryError, read_records
-
-PATIENCE = 10.0  # seconds until a cluster answers
 
 
 def encode_on_cluster(
@@ -42,7 +40,7 @@ def encode_on_cluster(
         raise InputError("--cluster needs Ray: pip install 'heronry[cluster]'") from None
     connects = not ray.is_initialized()
     if connects:
-        _connect(ray, address, workers)
+        connect(address, num_cpus=workers)
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
@@ -63,21 +61,6 @@ def encode_on_cluster(
     finally:
         if connects:
             ray.shutdown()
-
-
-def _connect(ray: Any, address: str, workers: int | None) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():  # Ray itself would try for minutes
-        try:
-            socket.create_connection((host, int(port)), PATIENCE).close()
-        except (OSError, OverflowError) as error:
-            raise InputError(f"--cluster {address}: nothing answers there ({error})") from error
-    options = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--cluster {address}: {reason}") from error
 
 
 def _encode_sources(

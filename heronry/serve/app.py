@@ -63,6 +63,16 @@ DIALECTS = {  # with errors in a shape of their own
 }
 
 
+def _paths(router: APIRouter) -> list[str]:
+    return [route.path for route in router.routes if isinstance(route, APIRoute)]
+
+
+ERROR_SHAPES: dict[str, Shape] = {
+    path: shape for shape, routers in DIALECTS.items() for router in routers for path in _paths(router)
+}
+KEYS_IN_BODIES = [path for router in (*LIGHTNING, chat.router) for path in _paths(router)]
+
+
 def create_app(
     models: ModelTable,
     *,
@@ -115,26 +125,19 @@ def create_app(
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
-    shapes: dict[str, Shape] = {}
     for router in ROUTERS:
         app.include_router(router)
-    for shape, routers in DIALECTS.items():
+    for routers in DIALECTS.values():
         for router in routers:
             app.include_router(router)
-            shapes |= dict.fromkeys(_paths(router), shape)
-    add_error_handlers(app, shapes)
-    in_bodies = [path for router in (*LIGHTNING, chat.router) for path in _paths(router)]
+    add_error_handlers(app, ERROR_SHAPES)
     app.add_middleware(
         Gate,
         keys=keys,
         hosts=hosts,
         max_body=max_body,
         time_limit=time_limit,
-        shapes=shapes,
-        keys_in_bodies=in_bodies,
+        shapes=ERROR_SHAPES,
+        keys_in_bodies=KEYS_IN_BODIES,
     )
     return app
-
-
-def _paths(router: APIRouter) -> list[str]:
-    return [route.path for route in router.routes if isinstance(route, APIRoute)]

@@ -98,6 +98,8 @@ class Gate:
                 await answer({"type": "http.response.body", "body": event(shape(error)).encode()})
             else:
                 raise
+        except asyncio.CancelledError:
+            pass  # the client has gone, and with it whoever would read an answer
         finally:
             line = {"id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             log.info(json.dumps(line | {"ms": round(1000 * (time.perf_counter() - begin), 1)}))

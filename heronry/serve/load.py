@@ -24,6 +24,21 @@ def split_name(text: str) -> tuple[str | None, str]:
     return name, path
 
 
+def served_names(models: Sequence[str], adapters: Sequence[str] = (), states: Sequence[str] = ()) -> list[str]:
+    """The names that `load_models` gives; InputError for two of one name."""
+    names = [_named(text)[0] for text in [*(models or ["bundled"]), *adapters, *states]]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two models are called {name!r}; name them NAME=PATH")
+    return names
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name of NAME=PATH, or of PATH, and the path."""
+    name, path = split_name(text)
+    return name or name_of(path), path
+
+
 def load_models(
     models: Sequence[str],
     adapters: Sequence[str] = (),
@@ -41,26 +56,21 @@ def load_models(
     Raises:
         InputError: what cannot be loaded, or two of one name.
     """
+    served_names(models, adapters, states)
     served: list[ServedModel] = []
 
     def add(name: str, llm: LLM, speaker: TextModel, path: str) -> None:
-        if name in [model.name for model in served]:
-            raise InputError(f"two models are called {name!r}; name them NAME=PATH")
         served.append(ServedModel(name, llm, speaker, path, trained_context(name_of(path))))
 
-    for text in models or ["bundled"]:
-        name, path = split_name(text)
+    for name, path in map(_named, models or ["bundled"]):
         llm = LLM(None if path == "bundled" else path, progress=progress, **options)
-        add(name or name_of(path), llm, llm, path)
+        add(name, llm, llm, path)
     llm, path = served[0].llm, served[0].path
-    for text in adapters:
-        name, adapter = split_name(text)
-        name = name or name_of(adapter)
+    for name, adapter in map(_named, adapters):
         add(name, llm, llm.adapters.add(name, adapter), f"{path} + {adapter}")
-    for text in states:
-        name, state = split_name(text)
+    for name, state in map(_named, states):
         tuned = TextModel(llm.model, llm.tokenizer, llm.chat_template, llm.opening)
         tuned.tool_style = llm.tool_style
         tuned.begin_from(state)
-        add(name or name_of(state), llm, tuned, f"{path} + {state}")
+        add(name, llm, tuned, f"{path} + {state}")
     return ModelTable(served)

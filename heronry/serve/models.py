@@ -98,8 +98,10 @@ class ServedModel:
 class ModelTable:
     """All models of a server; the first is the one that answers where a request names none."""
 
-    def __init__(self, models: Sequence[ServedModel]):
+    def __init__(self, models: Sequence[ServedModel], elsewhere: Sequence[str] = ()):
+        """elsewhere: names of models that other servers behind the same address have."""
         self.by_name = {model.name: model for model in models}
+        self.elsewhere = elsewhere
 
     def add(self, model: ServedModel) -> None:
         """One more, or in place of one of its name."""
@@ -113,7 +115,7 @@ class ModelTable:
         if not name:
             return next(iter(self.by_name.values()))
         if name not in self.by_name:
-            known = ", ".join(self.by_name)
+            known = ", ".join([*self.by_name, *self.elsewhere])
             raise ApiError(404, f"there is no model {name!r} here; there is {known}", "model", "model_not_found")
         return self.by_name[name]
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from ..errors import InputError
 
@@ -36,7 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"{host}, port {port}: {reason}; choose another with --port") from error
 
 
-def serve(app: FastAPI, listening: socket.socket, drain: float, log_level: str, announce: Callable[[], None]) -> None:
+def serve(app: ASGIApp, listening: socket.socket, drain: float, log_level: str, announce: Callable[[], None]) -> None:
     """Serves until SIGINT or SIGTERM; requests under way have `drain` seconds to end. announce: called once the server
     answers."""
     handler = logging.StreamHandler(sys.stderr)

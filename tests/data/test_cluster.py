@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from heronry import InputError
-from heronry.data import cluster, encoding
+from heronry.cluster import connect
+from heronry.data import encoding
 from heronry.data.tokenize_corpus import tokenize_corpus
 
 
@@ -75,4 +76,4 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, command):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
 def test_a_cluster_that_does_not_answer_is_named_at_once(address):
     with pytest.raises(InputError, match=rf"^--cluster {address}: nothing answers there \(.*\)$"):
-        cluster._connect(None, address, None)
+        connect(address)

@@ -33,7 +33,7 @@ class Process:
 
         self.reader = threading.Thread(target=read, daemon=True)
         self.reader.start()
-        assert ready.wait(60)
+        assert ready.wait(180)
         assert self.url, self.lines
 
     def resident(self) -> float:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from heronry import State
-from heronry.cli.serve import _open_kept
 from heronry.models.state import LayerState
 from heronry.serve.conversation_store import Message, Tree
 from heronry.serve.errors import ApiError
+from heronry.serve.options import open_kept
 from heronry.serve.state_pictures import head_norms
 
 ASK, NEXT, OTHER = "Tell me a story about a dog.", "What happened then?", "And a cat?"
@@ -466,12 +466,12 @@ def test_a_server_that_stops_keeps_what_it_has_shown(start, tmp_path):
 
 def test_by_default_it_is_the_users_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    for kept in _open_kept(None, None, 0):
+    for kept in open_kept(None, None, 0):
         kept.store.close()
     assert sorted(path.name for path in (tmp_path / "heronry" / "server").iterdir()) == ["conversations", "kept"]
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
-    assert [str(kept.store._where) for kept in _open_kept(None, None, 0)] == ["RAM", "RAM"]
+    assert [str(kept.store._where) for kept in open_kept(None, None, 0)] == ["RAM", "RAM"]
     assert "conversations end with this server (--store FOLDER)" in capsys.readouterr().err
 
 

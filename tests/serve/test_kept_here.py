@@ -8,13 +8,13 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from heronry.cli.serve import _open_store, _read_keys
 from heronry.engine.kept_states import KeptStates
 from heronry.engine.text_model import TextModel
 from heronry.errors import InputError
 from heronry.serve.app import create_app
 from heronry.serve.expiry import expire_now_and_then
 from heronry.serve.models import ModelTable, ServedModel
+from heronry.serve.options import open_store, read_keys
 from heronry.stores.memory import MemoryStore
 from heronry.stores.store import Key
 from heronry.text.jinja_templates import JinjaTemplate
@@ -92,33 +92,33 @@ def test_age():
 
 def test_owners_are_names_of_keys_or_the_keys_themselves():
     """Never their place in a list: another order must not hand the states of one to another."""
-    one = _read_keys(["secret", "ann=a"], None)
-    other = _read_keys(["ann=new", "more", "secret"], None)
+    one = read_keys(["secret", "ann=a"], None)
+    other = read_keys(["ann=new", "more", "secret"], None)
     assert one["a"] == other["new"] == "ann"
     assert one["secret"] == other["secret"] != other["more"]
     assert "secret" not in one["secret"]
     with pytest.raises(
         InputError, match=r"'a b' cannot be the name of a key: use letters, digits and any of _ \. : @ -"
     ):
-        _read_keys(["a b=key"], None)
+        read_keys(["a b=key"], None)
 
 
 @pytest.mark.parametrize("place", ["http://x", "redis://host:port/0"])
 def test_places_that_are_no_store(place):
     with pytest.raises(InputError, match="the URL of Redis is wrong"):
-        _open_store(place, "kept", 1)
+        open_store(place, "kept", 1)
 
 
 def test_keys_in_base64():
     """What is padded with = is no NAME=KEY; what is left of one whose variable was empty is no key."""
     padded = ["sk-abc==", "c2VjcmV0LWtleS0x/+aG9w==", "c2VjcmV0LWtleS0xYWI=", "bob=c2VjcmV0LWI="]
-    keys = _read_keys(padded, None)
+    keys = read_keys(padded, None)
     assert list(keys) == [*padded[:3], "c2VjcmV0LWI="]
     assert keys["c2VjcmV0LWI="] == "bob"
     assert len({*keys.values()}) == 4
-    assert _read_keys(["a=b==", "c=d=e"], None) == {"b==": "a", "d=e": "c"}
+    assert read_keys(["a=b==", "c=d=e"], None) == {"b==": "a", "d=e": "c"}
     for empty in ("ann=", "=", "==", ""):
         with pytest.raises(InputError, match="must not be empty; expected KEY or NAME=KEY"):
-            _read_keys([empty], None)
+            read_keys([empty], None)
     with pytest.raises(InputError, match="'' cannot be the name of a key"):
-        _read_keys(["=key"], None)
+        read_keys(["=key"], None)

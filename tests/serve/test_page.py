@@ -123,7 +123,9 @@ def test_the_files_are_served(http):
     for address in ("/page/index.html", "/page/missing.js", "/page/..%2fpage.py"):
         assert http.get(address).status_code == 404
     text = FILES["/"].read_text(encoding="utf-8")
-    assert not re.search(r"<script(?! type=\"module\" src=)|<style| style=| on\w+=|https?:", text)  # all of it is 'self'
+    assert not re.search(
+        r"<script(?! type=\"module\" src=)|<style| style=| on\w+=|https?:", text
+    )  # all of it is 'self'
 
 
 def test_sent_streamed_and_there_again(page, http):
@@ -606,7 +608,9 @@ CONTRAST = """selectors => selectors.map((selector) => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_and_colours(page, http, scheme):
     page.emulate_media(color_scheme=scheme)
-    page.goto(f"/#{write(http, 'a', '`x` [a](http://b.c)' + chr(10) + chr(10) + '> q' + chr(10) + chr(10) + '```' + chr(10) + 'c')}")
+    page.goto(
+        f"/#{write(http, 'a', '`x` [a](http://b.c)' + chr(10) + chr(10) + '> q' + chr(10) + chr(10) + '```' + chr(10) + 'c')}"
+    )
     expect(page.locator("article")).to_have_count(2)
     names = ["#title", "#send", "#help", ".content p", ".content a", ".content code", "blockquote", ".code .head", "pre code",
              ".user .content", "footer button", "#conversations a", "#new", ".under label"]  # fmt: skip

@@ -88,7 +88,13 @@ def send(page: Page, text: str = ASK) -> None:
 
 
 def shown(page: Page) -> list[str]:
-    return page.locator("article .content").evaluate_all("all => all.map((x) => x.innerText)")
+    return page.locator("article .content").evaluate_all(  # innerText leaves out what is not on the screen yet
+        """all => all.map((x) => {
+            const copy = x.cloneNode(true);
+            for (const line of copy.querySelectorAll("br")) line.replaceWith("\\n");
+            return [...copy.childNodes].map((block) => block.textContent).join("\\n");
+        })"""
+    )
 
 
 def conversation_of(page: Page, http: httpx.Client) -> dict:
@@ -259,7 +265,7 @@ def test_branches(page, http):
     page.fill(".edit textarea", "By **hand**")
     button(page, "Save").click()
     expect(branches).to_have_text(["‹1/2›", "‹3/3›"])
-    assert page.locator("article strong").inner_text() == "hand"
+    expect(page.locator("article strong")).to_have_text("hand")
     send(page, "And then?")
     page.reload()
     expect(branches).to_have_text(["‹1/2›", "‹3/3›"])

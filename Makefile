@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster soak test-arm wheel-test cross-check lint format bench storyteller constraints clean
+.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster soak test-arm wheel-test cross-check lint format bench storyteller constraints screenshots clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -17,7 +17,7 @@ test: .venv/dev .venv/redis-server
 	$(PYTEST)
 
 # with what takes long for what it proves: every generation where one stands for all, processes that are killed
-test-all: .venv/dev .venv/redis-server build/transformers-tests build/clients
+test-all: .venv/dev .venv/redis-server .venv/chromium build/transformers-tests build/clients
 	@$(MAKE) --no-print-directory -j2 --output-sync lint kernels LEVELS=--all
 	$(PYTEST) -m ""
 
@@ -144,6 +144,17 @@ storyteller: .venv/dev
 			>/dev/null 2>&1 </dev/null || \
 		echo "redis-server is missing and could not be installed: the tests with Redis are skipped"
 	@touch $@
+
+# a browser for the tests of the chat page, in the same way
+.venv/chromium: .venv/torch
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		timeout 300 sh -c "apt-get update && apt-get install -y --no-install-recommends chromium" >/dev/null 2>&1 </dev/null || \
+		echo "chromium is missing and could not be installed: the tests of the chat page are skipped"
+	@touch $@
+
+# the pictures of docs/chat-page.md
+screenshots: .venv/dev .venv/chromium
+	$(BIN)/python tests/serve/screenshots.py
 
 # llama.cpp is compiled here for this processor, without what reads pictures; with AMX take clang or gcc 13, for what
 # gcc 12 makes of its AMX code crashes

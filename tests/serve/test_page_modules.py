@@ -130,8 +130,8 @@ def test_markdown_in_pieces_is_the_whole(page, markdown):
 
 def test_markdown_of_random_signs_in_pieces_is_the_whole(page, markdown):
     rng = random.Random(2)
-    parts = ["\n", "\n", "\n\n", " ", "  ", "    ", "- ", "1. ", "2) ", "> ", "# ", "```", "~~~\n", "|", "-|-", "---", "*",
-             "**", "_", "`", "[a](http://b)", "\\", "a", "b c", "~~", "![", "\t"]  # fmt: skip
+    parts = ["\n", "\n", "\n\n", " ", "  ", "    ", "- ", "1. ", "2) ", "> ", "# ", "```", "~~~\n", "|", "-|-", "---",
+             "*", "**", "_", "`", "[a](http://b)", "\\", "a", "b c", "~~", "![", "\t"]  # fmt: skip
     texts = [[rng.choice(parts) for _ in range(rng.randint(1, 24))] for _ in range(600)]
     found = page.evaluate("texts => texts.map((pieces) => [grown(pieces), whole(pieces.join(''))])", texts)
     for pieces, (grown, whole) in zip(texts, found, strict=True):
@@ -140,8 +140,8 @@ def test_markdown_of_random_signs_in_pieces_is_the_whole(page, markdown):
 
 def test_markdown_takes_time_in_proportion(page, markdown):
     """Of what models and attackers repeat: none may stop the page."""
-    texts = ["*", "_a", "`", "`` ` ", "[", "[a](", "![", "> ", "- ", "  - ", "|", "a|", "# ", " ", "\\", "http://", "(", "~~",
-             "**a ", "a\n", "- a\n", "1. ", "\n", "[a](http://b \"", "#", "-\n", "|-"]  # fmt: skip
+    texts = ["*", "_a", "`", "`` ` ", "[", "[a](", "![", "> ", "- ", "  - ", "|", "a|", "# ", " ", "\\", "http://", "(",
+             "~~", "**a ", "a\n", "- a\n", "1. ", "\n", "[a](http://b \"", "#", "-\n", "|-"]  # fmt: skip
     slow = page.evaluate(
         """texts => texts.map((text) => {
             const from = performance.now();

@@ -68,7 +68,7 @@ function changed(what, data) {
     if (wantsPicture.checked) picture.draw(data);
   } else if (what === "said") {
     messages.flush();
-    $("#said").textContent = messages.of(data.id)?.querySelector(".content").innerText ?? "";
+    $("#said").textContent = data.content;
   } else if (what === "list") {
     if (conversation.id && location.hash.slice(1) !== conversation.id) history.pushState(null, "", `#${conversation.id}`);
     draw();
@@ -78,10 +78,9 @@ function changed(what, data) {
 
 async function openFromAddress() {
   const id = location.hash.slice(1);
-  if (conversation && id === (conversation.id ?? "")) return;
+  if (id === (conversation.id ?? "")) return;
   const found = await attempt(errorPlace, async () =>
     (!id ? new Conversation() : [...running].find((x) => x.id === id) ?? await Conversation.open(id)));
-  if (!found && !conversation) show(new Conversation());
   if (found && id === location.hash.slice(1)) show(found);
 }
 
@@ -283,6 +282,10 @@ const refresh = () => attempt(listError, async () => {
 onOtherTab(refresh);
 document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && refresh());
 
-await attempt(errorPlace, loadModels);
+show(new Conversation()); // whoever is quick may write before the rest is here
+await attempt(listError, async () => {
+  await loadModels();
+  draw();
+});
 await openFromAddress();
 await drawList();

@@ -25,7 +25,7 @@ export class Picture {
     const colours = ["--low", "--middle", "--high"].map((name) => style.getPropertyValue(name).split(",").map(Number));
     const context = canvas.getContext("2d");
     layers.forEach((heads, y) => heads.forEach((norm, x) => {
-      context.fillStyle = colour(colours, Math.log1p(norm) / Math.log1p(most));
+      context.fillStyle = colour(colours, norm / most);
       context.fillRect(x * (cell + gap), y * (cell + gap), cell, cell);
     }));
     let [layer, head] = [0, 0];

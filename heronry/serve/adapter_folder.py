@@ -83,12 +83,13 @@ class AdapterFolder:
         try:
             file = (self._folder / path).resolve()
             is_inside = file.is_relative_to(self._folder) and file != self._folder
+            is_there = is_inside and file.exists()
         except (OSError, ValueError, RuntimeError):  # as of a name that is too long, or a loop of links
             is_inside = False
         if not is_inside:
             raise ApiError(403, "adapters are loaded only from inside of the server's adapter folder")
-        if not file.exists():
-            raise ApiError(404, f"there is no {path!r} in the server's adapter folder")
+        if not is_there:
+            raise ApiError(404, f"there is no {show(path)} in the server's adapter folder")
         return file
 
 

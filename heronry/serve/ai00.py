@@ -1,8 +1,11 @@
-"""The routes of Ai00: models, completions and choices under /api/oai, and how its clients get in."""
+"""The routes of Ai00: models, completions, states, choices and embeddings under /api/oai, and how its clients get in.
+Its chat is in ai00_chat.py."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -12,11 +15,14 @@ from pydantic import AfterValidator, AliasChoices, Field
 
 from ..engine.options import Decoding, resolve
 from ..engine.sampling import Sampling
+from . import named_states
 from .bodies import DialectBody, Stops, listed, refuse
+from .embeddings import MOST_TEXTS, EmbeddingsBody, embed_all
 from .errors import ApiError
 from .gate import find_owner
 from .generation import Generation, collect_all, submit_all
 from .models import ServedModel
+from .reading import read_tokens
 from .server import owner_of, server_of
 from .stream import event, stream_events, while_connected
 
@@ -28,13 +34,15 @@ USUAL = Sampling(
 NO_STATE = "00000000-0000-0000-0000-000000000000"
 
 
-def _no_state(state: object) -> object:
-    if state not in (None, "", NO_STATE):
-        raise ValueError("states are not served here")
+def _read_state(state: object) -> str | None:
+    if state in (None, "", NO_STATE):
+        return None
+    if not isinstance(state, str):
+        raise ValueError("the id of a state is expected, as /api/oai/states gives; its numbers or a file are not taken")
     return state
 
 
-StateField = Annotated[Any, AfterValidator(_no_state)]
+StateField = Annotated[Any, AfterValidator(_read_state)]  # an id, or None
 
 
 class SamplerBody(DialectBody):
@@ -52,9 +60,10 @@ class SamplerBody(DialectBody):
         return {name: value for name, value in self.model_dump(exclude={"type"}).items() if value is not None}
 
 
-class CompletionBody(DialectBody):
+class WritingBody(DialectBody):
+    """How a text is continued."""
+
     model: str | None = None
-    prompt: str | list[str] = Field("", description="the parts of a list are joined")
     state: StateField = None
     max_tokens: int = Field(256, ge=0, le=1 << 30)
     stop: Stops = "\n\n"
@@ -74,6 +83,23 @@ class CompletionBody(DialectBody):
         for sampler in (SamplerBody.model_validate(above), self.sampler, self.sampler_override):
             given |= sampler.given() if sampler else {}
         return resolve(given, self.max_tokens, USUAL, model.speaker.model.config.vocab_size, 1)
+
+
+class CompletionBody(WritingBody):
+    prompt: str | list[str] = Field("", description="the parts of a list are joined")
+
+
+class StatesBody(DialectBody):
+    model: str | None = None
+    input: str | list[str] = Field("", description="the parts of a list are joined")
+    state: StateField = None
+
+
+class EmbedsBody(DialectBody):
+    model: str | None = None
+    input: str
+    max_tokens: int = Field(510, ge=1, le=1 << 20, description="of a part of the text, each of which has a vector")
+    prefix: str = Field("query:", description="in front of every part")
 
 
 class ChoosesBody(DialectBody):
@@ -120,6 +146,14 @@ async def models(request: Request) -> dict[str, Any]:
     return {"data": [{"object": "models", "id": name} for name in server_of(request).models.by_name]}
 
 
+@router.get("/api/models/list")
+async def list_files(request: Request) -> list[dict[str, Any]]:
+    models = server_of(request).models.by_name.values()
+    return [
+        {"name": x.name, "path": x.path, "size": sum(w.nbytes for w in x.speaker.model.parameters())} for x in models
+    ]
+
+
 @router.get("/api/models/info")
 async def info(request: Request) -> dict[str, Any]:
     server = server_of(request)
@@ -147,19 +181,25 @@ async def info(request: Request) -> dict[str, Any]:
 @router.post("/api/oai/v1/completions")
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continues a text."""
-    server = server_of(request)
-    model = server.models.find(body.model)
-    text = _join(body.prompt)
-    ids = _begin(model, text)
-    stops, owner = listed(body.stop), owner_of(request)
-    generation = Generation(server, model, ids, text, body.decoding(model), stops=stops, owner=owner)
-    await generation.submit()
+    model, generation, read = await begin_writing(body, request, _join(body.prompt))
     if body.stream:
-        return await stream_events(_stream(generation, model, len(ids)), error_shape=error_shape)
+        return await stream_events(_stream(generation, model, read), error_shape=error_shape)
     [[found]] = await while_connected(request, collect_all([generation]))
     choice = {"text": found.text, "index": 0, "finish_reason": found.finish_reason}
-    usage = _usage(generation, len(ids), found.usage.completion_tokens)
+    usage = describe_usage(generation, read, found.usage.completion_tokens)
     return JSONResponse({"object": "text_completion", "model": model.path, "choices": [choice], "usage": usage})
+
+
+async def begin_writing(body: WritingBody, request: Request, text: str) -> tuple[ServedModel, Generation, int]:
+    """The model, what it writes after a text, and how many tokens the text has."""
+    server, owner = server_of(request), owner_of(request)
+    model = server.models.find(body.model)
+    begin = await named_states.begin_from(server, model, owner, body.state)
+    ids = _begin(model, text)
+    options: dict[str, Any] = {"stops": listed(body.stop), "owner": owner, "begin": begin and begin.state}
+    generation = Generation(server, model, ids, text, body.decoding(model), **options)
+    await generation.submit()
+    return model, generation, len(ids)
 
 
 async def _stream(generation: Generation, model: ServedModel, read: int) -> AsyncGenerator[str, None]:
@@ -169,8 +209,65 @@ async def _stream(generation: Generation, model: ServedModel, read: int) -> Asyn
             yield event(head | {"choices": [{"delta": {"content": piece.text}, "index": 0, "finish_reason": None}]})
         if piece.finish_reason is not None:
             choice = {"delta": {}, "index": 0, "finish_reason": piece.finish_reason}
-            usage = _usage(generation, read, piece.usage.completion_tokens)
+            usage = describe_usage(generation, read, piece.usage.completion_tokens)
             yield event(head | {"choices": [choice], "usage": usage})
+
+
+@router.post("/api/oai/states")
+@router.post("/api/oai/v1/states")
+async def create_state(body: StatesBody, request: Request) -> dict[str, Any]:
+    """Keeps the state after a text. It is known by its id; its numbers are at /v1/states/ID/content."""
+    server, owner, began = server_of(request), owner_of(request), time.perf_counter()
+    model, text = server.models.find(body.model), _join(body.input)
+    begin = await named_states.begin_from(server, model, owner, body.state)
+    ids = model.speaker.encode(text, begins=False)
+    state = await read_tokens(server, model, ids, begin and begin.state, owner)
+    state = state.with_texts([(begin.state.texts[0] if begin else "") + text])
+    known = 0 if begin is None else begin.n_tokens
+    n_tokens = None if known is None else known + len(ids)
+    key = named_states.key_of(owner, str(uuid.uuid4()))
+    await named_states.keep(server, key, state, model, n_tokens, "text")
+    data = {"object": "states", "index": 0, "id": key.name, "data": [], "shape": [0, 0, 0, 0]}
+    usage = _usage(len(ids), 0, time.perf_counter() - began)
+    return {"object": "list", "model": model.path, "data": [data], "usage": usage}
+
+
+@router.post("/api/oai/embeds")
+@router.post("/api/oai/v1/embeds")
+async def embed(body: EmbedsBody, request: Request) -> dict[str, Any]:
+    """Embeds the parts of a text, one after the other."""
+    server = server_of(request)
+    model = server.models.find(body.model)
+    encode, decode = model.speaker.tokenizer.encode, model.speaker.tokenizer.decode
+    ids = encode(body.input)
+    if not ids:
+        raise ApiError(400, "the input is empty", "input")
+    parts = split_whole(ids, body.max_tokens, decode)
+    if len(parts) > MOST_TEXTS:
+        raise ApiError(400, f"the input has {len(parts):,} parts; at most {MOST_TEXTS:,} are embedded at once", "input")
+    encoded = [encode(body.prefix) + part for part in parts]
+    how = EmbeddingsBody.model_validate({"input": body.input})
+    vectors = await while_connected(request, embed_all(server, model, encoded, how, owner_of(request)))
+    chunks = [{"chunk": decode(part), "embed": [vector.tolist()]} for part, vector in zip(parts, vectors, strict=True)]
+    data = [{"object": "embed", "index": 0, "chunks": chunks}]
+    return {"object": "embeds", "model": model.path, "data": data}
+
+
+def split_whole(ids: list[int], most: int, decode: Callable[[list[int]], str]) -> list[list[int]]:
+    """Tokens in parts of at most so many, none of which ends within a character, as far as that goes."""
+    parts = []
+    while ids:
+        end = most
+        while end > max(0, most - 4) and end < len(ids) and decode(ids[:end]).endswith("\ufffd"):
+            end -= 1
+        parts.append(ids[: end or most])
+        ids = ids[end or most :]
+    return parts
+
+
+@router.api_route("/admin/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False)
+async def refuse_admin(rest: str) -> None:
+    raise ApiError(403, "models are chosen when the server is started: heronry serve --model FILE")
 
 
 @router.post("/api/oai/chooses")
@@ -180,6 +277,7 @@ async def choose(body: ChoosesBody, request: Request) -> dict[str, Any]:
     server = server_of(request)
     model = server.models.find(body.model)
     encode, size = model.speaker.tokenizer.encode, model.speaker.model.config.vocab_size
+    begin = await named_states.begin_from(server, model, owner_of(request), body.state)
     choices = [encode(choice) for choice in body.choices]
     if not choices or not all(choices):
         raise ApiError(400, "give texts to choose from, none of them empty", "choices")
@@ -187,10 +285,9 @@ async def choose(body: ChoosesBody, request: Request) -> dict[str, Any]:
     if not all(before):
         raise ApiError(400, "the input is empty", "input")
     nothing = resolve({}, 0, USUAL, size, 1)
+    options: dict[str, Any] = {"prompt_logprobs": 0, "owner": owner_of(request), "begin": begin and begin.state}
     generations = [
-        Generation(server, model, [*ids, *choice], "", nothing, prompt_logprobs=0, owner=owner_of(request))
-        for ids in before
-        for choice in choices
+        Generation(server, model, [*ids, *choice], "", nothing, **options) for ids in before for choice in choices
     ]
     await submit_all(generations)
     await while_connected(request, collect_all(generations))
@@ -217,7 +314,10 @@ def _begin(model: ServedModel, text: str) -> list[int]:
     return model.speaker.encode(text, begins=False) or sorted(model.speaker.tokenizer.stop_ids)[:1]
 
 
-def _usage(generation: Generation, read: int, written: int) -> dict[str, Any]:
-    nanoseconds = round(1e9 * (generation.latest - generation.read))
-    duration = dict(zip(("secs", "nanos"), divmod(nanoseconds, 10**9), strict=True))
+def describe_usage(generation: Generation, read: int, written: int) -> dict[str, Any]:
+    return _usage(read, written, generation.latest - generation.read)
+
+
+def _usage(read: int, written: int, seconds: float) -> dict[str, Any]:
+    duration = dict(zip(("secs", "nanos"), divmod(round(1e9 * seconds), 10**9), strict=True))
     return {"prompt": read, "completion": written, "total": read + written, "duration": duration}

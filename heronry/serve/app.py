@@ -19,6 +19,7 @@ from ..stores.memory import MemoryStore
 from . import (
     adapters,
     ai00,
+    ai00_chat,
     basics,
     chat,
     completions,
@@ -59,7 +60,7 @@ LIGHTNING = (lightning.router, lightning_sessions.router, lightning_states.route
 DIALECTS = {  # with errors in a shape of their own
     llama_cpp.error_shape: (llama_cpp.router,),
     lightning_bodies.error_shape: LIGHTNING,
-    ai00.error_shape: (ai00.router,),
+    ai00.error_shape: (ai00.router, ai00_chat.router),
 }
 
 

@@ -52,7 +52,7 @@ async def create_embeddings(body: EmbeddingsBody, request: Request) -> dict[str,
     if body.dimensions is not None and body.dimensions > size:
         raise ApiError(400, f"dimensions must be a whole number from 1 to {size}, got {body.dimensions}", "dimensions")
     encoded = [model.speaker.encode(text, begins=True) for text in texts]
-    vectors = await while_connected(request, _embed_all(server, model, encoded, body, owner_of(request)))
+    vectors = await while_connected(request, embed_all(server, model, encoded, body, owner_of(request)))
     read = sum(map(len, encoded))
     data = [
         {"object": "embedding", "index": i, "embedding": _written(vector, body.encoding_format)}
@@ -70,7 +70,7 @@ def _written(vector: NDArray[np.float32], encoding: str) -> str | list[float]:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
 
 
-async def _embed_all(
+async def embed_all(
     server: Server, model: ServedModel, encoded: Sequence[Sequence[int]], body: EmbeddingsBody, owner: str
 ) -> list[NDArray[np.float32]]:
     room = asyncio.Semaphore(AT_A_TIME)

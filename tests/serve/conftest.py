@@ -62,7 +62,9 @@ def world(random_checkpoint, tmp_path_factory) -> Iterator[TestClient]:
     """The app in this process, with a random model of World's vocabulary, "tiny", and keys of two owners."""
     file = tmp_path_factory.mktemp("world") / "tiny.pth"
     torch.save(random_checkpoint("7", vocab=65536, width=32, heads=1, layers=1, ffn=64), file)
-    app = create_app(load_models([str(file)]), keys={"key-of-ann": "ann", "key-of-bob": "bob"}, hosts=["testserver"])
+    (file.parent / "adapters").mkdir()
+    keys = {"key-of-ann": "ann", "key-of-bob": "bob"}
+    app = create_app(load_models([str(file)]), keys=keys, hosts=["testserver"], adapter_folder=file.parent / "adapters")
     with TestClient(app, headers={"authorization": "Bearer key-of-ann"}) as client:
         yield client
 

@@ -5,7 +5,7 @@ TORCH := torch==2.13.0
 UV := uv==0.13.9
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode -c constraints.txt $(TORCH)
 
-.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster soak test-arm wheel-test cross-check lint format bench storyteller constraints screenshots clean
+.PHONY: demo docs site test test-all test-lowest kernels test-llama test-cluster soak test-arm wheel-test cross-check lint format bench bench-serve storyteller constraints screenshots clean
 
 demo: .venv/run
 	@echo "set-up done"
@@ -110,6 +110,10 @@ format: .venv/dev
 bench: .venv/bench
 	mkdir -p build
 	$(BIN)/heronry bench --json build/bench.json
+
+# a server with one client and with many; for another model: make bench-serve BENCH="--model FILE --threads 2"
+bench-serve: .venv/dev
+	$(BIN)/python tests/serve/bench.py $(BENCH)
 
 # trains the bundled model again: make storyteller STORIES=stories.jsonl.gz PASSES=7
 PASSES ?= 7

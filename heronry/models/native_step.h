@@ -35,7 +35,23 @@ INLINE void put_some(float* to, const Reg<float>& x, int64_t n) {
     if (n >= WIDTH<float>) return put(to, x);
     memcpy(to, &x, (n > 0 ? n : 0) * 4);
 }
-// the same for a Vec of 16 numbers
+// the same as put, without a copy in the caches; `to` is aligned to a register
+INLINE void put_past_caches(float* to, const Reg<float>& x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX__)
+    _mm256_stream_ps(to, (__m256)x);
+#else
+    put(to, x);
+#endif
+}
+// other threads see what was put past the caches
+INLINE void await_puts() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
+// get_some and put_some for a Vec of 16 numbers
 INLINE Vec<float> load_some(const float* from, int64_t n) {
     if (n >= 16) return load(from);
     return Vec<float>::each([&](int i) { return get_some(from + i * WIDTH<float>, n - i * WIDTH<float>); });

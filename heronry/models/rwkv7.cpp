@@ -81,6 +81,11 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
 
         // S = S (diag(w) + a b^T) + v k^T, four rows at a time; y = S r for the new S, computed from the old one
         const float* old = m == c.starts[s] ? entering : state;
+        // states of many sequences do not stay in the caches until the next step: what is written past them need not be
+        // read before
+        const int64_t state_bytes = c.layer_count * c.sequences * c.attention * size * 4;
+        const bool past_caches = SIZE && c.starts[s + 1] - c.starts[s] == 1 && state_bytes > 16 << 20 &&
+                                 uintptr_t(state) % sizeof(Reg<float>) == 0;
         for (int64_t i = 0; i < size; i += 4) {
             const int rows = int(size - i < 4 ? size - i : 4);
             Reg<float> z[4] = {}, p[4] = {};
@@ -99,7 +104,11 @@ void run_head(const Call& c, const Layer& layer, bool first, int64_t h, int64_t 
                 for (int64_t j = 0; j < size; j += WIDTH<float>) {
                     const int64_t place = (i + q) * size + j, n = size - j;
                     const Reg<float> held = get_some(old + place, n);
-                    put_some(state + place, held * get(w + j) + zs[q] * get(b + j) + v[i + q] * get(k + j), n);
+                    const Reg<float> now = held * get(w + j) + zs[q] * get(b + j) + v[i + q] * get(k + j);
+                    if (past_caches)
+                        put_past_caches(state + place, now);
+                    else
+                        put_some(state + place, now, n);
                 }
             }
         }
@@ -192,6 +201,7 @@ EXPORT int step(const Call* call) {
                         const int64_t place = (s * c.heads + h) * size * size;
                         run(c, layer, l == 0, h, s, projected, entering[1] + place, c.wkv + l * kept_wkv + place, y);
                     }
+                await_puts();
                 me.wait();
                 for (int64_t m = 0; m < M; m++) y.pack(layer.output, m, own_att.begin, own_att.end);
                 me.wait();

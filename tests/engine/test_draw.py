@@ -61,6 +61,22 @@ def test_native_and_python_draw_the_same(level, native):
             assert probabilities(logits, sampling)[drawn] > 0
 
 
+@pytest.mark.parametrize("size", [300, 65536])
+def test_rows_are_drawn_as_each_alone(size):
+    """Few logits on one thread, many on several; what cannot be drawn from is no matter to the others."""
+    rng = np.random.default_rng(4)
+    rows = torch.from_numpy(rng.standard_normal((9, size)).astype(np.float32))
+    rows[3, 5], rows[7] = torch.nan, -torch.inf
+    samplings, randoms = [random_case(rng)[1] for _ in rows], rng.random(9)
+    drawings = [draw.Drawing(*x, draw.Options.of(x[1])) for x in zip(rows, samplings, randoms, strict=True)]
+    found = draw.draw_rows(drawings)
+    assert "NaN or infinity" in str(found[3])
+    assert "no token is left" in str(found[7])
+    for i in {*range(9)} - {3, 7}:
+        assert found[i] == draw_in_python(rows[i], samplings[i], randoms[i])
+    assert draw.draw_rows([]) == []
+
+
 def test_the_weights_are_the_distribution():
     """Against the exponential in float64; what is drawn is as likely as it should be to 2^-34."""
     rng = np.random.default_rng(3)

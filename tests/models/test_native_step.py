@@ -322,3 +322,17 @@ def test_state_of_another_dtype(model, dtype):
     text = tokens(2, 1)
     found, expected = model(text, other), plain(model, text, other)
     assert farthest(found, expected) < 1e-5
+
+
+@torch.inference_mode()
+def test_states_that_are_written_past_the_caches(random_checkpoint):
+    """Those of 64 sequences and 9 layers, 18 MB: each is the one that it is alone."""
+    model = assemble(random_checkpoint("7", layers=9, width=128, heads=2, ffn=64))
+    tokens = torch.randint(101, (64, 3), generator=torch.Generator().manual_seed(0))
+    _, state = model(tokens[:, :2])
+    many, after = model(tokens[:, 2:], state)
+    assert after.nbytes > 18e6
+    for row in (0, 17, 63):
+        one, alone = model(tokens[row : row + 1, 2:], state[row])
+        assert torch.equal(many[row], one[0])
+        assert all(torch.equal(x[row], y[0]) for x, y in zip(after.tensors(), alone.tensors(), strict=True))

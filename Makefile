@@ -42,10 +42,11 @@ kernels: .venv/dev
 test-llama: .venv/bench
 	$(BIN)/python -m pytest tests/convert/test_peers.py
 
-# a real Ray on this machine; it is large, so make test leaves it out
-test-cluster: .venv/dev
+# a real Ray on this machine; it is large, so make test leaves it out. With haproxy (Debian: apt-get install haproxy) also
+# servers behind that
+test-cluster: .venv/dev .venv/redis-server
 	$(INSTALL) -e ".[cluster]"
-	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py
+	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py tests/serve/test_cluster_serving.py
 
 # clients of the server that connect, cancel and die, for MINUTES; and requests of every kind
 MINUTES := 20

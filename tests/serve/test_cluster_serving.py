@@ -250,7 +250,7 @@ def test_a_config_file_scales_up_and_down_and_its_models_have_replicas_of_their_
     port = config["http_options"]["port"] = free_port()
     [app] = config["applications"]
     app["args"] |= {"store": redis.url, "cache_ram": 0.05, "max_rows": 8, "model": ["bundled", "other=bundled"]}
-    [one] = app["deployments"]
+    one = app["deployments"][0]
     quick = {"upscale_delay_s": 0.5, "downscale_delay_s": 2, "look_back_period_s": 2, "metrics_interval_s": 0.5}
     one["autoscaling_config"] |= quick | {"max_replicas": 2, "target_ongoing_requests": 2}
     one["ray_actor_options"] = {"num_cpus": 0.1}
@@ -304,7 +304,7 @@ def test_servers_behind_a_proxy(redis, tmp_path):
 
     def finished(server: Process) -> int:
         text = httpx.get(f"{server.url}/metrics").text
-        return int(float(re.search(r"requests_finished_total (\S+)", text)[1]))
+        return int(float(re.search(r"^heronry:requests_finished_total (\S+)", text, re.MULTILINE)[1]))
 
     def is_up() -> bool:
         try:

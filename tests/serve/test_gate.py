@@ -155,3 +155,17 @@ def test_a_port_in_use(server, capfd):
     port = server.url.rpartition(":")[2]
     found = CliRunner().invoke(app, ["serve", "--port", port])
     assert f"port {port}: Address already in use; choose another with --port" in str(found.exception)
+
+
+def test_a_client_that_leaves_leaves_one_line(server):
+    begin = len(server.lines)
+    endless = {"prompt": "Once", "max_tokens": 10**6, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=endless, timeout=0.3, headers={"x-request-id": "gone"})
+    for _ in range(100):
+        if any('"gone"' in line for line in server.lines[begin:]):
+            break
+        time.sleep(0.05)
+    time.sleep(0.1)
+    assert [line for line in server.lines[begin:] if '"gone"' in line]
+    assert not [line for line in server.lines[begin:] if "Traceback" in line or "Exception" in line]

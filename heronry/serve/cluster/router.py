@@ -29,7 +29,7 @@ class BoundedHashRouter(ConsistentHashRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Those that are not full in the order of the hash ring, but behind the others what has its share already."""
-        ranks = await super().choose_replicas(candidate_replicas, pending_request)
+        ranks: list[list[RunningReplica]] = await super().choose_replicas(candidate_replicas, pending_request)
         if pending_request is None:
             return ranks
         name = pending_request.metadata.internal_request_id

@@ -95,14 +95,15 @@ class Limits:
     waiting: requests that wait for rows.
     tokens: of a prompt.
     state_bytes: of the states of all rows together.
-    read_tokens: of prompts, read between two steps of sequences that are decoded.
+    pause: seconds for which sequences that are decoded wait for prompts between two steps, about; one short call is
+        always made.
     """
 
     rows: int = 64
     waiting: int = 256
     tokens: int = 1 << 20
     state_bytes: int = 8 << 30
-    read_tokens: int = 256
+    pause: float = 0.1
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Many requests on one thread that runs the models: continuous batching.
 
-- every turn of the loop reads a bounded number of prompt tokens and then takes one step with all sequences that are
-  decoded: no stream waits for a long prompt, and no prompt waits for a stream
+- every turn of the loop reads prompts for a bounded time and then takes one step with all sequences that are decoded:
+  no stream waits for a long prompt, and no prompt waits for a stream
 - sequences join the batch when their prompt is read and leave it at their end, or when nobody wants them any more
 - of the owners that wait, the one with the fewest sequences is next
 - what a sequence gets does not depend on the others: see call_sizes.py
 - the thread never waits for a receiver, nor for anything but work
+- where a process has more computing threads than cores, they sleep between two meetings of a team, and a short call
+  takes twice as long: while this thread has a team, others should compute alone
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections import Counter, deque
 from dataclasses import replace
 from itertools import count
+from math import inf
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models import Model, State
 from .call_sizes import GRID, CallSizes, choose_call_sizes
-from .decode_batch import DecodeBatch, Event, token_logprob
+from .decode_batch import DecodeBatch, Event, SequenceDecoder, token_logprob
 from .requests import Busy, Limits, Request, Totals
 
 log = logging.getLogger("heronry")
@@ -42,19 +45,31 @@ class Scheduler:
         self._batches: dict[Model, list[DecodeBatch]] = {}
         self._sizes: WeakKeyDictionary[Model, CallSizes] = WeakKeyDictionary()  # models may come and go
         self._row_bytes: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
+        self._token_seconds: WeakKeyDictionary[Model, float] = WeakKeyDictionary()  # in the last call that read
         self._decoding: dict[int, tuple[Request, int, DecodeBatch]] = {}  # sequence -> its number in its request
         self._numbers = count()
         self._changed = threading.Condition()
         self._deadline: float | None = None  # once it is being closed
         self._finish_times: deque[float] = deque(maxlen=64)
-        self._thread = threading.Thread(target=self._run, name="heronry-scheduler", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Begins to work, with as many threads as the caller has."""
+        threads, ready = torch.get_num_threads(), threading.Event()
+
+        def work() -> None:
+            torch.set_num_threads(threads)
+            torch.get_num_threads()  # settles it: a thread takes the last number set anywhere when it first computes
+            ready.set()
+            self._run()
+
+        self._thread = threading.Thread(target=work, name="heronry-scheduler", daemon=True)
         self._thread.start()
+        ready.wait()
 
     def is_alive(self) -> bool:
         """Whether requests are worked on."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def sizes(self, model: Model) -> CallSizes:
         """How this model's prompts are cut."""
@@ -114,7 +129,7 @@ class Scheduler:
         with self._changed:
             self._deadline = time.monotonic() + timeout
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
@@ -177,12 +192,15 @@ class Scheduler:
                 del self._decoding[number]
 
     def _read(self) -> None:
-        """Reads a part of the prompts: no more than a stream can wait for, if there are streams."""
-        room = self.limits.read_tokens if self._decoding else 512
-        while self._reading and room > 0:
+        """Reads a part of the prompts: for no longer than streams can wait, if there are streams."""
+        streams, end = bool(self._decoding), time.monotonic() + self.limits.pause
+        while self._reading:
+            model, begin = self._reading[0].model, time.monotonic()
+            room = self.sizes(model).tokens
+            if streams:
+                room = max(GRID, min(room, int((end - begin) / self._token_seconds.get(model, inf))))
             parts = self._next_parts(room)
-            tokens = sum(end - request.position for request, end in parts)
-            room -= max(tokens, GRID)  # a call for few tokens takes about as long
+            tokens = sum(to - request.position for request, to in parts)
             try:
                 self._read_parts(parts)
             except Exception as error:
@@ -192,6 +210,10 @@ class Scheduler:
                 self._reading.remove(request)
                 if not request.cancelled and request.position < len(request.tokens):
                     self._reading.append(request)  # behind the others
+            now = time.monotonic()
+            self._token_seconds[model] = (now - begin) / max(tokens, GRID)  # a call for few takes about as long
+            if not streams or now + GRID * self._token_seconds[model] > end:
+                return
 
     def _next_parts(self, room: int) -> list[tuple[Request, int]]:
         """The requests that are read in the next call, and up to where."""
@@ -242,8 +264,7 @@ class Scheduler:
             request.position, request.state, request.logits = end, state[row], own[-1]
             if end in request.cuts and request.on_cut is not None:
                 request.on_cut(end, request.state)
-            if end == len(request.tokens):
-                self._begin_decoding(request)
+        self._begin_decoding(model, [request for request, end in parts if end == len(request.tokens)])
 
     def _note_logprobs(self, request: Request, ids: list[int], logits: Tensor, top: int) -> None:
         """The log-probabilities of the ids that were just read. logits: [T, V] after each of them."""
@@ -253,27 +274,32 @@ class Scheduler:
         for target, row in zip(targets, logprobs, strict=True):
             request.logprobs.append(token_logprob(target, row, top))
 
-    def _begin_decoding(self, request: Request) -> None:
-        assert request.state is not None
-        assert request.logits is not None
-        request.receiver.on_prompt(request.state, request.logprobs)
-        batches = self._batches.setdefault(request.model, [])
-        waiting = deque(enumerate(request.sequences))
-        while waiting:
+    def _begin_decoding(self, model: Model, requests: list[Request]) -> None:
+        """Their prompts are read. All sequences join at once, so that a batch is moved to larger memory once."""
+        joining: deque[tuple[Request, int, Tensor, State]] = deque()
+        for request in requests:
+            assert request.state is not None
+            assert request.logits is not None
+            request.receiver.on_prompt(request.state, request.logprobs)
+            joining.extend((request, i, request.logits, request.state) for i in range(len(request.sequences)))
+            request.state = request.logits = None
+            if not request.sequences:
+                self._finish(request)
+        batches = self._batches.setdefault(model, [])
+        while joining:
             batch = next((batch for batch in batches if batch.free), None)
             if batch is None:
-                batches.append(batch := DecodeBatch(request.model, self.sizes(request.model)))
-            joining = {}
-            for _ in range(min(batch.free, len(waiting))):
-                i, sequence = waiting.popleft()
+                batches.append(batch := DecodeBatch(model, self.sizes(model)))
+            sequences: dict[int, SequenceDecoder] = {}
+            logits, states = [], []
+            while joining and len(sequences) < batch.free:
+                request, i, own_logits, own_state = joining.popleft()
                 number = next(self._numbers)
-                joining[number] = sequence
                 self._decoding[number] = request, i, batch
-            rows = [0] * len(joining)
-            batch.add(joining, request.logits.expand(len(rows), -1), request.state[rows])
-        request.state = request.logits = None
-        if not request.sequences:
-            self._finish(request)
+                sequences[number] = request.sequences[i]
+                logits.append(own_logits)
+                states.append(own_state)
+            batch.add(sequences, torch.stack(logits), State.stack(states))
 
     def _step(self) -> None:
         """One token for every sequence that is decoded. Batches that are empty then are forgotten, with their model."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import torch
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
@@ -111,7 +112,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.state.server.doorbell.loop = asyncio.get_running_loop()
+        threads = torch.get_num_threads()
         scheduler.start()
+        torch.set_num_threads(1)  # of every other thread from now on: see scheduler.py
         expiring = asyncio.create_task(expire_now_and_then(cache, kept.store, conversations.store, keep_days))
         yield
         expiring.cancel()
@@ -123,6 +126,7 @@ def create_app(
             cache.close()
         kept.store.close()
         conversations.store.close()
+        torch.set_num_threads(threads)
 
     app = FastAPI(title="heronry", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server

@@ -6,6 +6,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -68,16 +69,18 @@ def open_app(options: ServeOptions, hosts: Collection[str], progress: Progress |
     keys, folder = read_keys(options.api_key, options.api_keys), options.adapter_folder
     if folder is not None and not folder.expanduser().is_dir():
         raise InputError(f"{folder}: there is no such folder; --adapter-folder takes one with adapters")
-    models = load_models(
-        options.model,
-        options.adapter,
-        options.state,
-        progress,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        device=options.device,
-        quantize=options.quantize,
-    )
+    with ThreadPoolExecutor(1) as loader:  # its team of threads ends with it: see scheduler.py
+        models = loader.submit(
+            load_models,
+            options.model,
+            options.adapter,
+            options.state,
+            progress,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype,
+            device=options.device,
+            quantize=options.quantize,
+        ).result()
     place, ram = options.store, round(options.cache_ram * 1e9)
     cached = open_store(place, "prompts", round(options.cache_size * 1e9)) if place not in (None, "ram") else None
     kept, conversations = open_kept(place, options.store_size, ram)

@@ -63,7 +63,7 @@ def test_the_state_of_the_last_layer(random_checkpoint):
 def test_the_scheduler_gives_the_same(model):
     """Beside a sequence that is decoded, so that the prompts are read in small parts."""
     body = embedding_model(model)
-    scheduler = Scheduler(Limits(rows=8, waiting=20, tokens=1000, read_tokens=64))
+    scheduler = Scheduler(Limits(rows=8, waiting=20, tokens=1000))
     scheduler.start()
     vectors: dict[int, np.ndarray] = {}
 

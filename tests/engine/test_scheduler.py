@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,8 +114,8 @@ def test_from_a_state_on_the_grid(model, scheduler):
 
 
 def test_streams_go_on_while_a_long_prompt_is_read(model, scheduler):
-    """Between two of its tokens a stream waits for `read_tokens` and no more."""
-    scheduler.limits = Limits(rows=8, tokens=100_000, read_tokens=128)
+    """Between two of its tokens a stream waits for `pause` and no more, here for one call."""
+    scheduler.limits = Limits(rows=8, tokens=100_000, pause=0)
     stream, streamed = ask(model, [1, 2], 400)
     scheduler.submit(stream)
     scheduler.start()
@@ -264,22 +265,37 @@ def test_only_reading(model, scheduler):
     assert all(torch.equal(x, y) for x, y in zip(received.state.tensors(), expected.tensors(), strict=True))
 
 
-def test_many_short_prompts_do_not_stall_a_stream(model, monkeypatch):
-    """Where each takes a call of its own, calls between two steps are few, however short the prompts."""
-    happened: list[str] = []
-    scheduler = Scheduler(Limits(rows=64, read_tokens=256))
+@pytest.mark.parametrize(("prompt", "n"), [(PROMPTS[6], 60), ([5] * 1000, 10)], ids=["short", "long"])
+def test_reading_between_two_steps_is_bounded_by_time(model, monkeypatch, prompt, n):
+    """On a clock that goes on by 3 ms with each call and by 0.1 ms with each of its tokens."""
+    now, happened = [0.0], []
+    monkeypatch.setattr("heronry.engine.scheduler.time", SimpleNamespace(monotonic=lambda: now[0]))
+    scheduler = Scheduler(Limits(rows=64, pause=0.03))
     read, step = scheduler._read_parts, scheduler._step
-    monkeypatch.setattr(scheduler, "_read_parts", lambda parts: (happened.append("read"), read(parts)))
-    monkeypatch.setattr(scheduler, "_step", lambda: (happened.append("step"), step()))
-    assert not scheduler.sizes(model).shared
+
+    def timed_read(parts):
+        seconds = 0.003 + 0.0001 * sum(end - request.position for request, end in parts)
+        read(parts)
+        now[0] += seconds
+        happened.append(seconds)
+
+    def timed_step():
+        step()
+        happened.append("step")
+
+    monkeypatch.setattr(scheduler, "_read_parts", timed_read)
+    monkeypatch.setattr(scheduler, "_step", timed_step)
     stream, received = ask(model, PROMPTS[1], 100)
     scheduler.submit(stream)
-    others = [ask(model, PROMPTS[6], 1) for _ in range(20)]
+    others = [ask(model, prompt, 1) for _ in range(n)]
     for request, _ in others:
         scheduler.submit(request)
     scheduler.start()
     scheduler.close(30)
     assert received.error is None
     assert all(collected.reasons == {0: "length"} for _, collected in others)
-    between = " ".join(happened[happened.index("step") :]).split("step")
-    assert max(part.count("read") for part in between) == 4
+    pauses = [sum(map(float, turn.split())) for turn in " ".join(map(str, happened)).split("step")]
+    busy = pauses[2 : pauses.index(0.0, 1) - 1]  # after the first call, which finds out how fast it is
+    assert len(busy) > 1, pauses
+    assert min(busy) > 0.02
+    assert max(busy) < 0.03 + 0.008  # half a call of this model, whose prompts are cut at fixed places

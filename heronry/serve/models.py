@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..engine.chat import choose_template
 from ..engine.embeddings import embedding_model
@@ -20,6 +21,8 @@ from ..text.template_choice import AnyTemplate, describe_template
 from ..text.thinking import THINKING
 from ..text.world import WorldTokenizer
 from .errors import ApiError
+
+MISDIRECTED = 421  # the status that says to the front of a cluster: another replica has this model
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,13 @@ class ModelTable:
         self.by_name = {other: model for other, model in self.by_name.items() if other != name}
 
     def find(self, name: str | None) -> ServedModel:
-        """ApiError for a name that is not here."""
+        """ApiError for a name that is not here; if it is elsewhere, with the header x-model."""
         if not name:
             return next(iter(self.by_name.values()))
+        if name in self.elsewhere:
+            error = ApiError(MISDIRECTED, f"the model {name!r} is not at this replica", "model")
+            error.headers["x-model"] = quote(name)
+            raise error
         if name not in self.by_name:
             known = ", ".join([*self.by_name, *self.elsewhere])
             raise ApiError(404, f"there is no model {name!r} here; there is {known}", "model", "model_not_found")

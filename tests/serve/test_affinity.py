@@ -23,6 +23,7 @@ def key(body: dict | None = None, path: str = "/v1/chat/completions", **headers:
         (key({"conversation": "c"}), key({"conversation": {"id": "c"}})),
         (key({"previous_response_id": "r", "input": "a"}), key({"previous_response_id": "r", "input": "b"})),
         (key({"state": "s", "prompt": "a"}), key(path="/v1/states/s/content")),
+        (key({"conversation": "c"}), key(path="/v1/conversations/c/answers")),
     ],
 )
 def test_what_belongs_together(one, other):

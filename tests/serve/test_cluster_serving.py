@@ -274,6 +274,10 @@ def test_a_config_file_scales_up_and_down_and_its_models_have_replicas_of_their_
             assert replica_of(client, "x") != replica_of(client, "x", model="other")
             with pytest.raises(openai.NotFoundError, match="there is no model 'third' here; there is bundled, other"):
                 client.completions.create(model="third", prompt="a")
+            made = httpx.post(f"{url}/v1/conversations", json={"settings": {"model": "other", "max_tokens": 2}}).json()
+            answered = httpx.post(f"{url}/v1/conversations/{made['id']}/answers", json={"content": "Hello"})
+            assert replica_of(client, "x", model="other") == answered.headers["x-replica"]
+            assert '"model":"other"' in answered.text.replace(" ", "")
             streams = [client.completions.create(prompt=f"{i}", stream=True, **ENDLESS) for i in range(6)]
             for events in streams:
                 assert next(iter(events)).choices[0].finish_reason is None

@@ -21,8 +21,8 @@ BEGINNING = 1024  # characters of a prompt by which it is known
 def affinity(path: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
     """A key that is the same for requests that belong together; "" for one that belongs to none.
 
-    That is what the client says (the header, or a field of the body), else the response or state in the path, else the
-    beginning of the prompt: of a conversation that is all up to its first question.
+    That is what the client says (the header, or a field of the body), else the response, state or conversation in the
+    path, else the beginning of the prompt: of a conversation that is all up to its first question.
     """
     name = next(_names(path, headers, body), None) or _beginning(body)
     if not name:
@@ -37,7 +37,7 @@ def _names(path: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> It
         name = value.get("id") if isinstance(value, dict) else value
         if isinstance(name, str) and name:
             yield name
-    if found := re.match(r"/v1/(?:responses|states)/([^/]+)", path):
+    if found := re.match(r"/v1/(?:responses|states|conversations)/([^/]+)", path):
         yield found[1]
 
 

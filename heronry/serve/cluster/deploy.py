@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...checkpoint import locate
 from ...cluster import connect
 from ...errors import InputError
+from ...files import data_folder
 from ..load import served_names, split_name
 from ..options import ServeOptions, read_keys
 from .front import open_front
@@ -46,14 +47,16 @@ def open_replicas(options: ServeOptions, replicas: str, cluster: str, hosts: Col
     scale = read_scale(replicas)
     if cluster.startswith("ray://"):
         raise InputError("--cluster ray:// cannot stream: run this on a machine of the cluster, with --cluster auto")
-    if options.store is None and cluster != "local":
-        raise InputError("replicas on several machines need a store that they share: --store redis://HOST:PORT/0")
+    if cluster != "local":
+        _check_shared(options.store, "--store redis://HOST:PORT/0")
     served_names(options.model, options.adapter, options.state)
     for text in options.model:
         if (path := split_name(text)[1]) != "bundled":
             locate(path)  # Ray would try for long
     with ExitStack() as stack:
-        if options.store is None:  # as without replicas: what is kept ends with the server
+        if options.store is None:
+            options = options.model_copy(update={"store": str(data_folder() / "server")})
+        elif options.store == "ram":  # shared, and gone with the server
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="heronry-states-"))
             size = options.store_size if options.store_size is not None else 1.0
             options = options.model_copy(update={"store": folder, "store_size": size})
@@ -80,8 +83,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     args: see `ServeOptions`. Every machine needs the models, adapters and files of keys under the same paths.
     """
     options = ServeOptions(**args)
-    if options.store is None:
-        raise InputError("replicas need a store that they share: store: redis://HOST:PORT/0")
+    _check_shared(options.store, "store: redis://HOST:PORT/0")
     front = serve.deployment(name="front", max_ongoing_requests=1 << 16, ray_actor_options={"num_cpus": 0})(Ingress)
     deployments, names = zip(*_bind(options, {"num_replicas": 1}), strict=True)
     return front.bind(options.model_dump(mode="json"), names, *deployments)
@@ -105,6 +107,11 @@ class _Passed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
+
+
+def _check_shared(store: str | None, example: str) -> None:
+    if store in (None, "ram"):
+        raise InputError(f"replicas on several machines need a store that they share: {example}")
 
 
 def read_scale(text: str) -> dict[str, Any]:

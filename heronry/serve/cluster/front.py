@@ -7,7 +7,8 @@ import itertools
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import unquote
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
@@ -23,21 +24,21 @@ from ...engine.requests import Busy
 from ..app import ERROR_SHAPES, KEYS_IN_BODIES
 from ..errors import ApiError, as_api_error, openai_shape
 from ..gate import Gate
+from ..models import MISDIRECTED
 from ..options import ServeOptions, read_keys
 from ..stream import event, while_connected
 from .affinity import affinity
 
 log = logging.getLogger("heronry.serve")
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
+Handle: TypeAlias = DeploymentHandle[Any]
 LOST = (RayActorError, ReplicaUnavailableError)
 HEALTH = ("/health", "/v1/health", "/ping")
 MODELS = ("/v1/models", "/models", "/api/oai/models", "/api/oai/v1/models")
 PATIENCE = 5.0  # seconds for all replicas to say how they are
 
 
-def open_front(
-    options: ServeOptions, hosts: Collection[str], deployments: Mapping[str, DeploymentHandle[Any]]
-) -> ASGIApp:
+def open_front(options: ServeOptions, hosts: Collection[str], deployments: Mapping[str, Handle]) -> ASGIApp:
     """A `Front` behind the gate of a server with these options."""
     return Gate(
         Front(deployments),
@@ -59,7 +60,7 @@ class _Reply(NamedTuple):
 class Front:
     """An ASGI app without a model."""
 
-    def __init__(self, deployments: Mapping[str, DeploymentHandle[Any]]):
+    def __init__(self, deployments: Mapping[str, Handle]):
         """deployments: name of a model -> where it is; the first answers where a request names none."""
         self._deployments = deployments
         self._distinct = list({handle.deployment_id: handle for handle in deployments.values()}.values())
@@ -80,13 +81,18 @@ class Front:
                 fields = _fields(request, body)
                 handle = self._find(request, fields)
                 key = affinity(path, request.headers, fields)
-                await while_connected(request, _pass_on(handle, key, request, body, send))
+                await while_connected(request, self._answer(handle, key, request, body, send))
         except (BackPressureError, DeploymentUnavailableError, TimeoutError, *LOST) as error:
             raise _as_api_error(error) from error
         except ClientDisconnect:
             pass  # before its request was whole
 
-    def _find(self, request: Request, fields: Mapping[str, Any]) -> DeploymentHandle[Any]:
+    async def _answer(self, handle: Handle, key: str, request: Request, body: bytes, send: Send) -> None:
+        name = await _pass_on(handle, key, request, body, send)
+        if name is not None:
+            await _pass_on(self._deployments[name], key, request, body, send)
+
+    def _find(self, request: Request, fields: Mapping[str, Any]) -> Handle:
         """Where the model of a request is; the first also says that there is none of a name."""
         name = fields.get("model") or request.query_params.get("model")
         name = request.scope["path"].removeprefix("/v1/models/") if "/v1/models/" in request.scope["path"] else name
@@ -148,24 +154,27 @@ def _fields(request: Request, body: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _call(handle: DeploymentHandle[Any], key: str, request: Request, body: bytes) -> Any:
+def _call(handle: Handle, key: str, request: Request, body: bytes) -> Any:
     scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
     return handle.options(method_name="answer", stream=True, session_id=key).remote(scope, body)
 
 
-async def _pass_on(handle: DeploymentHandle[Any], key: str, request: Request, body: bytes, send: Send) -> None:
+async def _pass_on(handle: Handle, key: str, request: Request, body: bytes, send: Send) -> str | None:
     """Sends what a replica answers. One that is lost before it has said anything is asked again elsewhere, once; of one
-    that is lost in the middle of a stream the last event tells."""
+    that is lost in the middle of a stream the last event tells. Returns a name where the model asked for is elsewhere,
+    as only the replica could find out: a conversation keeps the name of its model."""
     for is_last in (False, True):
         response, begun = _call(handle, key, request, body), None
         try:
             async for messages in response:
                 for message in messages:
                     if message["type"] == "http.response.start":
+                        if message["status"] == MISDIRECTED:
+                            return unquote(dict(message["headers"])[b"x-model"].decode())
                         begun = _Reply((b"content-type", b"text/event-stream") in _types(message["headers"]))
                     await send(message)
                     if message["type"] == "http.response.body" and not message.get("more_body", False):
-                        return  # at once: from here on it is no news that the client may go
+                        return None  # at once: from here on it is no news that the client may go
         except LOST as error:
             log.warning("heronry: a replica was lost (%s)", type(error).__name__)
             if begun is None and not is_last:
@@ -175,10 +184,11 @@ async def _pass_on(handle: DeploymentHandle[Any], key: str, request: Request, bo
             shape = ERROR_SHAPES.get(request.scope["path"], openai_shape)
             last = event(shape(_as_api_error(error)))
             await send({"type": "http.response.body", "body": last.encode()})
-            return
+            return None
         except asyncio.CancelledError:
             response.cancel()
             raise
+    return None
 
 
 def _types(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -299,3 +299,19 @@ def test_reading_between_two_steps_is_bounded_by_time(model, monkeypatch, prompt
     assert len(busy) > 1, pauses
     assert min(busy) > 0.02
     assert max(busy) < 0.03 + 0.008  # half a call of this model, whose prompts are cut at fixed places
+
+
+def test_it_keeps_its_threads(model, scheduler):
+    """Those of the thread that has started it, whatever number is set for others afterwards."""
+    before, seen = torch.get_num_threads(), []
+    request, received = ask(model, [1, 2], 2)
+    received.on_prompt = lambda state, logprobs: seen.append(torch.get_num_threads())
+    try:
+        torch.set_num_threads(3)
+        scheduler.start()
+        torch.set_num_threads(1)
+        scheduler.submit(request)
+        assert received.done.wait(10)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3]

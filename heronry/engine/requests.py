@@ -103,7 +103,7 @@ class Limits:
     waiting: int = 256
     tokens: int = 1 << 20
     state_bytes: int = 8 << 30
-    pause: float = 0.1
+    pause: float = 0.2
 
 
 @dataclass

@@ -71,12 +71,13 @@ def step_alone(llm: LLM, rows: int, steps: int) -> tuple[float, float]:
 async def serve_many(urls: list[str], tokens: int, times: int = 3) -> None:
     places = [(url, *url.removeprefix("http://").split(":")) for url in urls]
     rates: dict[tuple[str, int], list[float]] = {}
-    for _ in range(times):
+    for turn in range(times + 1):  # the first warms up
         for url, host, port in places:
             for clients in (1, MANY):
                 rate, heard = await load(host, int(port), clients, tokens, cache_prompt=False)
-                rates.setdefault((url, clients), []).append(rate)
-                print(f"{url}: {describe(rate, heard)}")
+                if turn:
+                    rates.setdefault((url, clients), []).append(rate)
+                    print(f"{url}: {describe(rate, heard)}")
     for url, *_ in places:
         one, many = (statistics.median(rates[url, clients]) for clients in (1, MANY))
         print(f"{url}: median {one:.0f} and {many:.0f} tokens/s, {many / one:.1f} times as much")

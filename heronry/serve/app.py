@@ -30,6 +30,7 @@ from . import (
     lightning_sessions,
     lightning_states,
     llama_cpp,
+    llama_slots,
     metrics,
     page,
     responses,
@@ -59,7 +60,7 @@ ROUTERS = (
 )
 LIGHTNING = (lightning.router, lightning_sessions.router, lightning_states.router, adapters.router)
 DIALECTS = {  # with errors in a shape of their own
-    llama_cpp.error_shape: (llama_cpp.router,),
+    llama_cpp.error_shape: (llama_cpp.router, llama_slots.router),
     lightning_bodies.error_shape: LIGHTNING,
     ai00.error_shape: (ai00.router, ai00_chat.router),
 }

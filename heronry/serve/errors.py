@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from ..engine.requests import Busy
 from ..errors import InputError
@@ -56,7 +57,9 @@ def openai_shape(error: ApiError) -> dict[str, Any]:
 def shape_for(request: Request, shapes: Mapping[str, Shape] | None = None) -> Shape:
     """How a client is told of an error: as its body asks for, which a route has noted in `request.state.error_shape`,
     or as its path does."""
-    usual: Shape = (shapes or {}).get(request.scope["path"], openai_shape)
+    route = request.scope.get("route")
+    path = route.path if isinstance(route, Route) else request.scope["path"]  # with the names of its variables
+    usual: Shape = (shapes or {}).get(path, openai_shape)
     found: Shape = getattr(request.state, "error_shape", usual)
     return found
 

@@ -7,7 +7,7 @@ import time
 
 from ..engine.state_cache import StateCache
 from ..stores.store import StateStore
-from . import conversation_store, kept_responses, lightning_sessions, named_states
+from . import conversation_store, kept_responses, lightning_sessions, llama_slots, named_states
 
 EVERY = 600  # seconds
 ITEMS = 12  # times as long as the state of a response or session its text is kept, of which it can be read again
@@ -21,7 +21,8 @@ async def expire_now_and_then(
         now, age = time.time(), days * 86400
         if cache is not None:
             await asyncio.to_thread(cache.expire, now - age)
-        await asyncio.to_thread(kept.expire, named_states.KIND, now - age, now - age)
+        for kind in (named_states.KIND, llama_slots.KIND):
+            await asyncio.to_thread(kept.expire, kind, now - age, now - age)
         for kind in (kept_responses.KIND, lightning_sessions.KIND, lightning_sessions.NUMBERS):
             await asyncio.to_thread(kept.expire, kind, now - age, now - ITEMS * age)
         await asyncio.to_thread(conversations.expire, conversation_store.MESSAGE, now - age, 0)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from .. import __version__
+from ..engine.answer_state import AnswerState
 from ..engine.completion import Completion, TokenLogprob
 from ..engine.constraints import Grammar
 from ..engine.options import Decoding, resolve
@@ -20,7 +21,9 @@ from ..text.tokenizers import bytes_of
 from .bodies import DialectBody, Stops, listed, refuse
 from .errors import ApiError
 from .generation import Generation, cancel_all, collect_all, merge, submit_all
+from .llama_slots import Slot, check_number, find_slot, keep_slot
 from .models import ServedModel
+from .reading import read_ending
 from .server import Server, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import END_OF_TEXT, finite
@@ -55,6 +58,8 @@ class SlotBody(DialectBody):
     json_schema: dict[str, Any] | None = None
     stream: bool = False
     return_tokens: bool = False
+    cache_prompt: bool = Field(True, description="false: a slot's state is not gone on from")
+    id_slot: int = Field(-1, description="the slot that is gone on from and then holds the state; -1: none")
 
 
 class CompletionBody(SlotBody):
@@ -88,7 +93,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     server = server_of(request)
     model = server.models.find(body.model)
     encoded = [_encode(model, prompt) for prompt in _split(body.prompt)]
-    return await _reply(_Call(server, model, body, encoded, listed(body.stop), owner_of(request)), request)
+    return await _reply(server, model, body, encoded, listed(body.stop), request)
 
 
 @router.post("/infill")
@@ -100,7 +105,7 @@ async def infill(body: InfillBody, request: Request) -> Response:
     text = model.fill_in_middle(extra + body.input_prefix + body.prompt, body.input_suffix)
     ids = model.speaker.encode(text, begins=True)
     stops = (*FIM_STOPS, *listed(body.stop))
-    return await _reply(_Call(server, model, body, [ids], stops, owner_of(request)), request)
+    return await _reply(server, model, body, [ids], stops, request)
 
 
 @router.get("/props")
@@ -238,19 +243,28 @@ class _Call:
         encoded: list[list[int]],
         stops: tuple[str, ...],
         owner: str,
+        slot: Slot | None,
     ):
-        if not encoded or not all(encoded):
-            raise ApiError(400, "the prompt is empty", "prompt")
-        self.model, self.body, self.encoded = model, body, encoded
+        """slot: what the one prompt begins with."""
+        self.server, self.model, self.body, self.owner = server, model, body, owner
         decoding = _decode(body, model, server)
         self.settings = _settings(body, decoding, stops)
         decode = model.speaker.tokenizer.decode
+        self.prompts = [decode(ids) for ids in encoded]
+        self.known, begin = 0, None
+        if slot is not None:
+            begin, self.known, before = slot.state, slot.n_tokens, slot.state.texts[0]
+            encoded = [model.speaker.encode(self.prompts[0].removeprefix(before), begins=False)]
+        self.counts = [self.known + len(ids) for ids in encoded]
+        self.ends = [AnswerState(self.prompts[0], self.counts[0])] if body.id_slot >= 0 else []
         self.generations = [
-            Generation(server, model, ids, decode(ids), decoding, stops=stops, owner=owner) for ids in encoded
+            Generation(server, model, ids, text, decoding, stops=stops, owner=owner, begin=begin, keep=self.ends)
+            for ids, text in zip(encoded, self.prompts, strict=True)
         ]
 
     async def answer(self) -> list[dict[str, Any]]:
         found = await collect_all(self.generations)
+        await self._keep_slot()
         return [self._end(i, whole, whole.text, self._probabilities(whole)) for i, [whole] in enumerate(found)]
 
     async def stream(self) -> AsyncGenerator[str, None]:
@@ -259,36 +273,46 @@ class _Call:
                 if piece.text or piece.finish_reason is None:
                     yield event(self._part(i, piece))
                 if piece.finish_reason is not None:
+                    await self._keep_slot()
                     yield event(self._end(i, piece, "", {}))
         finally:
             cancel_all(self.generations)
 
+    async def _keep_slot(self) -> None:
+        """Before the client hears that it has ended."""
+        for end in self.ends:
+            assert end.ending is not None
+            slot = Slot(*await read_ending(self.server, self.model, end.ending, self.owner))
+            await keep_slot(self.server, self.model, self.owner, self.body.id_slot, slot)
+
     def _part(self, i: int, piece: Completion) -> dict[str, Any]:
-        counts = {"tokens_predicted": piece.usage.completion_tokens, "tokens_evaluated": len(self.encoded[i])}
-        text = {"index": i, "content": piece.text, "tokens": piece.token_ids, "stop": False, "id_slot": -1}
+        counts = {"tokens_predicted": piece.usage.completion_tokens, "tokens_evaluated": self.counts[i]}
+        text = {"index": i, "content": piece.text, "tokens": piece.token_ids, "stop": False}
+        text["id_slot"] = self.body.id_slot
         return text | counts | self._probabilities(piece)
 
     def _end(self, i: int, piece: Completion, text: str, probabilities: dict[str, Any]) -> dict[str, Any]:
         """The reply to one prompt. piece: the completion, or the last piece of it."""
-        generation, tokens = self.generations[i], len(self.encoded[i])
+        generation, tokens = self.generations[i], self.counts[i]
+        cached = self.known + generation.cached_tokens
         word = generation.stopped_by.get(piece.choice)
         stop_type = "limit" if piece.finish_reason == "length" else "word" if isinstance(word, str) else "eos"
         return {
             "index": i,
             "content": text,
             "tokens": piece.token_ids if self.body.return_tokens and not self.body.stream else [],
-            "id_slot": -1,
+            "id_slot": self.body.id_slot,
             "stop": True,
             "model": self.model.name,
             "tokens_predicted": piece.usage.completion_tokens,
             "tokens_evaluated": tokens,
-            "tokens_cached": generation.cached_tokens,
+            "tokens_cached": cached,
             "generation_settings": self.settings,
-            "prompt": self.model.speaker.tokenizer.decode(self.encoded[i]),
+            "prompt": self.prompts[i],
             "truncated": False,
             "stop_type": stop_type,
             "stopping_word": word if isinstance(word, str) else "",
-            "timings": _timings(generation, tokens, piece.usage.completion_tokens),
+            "timings": _timings(generation, cached, tokens, piece.usage.completion_tokens),
         } | probabilities
 
     def _probabilities(self, piece: Completion) -> dict[str, Any]:
@@ -306,9 +330,8 @@ class _Call:
         return {"id": token, "token": text, "bytes": spelt, "logprob": finite(logprob)}
 
 
-def _timings(generation: Generation, read: int, written: int) -> dict[str, float]:
+def _timings(generation: Generation, cached: int, read: int, written: int) -> dict[str, float]:
     """How long it took; to the end of the prompt counts from the request on, with what it waited."""
-    cached = generation.cached_tokens
     seconds = {"prompt": generation.read - generation.begun, "predicted": generation.latest - generation.read}
     found: dict[str, float] = {"cache_n": cached}
     for name, n in (("prompt", read - cached), ("predicted", written)):
@@ -318,9 +341,28 @@ def _timings(generation: Generation, read: int, written: int) -> dict[str, float
     return found
 
 
-async def _reply(call: _Call, request: Request) -> Response:
+async def _reply(
+    server: Server,
+    model: ServedModel,
+    body: SlotBody,
+    encoded: list[list[int]],
+    stops: tuple[str, ...],
+    request: Request,
+) -> Response:
+    if not encoded or not all(encoded):
+        raise ApiError(400, "the prompt is empty", "prompt")
+    owner, slot = owner_of(request), None
+    if body.id_slot >= 0:
+        check_number(server, body.id_slot, "id_slot")
+        if len(encoded) > 1:
+            raise ApiError(400, "several prompts cannot share a slot", "id_slot")
+        slot = await find_slot(server, model, owner, body.id_slot) if body.cache_prompt else None
+        text = model.speaker.tokenizer.decode(encoded[0])
+        if slot is not None and not (text.startswith(slot.state.texts[0]) and text != slot.state.texts[0]):
+            slot = None
+    call = _Call(server, model, body, encoded, stops, owner, slot)
     await submit_all(call.generations)
-    if call.body.stream:
+    if body.stream:
         return await stream_events(call.stream(), "", error_shape)
     found = await while_connected(request, call.answer())
     return JSONResponse(found if len(found) > 1 else found[0])

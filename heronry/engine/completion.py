@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Literal
 
 from ..errors import InputError
@@ -19,12 +20,18 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 class TokenLogprob:
     """Natural log-probabilities of one step, by the model alone: before temperature, penalties, bias and masks.
 
+    rank: of the token, 1 for the most likely one.
     top_logprobs: the most likely token ids with theirs, the best first; as many as were asked for.
     """
 
     token_id: int
     logprob: float
+    rank: int
     top_logprobs: dict[int, float]
+
+    def with_top(self, n: int) -> TokenLogprob:
+        """With so many of the most likely tokens at most."""
+        return replace(self, top_logprobs=dict(islice(self.top_logprobs.items(), n)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,8 @@ class SequenceDecoder:
 def token_logprob(token: int, logprobs: Tensor, top: int) -> TokenLogprob:
     """The entry of a token, and of the `top` most likely ones, from log-probabilities [V], float32 on the CPU."""
     values, ids = logprobs.topk(min(top, len(logprobs)))
-    return TokenLogprob(token, float(logprobs[token]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+    rank = 1 + int((logprobs > logprobs[token]).sum())
+    return TokenLogprob(token, float(logprobs[token]), rank, dict(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 class DecodeBatch:

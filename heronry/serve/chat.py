@@ -21,7 +21,7 @@ from .models import ServedModel
 from .prompts import answer_decoding, read_prompt
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
-from .tokens import TokenNames, chat_logprob
+from .tokens import PROMPT_LOGPROBS, TokenNames, chat_logprob, prompt_column
 
 router = APIRouter(dependencies=[Depends(recognize)])
 
@@ -29,6 +29,7 @@ router = APIRouter(dependencies=[Depends(recognize)])
 class ChatBody(LightningFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    prompt_logprobs: int | None = PROMPT_LOGPROBS
     continue_final_message: bool = False
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
@@ -78,6 +79,7 @@ class _Call:
             prompt.text,
             answer_decoding(model, body, prompt, max_tokens, top, n),
             stops=prompt.template.stops,
+            prompt_logprobs=body.prompt_logprobs,
             owner=owner,
             written=prompt.opening + prompt.beginning,
             begin=begin,
@@ -98,7 +100,10 @@ class _Call:
         async for i, piece in self.pieces():
             parts[i].append(piece)
         choices = [self._choice(i, pieces) for i, pieces in enumerate(parts)]
-        return self.head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
+        found = self.head | {"object": "chat.completion", "choices": choices, "usage": self._usage()}
+        if self.body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_column(self.names, self.generation.prompt_logprobs)
+        return found
 
     def _choice(self, i: int, pieces: Sequence[AnswerPiece]) -> dict[str, Any]:
         calls = [_describe(call) for piece in pieces for call in piece.calls]
@@ -166,6 +171,8 @@ def _check(body: ChatBody) -> None:
         raise ApiError(400, "stream_options is for streams", "stream_options")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs are not for streams", "prompt_logprobs")
     for name in ("audio", "web_search_options"):
         if getattr(body, name) is not None:
             raise ApiError(400, f"{name} is not served here", name)

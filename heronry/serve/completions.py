@@ -24,7 +24,7 @@ from .named_states import Begin, InlineState
 from .reading import read_ending
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
-from .tokens import TokenNames, columns
+from .tokens import PROMPT_LOGPROBS, TokenNames, columns, prompt_column
 
 router = APIRouter()
 PLAIN = Sampling()  # temperature 1 and no cut, as OpenAI's users and lm-evaluation-harness expect
@@ -35,6 +35,7 @@ class CompletionBody(SamplingBody):
     max_tokens: int | None = Field(16, ge=0, le=1 << 30)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    prompt_logprobs: int | None = PROMPT_LOGPROBS
     best_of: int | None = Field(None, ge=1, le=1024)
     add_special_tokens: bool | None = Field(None, description="begin with the tokens that the model's texts begin with")
     return_tokens_as_token_ids: bool | None = None
@@ -79,7 +80,8 @@ class _Call:
         max_tokens = server.most_tokens if body.max_tokens is None else body.max_tokens
         decoding = body.decoding(model, max_tokens, PLAIN, top, self.rows)
         options: dict[str, Any] = {"stops": stops, "keep_stop": bool(body.include_stop_str_in_output)}
-        options |= {"prompt_logprobs": body.logprobs if body.echo else None, "owner": owner}
+        of_prompt = [x for x in (body.logprobs if body.echo else None, body.prompt_logprobs) if x is not None]
+        options |= {"prompt_logprobs": max(of_prompt, default=None), "owner": owner}
         options |= {"begin": begin and begin.state}
         before = begin.state.texts[0] if begin else ""
         wanted = self.rows if body.return_state or self.save_as else 0
@@ -170,7 +172,8 @@ class _Choice:
             entries.append(end)  # the end of text is a token too, without a text
         if not self.begun and body.echo:
             text = call.texts[self.prompt] + text
-            entries = [call.encoded[self.prompt][0], *generation.prompt_logprobs, *entries]
+            told = [entry.with_top(body.logprobs or 0) for entry in generation.prompt_logprobs]
+            entries = [call.encoded[self.prompt][0], *told, *entries]
         elif not self.begun:
             self.offset = len(call.texts[self.prompt])
         ids: dict[str, list[int]] = {}
@@ -183,7 +186,11 @@ class _Choice:
             logprobs, self.offset = columns(call.names, entries, self.offset)
         stopped_by = generation.stopped_by.get(piece.choice) if piece.finish_reason is not None else None
         reasons = {"finish_reason": piece.finish_reason, "stop_reason": stopped_by}
-        return {"index": self.index, "text": text, "logprobs": logprobs} | reasons | ids
+        of_prompt: dict[str, Any] = {}
+        if body.prompt_logprobs is not None:
+            column = [entry.with_top(body.prompt_logprobs) for entry in generation.prompt_logprobs]
+            of_prompt["prompt_logprobs"] = prompt_column(call.names, column)
+        return {"index": self.index, "text": text, "logprobs": logprobs} | reasons | ids | of_prompt
 
 
 def _check(body: CompletionBody, n: int) -> None:
@@ -196,6 +203,8 @@ def _check(body: CompletionBody, n: int) -> None:
         raise ApiError(400, f"best_of must be at least n, which is {n}", "best_of")
     if body.best_of is not None and body.best_of > n and body.stream:
         raise ApiError(400, "best_of cannot be streamed: which is best shows at the end", "best_of")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs are not for streams", "prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams", "stream_options")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import Field
+
 from ..engine.completion import TokenLogprob
 from ..text.tokenizers import Tokenizer, bytes_of, spell
 
+PROMPT_LOGPROBS: Any = Field(None, ge=0, le=20, description="of the prompt's tokens too, with so many of the best")
 UNLIKELY = -9999.0  # in place of minus infinity, which JSON does not have
 
 
@@ -61,6 +64,21 @@ def columns(names: TokenNames, entries: Iterable[TokenLogprob | int], offset: in
         offset += len(names.text(token))
     found = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
     return found, offset
+
+
+def prompt_column(names: TokenNames, entries: Iterable[TokenLogprob]) -> list[dict[str, Any] | None]:
+    """The log-probabilities of a prompt as vLLM has them: by token id, that of the prompt first; None of its first."""
+    column: list[dict[str, Any] | None] = [None]
+    for entry in entries:
+        found = {entry.token_id: (entry.logprob, entry.rank)}
+        found |= {token: (x, rank) for rank, (token, x) in enumerate(entry.top_logprobs.items(), 1)}
+        column.append(
+            {
+                str(token): {"logprob": finite(x), "rank": rank, "decoded_token": names.text(token)}
+                for token, (x, rank) in found.items()
+            }
+        )
+    return column
 
 
 def chat_logprob(names: TokenNames, entry: TokenLogprob) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from sse import events
 
-from heronry.text.chat_templates import fill_in_middle
+from heronry.text.chat_templates import fill_in_middle, render
 
 PROMPT = "Once upon a time"
 BODY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12}
@@ -105,3 +106,59 @@ def test_bad_fields(http, fields, param, message):
     reply = http.post("/v1/completions", json=BODY | fields)
     assert reply.status_code == 400
     assert (reply.json()["error"]["param"], reply.json()["error"]["message"]) == (param, message)
+
+
+def expected_column(llm, ids, top) -> list:
+    """As vLLM has the log-probabilities of a prompt."""
+    logprobs = llm.model(torch.tensor([ids]))[0][0].detach().float().log_softmax(-1)
+    column = [None]
+    for token, row in zip(ids[1:], logprobs, strict=False):
+        order = row.argsort(descending=True).tolist()
+        told = dict.fromkeys([token, *order[:top]])
+        column.append(
+            {
+                str(i): {
+                    "logprob": pytest.approx(float(row[i]), abs=1e-4),
+                    "rank": order.index(i) + 1,
+                    "decoded_token": llm.tokenizer.decode([i]),
+                }
+                for i in told
+            }
+        )
+    return column
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_prompt_logprobs(http, llm, top):
+    prompt = "Once upon a time there was a"
+    body = {"prompt": prompt, "max_tokens": 2, "prompt_logprobs": top}
+    [choice] = http.post("/v1/completions", json=body).json()["choices"]
+    ids = llm.tokenizer.encode(prompt)
+    assert choice["prompt_logprobs"] == expected_column(llm, ids, top)
+    echoed = {"echo": True, "logprobs": 1}
+    [both] = http.post("/v1/completions", json=body | echoed).json()["choices"]
+    assert both["prompt_logprobs"] == choice["prompt_logprobs"]
+    assert {len(told) for told in both["logprobs"]["top_logprobs"][1:]} <= {1, 2}  # one, and that of the text
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "prompt_logprobs": top}
+    found = http.post("/v1/chat/completions", json=chat).json()
+    assert len(found["prompt_logprobs"]) == found["usage"]["prompt_tokens"]
+    text = render(chat["messages"], llm.chat_template)
+    assert found["prompt_logprobs"] == expected_column(llm, llm.encode(text, begins=True), top)
+
+
+ASKED = {"completions": {"prompt": "a"}, "chat/completions": {"messages": [{"role": "user", "content": "a"}]}}
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_logprobs": 21}, "Input should be less than or equal to 20"),
+        ({"prompt_logprobs": -1}, "Input should be greater than or equal to 0"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs are not for streams"),
+    ],
+)
+def test_prompt_logprobs_that_are_refused(http, path, fields, message):
+    reply = http.post(f"/v1/{path}", json=ASKED[path] | fields)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_logprobs")
+    assert reply.json()["error"]["message"] == message

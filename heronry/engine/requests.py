@@ -62,6 +62,7 @@ class Request:
     on_outputs: Callable[[Tensor], None] | None = None
     owner: str = ""
     cancelled: bool = field(default=False, init=False)
+    admitted: float = field(init=False)  # when it had waited, by `time.perf_counter`
     position: int = field(init=False)  # tokens that were read
     state: State | None = field(init=False)  # after them
     unfinished: int = field(init=False)  # sequences

@@ -176,6 +176,7 @@ class Scheduler:
                 rows[owner] += request.rows
                 room -= request.rows
                 memory -= needed
+                request.admitted = time.perf_counter()
                 self._reading.append(request)
             self._waiting[owner].popleft()
             queue = self._waiting.pop(owner)  # to the end of those with as many rows

@@ -33,6 +33,7 @@ class CacheStats:
     hits, misses: prompts of which a beginning was known, and the others.
     cached_tokens, prompt_tokens: not read again, of so many.
     ram_bytes, store_bytes: of states, now.
+    evicted: states that went from RAM for want of room.
     dropped: states that were not stored because the store was too slow.
     """
 
@@ -42,6 +43,7 @@ class CacheStats:
     prompt_tokens: int = 0
     ram_bytes: int = 0
     store_bytes: int = 0
+    evicted: int = 0
     dropped: int = 0
 
 
@@ -161,5 +163,5 @@ class StateCache:
     def stats(self) -> CacheStats:
         """What it did so far."""
         with self._lock:
-            stats = replace(self._stats, ram_bytes=self._memory.nbytes)
+            stats = replace(self._stats, ram_bytes=self._memory.nbytes, evicted=self._memory.evicted)
         return stats if self._store is None else replace(stats, store_bytes=self._store.nbytes)

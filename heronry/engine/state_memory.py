@@ -15,6 +15,7 @@ class StateMemory:
         self._max_bytes = max_bytes
         self._states: OrderedDict[str, State] = OrderedDict()  # the least recently used first
         self._nbytes = 0
+        self.evicted = 0  # states so far, for want of room
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -44,6 +45,7 @@ class StateMemory:
             self._nbytes += size
             while self._nbytes > self._max_bytes:
                 self._drop(next(iter(self._states)))
+                self.evicted += 1
 
     def drop(self, key: str) -> None:
         """Forgets a state, if it is there."""

@@ -108,7 +108,16 @@ def create_app(
     scheduler, keys = Scheduler(limits), dict(keys or {})
     kept, conversations = (KeptStates(MemoryStore(1 << 30)) if x is None else x for x in (kept, conversations))
     folder = AdapterFolder(models, adapter_folder)
-    server = Server(models, folder, scheduler, metrics.Metrics(scheduler), kept, conversations, cache, keys)
+    server = Server(
+        models,
+        folder,
+        scheduler,
+        metrics.Metrics(scheduler, cache, next(iter(models.by_name))),
+        kept,
+        conversations,
+        cache,
+        keys,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -176,11 +176,16 @@ class Generation:
                 last[item.choice] = self.latest = now
                 if item.finish_reason is not None:
                     running.discard(item.choice)
+                    self._server.metrics.completions.labels(item.finish_reason).inc()
                 yield item
                 running -= self._unwanted
-            self._server.metrics.whole.observe(time.perf_counter() - self.begun)
+            self._server.metrics.note_end(self.begun, self._request.admitted, self.read, self.latest, self._lengths())
         finally:
             self._request.cancel()
+
+    def _lengths(self) -> tuple[int, list[int]]:
+        """Tokens of the prompt and of each completion."""
+        return len(self._request.tokens), [len(row.token_ids) for row in self._rows]
 
     def _join_ready(self, item: Completion) -> Completion:
         """One piece of this and what has come behind it: where events cost more than tokens, several tokens share

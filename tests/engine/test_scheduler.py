@@ -269,7 +269,9 @@ def test_only_reading(model, scheduler):
 def test_reading_between_two_steps_is_bounded_by_time(model, monkeypatch, prompt, n):
     """On a clock that goes on by 3 ms with each call and by 0.1 ms with each of its tokens."""
     now, happened = [0.0], []
-    monkeypatch.setattr("heronry.engine.scheduler.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "heronry.engine.scheduler.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    )
     scheduler = Scheduler(Limits(rows=64, pause=0.03))
     read, step = scheduler._read_parts, scheduler._step
 

@@ -81,15 +81,39 @@ def test_models_tokens_and_health(http, client, llm):
 
 
 def test_metrics(http):
-    before = http.get("/metrics").text
-    http.post("/v1/completions", json=BODY)
-    after = http.get("/metrics").text
+    def read() -> dict[str, float]:
+        lines = http.get("/metrics").text.splitlines()
+        return {name: float(x) for name, x in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
-    def value(text: str, name: str) -> float:
-        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
-
-    assert value(after, "heronry:generation_tokens_total") - value(before, "heronry:generation_tokens_total") >= 4
-    assert value(after, "heronry:time_to_first_token_seconds_count") > 0
+    before = read()
+    body = BODY | {"prompt": [i % 50 + 300 for i in range(150)], "max_tokens": 5, "ignore_eos": True}
+    for _ in range(3):
+        assert http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 5
+    labels = '{model_name="bundled"}'
+    while (after := read())[f"vllm:num_requests_running{labels}"]:
+        pass  # the last turn of the scheduler's loop
+    more = {name: after[name] - before.get(name, 0) for name in after}
+    cached = more["heronry:prompt_tokens_cached_total"]
+    assert cached in (128, 256)  # from the second or third on
+    assert more["heronry:prompt_tokens_total"] == 450 - cached
+    assert more["heronry:generation_tokens_total"] == 15
+    assert more["heronry:state_cache_hits_total"] == cached / 128
+    assert more["heronry:state_cache_misses_total"] == 3 - cached / 128
+    assert after["heronry:state_cache_ram_bytes"] > 0
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_time_per_output_token"):
+        assert more[f"heronry:{name}_seconds_count"] == more[f"vllm:{name}_seconds_count{labels}"] == 3
+    assert more[f"vllm:prompt_tokens_total{labels}"] == more[f"vllm:prefix_cache_queries_total{labels}"] == 450
+    assert more[f"vllm:prefix_cache_hits_total{labels}"] == cached
+    assert more['vllm:request_success_total{finished_reason="length",model_name="bundled"}'] == 3
+    assert after[f"vllm:num_requests_waiting{labels}"] == 0
+    assert more["llamacpp:tokens_predicted_total"] == 15
+    assert more["llamacpp:n_decode_total"] == 15
+    assert after["llamacpp:n_tokens_max"] >= 155
+    written, seconds = after["llamacpp:tokens_predicted_total"], after["llamacpp:tokens_predicted_seconds_total"]
+    assert after["llamacpp:predicted_tokens_seconds"] == pytest.approx(written / seconds)
+    took = more["heronry:request_queue_time_seconds_sum"] + more["heronry:request_prefill_time_seconds_sum"]
+    took += more["heronry:request_decode_time_seconds_sum"]
+    assert took == pytest.approx(more["heronry:e2e_request_latency_seconds_sum"], rel=1e-6)
 
 
 def test_keys_sizes_and_the_end(start, tmp_key_file):

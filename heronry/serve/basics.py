@@ -15,6 +15,7 @@ from ..text.tokenizers import bytes_of, spell
 from .bodies import SamplingBody
 from .errors import ApiError
 from .models import ServedModel
+from .prompts import AnswerBody, prompt_ids, read_prompt
 from .server import server_of
 from .tokens import END_OF_TEXT
 
@@ -57,18 +58,26 @@ async def health(request: Request) -> dict[str, Any]:
     return {"status": "ok", "waiting": totals.waiting, "reading": totals.reading, "decoding": totals.decoding}
 
 
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """Requests that are here, as vLLM tells it."""
+    totals = server_of(request).scheduler.totals
+    return {"server_load": totals.waiting + totals.reading + totals.decoding}
+
+
 @router.get("/version")
 async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
 class TokenizeBody(BaseModel):
-    """vLLM's body has a prompt, llama.cpp's a content: each gets the answer of its own."""
+    """vLLM's body has a prompt or messages, llama.cpp's a content: each gets the answer of its own."""
 
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
     content: str | None = None
     add_special_tokens: bool = False
     add_special: bool = False
@@ -87,11 +96,14 @@ class DetokenizeBody(BaseModel):
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     model = server_of(request).models.find(body.model)
     text = body.prompt if body.prompt is not None else body.content
-    if text is None:
-        raise ApiError(400, "give a prompt (as for vLLM) or a content (as for llama.cpp)", "prompt")
     tokenizer = model.speaker.tokenizer
-    ids = _encode(model, text, body.add_special_tokens or body.add_special)
-    if body.prompt is None:
+    if text is not None:
+        ids = _encode(model, text, body.add_special_tokens or body.add_special)
+    elif body.messages is not None:
+        ids = prompt_ids(model, read_prompt(model, body.messages, AnswerBody.model_validate({})))
+    else:
+        raise ApiError(400, "give a prompt or messages (as for vLLM), or a content (as for llama.cpp)", "prompt")
+    if body.prompt is None and body.messages is None:
         return {"tokens": [{"id": i, "piece": _piece(model, i)} for i in ids] if body.with_pieces else ids}
     return {
         "count": len(ids),

@@ -18,12 +18,15 @@ from .generation import Generation
 from .lightning_bodies import find_model, uploaded_state
 from .lightning_chat import LightningFields, continue_raw_texts, recognize
 from .models import ServedModel
-from .prompts import answer_decoding, read_prompt
+from .prompts import answer_decoding, prompt_ids, read_prompt
 from .server import Server, new_id, owner_of, server_of
 from .stream import event, stream_events, while_connected
 from .tokens import PROMPT_LOGPROBS, TokenNames, chat_logprob, prompt_column
 
 router = APIRouter(dependencies=[Depends(recognize)])
+
+# who speaks, in place of the template's words
+SPEAKER: Any = Field(None, max_length=64, pattern=r"^\w+( \w+)*$", description="as in RWKV-Runner")
 
 
 class ChatBody(LightningFields):
@@ -31,6 +34,10 @@ class ChatBody(LightningFields):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     prompt_logprobs: int | None = PROMPT_LOGPROBS
     continue_final_message: bool = False
+    prefix: bool = Field(False, description="RWKV-Runner's word for continue_final_message")
+    user_name: str | None = SPEAKER
+    assistant_name: str | None = SPEAKER
+    system_name: str | None = SPEAKER
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
@@ -61,11 +68,10 @@ class _Call:
         _check(body)
         assert body.messages is not None
         self.body, self.names = body, TokenNames(model.speaker.tokenizer)
-        prompt = read_prompt(model, body.messages, body, continue_final_message=body.continue_final_message)
-        self.ids = [
-            *model.speaker.encode(prompt.context, begins=begin is None),
-            *model.speaker.tokenizer.encode(prompt.beginning),
-        ]
+        goes_on = body.continue_final_message or body.prefix
+        names = {x: name for x in ("user", "assistant", "system") if (name := getattr(body, f"{x}_name"))}
+        prompt = read_prompt(model, body.messages, body, names=names, continue_final_message=goes_on)
+        self.ids = prompt_ids(model, prompt, begins=begin is None)
         top = (body.top_logprobs or 0) if body.logprobs else None
         limits = (body.max_completion_tokens, body.max_tokens, server.most_tokens)
         max_tokens = next(limit for limit in limits if limit is not None)

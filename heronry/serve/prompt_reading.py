@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..models import State
 from ..text.chat_templates import Prompt, Template
 from .models import ServedModel
+from .prompts import prompt_ids
 
 
 class Known(NamedTuple):
@@ -50,9 +51,7 @@ class PromptReading:
         if known is not None:
             self._go_on(model, known, read_rest, begin)
         before = "" if self.state is None else self.state.texts[0]
-        tokenizer = model.speaker.tokenizer
-        context = model.speaker.encode(self.prompt.context, begins=self.state is None)
-        self.ids = [*context, *tokenizer.encode(self.prompt.beginning)]
+        self.ids = prompt_ids(model, self.prompt, begins=self.state is None)
         self.text = before + self.prompt.text
 
     @property

@@ -78,15 +78,21 @@ def read_prompt(
     body: AnswerBody,
     *,
     template: str | None = None,
+    names: Mapping[str, str] | None = None,
     continue_final_message: bool = False,
     after: int = 0,
 ) -> Prompt:
     """The prompt for an answer to messages in OpenAI's form.
 
-    template: one of TEMPLATES by its name; None = that of the model. after: see `prepare`.
+    template: one of TEMPLATES by its name; None = that of the model. names: see `Template.with_names`. after: see
+        `prepare`.
     """
     speaker = model.speaker
     chosen = choose_template(speaker, template)
+    if names:
+        if not isinstance(chosen, Template):
+            raise ApiError(400, "the template of this model names who speaks itself", f"{next(iter(names))}_name")
+        chosen = chosen.with_names(**names)
     plain = isinstance(chosen, Template)
     style = body.tool_style or (speaker.tool_style if plain else None)
     tools, call = choose_tools(body, _style(model, body))
@@ -104,6 +110,12 @@ def read_prompt(
         preserve_reasoning=body.preserve_reasoning,
         after=after,
     )
+
+
+def prompt_ids(model: ServedModel, prompt: Prompt, *, begins: bool = True) -> list[int]:
+    """Its token ids. begins: it begins a text."""
+    context = model.speaker.encode(prompt.context, begins=begins)
+    return [*context, *model.speaker.tokenizer.encode(prompt.beginning)]
 
 
 def choose_tools(body: AnswerBody, style: str | None) -> tuple[dict[str, Tool], str | None]:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from . import basics, completions, llama_cpp
+from .errors import ApiError
 from .server import server_of
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -23,6 +24,21 @@ async def status(request: Request) -> dict[str, Any]:
     device = server.models.find(None).speaker.device
     state = "Working" if server.scheduler.is_alive() else "Offline"
     return {"status": state, "pid": os.getpid(), "device_name": str(device).upper()}
+
+
+@router.post("/switch-model")
+@router.post("/update-config")
+@router.post("/exit")
+@router.post("/disable-state-cache")
+@router.post("/reset-state-cache")
+async def change_for_everybody() -> None:
+    raise ApiError(403, "this would change the server for everybody; start heronry serve with other options instead")
+
+
+@router.post("/enable-state-cache")
+async def enable_state_cache() -> str:
+    """It always is."""
+    return "success"
 
 
 @router.post("/completions")

@@ -67,6 +67,25 @@ class Template:
         opening = self.space + opening.lstrip(" ") if opening else ""
         return replace(self, turn=self.turn.removesuffix(self.opening) + opening)
 
+    def with_names(self, user: str = "", assistant: str = "", system: str = "") -> Template:
+        """The same with others who speak, where their names stand in front of a colon; "" = as it is.
+
+        Raises:
+            InputError: this template does not name them so.
+        """
+        names = [self.turn.partition(":")[0], self.label.strip().removesuffix(":"), self.system.partition(":")[0]]
+        changed: dict[str, str] = {}
+        for old, new in zip(names, (user, assistant, system), strict=True):
+            if new and not re.fullmatch(r"\w+", old):
+                raise InputError(f"this template does not name who speaks; {new!r} has no place in it")
+            changed |= {old: new} if new else {}
+
+        def rename(text: str) -> str:
+            return re.sub(r"^(\w+)(?=:)", lambda found: changed.get(found[0], found[0]), text, flags=re.MULTILINE)
+
+        stops = tuple(map(rename, self.stops))
+        return replace(self, turn=rename(self.turn), system=rename(self.system), stops=stops)
+
     def ask(self, message: Mapping[str, Any]) -> str:
         """A message of the user, perhaps with an "input", and the beginning of its answer."""
         question, lead = self._question(message)

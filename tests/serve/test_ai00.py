@@ -236,7 +236,7 @@ def test_what_only_its_owner_may(http, llm):
     for method in ("GET", "POST"):
         reply = http.request(method, "/admin/models/load", json={"model_path": "/etc/passwd"})
         assert reply.status_code == 403
-        assert reply.json()["error"]["message"].startswith("models are chosen when the server is started")
+        assert reply.json()["error"]["brief"].startswith("models are chosen when the server is started")
     [model] = http.get("/api/models/list").json()
     assert (model["name"], model["path"]) == ("bundled", "bundled")
     assert model["size"] == 4 * llm.num_parameters()

@@ -73,6 +73,11 @@ def test_models_tokens_and_health(http, client, llm):
     assert [x["piece"] for x in pieces[-2:]] == [[0xC3], [0xA4]]
     assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "Hi ä", "content": "Hi ä"}
     assert http.post("/tokenize", json={}).status_code == 400
+    asked = [{"role": "user", "content": "Hi"}]
+    counted = http.post("/tokenize", json={"messages": asked}).json()
+    used = http.post("/v1/chat/completions", json={"messages": asked, "max_tokens": 1}).json()["usage"]
+    assert counted["count"] == len(counted["tokens"]) == used["prompt_tokens"]
+    assert http.get("/load").json() == {"server_load": 0}
     about = http.get("/tokenizer_info").json()
     assert (
         http.post("/tokenize", json={"prompt": about["eos_token"]}).json()["tokens"]

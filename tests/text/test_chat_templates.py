@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from heronry import InputError
@@ -105,3 +107,17 @@ def test_a_turn_of_ones_own():
 )
 def test_the_template_by_the_name_of_the_file(name, template):
     assert template_by_name(name) == template
+
+
+def test_others_who_speak():
+    named = TEMPLATES["g1-think"].with_names(user="Tom", assistant="Old Frog", system="Rules")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "User: who?"}]
+    assert named.extend(named.render_history(messages[:1]), messages[1:]) == (
+        "Rules: Be brief.\n\nTom: User: who?\n\nOld Frog: <think"
+    )
+    assert named.stops == ("\n\nTom:", "\n\nRules:", "\n\nOld Frog:")
+    assert TEMPLATES["raven"].with_names(user="Tom") == replace(TEMPLATES["raven"], turn="Tom: {user}\n\nAlice:")
+    assert TEMPLATES["world"].with_names() == TEMPLATES["world"]
+    for template in ("bot", "raven-alpaca"):
+        with pytest.raises(InputError, match="does not name who speaks; 'Tom' has no place in it"):
+            TEMPLATES[template].with_names(user="Tom")

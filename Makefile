@@ -48,10 +48,11 @@ test-cluster: .venv/dev .venv/redis-server
 	$(INSTALL) -e ".[cluster]"
 	$(BIN)/python -m pytest -m "" tests/data/test_cluster.py tests/serve/test_cluster_serving.py
 
-# clients of the server that connect, cancel and die, for MINUTES; and requests of every kind
+# clients of the server that connect, cancel and die, for MINUTES; servers that are killed; and requests of every kind
 MINUTES := 20
 soak: .venv/dev
 	$(BIN)/python tests/serve/soak.py --minutes $(MINUTES)
+	$(BIN)/python -m pytest -m "" tests/serve/test_load.py tests/serve/test_kept.py
 	$(INSTALL) schemathesis
 	$(BIN)/python tests/serve/fuzz.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import secrets
 import signal
@@ -79,11 +80,21 @@ def test_two_servers_share_a_redis(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_under_load(tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "redis"])
+def test_killed_at_random_moments_under_load(tmp_path, kind):
+    redis = RedisServer(tmp_path) if kind == "redis" else None
+    try:
+        kill_and_look(str(tmp_path) if redis is None else redis.url)
+    finally:
+        if redis is not None:
+            redis.stop()
+
+
+def kill_and_look(store: str) -> None:
     draw = random.Random(3)
     said: dict[str, str] = {}  # what was acknowledged, by its path
     for _ in range(4):
-        server = Process("--store", str(tmp_path))
+        server = Process("--store", store)
         check_all(server, said)
         clients = [threading.Thread(target=keep_asking, args=(server.url, i, said)) for i in range(6)]
         for client in clients:
@@ -92,7 +103,7 @@ def test_killed_at_random_moments_under_load(tmp_path):
         server.stop(signal.SIGKILL)
         for client in clients:
             client.join()
-    server = Process("--store", str(tmp_path))
+    server = Process("--store", store)
     try:
         check_all(server, said)
     finally:
@@ -101,11 +112,24 @@ def test_killed_at_random_moments_under_load(tmp_path):
 
 
 def keep_asking(url: str, number: int, said: dict[str, str]) -> None:
-    """Until the server is gone: states, or a conversation."""
-    previous = None
+    """Until the server is gone: states, responses, or a conversation."""
+    previous = conversation = leaf = None
     with httpx.Client(base_url=f"{url}/v1", timeout=30) as http, suppress(httpx.HTTPError):
         while True:
-            if number % 2:
+            if number % 3 == 2:
+                settings = {"max_tokens": 8, "seed": number}
+                if conversation is None:
+                    made = http.post("/conversations", json={"title": f"{number}", "settings": settings})
+                    conversation = made.raise_for_status().json()["id"]
+                    said[f"/conversations/{conversation}"] = f"{number}"
+                body = {"parent": leaf, "content": f"And {secrets.token_hex(4)}?"}
+                with http.stream("POST", f"/conversations/{conversation}/answers", json=body) as reply:
+                    for line in reply.iter_lines():
+                        event = json.loads(line.removeprefix("data: ") or "{}")
+                        if event.get("type") in ("user", "end"):
+                            leaf = event["message"]["id"]
+                            said[f"/conversations/{conversation}#{leaf}"] = event["message"]["content"]
+            elif number % 3 == 1:
                 name = secrets.token_hex(4)
                 http.post("/states", json={"text": name, "name": name}).raise_for_status()
                 said[f"/states/{name}"] = name
@@ -119,8 +143,17 @@ def keep_asking(url: str, number: int, said: dict[str, str]) -> None:
 def check_all(server: Process, said: dict[str, str]) -> None:
     with httpx.Client(base_url=f"{server.url}/v1", timeout=30) as http:
         for path, text in said.items():
-            found = http.get(path).json()
-            assert (found["text"] if path.startswith("/states") else found["output"][0]["content"][0]["text"]) == text
+            place, _, message = path.partition("#")
+            found = http.get(place).raise_for_status().json()
+            if message:
+                [content] = [each["content"] for each in found["messages"] if each["id"] == message]
+                assert content == text
+            elif path.startswith("/conversations"):
+                assert found["title"] == text
+            elif path.startswith("/states"):
+                assert found["text"] == text
+            else:
+                assert found["output"][0]["content"][0]["text"] == text
 
 
 def caller(server: Process, owner: str) -> httpx.Client:

@@ -219,6 +219,9 @@ class ConversationAnswer:
                 await self._take_pieces()
             finally:
                 self.generation.cancel()
+            if self.picture and (end := self._followed.ending) is not None:
+                layers = await asyncio.to_thread(head_norms, end.state)
+                self.tell({"type": "state", "tokens": end.n_tokens, "layers": layers})
             self.tell({"type": "end", "message": (await self._keep(numbers)).describe()})
             self._events.put_nowait(None)
         except Exception as error:

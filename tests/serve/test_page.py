@@ -334,9 +334,9 @@ def test_by_keyboard_alone(page, http):
     expect(page.locator("#title")).to_have_text("A bird")
     expect(page.locator("#box")).to_be_focused()
     page.fill("#search", "a BIRD")
-    assert page.locator("#conversations a").all_inner_texts() == ["A bird"]
+    expect(page.locator("#conversations a")).to_have_text(["A bird"])
     page.fill("#search", "no such")
-    assert page.locator("#conversations a").count() == 0
+    expect(page.locator("#conversations a")).to_have_count(0)
 
 
 @pytest.mark.slow

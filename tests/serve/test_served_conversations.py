@@ -266,6 +266,8 @@ def test_pictures(http, llm):
     assert pictures[0]["layers"] == [pytest.approx(row, rel=1e-3) for row in norms]
     last = events[-1]["message"]
     kept = http.get(f"{talk.url}/messages/{last['id']}/state").json()
+    assert pictures[-1]["layers"] == kept["layers"]  # the last one is of the answer's end
+    assert pictures[-1]["tokens"] == kept["tokens"]
     assert (kept["object"], kept["tokens"], kept["bytes"]) == ("state", n + 39, last["state_bytes"])
     assert [len(row) for row in kept["layers"]] == [len(row) for row in norms]
     reply = http.get(f"{talk.url}/messages/{last['parent']}/state")

@@ -125,7 +125,12 @@ async function act(what, message, text) {
     await answer({ continue: message.id });
   } else if (what === "save") {
     const name = await ask({ title: "Save the state after this answer", action: "Save", label: "Name" });
-    if (name) await on(() => post(path("conversations", conversation.id, "messages", message.id, "state"), { name }));
+    if (name) {
+      await on(async () => {
+        await post(path("conversations", conversation.id, "messages", message.id, "state"), { name });
+        $("#said").textContent = `Saved as ${name}`;
+      });
+    }
   } else if (what === "look") {
     await on(async () => {
       picture.draw(await get(path("conversations", conversation.id, "messages", message.id, "state")));

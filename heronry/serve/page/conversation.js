@@ -41,8 +41,11 @@ export class Conversation {
   async refresh() {
     this.stale = Boolean(this.controller); // then it waits for the end of the answer
     if (!this.id || this.stale) return;
+    const asked = this.asked = Symbol();
     const about = await get(path("conversations", this.id));
-    if (this.controller) return;
+    if (asked !== this.asked) return; // a later one knows more
+    this.stale = Boolean(this.controller);
+    if (this.stale) return;
     this.failed = null;
     this.#take(about);
     this.leaf = this.tree.leaf(this.tree.get(this.leaf) ? this.leaf : (this.tree.get(about.leaf) ? about.leaf : null));

@@ -33,16 +33,17 @@ function hint() {
 export async function openSettings(current) {
   conversation = current;
   dialog.showModal();
+  const { settings } = conversation.about;
+  fill("model", models.map((model) => model.id), `the server's first: ${models[0].id}`);
+  fill("preset", presets.map((preset) => preset.id), "the template's");
+  hint();
+  for (const input of form.elements) {
+    const value = settings[input.name];
+    if (input.name) input.value = input.name === "stop" ? (value ?? []).join("\n") : value ?? "";
+  }
   await attempt(error, async () => {
-    const states = (await get(path("states"))).data;
-    fill("model", models.map((model) => model.id), `the server's first: ${models[0].id}`);
-    fill("preset", presets.map((preset) => preset.id), "the template's");
-    fill("state", states.map((state) => state.id), "none");
-    hint();
-    for (const input of form.elements) {
-      const value = conversation.about.settings[input.name];
-      if (input.name) input.value = input.name === "stop" ? (value ?? []).join("\n") : value ?? "";
-    }
+    fill("state", (await get(path("states"))).data.map((state) => state.id), "none");
+    form.elements.state.value = settings.state ?? "";
   });
 }
 

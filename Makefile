@@ -29,11 +29,11 @@ build/transformers-tests: .venv/dev
 		transformers==$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))")
 	tar -xzf $@/transformers-*.tar.gz -C $@ --strip-components=1
 
-# clients of OpenAI's API that the tests drive as programs: what they bring stays out of .venv
+# clients of OpenAI's API, and schemathesis, which the tests drive as programs: what they bring stays out of .venv
 build/clients: .venv/dev
 	rm -rf $@
 	$(BIN)/uv venv --quiet $@
-	$(BIN)/uv pip install --quiet --python $@/bin/python llm==0.36 langchain-openai==1.7.4
+	$(BIN)/uv pip install --quiet --python $@/bin/python llm==0.36 langchain-openai==1.7.4 schemathesis==4.32.5
 
 kernels: .venv/dev
 	$(BIN)/python tests/compile_all.py $(LEVELS)
@@ -50,11 +50,10 @@ test-cluster: .venv/dev .venv/redis-server
 
 # clients of the server that connect, cancel and die, for MINUTES; servers that are killed; and requests of every kind
 MINUTES := 20
-soak: .venv/dev
+soak: .venv/dev build/clients
 	$(BIN)/python tests/serve/soak.py --minutes $(MINUTES)
 	$(BIN)/python -m pytest -m "" tests/serve/test_load.py tests/serve/test_kept.py
-	$(INSTALL) schemathesis
-	$(BIN)/python tests/serve/fuzz.py
+	$(BIN)/python tests/serve/fuzz.py --max-examples 20
 
 # the wheel with compiled libraries for this platform, run in an environment without a compiler
 wheel-test:

@@ -136,7 +136,11 @@ def serve(
 
     def announce() -> None:
         names = ", ".join(served_names(told.model, told.adapter, told.state))
-        print(f"{names} at {address}/v1 - try: curl {address}/v1/models, or open {address} to chat", file=sys.stderr, flush=True)
+        print(
+            f"{names} at {address}/v1 - try: curl {address}/v1/models, or open {address} to chat",
+            file=sys.stderr,
+            flush=True,
+        )
 
     if replicas is not None:
         from ..serve.cluster.deploy import open_replicas

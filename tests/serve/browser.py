@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, sync_playwright
 @contextmanager
 def open_browser() -> Iterator[Browser]:
     """Chromium without a window; the tests that need it are skipped where there is none."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:  # without a sandbox, which root cannot have

@@ -1,10 +1,12 @@
-"""Programs that know OpenAI's API and not this server: `llm` on the command line, and LangChain."""
+"""Programs that know OpenAI's API and not this server: `llm` on the command line, LangChain, and schemathesis, which
+reads the server's own document of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,12 @@ def test_langchain(server, llm):
     assert set(found["person"]) == {"name", "age"}
     assert found["cached"] == said.usage.prompt_tokens + 20
     assert np.allclose(found["embedding"], llm.embed(["a dog"])[0], atol=1e-6)
+
+
+def test_no_request_is_an_error_of_the_server(tmp_path):
+    """A short form of `make soak`."""
+    program = Path(__file__).with_name("fuzz.py")
+    command = [sys.executable, program, "--phases", "fuzzing", "--max-examples", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout

@@ -26,9 +26,11 @@ def count(number: int, noun: str) -> str:
 
 
 def show(value: object) -> str:
-    """A value for a message of one line: itself if it is short, else its type."""
+    """A value for a message of one line: itself if it is short, else what it is."""
     text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+    if len(text) <= 60 and "\n" not in text:
+        return text
+    return f"a text of {len(value):,} characters" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], param: str | None = None) -> InputError:
